@@ -1,0 +1,1 @@
+"""rescom_timm: long-tailed image recognition with ResCom on any timm backbone."""

@@ -1,0 +1,303 @@
+"""Loaders: from a split to batches, the same ones on any number of workers and processes.
+
+A training sample is an item (position in the split, seed of its draws). `Order` gives the items of an epoch as a pure
+function of (seed, epoch); the generators are re-seeded for each item; torch's own BatchSampler cuts the items into
+GLOBAL batches; accelerate (`split_batches=True`) gives each process its slice of every batch. So the images depend
+neither on workers nor on processes, and a resumed epoch (`accelerate.skip_first_batches`) continues bit for bit.
+
+A batch is {"image": uint8 (B, V, 3, H, W), "label": int64 (B,), "row": int64 (B,)}, V views an image; in evaluation
+image is (B, 3, H, W). `row` is the row of the source.
+"""
+
+import contextlib
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, where
+
+if TYPE_CHECKING:
+    from rescom_timm.data.sources import Split
+
+Item = tuple[int, int]
+Batch = dict[str, torch.Tensor]
+SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive"]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How training samples are drawn and read. These keys change results."""
+
+    sampler: SamplerName = "uniform"
+    """uniform: every image once an epoch. The others make as many draws, with replacement, and choose the class first:
+    evenly (class_balanced), by the root of its count (square_root), or by its count in the first epoch and evenly in
+    the last (progressive). See `class_probabilities`."""
+    broken: Literal["stop", "skip"] = "stop"
+    """An unreadable training image stops the run, or is skipped: another of its class takes its place and a warning
+    names it. Evaluation always stops, for its figures are those of the whole split."""
+    exif: bool = False
+    """Turn images as their EXIF tag says. The papers' pipelines do not."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(SamplerName):
+            raise ValueError(f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}")
+        if self.broken not in ("stop", "skip"):
+            raise ValueError(f"broken must be stop or skip, not {self.broken!r}")
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Keys that change the speed of loading, never what is loaded."""
+
+    workers: int = 4
+    """Worker processes of each training process, at most its cores; 0 loads in the training process itself."""
+    prefetch: int = 4
+    """Batches that each worker prepares ahead."""
+    pin_memory: bool = True
+    """Page-locked batches, copied to a GPU in the background; without a GPU nothing is pinned."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch must be at least 1 batch, not {self.prefetch}")
+
+
+def train_loader(
+    split: "Split",
+    views: ViewsConfig,
+    num_views: int,
+    batch_size: int,
+    seed: int = 0,
+    epochs: int | None = None,
+    config: LoaderConfig = LoaderConfig(),
+    speed: SpeedConfig = SpeedConfig(),
+) -> DataLoader[Batch]:
+    """Batches of `num_views` views each; the last incomplete batch of an epoch is dropped.
+
+    `batch_size` counts the images of all processes together. `epochs`, the length of the run, is needed by the
+    progressive sampler. Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and
+    before `skip_first_batches`. Raises ValueError if the split has fewer images than one batch.
+    """
+    if num_views < 1:
+        raise ValueError(f"an image needs at least 1 view, not {num_views}")
+    if not 1 <= batch_size <= len(split.labels):
+        raise ValueError(
+            f"a batch of {batch_size} images cannot be drawn from the {len(split.labels)} images of {split.name}: "
+            f"choose a batch size from 1 to {len(split.labels)}"
+        )
+    dataset = ViewsDataset(split, parse(views.train, views.mean), num_views, config.broken, config.exif)
+    order = Order(split.labels, config.sampler, seed, epochs)
+    return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
+
+
+def eval_loader(
+    split: "Split",
+    views: ViewsConfig,
+    batch_size: int,
+    config: LoaderConfig = LoaderConfig(),
+    speed: SpeedConfig = SpeedConfig(),
+) -> DataLoader[Batch]:
+    """Every image of the split once, in order; an unreadable one raises BrokenImage whatever `config.broken` says.
+    With several processes accelerate fills up the last batch, and its `gather_for_metrics` drops the filling."""
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+    dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif)
+    items = [(position, position) for position in range(len(dataset))]
+    return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell a training loader, plain or prepared by accelerate, which epoch comes next."""
+    if hasattr(loader, "set_epoch"):  # accelerate's wrapper, which otherwise sets the epoch by its own count
+        loader.set_epoch(epoch)
+    else:
+        loader.sampler.set_epoch(epoch)
+
+
+def _loader(
+    dataset: "ViewsDataset", sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool
+) -> DataLoader[Batch]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(speed.workers, cores)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        num_workers=workers,
+        prefetch_factor=speed.prefetch if workers else None,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=speed.pin_memory and torch.cuda.is_available(),
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else DataLoader draws its workers' base seed from the global generator
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch  # the dataset's __getitems__ has stacked it
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+class Order(Sampler[Item]):
+    """The items (position, seed) of an epoch, a pure function of (seed, epoch)."""
+
+    def __init__(self, labels: np.ndarray, sampler: SamplerName, seed: int = 0, epochs: int | None = None) -> None:
+        if sampler == "progressive" and epochs is None:
+            raise ValueError("the progressive sampler moves over the whole run: give the number of epochs")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
+        self.labels = np.asarray(labels)
+        self.sampler: SamplerName = sampler
+        self.seed = seed
+        self.epochs = epochs
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Item]:
+        seeds = _random_bits(len(self), self.seed, self.epoch, stream=1) >> np.uint64(1)  # torch takes 63 bits
+        yield from zip(self.positions().tolist(), seeds.tolist(), strict=True)
+
+    def positions(self) -> np.ndarray:
+        """The positions (N,) int64 that this epoch visits, in order."""
+        bits = _random_bits(len(self), self.seed, self.epoch, stream=0)
+        if self.sampler == "uniform":
+            return np.argsort(bits, kind="stable")
+        counts = np.bincount(self.labels)
+        share = class_probabilities(counts, self.sampler, self.epoch, self.epochs) / np.maximum(counts, 1)
+        ends = np.cumsum(share[self.labels])
+        uniform = (bits >> np.uint64(11)) * 2.0**-53
+        return np.searchsorted(ends, uniform * ends[-1], side="right")
+
+
+def class_probabilities(
+    counts: np.ndarray, sampler: SamplerName, epoch: int = 0, epochs: int | None = None
+) -> np.ndarray:
+    """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1) with
+    q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
+    t/T from 0 in the first epoch to 1 in the last. Classes without images get 0."""
+    if sampler == "progressive":
+        t = min(epoch / max((epochs or 1) - 1, 1), 1.0)
+        return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")
+    power = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}[sampler]
+    weights = np.where(counts > 0, np.asarray(counts, dtype=np.float64) ** power, 0.0)
+    return weights / weights.sum()
+
+
+def _random_bits(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """uint64 (size,) from Philox, a counter-based generator whose raw stream NumPy promises never to change."""
+    philox = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
+    return philox.random_raw(size)
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+class ViewsDataset(Dataset[Batch]):
+    """Reads items of a split in batches: decodes each image once and draws its views.
+
+    `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
+    its place to another (None with broken="stop").
+    """
+
+    def __init__(
+        self, split: "Split", policy: Policy, num_views: int | None, broken: str = "stop", exif: bool = False
+    ) -> None:
+        self.images = split.dataset.select_columns("image")
+        self.labels = np.asarray(split.labels, dtype=np.int64)
+        self.rows = np.asarray(split.rows, dtype=np.int64)
+        self.policy = policy
+        self.num_views = num_views
+        self.exif = exif
+        self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: Item) -> Batch:
+        """One item as a sample: image (V, 3, H, W), or (3, H, W) in evaluation; label and row ()."""
+        return {key: value[0] for key, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[Item]) -> Batch:
+        encoded = self.images.__getitems__([position for position, _ in items])
+        positions, views = [], []
+        with _random_state_kept():
+            for (position, seed), value in zip(items, encoded, strict=True):
+                position, image = self._decode(position, seed, value["image"])
+                positions.append(position)
+                _seed_all(seed)
+                views += [np.asarray(self.policy.augment(image)) for _ in range(self.num_views or 1)]
+        image = _stack(views, self.policy)
+        return {
+            "image": image if self.num_views is None else image.unflatten(0, (len(items), self.num_views)),
+            "label": torch.from_numpy(self.labels[positions]),
+            "row": torch.from_numpy(self.rows[positions]),
+        }
+
+    def _decode(self, position: int, seed: int, value: Any) -> tuple[int, Any]:
+        """The image at `position`, or, broken images being skipped, another of its class: (its position, the image)."""
+        try:
+            return position, decode(value, int(self.rows[position]), self.exif)
+        except BrokenImage as error:
+            if self.replaced is None:
+                raise
+            self._note(position, error)
+        others = np.flatnonzero(self.labels == self.labels[position])
+        for other in np.roll(others, -(seed % len(others))).tolist():  # from a place that the sample's seed decides
+            value = self.images[other]["image"]
+            with contextlib.suppress(BrokenImage):
+                return other, decode(value, int(self.rows[other]), self.exif)
+        raise BrokenImage(
+            f"no image of class {self.labels[position]} can be read, the last one tried is {where(value, other)}"
+        )
+
+    def _note(self, position: int, error: BrokenImage) -> None:
+        assert self.replaced is not None
+        if self.replaced[position] == 0:
+            warnings.warn(f"{error}; another image of its class takes its place", RuntimeWarning, stacklevel=2)
+        self.replaced[position] += 1
+
+
+def _stack(views: list[np.ndarray], policy: Policy) -> torch.Tensor:
+    """(H, W, 3) arrays to uint8 (len(views), 3, H, W)."""
+    sizes = {view.shape for view in views}
+    if len(sizes) > 1:
+        (h0, w0, _), (h1, w1, _) = sorted(sizes)[:2]
+        raise ValueError(
+            f"the images of a batch differ in size ({w0} x {h0} and {w1} x {h1}) after the policy {policy.text!r}: "
+            "let it end in one size, for instance with center_crop(224) or upscale(32)"
+        )
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+
+
+def _seed_all(seed: int) -> None:
+    """Seed the three generators that steps draw from. Not torch.manual_seed, which would re-seed the GPUs too."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Without workers a batch is made in the training process, whose own draws (dropout ...) must not depend on it."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,427 @@
+"""Views: from the bytes of an image to one augmented 8-bit crop. A policy is one line, applied left to right:
+
+    crop(32,4) | flip | autoaugment(cifar10) | cutout(16)
+
+Steps take an RGB PIL image and give one; they are torchvision's and timm's own, over Pillow. `STEPS` lists them,
+`POLICIES` names whole lines, and a name may stand inside a line ("places | blur"). Arguments may be given by name:
+crop(32, pad=4). Evaluation images take the same road with a policy that draws nothing.
+Every random draw comes from the global generators of torch, numpy and random, which loaders.py seeds for each sample.
+Colours stay 8-bit: the mean and the standard deviation of `ViewsConfig` are applied on the device.
+"""
+
+import difflib
+import functools
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from timm.data.auto_augment import rand_augment_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+Step = Callable[[Image.Image], Image.Image]
+Colour = tuple[int, int, int]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "cifar": (CIFAR_MEAN, CIFAR_STD),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+}
+"""The (mean, std) that the literature uses, of channels scaled to 0..1."""
+
+POLICIES: dict[str, str] = {
+    "none": "",
+    "cifar": "crop(32,4) | flip | autoaugment(cifar10) | cutout(16)",
+    "imagenet": "places | grayscale(0.2) | randaugment(n2,m10,mstd0.5)",
+    "places": "random_resized_crop(224) | flip | jitter(0.4,0.4,0.4,0)",
+    "digits": "crop(8,1) | rotate(10) | jitter(0.4,0.4,0,0)",  # 8 x 8 pixels; a mirrored digit is no digit
+    "eval224": "resize(256) | center_crop(224)",
+}
+"""Named policies. "cifar" and "imagenet" are the ResCom paper's for CIFAR-LT and for ImageNet-LT and iNaturalist."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """What is done to images before the net sees them."""
+
+    train: str = "cifar"
+    """Policy of every training view: a name of `POLICIES` or a line of steps."""
+    eval: str = "none"
+    """Policy of evaluation images; it must bring all of them to one size."""
+    mean: tuple[float, float, float] = CIFAR_MEAN
+    """Mean of each channel scaled to 0..1, taken off on the device; also cutout's colour. Known: `NORMALISATIONS`."""
+    std: tuple[float, float, float] = CIFAR_STD
+    """Standard deviation of each channel scaled to 0..1."""
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or not all(0 <= m <= 1 for m in self.mean):
+            raise ValueError(f"mean must be three numbers from 0 to 1 (channels scaled to 0..1), not {self.mean}")
+        if len(self.std) != 3 or not all(0 < s <= 1 for s in self.std):
+            raise ValueError(f"std must be three numbers above 0 and at most 1, not {self.std}")
+        for line in (self.train, self.eval):
+            parse(line, self.mean)
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+
+class Policy:
+    """A parsed policy. `text` is the line with every name and every default written out, for a run to record.
+
+    `policy(image)` gives uint8 (3, H, W); `policy.augment(image)` the same as a PIL image. Draws anew at every call.
+    """
+
+    def __init__(self, steps: list[Step], text: str) -> None:
+        self.steps = steps
+        self.text = text
+
+    def augment(self, image: Image.Image) -> Image.Image:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1).contiguous()
+
+    def __repr__(self) -> str:
+        return f"Policy({self.text!r})"
+
+
+def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
+    """Make a policy from its line. `mean` (0..1, RGB) is the colour, rounded, of what cutout and randaugment uncover.
+
+    Raises ValueError for an unknown step or name (with the nearest one) and for arguments that a step does not take
+    (with how it is written).
+    """
+    colour = cast(Colour, tuple(round(255 * m) for m in mean))
+    steps, texts = [], []
+    for name, tokens in _split(policy):
+        try:
+            arguments = _bind(name, tokens)
+            steps.append(STEPS[name](*arguments, **_colour(name, colour)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}({', '.join(tokens)}): {error}; it is written {usage(name)}") from error
+        texts.append(f"{name}({','.join(map(str, arguments))})")
+    return Policy(steps, " | ".join(texts))
+
+
+def usage(name: str) -> str:
+    """How a step is written, with its defaults: "crop(size, pad=0)"."""
+    shown = (p.replace(annotation=p.empty) for p in _parameters(name))
+    return f"{name}({', '.join(str(p) for p in shown)})"
+
+
+def _split(line: str) -> list[tuple[str, list[str]]]:
+    """The (step, argument texts) of a line, with named policies replaced by their own steps."""
+    found: list[tuple[str, list[str]]] = []
+    parts = [part.strip() for part in line.split("|")]
+    for part in parts:
+        if part == "" and len(parts) == 1:
+            continue
+        match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", part)
+        if match is None:
+            raise ValueError(f"cannot read {part!r} in the policy {line!r}: steps are name(arguments) joined by '|'")
+        name, arguments = match.groups()
+        if name in POLICIES and arguments is None:
+            found += _split(POLICIES[name])
+        elif name in STEPS:
+            found.append((name, [a.strip() for a in arguments.split(",")] if arguments and arguments.strip() else []))
+        else:
+            names = [*STEPS, *POLICIES]
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown step {name!r} in the policy {line!r}: did you mean {nearest!r}? "
+                             f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}.")
+    return found
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    """The parameters that a line may give; `colour` comes from the mean."""
+    return [p for p in inspect.signature(STEPS[name]).parameters.values() if p.name != "colour"]
+
+
+def _colour(name: str, colour: Colour) -> dict[str, Any]:
+    return {"colour": colour} if "colour" in inspect.signature(STEPS[name]).parameters else {}
+
+
+def _bind(name: str, tokens: list[str]) -> list[Any]:
+    """The step's arguments in order, defaults included, from texts given by place or by name; read as the types that
+    the parameters are annotated with."""
+    if name == "randaugment":
+        return _randaugment_settings(tokens)  # timm's own notation
+    args: list[str] = []
+    kwargs: dict[str, str] = {}
+    for token in tokens:
+        key, equals, value = (t.strip() for t in token.partition("="))
+        if equals and key in kwargs:
+            raise TypeError(f"{key} is given twice")
+        if equals:
+            kwargs[key] = value
+        elif kwargs:
+            raise TypeError(f"{token!r} must come before the arguments given by name")
+        else:
+            args.append(token)
+    bound = inspect.Signature(_parameters(name)).bind(*args, **kwargs)
+    kinds = {key: parameter.annotation for key, parameter in bound.signature.parameters.items()}
+    bound.arguments = {key: _read(key, value, kinds[key]) for key, value in bound.arguments.items()}
+    bound.apply_defaults()
+    return list(bound.args)
+
+
+def _read(key: str, token: str, kind: Any) -> int | float | str:
+    choices = get_args(kind)
+    if choices:
+        if token not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, not {token!r}")
+        return token
+    try:
+        return cast(int | float | str, kind(token))
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{key} must be {wanted}, not {token!r}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
+def _positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1 pixel, not {size}")
+
+
+def _probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"a probability lies between 0 and 1, not {p}")
+
+
+def crop(size: int, pad: int = 0) -> Step:
+    """A square of `size` pixels at a random place, after `pad` black pixels on each side."""
+    _positive(size=size)
+    if pad < 0:
+        raise ValueError(f"pad must be 0 or more pixels, not {pad}")
+    return transforms.RandomCrop(size, padding=pad or None)
+
+
+def random_resized_crop(
+    size: int, lo: float = 0.08, hi: float = 1.0, interpolation: Interpolation = "bilinear"
+) -> Step:
+    """Inception's crop: `lo` to `hi` of the area, aspect ratio 3/4 to 4/3, resized to `size` pixels square."""
+    _positive(size=size)
+    if not 0 < lo <= hi <= 1:
+        raise ValueError(f"the fractions of the area must satisfy 0 < lo <= hi <= 1, not {lo} and {hi}")
+    return transforms.RandomResizedCrop(size, scale=(lo, hi), interpolation=InterpolationMode(interpolation))
+
+
+def flip(p: float = 0.5) -> Step:
+    """Left and right exchanged with probability `p`."""
+    _probability(p)
+    return transforms.RandomHorizontalFlip(p)
+
+
+def rotate(degrees: float) -> Step:
+    """Turned by an angle uniform in [-degrees, degrees]; corners black."""
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"degrees must lie between 0 and 180, not {degrees}")
+    return transforms.RandomRotation(degrees, interpolation=InterpolationMode.BILINEAR)
+
+
+@functools.lru_cache(maxsize=64)
+def _magnitudes(num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
+    return transforms.AutoAugment._augmentation_space(cast(Any, None), num_bins, image_size)
+
+
+class _AutoAugment(transforms.AutoAugment):
+    """torchvision's, but its table of magnitudes is made once for each image size, not once for each image."""
+
+    def _augmentation_space(self, num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
+        return _magnitudes(num_bins, tuple(image_size))
+
+
+def autoaugment(policy: Literal["cifar10", "imagenet", "svhn"], fill: int = 128) -> Step:
+    """AutoAugment (arXiv 1805.09501), torchvision's tables. What a warp uncovers is grey, near the mean, as in the
+    paper's code and the CIFAR long-tail pipelines (torchvision's own default is black: fill=0)."""
+    return _AutoAugment(transforms.AutoAugmentPolicy(policy), fill=cast(Any, fill))  # a number is allowed, see its doc
+
+
+def trivialaugment(fill: int = 128) -> Step:
+    """TrivialAugment, wide (arXiv 2103.10158): one operation, uniform in kind and strength."""
+    return transforms.TrivialAugmentWide(fill=cast(Any, fill))
+
+
+def _randaugment_settings(settings: Iterable[str]) -> list[str]:
+    """All of timm's settings as texts: the given ones over timm's defaults."""
+    found = {"n": "2", "m": "10", "p": "0.5", "mstd": "0", "inc": "0"}
+    for setting in settings:
+        match = re.fullmatch(r"(n|m|mmax|inc)(\d+)|(p|mstd)(\d*\.?\d+)|(t)(weights|3aw|3a)", setting)
+        if match is None:
+            raise ValueError(f"cannot read the setting {setting!r}; there are n2 operations, magnitude m10, mstd0.5, "
+                             f"mmax10, p0.5, inc1 (increasing severities), tweights / t3a / t3aw")
+        key, value = (group for group in match.groups() if group)
+        found[key] = f"{float(value):g}" if key in ("p", "mstd") else value  # timm cannot read "mstd.5"
+    return [key + value for key, value in found.items()]
+
+
+def randaugment(*settings: str, colour: Colour = (128, 128, 128)) -> Step:
+    """timm's RandAugment (arXiv 1909.13719), settings as timm writes them: randaugment(n2,m10,mstd0.5). What a warp
+    uncovers has the mean colour. timm applies each drawn operation with probability p0.5 unless told otherwise."""
+    text = "-".join(["rand", *_randaugment_settings(settings)])
+    return cast(Step, rand_augment_transform(text, {"img_mean": colour}))
+
+
+def jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
+    """With probability `p`, colours change by factors uniform in 1 +- value (hue shifts by up to 0.5), in any order."""
+    _probability(p)
+    step = transforms.ColorJitter(brightness, contrast, saturation, hue)
+    return step if p == 1 else transforms.RandomApply([step], p)
+
+
+def grayscale(p: float) -> Step:
+    """Colour removed with probability `p` (three equal channels stay)."""
+    _probability(p)
+    return transforms.RandomGrayscale(p)
+
+
+@dataclass(frozen=True)
+class _Blur:
+    p: float
+    lo: float
+    hi: float
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        applied, where = torch.rand(2).tolist()
+        if applied >= self.p:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(self.lo + where * (self.hi - self.lo)))
+
+
+def blur(p: float = 0.5, lo: float = 0.1, hi: float = 2.0) -> Step:
+    """Gaussian blur with probability `p`, sigma uniform from `lo` to `hi` pixels (SimCLR, MoCo v2)."""
+    _probability(p)
+    if not 0 <= lo <= hi:
+        raise ValueError(f"sigma must satisfy 0 <= lo <= hi, not {lo} and {hi}")
+    return _Blur(p, lo, hi)
+
+
+@dataclass(frozen=True)
+class _Cutout:
+    size: int
+    colour: Colour
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        x, y = (int(torch.randint(side, ())) - self.size // 2 for side in image.size)
+        image = image.copy()  # the decoded image is shared by all views of a sample
+        right, bottom = min(x + self.size, image.width), min(y + self.size, image.height)
+        image.paste(self.colour, (max(x, 0), max(y, 0), right, bottom))
+        return image
+
+
+def cutout(size: int, colour: Colour = (0, 0, 0)) -> Step:
+    """Cutout (arXiv 1708.04552): one square of `size` pixels, its centre uniform over the pixels, cut at the border.
+    The paper writes 0 after normalisation, which is the mean colour; here the mean is written, rounded to 8 bits."""
+    _positive(size=size)
+    return _Cutout(size, colour)
+
+
+def resize(size: int, interpolation: Interpolation = "bilinear") -> Step:
+    """The shorter side becomes `size` pixels; the aspect ratio stays."""
+    _positive(size=size)
+    return transforms.Resize(size, InterpolationMode(interpolation))
+
+
+def upscale(size: int, interpolation: Interpolation = "bilinear") -> Step:
+    """Exactly `size` x `size` pixels, whatever the aspect ratio."""
+    _positive(size=size)
+    return transforms.Resize((size, size), InterpolationMode(interpolation))
+
+
+def center_crop(size: int) -> Step:
+    """The middle square of `size` pixels (smaller images are padded black)."""
+    _positive(size=size)
+    return transforms.CenterCrop(size)
+
+
+STEPS: dict[str, Callable[..., Step]] = {
+    step.__name__: step
+    for step in (crop, random_resized_crop, flip, rotate, autoaugment, trivialaugment, randaugment, jitter, grayscale,
+                 blur, cutout, resize, upscale, center_crop)
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be read. The message names its row and, where known, its path."""
+
+
+def decode(value: Any, row: int | None = None, exif: bool = False) -> Image.Image:
+    """The RGB image in `value`: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image
+    or an 8-bit array (H, W) or (H, W, 3).
+
+    Gray, palette, CMYK and the like become RGB as Pillow does it. Transparent images are laid on white (the colour that
+    hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped. `exif` turns the image as its
+    EXIF tag says; the papers' pipelines do not, so that is the default. Raises BrokenImage, naming `row` and the path.
+    """
+    try:
+        return _rgb(_open(value), exif)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        what = "it is not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
+
+
+def where(value: Any, row: int | None) -> str:
+    """"row 7 (path)" for messages."""
+    path = value.get("path") if isinstance(value, Mapping) else None
+    return f"row {row if row is not None else 'unknown'}" + (f" ({path})" if path else "")
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, str):
+        value = Path(value).read_bytes()  # read whole, so that no file stays open
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, list):
+        value = np.asarray(value)
+        if value.size and 0 <= value.min() and value.max() <= 255 and value.dtype.kind in "iu":
+            value = value.astype(np.uint8)
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    if isinstance(value, Image.Image):
+        return value
+    raise ValueError("there is no image" if value is None else f"{type(value).__name__} is no image")
+
+
+def _rgb(image: Image.Image, exif: bool) -> Image.Image:
+    image.load()
+    if exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """0..65535 to 0..255, rounded. Pillow's own convert clips at 255."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("its pixels are 32-bit numbers beyond 0..65535; save it with 8 or 16 bits")
+    return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,215 @@
+"""One HTML file about one or several runs side by side: opens offline, holds its pictures, needs no script.
+
+Everything that comes from a run passes through html.escape. What a run lacks is named, not skipped in silence.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rescom_timm import metrics
+from rescom_timm.figures import files, longtail, style
+from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
+
+_NUMBERS = {
+    "top1": "all",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "mean_class": "mean of classes",
+    "top5": "top-5",
+    "ece": "ECE",
+}
+_RECIPE = {"method": "method.name", "backbone": "net.backbone", "epochs": "train.epochs", "seed": "seed"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
+table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 9px; border-bottom: 1px solid #e4e4e4; }
+th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } td.n { text-align: right; }
+td.best { font-weight: bold; } .scroll { overflow: auto; max-height: 36em; } img { max-width: 100%; height: auto; }
+pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .missing { color: #8a4b00; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
+.many, .medium, .few { border-left: 5px solid; padding-left: 6px; }
+"""
+
+
+def write(
+    runs: Sequence[RunFolder], path: str | Path, names: Sequence[str] = files.NAMES, evaluation: str = ""
+) -> Path:
+    """Writes the report of `runs` to one HTML file and returns its path. names: its figures; evaluation as in
+    files.draw_all. Raises ValueError for an unknown figure."""
+    files.check_names(names)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(runs, names, evaluation), encoding="utf-8")
+    return path
+
+
+def page(runs: Sequence[RunFolder], names: Sequence[str] = files.NAMES, evaluation: str = "") -> str:
+    """The report as text."""
+    title = _text(", ".join(run.name for run in runs))
+    found: dict[str, Evaluation] = {}
+    for run in runs:
+        with suppress(Missing):
+            found[run.name] = run.evaluation(evaluation)
+    parts = [
+        f"<h1>{title}</h1>",
+        "<h2>Summary</h2>",
+        _summary(runs, found),
+        *_pictures(runs, names, evaluation),
+        "<h2>Classes</h2>",
+        _classes(found),
+        "<h2>Recipes and versions</h2>",
+        *map(_sources, runs),
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}{_group_style()}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
+
+
+def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:
+    """One line of the summary: what the recipe says, which evaluation, its numbers in percent; None: not recorded."""
+    recipe = run.recipe()
+    said = {name: _at(recipe, path) for name, path in _RECIPE.items()}
+    numbers = found.numbers or _recomputed(found) if found else {}
+    return (
+        {"run": run.name}
+        | {name: None if value is None else str(value) for name, value in said.items()}
+        | {"evaluation": found.name if found else None, "chosen": (found.chosen or None) if found else None}
+        | {"images": float(len(found.labels)) if found else None}
+        | {shown: _number(numbers.get(name)) for name, shown in _NUMBERS.items()}
+    )
+
+
+def _recomputed(found: Evaluation) -> dict[str, float]:
+    """The numbers that follow from the predictions alone, for an evaluation without its JSON."""
+    correct = found.predicted == found.labels
+    numbers = {"top1": 100 * float(correct.mean())}
+    if found.counts is not None:
+        group = style.group_of(found.counts)[found.labels]
+        numbers |= {name: 100 * float(correct[group == name].mean()) for name in style.present(group)}
+    return numbers
+
+
+def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
+    rows = [summary(run, found.get(run.name)) for run in runs]
+    best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
+    cells = []
+    for row in rows:
+        values = [(_cell(value), value is not None and value == best.get(name)) for name, value in row.items()]
+        cells.append("".join(f'<td class="n{" best" if win else ""}">{text}</td>' for text, win in values))
+    note = (
+        "Accuracies and ECE in percent. many: more than 100 training images of the class, medium: 20 to 100, few: "
+        "under 20; each a mean over the group's test images. chosen: how the checkpoint was chosen. "
+        + ("Bold: the best of the runs." if len(runs) > 1 else "")
+    )
+    head = "".join(f"<th>{_text(name)}</th>" for name in rows[0])
+    body = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div><p>{note}</p>'
+
+
+def _best(name: str, values: Sequence[object]) -> float | None:
+    numbers = [value for value in values if isinstance(value, float)]
+    return (min if name == "ECE" else max)(numbers) if len(numbers) > 1 else None
+
+
+def _pictures(runs: Sequence[RunFolder], names: Sequence[str], evaluation: str) -> Iterator[str]:
+    """A heading per figure; the runs' pictures side by side below it."""
+    shown = ""
+    for drawn in files.draw_all(runs, names, evaluation):
+        if drawn.name != shown:
+            yield ("</div>" if shown else "") + f'<h2>{_text(drawn.name.capitalize())}</h2><div class="pair">'
+            shown = drawn.name
+        if drawn.figure is None:
+            yield f'<p class="missing">No picture: {_text(drawn.missing)}.</p>'
+            continue
+        buffer = io.BytesIO()
+        drawn.figure.savefig(buffer, format="png", dpi=110)
+        image = base64.b64encode(buffer.getvalue()).decode("ascii")
+        yield f'<img alt="{_text(f"{drawn.name} {drawn.run}")}" src="data:image/png;base64,{image}">'
+    if shown:
+        yield "</div>"
+
+
+def _classes(found: Mapping[str, Evaluation]) -> str:
+    """Per-class accuracy of all runs side by side; runs with other classes or counts get a table of their own."""
+    tables: list[dict[str, longtail.LongTail]] = []
+    for name, evaluation in found.items():
+        if evaluation.counts is None:
+            continue
+        tail = longtail.measure(evaluation)
+        same = [table for table in tables if _same_classes(next(iter(table.values())), tail)]
+        (same[0] if same else tables.append({}) or tables[-1])[name] = tail  # type: ignore[func-returns-value]
+    if not tables:
+        return '<p class="missing">No per-class table: no run has an evaluation that records its training counts.</p>'
+    return "\n".join(map(_class_table, tables))
+
+
+def _same_classes(one: longtail.LongTail, other: longtail.LongTail) -> bool:
+    return one.class_names == other.class_names and np.array_equal(one.counts, other.counts)
+
+
+def _class_table(tails: Mapping[str, longtail.LongTail]) -> str:
+    first = next(iter(tails.values()))
+    accuracies: list[npt.NDArray[np.float64]] = [tail.accuracy for tail in tails.values()]
+    head = ["class", "name", "training images", "group", "test images", *(f"{name}, percent" for name in tails)]
+    lines = []
+    for place, label in enumerate(first.classes):
+        group = str(first.groups[place])
+        numbers = "".join(f'<td class="n">{_cell(_number(accuracy[place]))}</td>' for accuracy in accuracies)
+        lines.append(
+            f'<tr><td class="n">{label}</td><td>{_text(first.class_names[place])}</td>'
+            f'<td class="n">{first.counts[place]:,}</td><td><span class="{group}">{group}</span></td>'
+            f'<td class="n">{first.tested[place]:,}</td>{numbers}</tr>'
+        )
+    heads = "".join(f"<th>{_text(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def _sources(run: RunFolder) -> str:
+    recipe, environment = run.recipe_text(), run.environment()
+    versions = json.dumps(environment, indent=2, ensure_ascii=False) if environment else ""
+    return (
+        f"<h3>{_text(run.name)}</h3><p>{_text(run.path)}</p>"
+        f"<details open><summary>recipe</summary>{_file(recipe, 'recipe.yaml')}</details>"
+        f"<details><summary>versions and environment</summary>{_file(versions, 'environment.json')}</details>"
+    )
+
+
+def _file(content: str, name: str) -> str:
+    return f"<pre>{_text(content)}</pre>" if content else f'<p class="missing">No {name} in this run.</p>'
+
+
+def _group_style() -> str:
+    return "".join(f".{name} {{ border-color: {style.GROUP_COLORS[name]}; }} " for name in metrics.GROUPS)
+
+
+def _at(recipe: Mapping[str, Any], path: str) -> object:
+    """The value at a dotted path; None where it leads nowhere."""
+    value: Any = recipe
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _cell(value: str | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value > 100 else f"{value:.1f}"
+    return "&ndash;" if value is None else _text(value)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)

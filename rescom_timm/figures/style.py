@@ -1,0 +1,115 @@
+"""How every picture looks, and how it is saved: colours, groups, class order, one `save`.
+
+Figures are built on matplotlib.figure.Figure, which needs no backend and leaves pyplot and rcParams alone.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from rescom_timm import metrics
+
+Table = Mapping[str, Sequence[object] | npt.NDArray]
+
+# Blue, orange and purple of Okabe & Ito (2008), told apart with every common colour blindness and in grey.
+GROUP_COLORS = {"many": "#0072B2", "medium": "#E69F00", "few": "#CC79A7"}
+GROUP_RULES = {"many": "many (> 100)", "medium": "medium (20 to 100)", "few": "few (< 20)"}
+GROUP_MARKERS = {"many": "o", "medium": "^", "few": "s"}
+# Petroff (2021, arXiv 2107.02270): ten colours chosen for colour-blind readers; runs and classes take them in turn.
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+GREY = "#555555"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches whose parts keep clear of each other."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def color(index: int) -> str:
+    """The colour of the index-th run or class."""
+    return COLORS[index % len(COLORS)]
+
+
+def line(index: int) -> Literal["-", "--", "-.", ":"]:
+    """The line style of the index-th run: changes once all colours are used."""
+    return LINES[index // len(COLORS) % len(LINES)]
+
+
+def plain(text: object, longest: int = 28) -> str:
+    """Text from outside, made safe for matplotlib: one line, cut in the middle, no mathematics."""
+    words = " ".join(str(text).split())
+    if len(words) > longest:
+        head = (longest - 1) // 2
+        words = words[: longest - 1 - head] + "\N{HORIZONTAL ELLIPSIS}" + words[-head:]
+    words = words.replace("$", r"\$")
+    return " " + words[1:] if words.startswith("_") else words  # a legend hides labels that begin with _
+
+
+def by_count(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Class numbers (K,) from most to fewest training images; equal counts keep their order."""
+    return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
+
+
+def group_of(counts: npt.ArrayLike) -> npt.NDArray[np.str_]:
+    """The group's name of each class (K,)."""
+    counts = np.asarray(counts, dtype=np.int64)
+    names = np.empty(len(counts), dtype="<U6")
+    for name, classes in metrics.groups(torch.from_numpy(counts)).items():
+        names[classes.numpy()] = name
+    return names
+
+
+def present(names: npt.NDArray[np.str_]) -> list[str]:
+    """The groups that occur, always in the order many, medium, few."""
+    return [name for name in metrics.GROUPS if name in names]
+
+
+def group_legend(axes: Axes, names: npt.NDArray[np.str_], loc: Any = "best") -> None:
+    """A legend of the groups that occur, with their rule and the number of their classes."""
+    patches = [
+        Patch(color=GROUP_COLORS[name], label=f"{GROUP_RULES[name]}: {int((names == name).sum())} classes")
+        for name in present(names)
+    ]
+    axes.legend(handles=patches, frameon=False, fontsize=8, loc=loc)
+
+
+def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal["", "x", "y", "both"] = "") -> None:
+    """Title, axis labels with units, no box; grid: "", "x", "y" or "both"."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list[Path]:
+    """Writes stem.png, stem.svg and stem.csv (the numbers, one row per entry); makes the folder.
+
+    Raises ValueError where the table's columns differ in length.
+    """
+    stem = Path(stem)
+    columns = {name: np.asarray(values).tolist() for name, values in table.items()}
+    if len({len(values) for values in columns.values()}) > 1:
+        lengths = {name: len(values) for name, values in columns.items()}
+        raise ValueError(f"The columns of {stem.name}.csv differ in length: {lengths}.")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
+    figure.savefig(paths[0], dpi=dpi)
+    figure.savefig(paths[1], dpi=dpi, metadata={"Date": None})
+    with paths[2].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return paths

@@ -1,0 +1,151 @@
+"""ResCom: Siamese Balanced Softmax and a class-balanced contrastive loss over mined pairs (arXiv 2203.11506).
+
+Shapes: B images of V views, K classes, D the width of an embedding. Views are stacked view by view: rows 0..B-1 are
+the first views of the batch, rows B..2B-1 the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rescom_timm.contrast.losses import WeightForm, balanced_softmax, class_weights, supcon
+from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
+from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue, gather, processes
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """The memory of past embeddings (paper eq. 3, Fig. 3)."""
+
+    kind: Literal["class_balanced", "reversed", "fifo"] = "class_balanced"
+    """class_balanced: Q slots of each class. reversed: more slots for rarer classes. fifo: the most recent keys."""
+    per_class: int = 4
+    """Q. The other kinds get as many slots in all: K * Q."""
+
+    def __post_init__(self) -> None:
+        if self.per_class < 1:
+            raise ValueError("queue.per_class must be at least 1")
+
+    def build(self, counts: Tensor, dim: int) -> Queue:
+        """counts: (K,) training images of each class; dim: D."""
+        if self.kind == "class_balanced":
+            return ClassBalancedQueue(len(counts), self.per_class, dim)
+        size = self.per_class * len(counts)
+        return FifoQueue(size, dim) if self.kind == "fifo" else ReversedQueue(counts, size, dim)
+
+
+@dataclass(frozen=True)
+class RescomConfig:
+    name: Literal["rescom"] = "rescom"
+    mode: Literal["released", "paper"] = "released"
+    """paper: view 1 against mined queue keys, view 2 enters the queue (eq. 5, Algorithm 1).
+    released: both views against mined queue keys and all other views of the batch, view 1 enters (published code)."""
+    contrast_weight: float = 0.5
+    """lambda: total loss = Siamese Balanced Softmax + lambda * contrastive loss."""
+    temperature: float = 0.2
+    """tau."""
+    beta: float = 0.99
+    """Effective number of images (eq. 2); 0 switches class weights off."""
+    class_weight: WeightForm = "normalized"
+    queue: QueueConfig = QueueConfig()
+    positives: int | None = 1
+    """Qp, hardest positive keys of each query; null: all (eq. 3)."""
+    negatives: int | None = 500
+    """Qn, hardest negative keys of each query; null: all (eq. 3)."""
+    siamese: bool = True
+    """Balanced Softmax on both views (eq. 6) or on the first only."""
+    gather_pairs: bool = False
+    """In-batch pairs from all processes instead of the local batch (released mode)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError("temperature must be above 0")
+        if not 0 <= self.beta < 1:
+            raise ValueError("beta must be in [0, 1)")
+        if self.contrast_weight < 0:
+            raise ValueError("contrast_weight must be at least 0")
+        for name, number in (("positives", self.positives), ("negatives", self.negatives)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, or null for all")
+        if self.queue.kind == "class_balanced" and (self.positives or 0) > self.queue.per_class:
+            raise ValueError(
+                f"positives (Qp = {self.positives}) are mined from the queue.per_class (Q = {self.queue.per_class}) "
+                "keys of one class: lower positives or raise queue.per_class"
+            )
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises ValueError where the negatives asked for are more than a queue over num_classes classes holds."""
+        slots = (num_classes - 1) * self.queue.per_class
+        if self.queue.kind == "class_balanced" and (self.negatives or 0) > slots:
+            raise ValueError(
+                f"negatives (Qn = {self.negatives}) are mined from the (K - 1) Q = {slots} keys of the other classes "
+                f"(K = {num_classes}, Q = {self.queue.per_class}): lower negatives or raise queue.per_class"
+            )
+
+
+def stack_views(images: Tensor) -> Tensor:
+    """(B, V, ...) -> (V * B, ...), view by view."""
+    return images.transpose(0, 1).flatten(0, 1)
+
+
+class ResCom(nn.Module):
+    """A net, a queue and the losses; forward(batch) gives the loss of a training step."""
+
+    counts: Tensor
+    weights: Tensor
+    views = 2
+
+    def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
+        """counts: (K,) training images of each class. Raises ValueError where Q, Qp, Qn and K do not fit."""
+        super().__init__()
+        config.check_classes(len(counts))
+        dim = int(net.projector[-1].out_features)  # type: ignore[arg-type]
+        self.net = net
+        self.config = config
+        self.queue = config.queue.build(counts, dim)
+        self.register_buffer("counts", counts, persistent=False)
+        weights = class_weights(counts, config.beta, config.class_weight)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar), logits (2B, K) and the loss's two parts,
+        detached. Keys enter the queue after their step's similarities are taken."""
+        y = batch["label"]
+        _, logits, embeddings = self.net(stack_views(batch["image"]))
+        labels = y.repeat(self.views)
+        classified = slice(None) if self.config.siamese else slice(len(y))
+        classification = balanced_softmax(logits[classified], labels[classified], self.counts)
+        contrast = self.contrast(embeddings, labels)
+        z1, z2 = embeddings.detach().chunk(2)
+        key = z2 if self.config.mode == "paper" else z1
+        self.queue.enqueue(gather(key), gather(y))
+        loss = classification + self.config.contrast_weight * contrast
+        return {
+            "loss": loss,
+            "logits": logits,
+            "loss_classification": classification.detach(),
+            "loss_contrast": contrast.detach(),
+        }
+
+    def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The contrastive loss (eq. 5) of the 2B stacked views. embeddings: (2B, D) unit vectors. labels: (2B,)."""
+        paper = self.config.mode == "paper"
+        z, y = (embeddings.chunk(2)[0], labels.chunk(2)[0]) if paper else (embeddings, labels)
+        mined = against_queue(z, y, self.queue).hardest(self.config.positives, self.config.negatives)
+        pairs = mined if paper else self._in_batch(z, y).join(mined)
+        return supcon(pairs, self.config.temperature, self.weights[y])
+
+    def _in_batch(self, z: Tensor, y: Tensor) -> Pairs:
+        if not self.config.gather_pairs:
+            return in_batch(z, y)
+        return in_batch(z, y, gather(z), gather(y), first=processes()[0] * len(z))
+
+
+def image_average(weights: Tensor, counts: Tensor) -> float:
+    """The mean weight of a training image, which scales the contrastive term: sum of w_k N_k / N."""
+    return float((weights * counts).sum() / torch.as_tensor(counts).sum())

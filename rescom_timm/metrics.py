@@ -1,0 +1,243 @@
+"""What a classifier is measured by. Ground floor: imports torch only. Every number is in percent.
+
+Names: N test images, K classes, `counts` (K,) = TRAINING images of each class; they decide the groups
+many, medium, few.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+GROUPS = ("many", "medium", "few")
+
+# Mean top-1 error (percent) of AlexNet over the five severities of each ImageNet-C corruption, and on the clean images:
+# Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
+# (arXiv 1903.12261), the constants of the authors' evaluation; clean error from their table 1.
+ALEXNET_CLEAN = 43.5
+ALEXNET_IMAGENET_C = {
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
+
+
+def groups(counts: Tensor | Sequence[int]) -> dict[str, Tensor]:
+    """Class numbers of each group: many > 100, medium 20 to 100, few < 20 training images (Liu et al. 2019, OLTR).
+
+    A group without classes is left out.
+    """
+    counts = torch.as_tensor(counts)
+    masks = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    return {name: mask.nonzero().flatten() for name, mask in masks.items() if mask.any()}
+
+
+def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str, Tensor]:
+    """Bins of equal width over the confidence of the predicted class, (a, b] as in Guo et al. 2017 (arXiv 1706.04599).
+
+    confidence (N,) in 0..1, correct (N,) bool. Returns (bins,) float64: "count", and "confidence" and "accuracy", the
+    means of the bin in percent (0 where the bin is empty).
+    """
+    confidence, correct = confidence.double(), correct.double()
+    # ceil puts an upper edge into its own bin; a confidence of exactly 0 goes to the first.
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count = torch.zeros(bins, dtype=torch.float64).index_add(0, index, torch.ones_like(confidence))
+    sums = [torch.zeros(bins, dtype=torch.float64).index_add(0, index, x) for x in (confidence, correct)]
+    means = [100 * x / count.clamp(min=1) for x in sums]
+    return {"count": count, "confidence": means[0], "accuracy": means[1]}
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """ECE in percent: mean over images of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3)."""
+    table = calibration(confidence, correct, bins)
+    gap = (table["accuracy"] - table["confidence"]).abs()
+    return float((table["count"] * gap).sum() / table["count"].sum())
+
+
+class Meter:
+    """Collects an evaluation on the device, without a host sync per step, and computes its numbers at the end.
+
+    counts (K,) training images of each class; None: no groups. `topk` values that K classes cannot fail (k >= K) are
+    left out, except 1. Rules:
+    - A row whose softmax is not finite (NaN, +inf, or -inf everywhere) is wrong for every k: predicted -1, confidence
+      0. Their share is reported as "invalid" where there are any.
+    - Equal logits are ranked by class number, so that a constant output is not right by luck.
+    - "many", "medium", "few" are means over the IMAGES of the group's classes. Where a group's test images are not
+      balanced over its classes, "many_mean_class" ... give the mean over classes beside it.
+    - A class without test images is left out of every mean; a group without test images has no entry.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        counts: Tensor | Sequence[int] | None = None,
+        topk: Sequence[int] = (1, 5),
+        bins: int = 15,
+    ) -> None:
+        if num_classes < 1 or bins < 1:
+            raise ValueError(f"num_classes and bins must be at least 1, got {num_classes} and {bins}.")
+        if any(k < 1 for k in topk):
+            raise ValueError(f"topk must hold numbers of at least 1, got {tuple(topk)}.")
+        self.num_classes, self.bins = num_classes, bins
+        self.topk = tuple(k for k in topk if k == 1 or k < num_classes)
+        self.counts = None if counts is None else torch.as_tensor(counts).detach().cpu().long()
+        if self.counts is not None and self.counts.shape != (num_classes,):
+            raise ValueError(f"counts must have shape ({num_classes},), one per class; got {tuple(self.counts.shape)}.")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every update."""
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in ("labels", "predicted", "confidence", "rank")}
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes logits (N, K) of any float type and labels (N,) of any integer type, both on one device."""
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes or labels.shape != logits.shape[:1]:
+            raise ValueError(
+                f"Expected logits (N, {self.num_classes}) and labels (N,), "
+                f"got {tuple(logits.shape)} and {tuple(labels.shape)}."
+            )
+        if labels.is_floating_point():
+            raise ValueError(f"labels must be whole class numbers, got {labels.dtype}.")
+        logits, labels = logits.detach().float(), labels.detach().long()
+        probability = logits.softmax(dim=1)
+        valid = probability.isfinite().all(dim=1)
+        own = labels.clamp(0, self.num_classes - 1)[:, None]  # a wrong label is reported by compute: no sync here
+        own_logit = logits.gather(1, own)
+        earlier = torch.arange(self.num_classes, device=logits.device) < own
+        rank = ((logits > own_logit) | ((logits == own_logit) & earlier)).sum(dim=1)
+        self._kept["labels"].append(labels)
+        self._kept["predicted"].append(torch.where(valid, logits.argmax(dim=1), -1))
+        self._kept["confidence"].append(torch.where(valid, probability.amax(dim=1), 0.0))
+        self._kept["rank"].append(torch.where(valid, rank, self.num_classes))
+
+    def predictions(self) -> dict[str, Tensor]:
+        """{"labels": int64 (N,), "predicted": int64 (N,), "confidence": float32 (N,)} on the CPU, as updated."""
+        kept = self._gathered()
+        return {name: kept[name] for name in ("labels", "predicted", "confidence")}
+
+    def compute(self) -> dict[str, float]:
+        """Flat name -> percent: top1, top5 ..., many, medium, few, mean_class, ece. See the class for the rules."""
+        kept = self._gathered()
+        numbers = {f"top{k}": 100 * float((kept["rank"] < k).double().mean()) for k in self.topk}
+        per_class = self.per_class()
+        if self.counts is not None:
+            for name, classes in groups(self.counts).items():
+                numbers |= _group_numbers(name, per_class["correct"][classes], per_class["total"][classes])
+        numbers["mean_class"] = float(per_class["accuracy"].nanmean())
+        correct = kept["predicted"] == kept["labels"]
+        numbers["ece"] = expected_calibration_error(kept["confidence"], correct, self.bins)
+        invalid = 100 * float((kept["predicted"] < 0).double().mean())
+        return numbers | ({"invalid": invalid} if invalid else {})
+
+    def per_class(self) -> dict[str, Tensor]:
+        """(K,) each, on the CPU: "correct" and "total" (int64 test images), "accuracy" (float64 percent, NaN where a
+        class has no test image) and, where known, "count" (int64 training images)."""
+        kept = self._gathered()
+        total = torch.bincount(kept["labels"], minlength=self.num_classes)
+        correct = torch.bincount(kept["labels"][kept["predicted"] == kept["labels"]], minlength=self.num_classes)
+        table = {"correct": correct, "total": total, "accuracy": 100 * correct.double() / total}
+        return table if self.counts is None else table | {"count": self.counts}
+
+    def record(self) -> dict[str, object]:
+        """compute() and per_class() as plain JSON: {"numbers": {...}, "per_class": {column: list}}; NaN as None."""
+        columns = {name: column.tolist() for name, column in self.per_class().items()}
+        columns["accuracy"] = [None if value != value else value for value in columns["accuracy"]]
+        return {"numbers": self.compute(), "per_class": columns}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        if not self._kept["labels"]:
+            raise ValueError("The meter has seen no images: call update(logits, labels) before compute().")
+        kept = {name: torch.cat(parts).cpu() for name, parts in self._kept.items()}
+        if not len(kept["labels"]):
+            raise ValueError("The meter has seen only empty batches: is the evaluation split empty?")
+        low, high = int(kept["labels"].min()), int(kept["labels"].max())
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(f"labels must lie in 0..{self.num_classes - 1}, got {low}..{high}: do net and data agree?")
+        return kept
+
+
+def _group_numbers(name: str, correct: Tensor, total: Tensor) -> dict[str, float]:
+    """Mean over the images of some classes; over the classes too where their test images are not balanced."""
+    seen = total > 0
+    if not seen.any():
+        return {}
+    correct, total = correct[seen].double(), total[seen].double()
+    numbers = {name: 100 * float(correct.sum() / total.sum())}
+    if bool((total != total[0]).any()):
+        numbers[f"{name}_mean_class"] = 100 * float((correct / total).mean())
+    return numbers
+
+
+# Robustness to corruptions. `errors` maps a kind of corruption to its top-1 errors (percent), one per severity;
+# a baseline maps it to the mean over the same severities. ImageNet-C has 15 kinds of 5 severities each.
+
+
+def mean_error(errors: Mapping[str, Sequence[float]]) -> float:
+    """Mean over kinds and severities of the top-1 error in percent: mCE without a baseline."""
+    return _mean([_mean(values) for values in errors.values()])
+
+
+def corruption_errors(
+    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
+) -> dict[str, float]:
+    """CE of each kind (Hendrycks & Dietterich 2019, section 4.1): 100 * sum_s E_s / sum_s E_s(baseline)."""
+    _same_kinds(errors, baseline)
+    return {kind: 100 * _mean(errors[kind]) / baseline[kind] for kind in baseline}
+
+
+def mean_corruption_error(
+    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
+) -> float:
+    """mCE: the mean of corruption_errors over the kinds; 100 is the baseline itself. Raises ValueError where the kinds
+    differ from the baseline's: a mean over fewer kinds is another number."""
+    return _mean(list(corruption_errors(errors, baseline).values()))
+
+
+def relative_mean_corruption_error(
+    errors: Mapping[str, Sequence[float]],
+    clean_error: float,
+    baseline: Mapping[str, float] = ALEXNET_IMAGENET_C,
+    baseline_clean_error: float = ALEXNET_CLEAN,
+) -> float:
+    """Relative mCE (same section): errors counted from each net's own clean error (percent), before the ratio.
+
+    mean over kinds of 100 * sum_s (E_s - E_clean) / sum_s (E_s - E_clean)(baseline).
+    """
+    _same_kinds(errors, baseline)
+    harmless = [kind for kind, error in baseline.items() if error <= baseline_clean_error]
+    if harmless:
+        raise ValueError(f"The baseline loses nothing on {', '.join(harmless)}: relative mCE would divide by zero.")
+    return _mean(
+        [100 * (_mean(errors[kind]) - clean_error) / (baseline[kind] - baseline_clean_error) for kind in baseline]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not len(values):
+        raise ValueError("No errors given: every corruption needs at least one severity, and there must be one kind.")
+    return sum(values) / len(values)
+
+
+def _same_kinds(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float]) -> None:
+    missing, extra = sorted(set(baseline) - set(errors)), sorted(set(errors) - set(baseline))
+    if missing or extra:
+        raise ValueError(
+            f"The corruptions must be the baseline's {len(baseline)}; missing: {', '.join(missing) or 'none'}; "
+            f"not in the baseline: {', '.join(extra) or 'none'}. Pass a baseline of the kinds you measured."
+        )
+    lengths = {len(values) for values in errors.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"Every corruption needs the same severities, got {sorted(lengths)} of them.")

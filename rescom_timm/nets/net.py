@@ -1,0 +1,169 @@
+"""Net: one forward of any timm backbone gives features, logits and embeddings; exported as a plain timm model.
+
+Shapes: N images of (3, H, W), F features of the backbone, K classes, D the width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The MLP behind the embeddings: Linear(F, hidden), BatchNorm1d, ReLU, Linear(hidden, dim)."""
+
+    hidden: int | None = None
+    """Width of the hidden layer; None: that of the features, as in the paper's d-d-128."""
+    dim: int = 128
+    """D, the width of an embedding and of a queue's keys."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or (self.hidden is not None and self.hidden < 1):
+            raise ValueError("projector widths must be at least 1")
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    backbone: str = "resnet32_cifar"
+    """Any name of timm.list_models(), with its tag where weights are wanted: resnet152.tv_in1k."""
+    pretrained: bool = False
+    """Start from timm's weights of that name (or from `weights_file`)."""
+    weights_file: str | None = None
+    """Local file of weights in timm's format instead of the Hub's; needs pretrained: true."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to timm.create_model: drop_path_rate, img_size, global_pool, ..."""
+    projector: ProjectorConfig = ProjectorConfig()
+
+    def __post_init__(self) -> None:
+        if self.weights_file is not None and not self.pretrained:
+            raise ValueError("weights_file is only read with pretrained: true")
+        check_backbone(self.backbone)
+
+
+class Outputs(NamedTuple):
+    """features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider."""
+
+    features: Tensor
+    logits: Tensor
+    embeddings: Tensor
+
+
+class Net(nn.Module):
+    """A timm encoder, a linear classifier and a projector.
+
+    Images are taken as eight-bit (N, 3, H, W), which are normalised here, or as floats already normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_classes: int,
+        projector: ProjectorConfig = ProjectorConfig(),  # noqa: B008 (frozen)
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        recreate: dict[str, Any] | None = None,
+    ) -> None:
+        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. mean, std: of each channel, for
+        images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder again, for to_timm."""
+        super().__init__()
+        width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
+        hidden = projector.hidden or width
+        self.encoder = encoder
+        self.classifier = nn.Linear(width, num_classes)
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
+        )
+        self.recreate = recreate
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Eight-bit images to normalised floats; floats are returned as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Outputs:
+        features = self.encoder(self.normalize(images))
+        embeddings = self.projector(features)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return Outputs(features, self.classifier(features), F.normalize(embeddings, dim=1))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits only, (N, K): encoder and classifier, as at inference."""
+        return self.classifier(self.encoder(self.normalize(images)))
+
+    @torch.no_grad()
+    def to_timm(self) -> nn.Module:
+        """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits.
+
+        Raises ValueError for a backbone of which timm has no classifier that takes these weights.
+        """
+        if self.recreate is None:
+            raise ValueError("this net was not made by rescom_timm.create_model, so timm's name of it is not known")
+        net = copy.deepcopy(self).cpu().float().eval()
+        model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
+        name = self.recreate["model_name"]
+        try:
+            heads = model.get_classifier()
+            for head in heads if isinstance(heads, tuple) else (heads,):
+                head.weight.copy_(net.classifier.weight.view_as(head.weight))
+                head.bias.copy_(net.classifier.bias)
+            own = {**model.state_dict(), **net.encoder.state_dict()}
+            model.load_state_dict(own)
+            images = torch.rand(2, *model.pretrained_cfg["input_size"])
+            agree = torch.allclose(model(images), net.classify(images), rtol=1e-3, atol=1e-4)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot be exported as a plain timm model: {error}") from error
+        if not agree:
+            raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")
+        return model
+
+
+def check_backbone(name: str) -> None:
+    """Raises ValueError, naming the nearest, where timm knows no such model."""
+    if name.split("/")[0] in ("hf-hub:", "hf_hub:") or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}{hint}")
+
+
+def create_model(
+    backbone: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    weights_file: str | None = None,
+    projector: ProjectorConfig = ProjectorConfig(),  # noqa: B008 (frozen)
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    **options: Any,
+) -> Net:
+    """A Net over any timm backbone by name.
+
+    mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by default.
+    options: passed on to timm.create_model. Raises ValueError for an unknown name.
+    """
+    check_backbone(backbone)
+    overlay = {"file": weights_file} if weights_file else None
+    encoder = timm.create_model(
+        backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
+    )
+    cfg: dict[str, Any] = encoder.pretrained_cfg
+    return Net(
+        encoder, num_classes, projector, mean or cfg["mean"], std or cfg["std"], {"model_name": backbone, **options}
+    )

@@ -1,0 +1,173 @@
+"""Checkpoints: safetensors and JSON only, written aside, hashed, renamed into place; nothing is ever unpickled.
+
+A checkpoint is a folder `step-00000123`: net.safetensors (the net alone, plain names), state.safetensors (every other
+tensor), state.json (everything that is not a tensor, with the tensors' names in their places), hashes.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FILES = ("net.safetensors", "state.safetensors", "state.json")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which and what to do."""
+
+
+def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A tree of dicts, lists, tuples, tensors, arrays and JSON values as JSON alone; its tensors go into `tensors`.
+
+    Raises TypeError, naming the place, for anything else.
+    """
+    if isinstance(tree, np.ndarray):
+        return {"$array": pack(torch.from_numpy(tree.copy()), tensors, name)}
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous().clone()
+        return {"$tensor": name}
+    if isinstance(tree, tuple):
+        return {"$tuple": pack(list(tree), tensors, name)}
+    if isinstance(tree, list):
+        return [pack(value, tensors, f"{name}.{i}") for i, value in enumerate(tree)]
+    if isinstance(tree, dict):
+        return {"$dict": [[key, pack(value, tensors, f"{name}.{key}")] for key, value in tree.items()]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"a checkpoint cannot hold {type(tree).__name__} (at {name.lstrip('.')})")
+
+
+def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """What pack was given."""
+    if isinstance(tree, list):
+        return [unpack(value, tensors) for value in tree]
+    if isinstance(tree, dict):
+        ((kind, value),) = tree.items()
+        if kind == "$tensor":
+            return tensors[value]
+        if kind == "$array":
+            return unpack(value, tensors).numpy()
+        if kind == "$tuple":
+            return tuple(unpack(value, tensors))
+        return {key: unpack(item, tensors) for key, item in value}
+    return tree
+
+
+def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Write checkpoint `step` into the folder and return its path. A crash at any moment leaves the others whole.
+
+    Raises CheckpointError where the disk does not take it; what was there before is untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".partial-{step:08d}"
+    if final.exists():
+        try:
+            load(final)
+            return final  # the same step of the same run: the same bits
+        except CheckpointError:
+            shutil.rmtree(final)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(pack(state, tensors))
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in net.items()}, aside / FILES[0])
+        save_file(tensors, aside / FILES[1])
+        (aside / FILES[2]).write_text(text, encoding="utf-8")
+        (aside / "hashes.json").write_text(json.dumps({name: _sha256(aside / name) for name in FILES}))
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        aside.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        whole = ", ".join(path.name for path in listed(folder)) or "none"
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {error}. Whole checkpoints there: {whole}. "
+            "Make room (or name another folder with output=...), then go on with --resume"
+        ) from error
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(net, state) of a checkpoint folder. Raises CheckpointError, naming the file, where it is damaged."""
+    try:
+        hashes = json.loads((path / "hashes.json").read_text())
+        for name in FILES:
+            if hashes.get(name) != _sha256(path / name):
+                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+        state = unpack(json.loads((path / FILES[2]).read_text(encoding="utf-8")), load_file(path / FILES[1]))
+        return load_file(path / FILES[0]), state
+    except (OSError, ValueError, KeyError, SafetensorError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """(path, net, state) of the last whole checkpoint; damaged ones are named and passed over. None where none is."""
+    found = listed(folder)
+    for path in reversed(found):
+        try:
+            return (path, *load(path))
+        except CheckpointError as error:
+            warnings.warn(f"{error}; using the one before it", stacklevel=2)
+    if found:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; start anew without --resume")
+    return None
+
+
+def prune(folder: Path, keep: int, spare: Iterable[str] = ()) -> None:
+    """Remove all but the last `keep` checkpoints and those whose names are spared, and what crashes left over."""
+    for path in [*listed(folder)[:-keep], *folder.glob(".partial-*")]:
+        if path.name not in spare:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of this process: Python, NumPy, torch, and the GPU in use."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Any]) -> None:
+    """Undo: what random_state returned becomes the state of this process."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,90 @@
+"""Evaluation of a net on a split, and how its figures are written and told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rescom_timm.contrast.queue import processes
+from rescom_timm.data.sources import Split
+from rescom_timm.metrics import Meter
+from rescom_timm.nets.net import Net
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray) -> Meter:
+    """Every image of a prepared evaluation loader once, encoder and classifier only.
+
+    counts: (K,) training images of each class, which decide many, medium and few. Every process gets the whole Meter.
+    """
+    plain: Net = accelerator.unwrap_model(net)
+    meter = Meter(len(counts), torch.as_tensor(counts))
+    was_training = plain.training
+    plain.eval()
+    with agreed_statistics(plain):
+        for batch in loader:
+            with accelerator.autocast():
+                logits = plain.classify(batch["image"])
+            meter.update(*accelerator.gather_for_metrics((logits, batch["label"])))
+    plain.train(was_training)
+    return meter
+
+
+@contextmanager
+def agreed_statistics(net: nn.Module) -> Iterator[None]:
+    """BatchNorm statistics averaged over all processes, for evaluation and saving; each goes on with its own after."""
+    if processes()[1] == 1:
+        yield
+        return
+    saved = net.state_dict()
+    shared = [b for name, b in net.named_buffers() if name in saved and b.is_floating_point()]
+    own = [buffer.clone() for buffer in shared]
+    for buffer in shared:
+        dist.all_reduce(buffer)
+        buffer.div_(processes()[1])
+    try:
+        yield
+    finally:
+        for buffer, value in zip(shared, own, strict=True):
+            buffer.copy_(value)
+
+
+def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
+    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
+    folder = folder / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**about, **meter.record()}, indent=1), encoding="utf-8")
+    save_file({key: value.contiguous() for key, value in meter.predictions().items()}, folder / f"{name}.safetensors")
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Figures in percent, one line an evaluation, ready to print."""
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    width = max(len(row) for row in rows) + 2
+    lines = [" " * width + "".join(f"{name:>12}" for name in names)]
+    for row, figures in rows.items():
+        cells = (f"{figures[name]:>12.2f}" if name in figures else f"{'-':>12}" for name in names)
+        lines.append(f"{row:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def about(split: Split, checkpoint: str, chosen: str, counts: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+    """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
+    return {
+        "split": split.name,
+        "images": len(split.labels),
+        "checkpoint": checkpoint,
+        "chosen": chosen,
+        "class_names": class_names,
+    }

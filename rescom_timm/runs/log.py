@@ -1,0 +1,85 @@
+"""What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl and TensorBoard's files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from rescom_timm.runs.recipe import Recipe
+
+PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line with epoch, step and named figures, and the same in TensorBoard."""
+
+    def __init__(self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0) -> None:
+        """Opens the log of a run that has done `step` steps; lines of later steps (of a run that was killed after
+        its last checkpoint) are dropped, for they will come again. about: what else environment.json should hold."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps({**environment(), **about}, indent=1), encoding="utf-8")
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in lines(self.path) if line["step"] <= step]
+        aside = self.path.with_suffix(".partial")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        aside.replace(self.path)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
+        """epoch: epochs done. step: optimizer steps done."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The figures of a metrics.jsonl; a last line cut off by a crash is left out. Empty where there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, command, machine and the state of the code, without anything private."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "gpus": gpus,
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, str] | None:
+    """Commit of the code and whether it was changed since; None where it is no git checkout."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": ask("status", "--porcelain", "-uno").strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,281 @@
+"""Recipe: one YAML file, checked key by key before anything is loaded.
+
+Order of precedence: defaults < `base` recipes < the file < `key=value` words of the command line. Keys in `speed`
+change how fast a run is, never what it computes; every other key may change results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pydantic
+import yaml
+
+from rescom_timm.data.loaders import LoaderConfig, SpeedConfig
+from rescom_timm.data.sources import DataConfig
+from rescom_timm.data.views import ViewsConfig
+from rescom_timm.methods import METHODS, MethodConfig, RescomConfig
+from rescom_timm.nets.net import NetConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message says which key and what to do."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "sgd"
+    """sgd (without Nesterov unless asked for), or any optimizer of timm: adamw, lamb, ..."""
+    lr: float = 0.1
+    """Peak learning rate for the global batch."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool = True
+    """Weight decay on every parameter, one group (the paper); false spares biases and norms, as usual for ViTs."""
+    layer_decay: float | None = None
+    """Learning rate of each layer of the backbone relative to the layer above it, e.g. 0.75 for a ViT."""
+    clip_norm: float | None = None
+    """Largest gradient norm; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError("lr must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must be at least 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError("clip_norm must be above 0, or null for none")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError("layer_decay must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate by epoch: linear warm-up, then steps or a cosine."""
+
+    name: Literal["cosine", "steps", "constant"] = "cosine"
+    warmup_epochs: int = 0
+    """Epoch t < warmup_epochs has lr * (t + 1) / warmup_epochs."""
+    milestones: tuple[int, ...] = ()
+    """Epochs (counted from 0) at which `steps` multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    final: float = 1e-5
+    """Where the cosine ends, as a fraction of lr."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs < 0:
+            raise ValueError("warmup_epochs must be at least 0")
+        if (self.name == "steps") != bool(self.milestones):
+            raise ValueError("milestones belong to schedule.name: steps, which needs at least one")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("milestones must rise")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 400
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes and accumulated gradients; each image is seen in its views."""
+    accumulate: int = 1
+    """Forward and backward passes that share one optimizer step."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the net; the loss is always in float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 10
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: int = 256
+    select: str = "top1"
+    """Figure by which the best checkpoint is chosen on the validation split: top1, many, medium, few, mean_class."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise ValueError("every and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1
+    """Epochs between checkpoints."""
+    keep: int = 2
+    """Last checkpoints kept; the best one is kept besides."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError("every and keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    data: DataConfig
+    name: str = ""
+    """Names the run folder; the file's own name by default."""
+    output: str = "runs"
+    """Folder in which the run's folder is made."""
+    seed: int = 0
+    views: ViewsConfig = ViewsConfig()
+    loader: LoaderConfig = LoaderConfig()
+    net: NetConfig = NetConfig()
+    method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = RescomConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    speed: SpeedConfig = SpeedConfig()
+
+    def __post_init__(self) -> None:
+        for name, epoch in (
+            ("schedule.warmup_epochs", self.schedule.warmup_epochs),
+            ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
+        ):
+            if epoch >= self.train.epochs:
+                raise ValueError(f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON or YAML; load_dict makes the same recipe of it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with its `base` recipes, changed by `key=value` words.
+
+    Raises RecipeError for a file that is no recipe, an unknown key (naming the nearest), a wrong type or an
+    impossible combination.
+    """
+    path = Path(path)
+    tree = _read(path, ())
+    for word in overrides:
+        tree = _merge(tree, _override(word))
+    return load_dict({"name": path.stem, **tree}, str(path))
+
+
+def load_dict(tree: dict[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe of plain types. Raises RecipeError as load does."""
+    method = tree.get("method")
+    if isinstance(method, dict):
+        tree = {**tree, "method": {"name": "rescom", **method}}
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+    except pydantic.ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
+    except TypeError as error:
+        raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
+
+
+_ADAPTER = pydantic.TypeAdapter(Recipe)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except FileNotFoundError:
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise RecipeError(f"no recipe {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise RecipeError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: given twice: {', '.join(map(str, twice))}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
+    try:
+        tree: Any = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`. A section that changes its `name` starts anew: another method has other keys."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            renamed = key == "method" and value.get("name", old.get("name")) != old.get("name", "rescom")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, dotted: train.epochs, method.queue.per_class, ..."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if name.startswith("_"):
+            continue
+        yield prefix + name
+        for inner in get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+            if dataclasses.is_dataclass(inner):
+                yield from keys(inner, f"{prefix}{name}.")
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # A tagged union puts its tag into the location: method.rescom.beta.
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
+    if problem["type"] == "unexpected_keyword_argument":
+        known = sorted(set(keys()))
+        same = [key for key in known if key.split(".")[-1] == where.split(".")[-1]]
+        near = same or get_close_matches(where, known, n=3, cutoff=0.6) or [
+            key for last in get_close_matches(where.split(".")[-1], {key.split(".")[-1] for key in known}, n=1)
+            for key in known if key.split(".")[-1] == last
+        ]  # fmt: skip
+        hint = f"; did you mean {', '.join(near[:3])}?" if near else f"; there are: {', '.join(known)}"
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "union_tag_invalid":
+        given = problem["input"].get("name")
+        near = get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
+        return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
+    if problem["type"] == "missing":
+        return f"{where} is missing: every recipe names it"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+    return f"{where}: {message}{shown}" if where else message

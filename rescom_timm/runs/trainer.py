@@ -1,0 +1,450 @@
+"""The one training loop, on Accelerate: the same recipe on a CPU, one GPU or many.
+
+Everything that decides the next step is in a checkpoint: net, queue, optimizer, scaler, random generators of every
+process, epoch and step. Data order and augmentation are functions of (seed, epoch, position), the learning rate of the
+epoch; so a resumed run is the uninterrupted one, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
+from rescom_timm.data.sources import Data, load
+from rescom_timm.methods import Method
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs.build import build_method, build_optimizer, build_schedule
+from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, write
+from rescom_timm.runs.hub import export
+from rescom_timm.runs.log import Log
+from rescom_timm.runs.recipe import Recipe, RecipeError
+
+LAG = 2
+"""Forward passes after which the host reads a loss."""
+
+FREE_KEYS = ("name", "output", "evaluation", "checkpoint", "speed")
+"""Keys that may change when a run goes on: they do not change what is trained."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names the step and where its rows are saved."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: `step` optimizer steps done in all, of which `step_in_epoch` in the current epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    best: float | None = None
+    best_epoch: int | None = None
+    best_checkpoint: str | None = None
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    """Of every figure over the steps of the current epoch."""
+
+
+def launch(recipe: Recipe) -> Accelerator:
+    """An Accelerator for this recipe. Raises RecipeError where recipe and launch do not fit together."""
+    train = recipe.train
+    accelerator = Accelerator(
+        mixed_precision=train.precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    if started != processes:
+        raise RecipeError(
+            f"{started} processes were started, but each would train alone ({processes} seen by accelerate). "
+            f"On a machine without GPUs: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {started} tools/train.py ..."
+        )
+    if train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
+    per_step = processes * train.accumulate
+    if train.batch_size % per_step:
+        lower = train.batch_size // per_step * per_step
+        raise RecipeError(
+            f"train.batch_size {train.batch_size} is for all processes together and is not divisible by {processes} "
+            f"processes x {train.accumulate} accumulated: the nearest that are: {lower or per_step}, {lower + per_step}"
+        )
+    return accelerator
+
+
+def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> Path:
+    """Train, evaluate and save as the recipe says; returns the run's folder.
+
+    resume: go on from the newest whole checkpoint of the run's folder, or start where there is none.
+    dry_run: build everything, do one step and one evaluation batch, write nothing.
+    Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped.
+    """
+    accelerator = launch(recipe)
+    set_seed(recipe.seed)
+    data = load(recipe.data)
+    method = build_method(recipe, data)
+    set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
+    trainer = Trainer(recipe, accelerator, data, method)
+    if dry_run:
+        trainer.dry_run()
+        return trainer.folder
+    trainer.open(resume)
+    try:
+        trainer.fit()
+        trainer.finish()
+    finally:
+        trainer.close()
+    return trainer.folder
+
+
+class Trainer:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method) -> None:
+        self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
+        self.main = accelerator.is_main_process
+        self.progress = Progress()
+        self.folder = Path(recipe.output) / recipe.name
+        self.log: Log | None = None
+        self.stop_requested = False
+        micro_batch = recipe.train.batch_size // recipe.train.accumulate
+        loader = train_loader(
+            data.train, recipe.views, method.views, micro_batch, recipe.seed, recipe.train.epochs,
+            recipe.loader, recipe.speed,
+        )  # fmt: skip
+        self.steps_per_epoch = len(loader) // recipe.train.accumulate
+        if self.steps_per_epoch == 0:
+            raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
+        optimizer = build_optimizer(recipe.optimizer, method.net)
+        self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
+        method.to(accelerator.device)
+        method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
+        splits = {"test": data.test, "validation": data.validation}
+        self.splits = {name: split for name, split in splits.items() if split is not None}
+        batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+        self.eval_loaders = {
+            name: accelerator.prepare(eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed))
+            for name, split in self.splits.items()
+        }
+
+    # ---------------------------------------------------------------- the loop
+
+    def fit(self) -> None:
+        recipe, progress = self.recipe, self.progress
+        images = recipe.train.batch_size
+        bar = tqdm(
+            total=recipe.train.epochs * self.steps_per_epoch * images, initial=progress.step * images, unit="img",
+            unit_scale=True, smoothing=0.05, disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 30,
+        )  # fmt: skip
+        with bar:
+            while progress.epoch < recipe.train.epochs:
+                self._epoch(bar)
+                last = progress.epoch == recipe.train.epochs
+                if last or progress.epoch % recipe.evaluation.every == 0:
+                    self._evaluate(bar)
+                if last or progress.epoch % recipe.checkpoint.every == 0 or progress.best_epoch == progress.epoch:
+                    self.save()
+
+    def _epoch(self, bar: Any) -> None:
+        """One epoch, or what is left of it; moves progress to the start of the next."""
+        recipe, progress = self.recipe, self.progress
+        self.schedule.step(progress.epoch)
+        self.method.train()
+        accumulate = recipe.train.accumulate
+        set_epoch(self.loader, progress.epoch)
+        skip = progress.step_in_epoch * accumulate
+        loader = skip_first_batches(self.loader, skip) if skip else self.loader
+        started, first_step = time.monotonic(), progress.step
+        pulses = Pulses(self.accelerator)
+        for index, batch in enumerate(loader, start=skip):
+            if index >= self.steps_per_epoch * accumulate:
+                continue  # the rest of the epoch is less than one batch of the recipe
+            last = (index + 1) % accumulate == 0
+            outputs = self._forward_backward(batch, last)
+            pulses.push(outputs, batch["row"], self.stop_requested, progress.epoch, progress.step)
+            if last:
+                self._update()
+                progress.step += 1
+                progress.step_in_epoch += 1
+                bar.update(recipe.train.batch_size)
+            if any([self._heed(pulse) for pulse in pulses.ready()]) and last:
+                self._stop(pulses)
+        for pulse in pulses.drain():
+            self._heed(pulse)
+        seconds = time.monotonic() - started
+        progress.seconds += seconds
+        speed = (progress.step - first_step) * recipe.train.batch_size / max(seconds, 1e-9)
+        means = {name: total / (self.steps_per_epoch * accumulate) for name, total in progress.sums.items()}
+        progress.epoch, progress.step_in_epoch, progress.sums = progress.epoch + 1, 0, {}
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._write({f"train/{k}": v for k, v in means.items()} | {"lr": lr, "images_per_second": speed})
+        bar.set_description(f"epoch {progress.epoch}/{recipe.train.epochs}")
+        bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+
+    def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        accumulate = self.recipe.train.accumulate
+        with nullcontext() if last else self.accelerator.no_sync(self.method.net):
+            outputs = self.method(batch)
+            self.accelerator.backward(outputs["loss"] / accumulate)
+        labels = batch["label"].repeat(self.method.views)
+        outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
+        return outputs
+
+    def _update(self) -> None:
+        if self.recipe.optimizer.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.method.net.parameters(), self.recipe.optimizer.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _heed(self, pulse: Pulse) -> bool:
+        """Count the figures of a step; returns whether any process was asked to stop. Raises NonFiniteLoss."""
+        if not all(map(math.isfinite, pulse.figures.values())):
+            lr = self.optimizer.param_groups[0]["lr"]
+            record = {"epoch": pulse.epoch, "step": pulse.step, "lr": lr, "rows": pulse.rows.tolist()}
+            path = self.folder / f"nonfinite-step{pulse.step}-process{self.accelerator.process_index}.json"
+            path.write_text(json.dumps(record))
+            raise NonFiniteLoss(
+                f"the loss is not finite in epoch {pulse.epoch}, step {pulse.step} (learning rate {lr:g}, "
+                f"{pulse.figures}). The rows of that batch are in {path}; nothing was saved after it. Lower "
+                "optimizer.lr, set optimizer.clip_norm or raise schedule.warmup_epochs, and start again or --resume"
+            )
+        for name, value in pulse.figures.items():
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
+        return pulse.stop
+
+    def _stop(self, pulses: Pulses) -> None:
+        for pulse in pulses.drain():
+            self._heed(pulse)
+        self.save()
+        raise Stopped(
+            f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}; all is saved in "
+            f"{self.folder}: go on with --resume"
+        )
+
+    # ---------------------------------------------------------------- evaluation
+
+    def _evaluate(self, bar: Any) -> None:
+        figures: dict[str, dict[str, float]] = {}
+        for name, loader in self.eval_loaders.items():
+            figures[name] = evaluate(self.accelerator, self.method.net, loader, self.data.counts).compute()
+        self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
+        progress = self.progress
+        if "validation" in figures:
+            select = self.recipe.evaluation.select
+            if select not in figures["validation"]:
+                raise RecipeError(f"evaluation.select: no figure {select!r}; there are: {list(figures['validation'])}")
+            score = figures["validation"][select]
+            if progress.best is None or score > progress.best:
+                progress.best, progress.best_epoch = score, progress.epoch
+                progress.best_checkpoint = f"step-{progress.step:08d}"
+        if self.main:
+            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
+
+    def finish(self) -> None:
+        """Evaluate the last and the best checkpoint, write the figures, and export a plain timm model."""
+        progress = self.progress
+        plain = self.accelerator.unwrap_model(self.method.net)
+        results = self._final("last", f"last epoch ({progress.epoch}), not selected")
+        best = progress.best_checkpoint
+        if best is not None and best != f"step-{progress.step:08d}":
+            net, _ = checkpoint.load(self.folder / "checkpoints" / best)
+            plain.load_state_dict(net)
+            chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
+            results |= self._final("best", chosen)
+        if self.main:
+            print(table(results))
+            self._export(plain)
+        self.accelerator.wait_for_everyone()
+
+    def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
+        rows = {}
+        for split, loader in self.eval_loaders.items():
+            meter = evaluate(self.accelerator, self.method.net, loader, self.data.counts)
+            record = about(self.splits[split], name, chosen, self.data.counts, self.data.class_names)
+            if self.main:
+                write(self.folder, f"{split}-{name}", meter, record)
+            rows[f"{self.splits[split].name}, {record['images']} images, checkpoint {name}: {chosen}"] = meter.compute()
+        return rows
+
+    def _export(self, net: Any) -> None:
+        size = tuple(next(iter(eval_loader(self.data.test, self.recipe.views, 1)))["image"].shape[1:])
+        try:
+            export(net, self.folder / "model", self.data.class_names, size)
+            print(f'saved: {self.folder}; plain timm model: timm.create_model("local-dir:{self.folder / "model"}")')
+        except ValueError as error:
+            print(f"saved: {self.folder}; {error}")
+
+    # ---------------------------------------------------------------- state
+
+    def save(self) -> None:
+        """A checkpoint of this moment, written by the main process."""
+        progress = self.progress
+        net = self.accelerator.unwrap_model(self.method.net)
+        own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in net.named_buffers()}}
+        ranks = gather_object([own])
+        with agreed_statistics(net):
+            if self.main:
+                scaler = self.accelerator.scaler
+                state = {
+                    "progress": asdict(progress),
+                    "recipe": self.recipe.to_dict(),
+                    "processes": self.accelerator.num_processes,
+                    "method": {k: v for k, v in self.method.state_dict().items() if not k.startswith("net.")},
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "ranks": ranks,
+                }
+                folder = self.folder / "checkpoints"
+                checkpoint.save(folder, progress.step, net.state_dict(), state)
+                spare = [progress.best_checkpoint] if progress.best_checkpoint else []
+                checkpoint.prune(folder, self.recipe.checkpoint.keep, spare)
+        self.accelerator.wait_for_everyone()
+
+    def open(self, resume: bool) -> None:
+        """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
+        self.folder = broadcast_object_list([self._choose_folder(resume)])[0]
+        before = checkpoint.newest(self.folder / "checkpoints") if resume else None
+        if before is not None:
+            self._restore(*before)
+        if self.main:
+            record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
+            self.log = Log(self.folder, self.recipe, record, self.progress.step)
+            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def _choose_folder(self, resume: bool) -> Path:
+        """The recipe's folder to go on in it; otherwise the first of name, name-2, name-3 ... that is free."""
+        first = Path(self.recipe.output) / self.recipe.name
+        number, folder = 1, first
+        while folder.exists() and not resume:
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+        return folder
+
+    def _restore(self, path: Path, net: dict[str, Tensor], state: dict[str, Any]) -> None:
+        saved, now = state["recipe"], self.recipe.to_dict()
+        changed = [key for key in now if key not in FREE_KEYS and now[key] != saved.get(key)]
+        if changed:
+            raise RecipeError(
+                f"{path} was made by another recipe (different: {', '.join(changed)}): resume with "
+                f"{self.folder / 'recipe.yaml'}, or start a new run with output=... or name=..."
+            )
+        accelerator = self.accelerator
+        plain = accelerator.unwrap_model(self.method.net)
+        plain.load_state_dict(net)
+        self.method.load_state_dict(state["method"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if state["processes"] == accelerator.num_processes:
+            own = state["ranks"][accelerator.process_index]
+            for name, buffer in plain.named_buffers():
+                buffer.copy_(own["buffers"][name])
+            checkpoint.set_random_state(own["random"])
+        elif self.main:
+            warnings.warn(
+                f"{path} was saved by {state['processes']} processes and goes on with {accelerator.num_processes}: "
+                "batches, learning rate and augmentations stay the same; BatchNorm's batches, dropout and in-batch "
+                "pairs of one process change, so the result will differ in the noise of training",
+                stacklevel=2,
+            )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+    def _write(self, figures: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(self.progress.epoch, self.progress.step, figures)
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.accelerator.end_training()
+
+    def dry_run(self) -> None:
+        """One step and one evaluation batch of each split; writes nothing."""
+        self.method.train()
+        batch = next(iter(self.loader))
+        loss = float(self._forward_backward(batch, last=True)["loss"])
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss of the first step is {loss}")
+        self._update()
+        for loader in self.eval_loaders.values():
+            self.accelerator.unwrap_model(self.method.net).eval().classify(next(iter(loader))["image"])
+        if self.main:
+            counts = self.data.counts
+            print(
+                f"dry run: {self.data.train.name}: {len(self.data.train.labels)} images, {len(counts)} classes of "
+                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; "
+                f"{self.steps_per_epoch} steps an epoch, {self.recipe.train.epochs} epochs; evaluated on "
+                f"{', '.join(split.name for split in self.splits.values())}. Nothing was written."
+            )
+
+
+@dataclass
+class Pulse:
+    """What the host reads of one forward pass."""
+
+    epoch: int
+    step: int
+    rows: Tensor
+    figures: dict[str, float]
+    stop: bool
+
+
+class Pulses:
+    """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read LAG
+    passes late, so that the host never waits for the device."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.waiting: deque[tuple[int, int, Tensor, list[str], Tensor, Any]] = deque()
+
+    def push(self, outputs: dict[str, Tensor], rows: Tensor, stop: bool, epoch: int, step: int) -> None:
+        """outputs: scalars on the device."""
+        told = [*(value.detach().float() for value in outputs.values()), outputs["loss"].new_tensor(float(stop))]
+        host = self.accelerator.reduce(torch.stack(told), "mean").to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if rows.is_cuda else None
+        if copied is not None:
+            copied.record()
+        self.waiting.append((epoch, step, rows, list(outputs), host, copied))
+
+    def ready(self) -> list[Pulse]:
+        """Those that are LAG passes old."""
+        return [self._read() for _ in range(len(self.waiting) - LAG)]
+
+    def drain(self) -> list[Pulse]:
+        """All that are left."""
+        return [self._read() for _ in range(len(self.waiting))]
+
+    def _read(self) -> Pulse:
+        epoch, step, rows, names, host, copied = self.waiting.popleft()
+        if copied is not None:
+            copied.synchronize()
+        *figures, stop = host.tolist()
+        return Pulse(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)

@@ -1,0 +1,29 @@
+"""Shared fixtures. Tests over real data skip, with the reason, where that data is absent."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _folder(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"real data absent: no folder {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return _folder("")
+
+
+@pytest.fixture(scope="session")
+def shared_cifar10() -> Path:
+    return _folder("cifar10")
+
+
+@pytest.fixture(scope="session")
+def shared_lists() -> Path:
+    return _folder("lists")
