@@ -45,7 +45,7 @@ def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
 
     logits: (N, K). labels: (N,). counts: (K,) training images. Returns a scalar, the mean.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels)
 
 
@@ -57,7 +57,7 @@ def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> T
     weights: (N,) the weight of each query's class, ones by default. Returns a scalar, the mean over all N queries.
     P_i are the valid positives of query i; a query that has none adds 0 and gets no gradient.
     """
-    logits = _at_least_float32(pairs.similarity) / temperature
+    logits = at_least_float32(pairs.similarity) / temperature
     # The lowest finite number, not -inf: a row without any valid pair must give zeros, not NaN.
     logits = logits.masked_fill(~pairs.valid, torch.finfo(logits.dtype).min)
     positive = pairs.positive & pairs.valid
@@ -67,5 +67,6 @@ def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> T
     return (loss if weights is None else loss * weights).mean()
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; wider types as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

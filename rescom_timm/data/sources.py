@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
+from datasets.table import InMemoryTable
 from huggingface_hub.errors import HfHubHTTPError
 
 from rescom_timm.data.index import RULES, Index, at_most, draw, holdout, parse_call, parse_rule
@@ -38,7 +40,7 @@ class DataConfig:
     """What to train and test on. Raises ValueError for a rule that cannot be."""
 
     source: str
-    """"digits", a Hub id, a folder of parquet / arrow / save_to_disk, or an image root where index is a list of paths."""
+    """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths."""
     subset: str | None = None
     """Configuration of a Hub data set that has several."""
     train: str = "train"
@@ -46,7 +48,7 @@ class DataConfig:
     test: str = "test"
     """Name of the split to test on."""
     index: str = "all"
-    """Training rows: "all", "exponential(100)", "step(100)", or an index file, an official list, an iNaturalist JSON."""
+    """Training rows: "all", "exponential(100)", "step(100)", an index file, official list or iNaturalist JSON."""
     test_index: str = "all"
     """Test rows, likewise."""
     validation: str = "none"
@@ -269,7 +271,7 @@ def _table_part(
     labels, names = table.labels, table.class_names
     name = f"{_short(config.source)} {split}" + ("" if spec == "all" else f", {_short(spec)}")
     info = {"source": config.source, "split": split, "rule": spec}
-    notes = {"rule": spec}
+    notes: dict[str, Any] = {"rule": spec}
     classes = num_classes or (len(names) if names else None)
     dataset = table.dataset
     if spec == "all" or parse_call(spec, RULES):
@@ -299,8 +301,8 @@ def _table(config: DataConfig, folder: Path, split: str) -> _Table:
     dataset = _digits(split) if config.source == "digits" else _open(config, folder, split)
     if dataset.info.builder_name == "imagefolder":
         raise ValueError(
-            f"{config.source} is a repository of loose image files, which would be numbered in string order and scanned "
-            "at every start: download it and run  tools/index.py init FOLDER"
+            f"{config.source} is a repository of loose image files, which would be numbered in string order and "
+            "scanned at every start: download it and run  tools/index.py init FOLDER"
         )
     image, label = _columns(dataset.features, config)
     dataset = dataset.select_columns([image] + ([label] if label else []))
@@ -327,7 +329,7 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
         if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
             found: Any = datasets.load_from_disk(str(folder))
             if not isinstance(found, DatasetDict):
-                raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict with train and test")
+                raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict of train and test")
             if split not in found:
                 raise ValueError(f"Unknown split {split!r}. Should be one of {list(found)}.")
             return found[split]
@@ -520,11 +522,22 @@ def _root_part(
     if layout != LAYOUTS[0][0]:
         log.info("%s: paths are read %s", spec, layout)
     index = replace(index, keys=paths, class_names=index.class_names or _folder_names(index))
-    full = pc.binary_join_element_wise(str(root), pa.array(paths), "/")
-    features = Features(image=Image(decode=False), label=Value("int64"))
-    dataset = Dataset.from_dict({"image": full, "label": pa.array(index.labels)}, features=features)
     notes = {"rule": spec, "paths": layout}
-    return _Part(f"{root.name} {Path(spec).name}", None, dataset, np.arange(len(index)), index, notes)
+    name = f"{root.resolve().name} {Path(spec).name}"
+    return _Part(name, None, _files_dataset(root, paths, index.labels), np.arange(len(index)), index, notes)
+
+
+def _files_dataset(root: Path, paths: list[str], labels: np.ndarray) -> Dataset:
+    """Paths and labels as a data set, in pieces and without a detour over Python objects: 437,513 rows in 30 MB."""
+    image = Image(decode=False)
+    pieces = []
+    for start in range(0, len(paths), 65536):
+        full = pc.binary_join_element_wise(f"{root}", pa.array(paths[start : start + 65536]), "/")
+        pieces.append(pa.StructArray.from_arrays([pa.nulls(len(full), pa.binary()), full], ["bytes", "path"]))
+    table = InMemoryTable(pa.table({"image": pa.chunked_array(pieces, image.pa_type), "label": labels}))
+    info = datasets.DatasetInfo(features=Features(image=image, label=Value("int64")))
+    # With no fingerprint given, datasets pickles the whole table to make one.
+    return Dataset(table, info=info, fingerprint=uuid.uuid4().hex[:16])
 
 
 def _without_lead(path: str) -> str:
@@ -571,15 +584,14 @@ def fit_layout(root: str | Path, paths: list[str]) -> tuple[str, list[str]]:
 
 
 def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
-    """Which of the paths are not under ``root``, in their order. Lists each folder once instead of asking for each file."""
+    """Which of the paths are not under ``root``, in their order. Lists each folder once, and stats no file."""
     folders: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
         folders.setdefault(path.rpartition("/")[0], []).append(i)
     missing = []
     for folder, members in folders.items():
         try:
-            with os.scandir(os.path.join(root, folder)) as entries:
-                names = {entry.name for entry in entries}
+            names = set(os.listdir(os.path.join(root, folder)))
         except (FileNotFoundError, NotADirectoryError):
             names = set()
         missing += [i for i in members if paths[i].rpartition("/")[2] not in names]
@@ -607,7 +619,7 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
         if len(paths) == before:
             raise ValueError(f"the class folder {root / name} holds no image: fill it or take it away")
     if len(names) < 2:
-        raise ValueError(f"{root} holds {len(names)} class folders: put the images of each class in a folder of its own")
+        raise ValueError(f"{root} holds {len(names)} class folders: put each class's images in a folder of its own")
     return Index(paths, np.array(labels), len(names), {"source": str(root)}, names), others
 
 

@@ -65,19 +65,18 @@ def table(confusion: Confusion) -> style.Table:
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
     """The matrix in percent of each row's images and, where groups are known, the same by group beside it."""
     present = style.present(confusion.groups)
-    figure = style.new_figure(11.5 if present else 7.6, 6.8)
-    main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.4, 1] if present else None, squeeze=False)[0]
+    figure = style.new_figure(10.6 if present else 7.6, 6.8)
+    main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.6, 1] if present else None, squeeze=False)[0]
     sizes = _block_sizes(confusion, cells)
     blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
     image = _heat(main, _shares(confusion, blocks))
-    if len(sizes) < len(confusion.order):
-        share = f"a cell merges up to {sizes.max()} neighbouring classes"
-    else:
-        share = "all classes"
-    title = f"{style.plain(confusion.title)}: {len(confusion.order)} classes, {share}"
+    merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < len(confusion.order) else ""
+    title = f"{style.plain(confusion.title, 60)}\n{len(confusion.order):,} classes{merged}"
     lost = int(confusion.unpredicted.sum())
     style.tidy(main, title + (f"; {lost} images without valid output" if lost else ""), "predicted", "label")
-    figure.colorbar(image, ax=main, shrink=0.8, pad=0.01).set_label("percent of the row's images", fontsize=8)
+    bar = figure.colorbar(image, ax=main, shrink=0.7, pad=0.01, aspect=30)
+    bar.set_label("percent of the row's images", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     _ticks(main, confusion, sizes)
     if present:
         _by_group(side[0], confusion, present)
@@ -113,9 +112,9 @@ def _heat(axes: Axes, shares: npt.NDArray[np.float64]) -> AxesImage:
     return axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
 
 
-def _numbers(axes: Axes, shares: npt.NDArray[np.float64], size: int) -> None:
+def _numbers(axes: Axes, shares: npt.NDArray[np.float64], size: int, least: float = 0.5) -> None:
     for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.5:
+        if share >= least:
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=size,
                       color="white" if share > 35 else "black")  # fmt: skip
 
@@ -123,7 +122,7 @@ def _numbers(axes: Axes, shares: npt.NDArray[np.float64], size: int) -> None:
 def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> None:
     k, n = len(confusion.order), len(sizes)
     if k <= _NAMED and n == k:
-        names = [style.plain(confusion.class_names[c], 18) for c in confusion.order]
+        names = [style.plain(confusion.class_names[c], 22) for c in confusion.order]
         longest = max(map(len, names))
         axes.set_xticks(range(k), names, rotation=90 if k > _NUMBERED or longest > 3 else 0)
         axes.set_yticks(range(k), names)
@@ -138,7 +137,6 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
     for group in style.present(confusion.groups):
         inside = np.flatnonzero(names_shown == group)
         first, last = np.searchsorted(starts, [inside[0], inside[-1] + 1]) - 0.5
-        # a coloured bar on the diagonal's corner marks each group; thin lines mark its borders
         axes.plot([first, last, last, first, first], [first, first, last, last, first],
                   color=style.GROUP_COLORS[group], linewidth=1.6, clip_on=False, zorder=4)  # fmt: skip
         if last < n - 0.5:
@@ -150,7 +148,7 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
 def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
     shares = _shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
     _heat(axes, shares)
-    _numbers(axes, shares, 10)
+    _numbers(axes, shares, 10, least=0)
     style.tidy(axes, "by group, percent", "predicted", "label")
     axes.set_xticks(range(len(present)), present)
     axes.set_yticks(range(len(present)), present, rotation=90, va="center")

@@ -69,7 +69,7 @@ def draw(tail: LongTail) -> Figure:
     top.set_yscale("log")
     top.set_ylim(bottom=max(0.5, 0.5 * tail.counts.min()))
     smallest = max(int(tail.counts.min()), 1)
-    title = f"{style.plain(tail.title)}: {k} classes, imbalance {tail.counts.max() / smallest:.3g}"
+    title = f"{style.plain(tail.title, 60)}\n{k:,} classes, imbalance {tail.counts.max() / smallest:,.0f}"
     style.tidy(top, title, "", "training images\n(log scale)", "y")
     style.group_legend(top, tail.groups, loc="upper right")
     if k > _BARS:

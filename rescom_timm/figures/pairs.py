@@ -118,11 +118,13 @@ def draw(pairs: PairFrequency) -> Figure:
                "query's class")  # fmt: skip
     left.set_xticks([])
     left.set_yticks([])
-    figure.colorbar(image, ax=left, shrink=0.85).set_label("mean pairs of a batch (log scale)", fontsize=8)
+    bar = figure.colorbar(image, ax=left, shrink=0.85)
+    bar.set_label("mean pairs of a batch (log scale)", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
 
     x = np.arange(len(order))
     formula, found = np.diagonal(pairs.expected)[order], np.diagonal(pairs.simulated)[order]
-    right.plot(x, np.where(formula > 0, formula, np.nan), color="black", linewidth=1, label="formula", zorder=1)
+    right.plot(x, np.where(formula > 0, formula, np.nan), color="black", linewidth=1, label="formula", zorder=3)
     for name in style.present(names):
         inside = (names[order] == name) & (found > 0)
         look = {"color": style.GROUP_COLORS[name], "marker": style.GROUP_MARKERS[name], "zorder": 2}
@@ -140,8 +142,8 @@ def draw(pairs: PairFrequency) -> Figure:
 def _gamma(pairs: PairFrequency) -> str:
     ratio = pairs.counts.max() / max(pairs.counts.min(), 1)
     simulated = pairs.imbalance(pairs.simulated)
-    measured = f"{simulated:,.4g}" if np.isfinite(simulated) else "none seen of the rarest"
+    measured = f"{simulated:,.0f}" if np.isfinite(simulated) else "none seen of the rarest"
     return (
-        f"gamma: simulated {measured}, formula {pairs.imbalance(pairs.expected):,.4g}\n"
-        f"images $N_1/N_K$ = {ratio:,.4g}, squared {ratio**2:,.4g}"
+        f"gamma: simulated {measured}, formula {pairs.imbalance(pairs.expected):,.0f}\n"
+        f"images $N_1/N_K$ = {ratio:,.0f}, squared {ratio**2:,.0f}"
     )

@@ -53,5 +53,5 @@ def draw(slots: Slots) -> Figure:
         style.tidy(panel, title, "classes, most to fewest images", "" if index else "keys of the class", "y")
         panel.title.set_fontsize(8.5)
         panel.set_xticks([])
-    style.group_legend(panels[-1], groups)
+    style.group_legend(figure, groups, loc="outside lower center", columns=3)
     return figure

@@ -55,8 +55,8 @@ def draw(reliability: Reliability) -> Figure:
     top.bar(x, accuracy, color="#0072B2", edgecolor="white", label="accuracy", **options)
     top.bar(x, confidence - accuracy, bottom=accuracy, facecolor="none", edgecolor="#D55E00", hatch="////",
             label="gap to the mean confidence", **options)  # fmt: skip
-    top.plot([0, 100], [0, 100], color=style.GREY, linestyle="--", linewidth=1, label="perfect calibration")
-    title = f"{style.plain(reliability.title)}: ECE {reliability.ece:.2f} percent ({bins} bins)"
+    top.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=1.2, zorder=3, label="perfect calibration")
+    title = f"{style.plain(reliability.title, 60)}\nECE {reliability.ece:.2f} percent ({bins} bins)"
     style.tidy(top, title, "", "accuracy (percent)", "y")
     top.legend(frameon=False, fontsize=8, loc="upper left")
     top.set(xlim=(0, 100), ylim=(0, 100))

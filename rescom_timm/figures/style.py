@@ -40,8 +40,8 @@ def color(index: int) -> str:
 
 
 def line(index: int) -> Literal["-", "--", "-.", ":"]:
-    """The line style of the index-th run: changes once all colours are used."""
-    return LINES[index // len(COLORS) % len(LINES)]
+    """The line style of the index-th run, so that a line under another one still shows through its gaps."""
+    return LINES[index % len(LINES)]
 
 
 def plain(text: object, longest: int = 28) -> str:
@@ -73,13 +73,13 @@ def present(names: npt.NDArray[np.str_]) -> list[str]:
     return [name for name in metrics.GROUPS if name in names]
 
 
-def group_legend(axes: Axes, names: npt.NDArray[np.str_], loc: Any = "best") -> None:
+def group_legend(where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, columns: int = 1) -> None:
     """A legend of the groups that occur, with their rule and the number of their classes."""
     patches = [
         Patch(color=GROUP_COLORS[name], label=f"{GROUP_RULES[name]}: {int((names == name).sum())} classes")
         for name in present(names)
     ]
-    axes.legend(handles=patches, frameon=False, fontsize=8, loc=loc)
+    where.legend(handles=patches, frameon=False, fontsize=8, loc=loc, ncols=columns)
 
 
 def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal["", "x", "y", "both"] = "") -> None:

@@ -69,8 +69,10 @@ def draw(views: Views) -> Figure:
         gap = np.full((height, max(1, width // 32), 3), 255, dtype=np.uint8)
         parts = [part for view in image for part in (view, gap)][:-1]
         panel.imshow(np.concatenate(parts, axis=1), interpolation="nearest")
-        name = style.plain(views.class_names[label], 9 * v)
+        name = style.plain(views.class_names[label], 18 * v)
         panel.set_title(f"{name}\n{views.counts[label]:,} images", fontsize=7, pad=2, loc="left",
                         color=style.GROUP_COLORS[groups[label]])  # fmt: skip
-    figure.suptitle(f"{style.plain(views.title, 80)}: {n} images x {v} views", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"{style.plain(views.title, 80)}: {n} images, {v} view{'s' * (v > 1)} of each", fontsize=10, x=0.01, ha="left"
+    )
     return figure

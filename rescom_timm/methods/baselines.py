@@ -11,7 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import balanced_softmax
+from rescom_timm.contrast.losses import at_least_float32, balanced_softmax
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
 
@@ -55,5 +55,5 @@ class Classification(nn.Module):
         labels = batch["label"].repeat(self.views)
         if isinstance(self.config, BalancedSoftmaxConfig):
             return {"loss": balanced_softmax(logits, labels, self.counts), "logits": logits}
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        loss = F.cross_entropy(at_least_float32(logits), labels, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "logits": logits}

@@ -390,7 +390,7 @@ class Trainer:
         """One step and one evaluation batch of each split; writes nothing."""
         self.method.train()
         batch = next(iter(self.loader))
-        loss = float(self._forward_backward(batch, last=True)["loss"])
+        loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")
         self._update()

@@ -389,6 +389,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_together_see_the_single_process_batches(split: Any, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     script = tmp_path / "two.py"
@@ -443,7 +444,7 @@ def test_no_workers_or_open_files_are_left(split: Any) -> None:
     use()
     gc.collect()
     files = open_files()
-    for _ in range(3):
+    for _ in range(2):
         use()
         gc.collect()
         assert multiprocessing.active_children() == []

@@ -1,0 +1,154 @@
+"""Methods over a stub net: which queries, pairs and keys each mode uses, and what its loss is made of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rescom_timm.contrast.losses import class_weights
+from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method
+from rescom_timm.methods.rescom import QueueConfig
+from rescom_timm.nets.net import Net, ProjectorConfig
+
+COUNTS = torch.tensor([50, 20, 8, 3])
+
+
+class Encoder(nn.Module):
+    head_hidden_size = 6
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12, 6)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def make(config, dim=5):
+    torch.manual_seed(0)
+    net = Net(Encoder(), len(COUNTS), ProjectorConfig(hidden=8, dim=dim)).double()
+    return create_method(net, COUNTS, config)
+
+
+def batch(size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 2, 3, 2, 2, generator=generator, dtype=torch.float64)
+    return {"image": images, "label": torch.randint(0, len(COUNTS), (size,), generator=generator)}
+
+
+def siamese_balanced_softmax(logits, labels):
+    """Eq. 6 by hand: the mean of the two views' cross-entropies of s + log N_k."""
+    views = logits.chunk(2)
+    return sum(F.cross_entropy(view + COUNTS.double().log(), labels) for view in views) / 2
+
+
+def naive_contrast(queries, labels, keys, key_labels, own, config, weights):
+    """Eq. 5 by loops: (query, its class) against `keys`; `own` are in-batch pairs, never mined, for the released mode."""
+    total = queries.new_zeros(())
+    for i, (z, y) in enumerate(zip(queries, labels, strict=True)):
+        positive = sorted(z @ k for k, c in zip(keys, key_labels, strict=True) if c == y)[: config.positives]
+        negative = sorted((z @ k for k, c in zip(keys, key_labels, strict=True) if c != y), reverse=True)
+        negative = negative[: config.negatives]
+        positive = positive + [z @ k for j, (k, c) in enumerate(zip(*own, strict=True)) if j != i and c == y]
+        negative = negative + [z @ k for j, (k, c) in enumerate(zip(*own, strict=True)) if j != i and c != y]
+        bottom = sum(torch.exp(s / config.temperature) for s in positive + negative)
+        terms = [torch.log(torch.exp(s / config.temperature) / bottom) for s in positive]
+        total = total - weights[y] * sum(terms) / len(terms)
+    return total / len(queries)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_rescom_is_eq_5_and_eq_6_with_the_modes_queries_pairs_and_keys(mode):
+    config = RescomConfig(mode=mode, beta=0.9, queue=QueueConfig(per_class=3), positives=2, negatives=5)
+    method = make(config).double()
+    keys = F.normalize(torch.randn(40, 5, dtype=torch.float64), dim=1)
+    key_labels = torch.arange(40) % 4
+    method.queue.enqueue(keys, key_labels)
+    data = batch()
+    y = data["label"]
+    held, held_labels = method.queue.keys.clone(), method.queue.labels.clone()
+    _, logits, z = method.net(data["image"].transpose(0, 1).flatten(0, 1))
+    z1, z2 = z.chunk(2)
+    weights = class_weights(COUNTS, 0.9).double()
+    if mode == "paper":
+        contrast = naive_contrast(z1, y, held, held_labels, (z1[:0], y[:0]), config, weights)
+    else:
+        contrast = naive_contrast(z, y.repeat(2), held, held_labels, (z, y.repeat(2)), config, weights)
+    expected = siamese_balanced_softmax(logits, y) + 0.5 * contrast
+
+    outputs = method(data)
+    assert torch.allclose(outputs["loss"], expected, rtol=1e-9)
+    assert outputs["logits"].shape == (16, 4)
+    mine = torch.autograd.grad(outputs["loss"], list(method.net.parameters()))
+    theirs = torch.autograd.grad(expected, list(method.net.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-10) for a, b in zip(mine, theirs, strict=True))
+    entered = z2 if mode == "paper" else z1
+    for label in y.unique():
+        last = entered[y == label][-3:]
+        slots = method.queue.keys.view(4, 3, 5)[label]
+        assert all((slots - key).abs().sum(dim=1).min() < 1e-9 for key in last)
+
+
+def test_a_query_whose_class_has_no_key_yet_costs_nothing_in_paper_mode():
+    method = make(RescomConfig(mode="paper", negatives=4)).double()
+    outputs = method(batch())
+    assert outputs["loss_contrast"] == 0
+    outputs["loss"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+    assert all(p.grad is None or not p.grad.any() for p in method.net.projector.parameters())
+    assert method(batch())["loss_contrast"] > 0
+
+
+def test_switches_of_the_ablations():
+    data = batch()
+    one_view = make(RescomConfig(siamese=False, contrast_weight=0.0, negatives=4)).double()
+    logits = one_view.net(data["image"][:, 0]).logits
+    outputs = one_view(data)
+    # BatchNorm stands in the projector only, so the logits of one view do not depend on the other.
+    assert torch.allclose(outputs["loss"], F.cross_entropy(logits + COUNTS.double().log(), data["label"]))
+    for kind, slots in (("fifo", 16), ("reversed", 16), ("class_balanced", 16)):
+        method = make(RescomConfig(queue=QueueConfig(kind=kind), positives=2, negatives=5)).double()
+        assert abs(len(method.queue.keys) - slots) <= 2
+        assert method(data)["loss"].isfinite() and method(data)["loss"].isfinite()
+
+
+def test_baselines_are_the_losses_of_their_names():
+    data = batch()
+    for views in (1, 2):
+        cut = {"image": data["image"][:, :views], "label": data["label"]}
+        labels = data["label"].repeat(views)
+        plain = make(CrossEntropyConfig(views=views, label_smoothing=0.1))
+        outputs = plain(cut)
+        expected = F.cross_entropy(outputs["logits"], labels, label_smoothing=0.1)
+        assert torch.allclose(outputs["loss"], expected, rtol=1e-5)
+        balanced = make(BalancedSoftmaxConfig(views=views))
+        outputs = balanced(cut)
+        expected = F.cross_entropy(outputs["logits"] + COUNTS.double().log(), labels)
+        assert torch.allclose(outputs["loss"], expected)
+        assert not any(p.requires_grad for p in balanced.net.projector.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"positives": 5}, "Qp = 5.*Q = 4"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"beta": 1.0}, "beta"),
+        ({"negatives": 0}, "negatives must be at least 1"),
+        ({"contrast_weight": -1.0}, "contrast_weight"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RescomConfig(**settings)
+
+
+def test_more_negatives_than_the_queue_holds_are_refused():
+    with pytest.raises(ValueError, match=r"Qn = 13.*\(K - 1\) Q = 12"):
+        make(RescomConfig(negatives=13))
+    with pytest.raises(ValueError, match="per_class"):
+        QueueConfig(per_class=0)
+
+
+def test_every_method_of_the_table_is_named_by_its_config():
+    assert {config().name for config, _ in METHODS.values()} == set(METHODS)

@@ -1,0 +1,107 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from rescom_timm.nets.net import Net, NetConfig, ProjectorConfig, create_model
+
+
+class Tiny(nn.Module):
+    """A stub encoder of a few weights."""
+
+    head_hidden_size = 6
+    pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 8 * 8, 6)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("depth, weights", [(20, 269_072), (32, 463_504), (44, 657_936), (56, 852_368)])
+def test_cifar_resnets_are_in_timms_registry_with_the_literatures_size(depth, weights):
+    encoder = timm.create_model(f"resnet{depth}_cifar", num_classes=0)
+    assert sum(p.numel() for p in encoder.parameters()) == weights
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+    stages = encoder.forward_intermediates(torch.zeros(1, 3, 32, 32), intermediates_only=True)
+    assert [tuple(stage.shape[1:]) for stage in stages[1:4]] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    convolutions = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == depth - 1 and all(m.kernel_size == (3, 3) for m in convolutions)
+
+
+def test_zero_padding_shortcut_halves_the_map_and_doubles_the_channels():
+    encoder = timm.create_model("resnet20_cifar", num_classes=0)
+    x = torch.arange(16.0 * 4 * 4).view(1, 16, 4, 4)
+    y = encoder.layer2[0].downsample(x)
+    assert y.shape == (1, 32, 2, 2)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any() and not y[:, 24:].any()
+
+
+def test_one_forward_gives_features_logits_and_unit_embeddings():
+    net = Net(Tiny(), 5, ProjectorConfig(hidden=7, dim=4))
+    calls = []
+    net.encoder.register_forward_hook(lambda *_: calls.append(1))
+    features, logits, embeddings = net(torch.randn(3, 3, 8, 8))
+    assert (features.shape, logits.shape, embeddings.shape) == ((3, 6), (3, 5), (3, 4))
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(3), atol=1e-6)
+    assert len(calls) == 1
+    assert torch.equal(logits, net.classifier(features))
+
+
+def test_eight_bit_images_are_normalised_and_floats_taken_as_they_are():
+    net = Net(Tiny(), 5, mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0)).eval()
+    eight_bit = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1), torch.tensor([0.5, 1.0, 2.0]).view(1, 3, 1, 1)
+    normalised = (eight_bit.double() / 255 - mean) / std
+    assert torch.allclose(net.normalize(eight_bit), normalised.float(), atol=1e-6)
+    assert torch.allclose(net.classify(eight_bit), net.classify(normalised.float()), atol=1e-5)
+    assert torch.allclose(net.classify(eight_bit), net(eight_bit).logits)
+
+
+def test_embeddings_of_a_half_precision_projector_are_float32():
+    net = Net(Tiny(), 5).bfloat16().eval()
+    outputs = net(torch.randn(3, 3, 8, 8).bfloat16())
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.embeddings.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "mobilenetv3_small_050", "test_vit", "test_convnext"])
+def test_exported_model_is_plain_timm_with_the_same_logits(name):
+    net = create_model(name, 7)
+    with torch.no_grad():
+        for buffer in net.encoder.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    model = net.to_timm()
+    images = torch.rand(2, *model.pretrained_cfg["input_size"])
+    assert torch.allclose(model(images), net.eval().classify(images), rtol=1e-4, atol=1e-4)
+    assert type(model).__module__.startswith(("timm.", "rescom_timm.nets.cifar_resnet"))
+
+
+def test_a_backbone_whose_own_head_differs_is_refused_at_export():
+    with pytest.raises(ValueError, match="volo_d1_224 cannot be exported"):
+        create_model("volo_d1_224", 3).to_timm()
+    with pytest.raises(ValueError, match="not made by"):
+        Net(Tiny(), 3).to_timm()
+
+
+def test_bad_names_and_sizes_are_refused_with_a_hint():
+    with pytest.raises(ValueError, match="did you mean resnet32_cifar"):
+        create_model("resnet23_cifar", 10)
+    with pytest.raises(ValueError, match="no model 'resnet5000'"):
+        NetConfig(backbone="resnet5000")
+    with pytest.raises(ValueError, match="at least 1"):
+        ProjectorConfig(dim=0)
+    with pytest.raises(ValueError, match="pretrained: true"):
+        NetConfig(weights_file="x.safetensors")
+
+
+def test_local_weights_file_starts_the_encoder(tmp_path):
+    from safetensors.torch import save_file
+
+    source = timm.create_model("resnet20_cifar", num_classes=10)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    net = create_model("resnet20_cifar", 4, pretrained=True, weights_file=str(tmp_path / "w.safetensors"))
+    assert torch.equal(net.encoder.conv1.weight, source.conv1.weight)
