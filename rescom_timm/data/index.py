@@ -15,7 +15,7 @@ An index file is text that a person can read and diff::
 
 The last header line names the columns: ``row label`` (row numbers of the split) or ``path label`` (paths under an
 image root). The reader also takes the official lists as published (``relative/path label`` a line, no header) and
-iNaturalist's JSON annotations. In this file N counts rows and K counts classes.
+iNaturalist's annotations (a ``.json`` file). In this file N counts rows and K counts classes.
 """
 
 import difflib
@@ -26,7 +26,7 @@ import re
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ class Index:
         for start in range(0, len(self), 65536):
             digest.update("".join(self._lines(start, start + 65536)).encode())
         return digest.hexdigest()
+
+    def take(self, positions: np.ndarray, rule: str = "") -> "Index":
+        """The rows at these positions (M,) of the index. ``rule`` is added to what the header says of its making."""
+        keys = self.keys
+        info = {**self.info, "rule": ", ".join(filter(None, [self.info.get("rule"), rule]))} if rule else self.info
+        chosen = [keys[i] for i in positions] if isinstance(keys, list) else keys[positions]
+        return replace(self, keys=chosen, labels=self.labels[positions], info=info)
 
     def _lines(self, start: int, stop: int) -> Iterator[str]:
         keys = self.keys[start:stop]
@@ -182,9 +189,7 @@ def read(
         raise FileNotFoundError(f"no index file {path}")
     problems: list[str] = []
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            is_json = file.readline(80).lstrip().startswith(("{", "["))
-        rows = _read_json(path, problems) if is_json else _read_lines(path, problems)
+        rows = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_lines(path, problems)
     except UnicodeDecodeError as error:
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
     if not rows.labels:

@@ -41,8 +41,6 @@ class DataConfig:
 
     source: str
     """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths."""
-    subset: str | None = None
-    """Configuration of a Hub data set that has several."""
     train: str = "train"
     """Name of the split to train on."""
     test: str = "test"
@@ -58,6 +56,8 @@ class DataConfig:
     """None: found by its feature type."""
     label_column: str | None = None
     """None: found by its feature type."""
+    subset: str | None = None
+    """Configuration of a Hub data set that has several."""
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -160,10 +160,8 @@ class _Part:
 
     def take(self, positions: np.ndarray, rule: str) -> "_Part":
         """The rows at these positions of the part; ``rule`` tells how they were chosen."""
-        keys = self.index.keys
-        chosen = [keys[i] for i in positions] if isinstance(keys, list) else keys[positions]
-        index = replace(self.index, keys=chosen, labels=self.index.labels[positions])
-        return replace(self, rows=self.rows[positions], index=index, notes={**self.notes, "taken": rule})
+        notes = {**self.notes, "taken": rule}
+        return replace(self, rows=self.rows[positions], index=self.index.take(positions), notes=notes)
 
     def split(self) -> Split:
         whole = np.array_equal(self.rows, np.arange(len(self.dataset)))
@@ -190,7 +188,7 @@ def _opener(config: DataConfig, cache: str | Path | None) -> _Opened:
     """How this source opens a split or a list: tables of rows, or a root of image files."""
     folder = Path(config.source).expanduser()
     looks_local = config.source.startswith((".", "/", "~")) or config.source.count("/") > 1
-    if config.source != "digits" and folder.is_dir() and not _holds_tables(folder):
+    if config.source != "digits" and folder.is_dir() and not holds_tables(folder):
         return functools.partial(_root_part, folder)
     if looks_local and not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: data.source is a folder, a Hub id such as owner/name, or digits")
@@ -494,7 +492,7 @@ def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str
 # A root of image files, and lists of paths under it
 
 
-def _holds_tables(folder: Path) -> bool:
+def holds_tables(folder: Path) -> bool:
     """True for a folder of parquet, arrow or save_to_disk. Looks at no more than the first thousand files."""
     files = (name for _, _, names in os.walk(folder) for name in names)
     return any(name.endswith((".parquet", ".arrow")) for name in islice(files, 1000))

@@ -298,10 +298,10 @@ class _Blur:
     hi: float
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        applied, where = torch.rand(2).tolist()
+        applied, at = torch.rand(2).tolist()
         if applied >= self.p:
             return image
-        return image.filter(ImageFilter.GaussianBlur(self.lo + where * (self.hi - self.lo)))
+        return image.filter(ImageFilter.GaussianBlur(self.lo + at * (self.hi - self.lo)))
 
 
 def blur(p: float = 0.5, lo: float = 0.1, hi: float = 2.0) -> Step:

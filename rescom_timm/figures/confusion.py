@@ -4,6 +4,7 @@ Classes stand from most to fewest training images. More than `cells` of them are
 blocks: a cell is then the share of the block's images that are predicted as any class of the other block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,58 +22,68 @@ _NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and th
 
 @dataclass(frozen=True)
 class Confusion:
-    """matrix (K, K) int64 [label, predicted] in the data set's class order; unpredicted (K,) images without a valid
-    output; order (K,) class numbers as shown; groups (K,) names by class number, "" where counts are unknown."""
+    """labels, predicted (N,) of the test images (predicted -1: no valid output); order (K,) class numbers as shown;
+    groups (K,) names by class number, "" where the training counts are unknown; class_names (K)."""
 
     title: str
-    matrix: npt.NDArray[np.int64]
-    unpredicted: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
     order: npt.NDArray[np.int64]
     groups: npt.NDArray[np.str_]
     class_names: tuple[str, ...]
 
 
 def measure(evaluation: Evaluation) -> Confusion:
-    """Counts the pairs (label, predicted) of an evaluation."""
-    k, labels, predicted = evaluation.num_classes, evaluation.labels, evaluation.predicted
-    seen = predicted >= 0
-    matrix = np.bincount(labels[seen] * k + predicted[seen], minlength=k * k).reshape(k, k)
-    known = evaluation.counts is not None
+    """The pairs (label, predicted) of an evaluation, with the order and the groups of its classes."""
+    k, counts = evaluation.num_classes, evaluation.counts
     return Confusion(
         evaluation.title,
-        matrix,
-        np.bincount(labels[~seen], minlength=k),
-        style.by_count(evaluation.training_counts()) if known else np.arange(k),
-        style.group_of(evaluation.training_counts()) if known else np.full(k, ""),
+        evaluation.labels,
+        evaluation.predicted,
+        np.arange(k) if counts is None else style.by_count(counts),
+        np.full(k, "") if counts is None else style.group_of(counts),
         tuple(evaluation.class_names),
     )
 
 
+def shares(confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+    """Percent of the images of each block of classes that are predicted as each block; NaN for a block without images.
+
+    A block is an array of class numbers; every class is in one. Images without a valid output are missing in the rows.
+    """
+    n, block_of = len(blocks), np.empty(len(confusion.order), dtype=np.int64)
+    for index, block in enumerate(blocks):
+        block_of[block] = index
+    row, seen = block_of[confusion.labels], confusion.predicted >= 0
+    pairs = np.bincount(row[seen] * n + block_of[confusion.predicted[seen]], minlength=n * n).reshape(n, n)
+    images = np.bincount(row, minlength=n)[:, None]
+    return np.where(images > 0, 100 * pairs / np.maximum(images, 1), np.nan)
+
+
 def table(confusion: Confusion) -> style.Table:
     """One row per pair that occurs; predicted -1 stands for images without a valid output."""
-    label, predicted = confusion.matrix.nonzero()
-    lost = confusion.unpredicted.nonzero()[0]
-    names = np.asarray(confusion.class_names)
+    pairs, images = np.unique(np.stack([confusion.labels, confusion.predicted]), axis=1, return_counts=True)
+    names = np.asarray([*confusion.class_names, "none"])  # -1 is the last
     return {
-        "label": np.concatenate([label, lost]),
-        "predicted": np.concatenate([predicted, np.full(len(lost), -1)]),
-        "images": np.concatenate([confusion.matrix[label, predicted], confusion.unpredicted[lost]]),
-        "label_name": [*names[label], *names[lost]],
-        "predicted_name": [*names[predicted], *["none"] * len(lost)],
+        "label": pairs[0],
+        "predicted": pairs[1],
+        "images": images,
+        "label_name": names[pairs[0]],
+        "predicted_name": names[pairs[1]],
     }
 
 
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
     """The matrix in percent of each row's images and, where groups are known, the same by group beside it."""
     present = style.present(confusion.groups)
-    figure = style.new_figure(10.6 if present else 7.6, 6.8)
+    figure = style.new_figure(10.6 if present else 7.6, 6.8, "compressed")
     main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.6, 1] if present else None, squeeze=False)[0]
     sizes = _block_sizes(confusion, cells)
     blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
-    image = _heat(main, _shares(confusion, blocks))
+    image = _heat(main, shares(confusion, blocks))
     merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < len(confusion.order) else ""
     title = f"{style.plain(confusion.title, 60)}\n{len(confusion.order):,} classes{merged}"
-    lost = int(confusion.unpredicted.sum())
+    lost = int((confusion.predicted < 0).sum())
     style.tidy(main, title + (f"; {lost} images without valid output" if lost else ""), "predicted", "label")
     bar = figure.colorbar(image, ax=main, shrink=0.7, pad=0.01, aspect=30)
     bar.set_label("percent of the row's images", fontsize=8)
@@ -97,23 +108,14 @@ def _block_sizes(confusion: Confusion, cells: int) -> npt.NDArray[np.int64]:
     return np.array(sizes)
 
 
-def _shares(confusion: Confusion, blocks: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
-    """Percent of the images of each row block that fall in each column block; NaN for a row without images."""
-    order, starts = np.concatenate(blocks), np.cumsum([0, *map(len, blocks[:-1])])
-    summed = confusion.matrix[np.ix_(order, order)]
-    summed = np.add.reduceat(np.add.reduceat(summed, starts, axis=0), starts, axis=1)
-    images = np.array([confusion.matrix[block].sum() + confusion.unpredicted[block].sum() for block in blocks])
-    return np.where(images[:, None] > 0, 100 * summed / np.maximum(images, 1)[:, None], np.nan)
-
-
-def _heat(axes: Axes, shares: npt.NDArray[np.float64]) -> AxesImage:
+def _heat(axes: Axes, percent: npt.NDArray[np.float64]) -> AxesImage:
     # The square root keeps rare confusions visible beside the diagonal.
     axes.set_facecolor("#eeeeee")
-    return axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    return axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
 
 
-def _numbers(axes: Axes, shares: npt.NDArray[np.float64], size: int, least: float = 0.5) -> None:
-    for (row, column), share in np.ndenumerate(shares):
+def _numbers(axes: Axes, percent: npt.NDArray[np.float64], size: int, least: float = 0.5) -> None:
+    for (row, column), share in np.ndenumerate(percent):
         if share >= least:
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=size,
                       color="white" if share > 35 else "black")  # fmt: skip
@@ -131,7 +133,7 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
         axes.set_xticks([])
         axes.set_yticks([])
     if k <= _NUMBERED:
-        _numbers(axes, _shares(confusion, [np.array([c]) for c in confusion.order]), 8 if k <= 12 else 6)
+        _numbers(axes, shares(confusion, [np.array([c]) for c in confusion.order]), 8 if k <= 12 else 6)
     starts = np.cumsum([0, *sizes])
     names_shown = confusion.groups[confusion.order]
     for group in style.present(confusion.groups):
@@ -146,9 +148,9 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
 
 
 def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
-    shares = _shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
-    _heat(axes, shares)
-    _numbers(axes, shares, 10, least=0)
+    percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
+    _heat(axes, percent)
+    _numbers(axes, percent, 10, least=0)
     style.tidy(axes, "by group, percent", "predicted", "label")
     axes.set_xticks(range(len(present)), present)
     axes.set_yticks(range(len(present)), present, rotation=90, va="center")

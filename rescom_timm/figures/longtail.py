@@ -64,8 +64,7 @@ def draw(tail: LongTail) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     colors = [style.GROUP_COLORS[name] for name in tail.groups]
     x = np.arange(k)
-    # A step outline shows thousands of classes as well as ten.
-    top.bar(x, np.maximum(tail.counts, 0.5), width=1 if k > _BARS else 0.85, color=colors, linewidth=0)
+    style.columns(top, np.maximum(tail.counts, 0.5), tail.groups, base=0.1)
     top.set_yscale("log")
     top.set_ylim(bottom=max(0.5, 0.5 * tail.counts.min()))
     smallest = max(int(tail.counts.min()), 1)
@@ -75,9 +74,9 @@ def draw(tail: LongTail) -> Figure:
     if k > _BARS:
         bottom.scatter(x, tail.accuracy, s=max(2, min(14, 4000 / k)), c=colors, alpha=0.6, linewidths=0)
     else:
-        bottom.bar(x, tail.accuracy, width=0.85, color=colors)
+        style.columns(bottom, tail.accuracy, tail.groups)
     _group_means(bottom, tail)
-    bottom.set_ylim(0, 103)
+    bottom.set_ylim(-2 if k > _BARS else 0, 103)
     bottom.set_xlim(-0.6, k - 0.4)
     style.tidy(bottom, "", "", "top-1 accuracy (percent)", "y")
     if k <= _BARS:

@@ -43,12 +43,11 @@ def draw(slots: Slots) -> Figure:
     """One panel per kind of queue, classes from most to fewest training images, coloured by group."""
     order = style.by_count(slots.counts)
     groups = style.group_of(slots.counts)
-    colors = [style.GROUP_COLORS[name] for name in groups[order]]
     n = len(slots.slots)
     figure = style.new_figure(3.6 * n + 0.4, 3.6)
     panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
     for index, (panel, (name, found)) in enumerate(zip(panels, slots.slots.items(), strict=True)):
-        panel.bar(np.arange(len(order)), found[order], width=1.0 if len(order) > 40 else 0.85, color=colors)
+        style.columns(panel, found[order], groups[order])
         title = f"{style.plain(name)}: {found.sum():,} keys, {found.min():,} to {found.max():,} a class"
         style.tidy(panel, title, "classes, most to fewest images", "" if index else "keys of the class", "y")
         panel.title.set_fontsize(8.5)

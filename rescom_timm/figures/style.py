@@ -29,9 +29,9 @@ LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 GREY = "#555555"
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches whose parts keep clear of each other."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    """An empty figure of this size in inches whose parts keep clear of each other; compressed: for square pictures."""
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def color(index: int) -> str:
@@ -80,6 +80,18 @@ def group_legend(where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, co
         for name in present(names)
     ]
     where.legend(handles=patches, frameon=False, fontsize=8, loc=loc, ncols=columns)
+
+
+def columns(axes: Axes, heights: npt.NDArray, names: npt.NDArray[np.str_], base: float = 0) -> None:
+    """Heights (K,) of classes in order of their counts, in the colours of their groups (K,): bars, or past 60 classes
+    one outline per group, which stays small with thousands."""
+    if len(heights) <= 60:
+        axes.bar(np.arange(len(heights)), heights, width=0.85, color=[GROUP_COLORS[name] for name in names])
+        return
+    for name in present(names):
+        inside = np.flatnonzero(names == name)
+        edges = np.arange(inside[0], inside[-1] + 2) - 0.5
+        axes.stairs(heights[inside], edges, baseline=base, fill=True, color=GROUP_COLORS[name])
 
 
 def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal["", "x", "y", "both"] = "") -> None:

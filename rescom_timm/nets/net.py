@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rescom_timm.nets.trainable import freeze_statistics
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -41,6 +43,11 @@ class NetConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Passed on to timm.create_model: drop_path_rate, img_size, global_pool, ..."""
     projector: ProjectorConfig = ProjectorConfig()
+    trainable: tuple[str, ...] = ("all",)
+    """Weights of the backbone that train: all, none, norms, last_block, or patterns such as layer4.2.*; the heads always
+    train."""
+    frozen_statistics: bool = False
+    """Keep the running statistics of BatchNorm as they are instead of updating them."""
 
     def __post_init__(self) -> None:
         if self.weights_file is not None and not self.pretrained:
@@ -85,8 +92,15 @@ class Net(nn.Module):
             nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
         )
         self.recreate = recreate
+        self.frozen_statistics = False
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        if self.frozen_statistics:
+            freeze_statistics(self.encoder)
+        return self
 
     def normalize(self, images: Tensor) -> Tensor:
         """Eight-bit images to normalised floats; floats are returned as they are."""
@@ -105,7 +119,7 @@ class Net(nn.Module):
         return self.classifier(self.encoder(self.normalize(images)))
 
     @torch.no_grad()
-    def to_timm(self) -> nn.Module:
+    def to_timm(self) -> Any:
         """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits.
 
         Raises ValueError for a backbone of which timm has no classifier that takes these weights.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from typing import Any
+
 import timm.optim
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -13,11 +16,12 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.net import Net, NetConfig, create_model
+from rescom_timm.nets.trainable import set_trainable
 from rescom_timm.runs.recipe import OptimizerConfig, Recipe, RecipeError, ScheduleConfig
 
 
 def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
-    return create_model(
+    net = create_model(
         config.backbone,
         num_classes,
         pretrained=config.pretrained,
@@ -27,6 +31,12 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
         std=views.std,
         **config.options,
     )
+    try:
+        set_trainable(net.encoder, config.trainable)
+    except ValueError as error:
+        raise RecipeError(f"net.trainable: {error}") from error
+    net.frozen_statistics = config.frozen_statistics
+    return net
 
 
 def build_method(recipe: Recipe, data: Data) -> Method:
@@ -38,24 +48,31 @@ def build_method(recipe: Recipe, data: Data) -> Method:
         raise RecipeError(f"method: {error}") from error
 
 
-def build_optimizer(config: OptimizerConfig, net: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizers; SGD is without Nesterov unless asked for (timm's own `sgd` is with it)."""
-    weight_decay = config.weight_decay
-    parameters: object = net
-    if config.layer_decay is not None:
-        parameters = [
-            *param_groups_layer_decay(net.encoder, weight_decay, layer_decay=config.layer_decay),  # type: ignore[arg-type]
-            {"params": [p for m in (net.classifier, net.projector) for p in m.parameters() if p.requires_grad]},  # type: ignore[union-attr]
-        ]
-    elif config.decay_norm_and_bias:
-        parameters = [p for p in net.parameters() if p.requires_grad]
-    extra = {"nesterov": config.nesterov} if config.name == "sgd" else {}
+def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
+    """timm's optimizers; SGD is without Nesterov unless asked for (timm's own `sgd` is with it).
+
+    One group of all trained weights, unless the recipe spares norms and biases from decay or scales the learning rate
+    of the encoder or of its layers. Raises RecipeError for a name that timm does not know.
+    """
     if config.name not in timm.optim.list_optimizers():
-        raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; see timm.optim.list_optimizers()")
-    return create_optimizer_v2(
-        parameters, config.name, config.lr, weight_decay, config.momentum,
-        filter_bias_and_bn=not config.decay_norm_and_bias, **extra,
-    )  # fmt: skip
+        near = ", ".join(get_close_matches(config.name, timm.optim.list_optimizers(), n=3)) or "sgd, adamw, lamb"
+        raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others")
+    spared: set[str] = getattr(net.encoder, "no_weight_decay", set)() if not config.decay_norm_and_bias else set()
+    kept = {"weight_decay_exclude_1d": not config.decay_norm_and_bias, "no_weight_decay_list": spared}
+    heads = nn.ModuleList([net.classifier, net.projector])
+    if config.layer_decay is not None:
+        groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
+    else:
+        groups = param_groups_weight_decay(net.encoder, config.weight_decay, **kept)
+    for group in groups:
+        group["lr_scale"] = group.get("lr_scale", 1.0) * config.encoder_lr_scale
+    groups += param_groups_weight_decay(heads, config.weight_decay, not config.decay_norm_and_bias)
+    if not config.decay_norm_and_bias or config.layer_decay is not None or config.encoder_lr_scale != 1:
+        parameters: list[Any] = groups
+    else:
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    extra = {"nesterov": config.nesterov} if config.name == "sgd" else {}
+    return create_optimizer_v2(parameters, config.name, config.lr, config.weight_decay, config.momentum, **extra)
 
 
 def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, lr: float, epochs: int) -> Scheduler:

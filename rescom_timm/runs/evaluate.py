@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import processes
+from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import Split
+from rescom_timm.data.sources import load as load_data
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs.build import build_method
+from rescom_timm.runs.recipe import load as load_recipe
 
 
 @torch.no_grad()
@@ -79,12 +84,54 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def about(split: Split, checkpoint: str, chosen: str, counts: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+def about(split: Split, which: str, chosen: str, class_names: list[str]) -> dict[str, Any]:
     """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
     return {
         "split": split.name,
         "images": len(split.labels),
-        "checkpoint": checkpoint,
+        "checkpoint": which,
         "chosen": chosen,
         "class_names": class_names,
     }
+
+
+def title(about: dict[str, Any]) -> str:
+    return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
+
+
+def evaluate_run(
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
+) -> tuple[str, str, Meter]:
+    """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
+
+    which: "last", "best" (on validation), or the folder of a checkpoint. split: "test" or "validation".
+    overrides: key=value words over the run's own recipe. Raises RecipeError, CheckpointError or ValueError.
+    """
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    folder = run / "checkpoints"
+    found = checkpoint.newest(folder) if which in ("last", "best") else (Path(which), *checkpoint.load(Path(which)))
+    if found is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
+    path, weights, state = found
+    chosen = f"after epoch {state['progress']['epoch']}, not selected"
+    if which == "best":
+        if state["progress"]["best_checkpoint"] is None:
+            raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation to choose it on")
+        path = folder / state["progress"]["best_checkpoint"]
+        weights, _ = checkpoint.load(path)
+        chosen = f"epoch {state['progress']['best_epoch']}, best {recipe.evaluation.select} on validation"
+    data = load_data(recipe.data)
+    part = {"test": data.test, "validation": data.validation}[split]
+    if part is None:
+        raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    method = build_method(recipe, data).to(accelerator.device)
+    method.net.load_state_dict(weights)
+    batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
+    loader = accelerator.prepare(batches)
+    meter = evaluate(accelerator, method.net, loader, data.counts)
+    label = which if which in ("last", "best") else path.name
+    record = about(part, label, chosen, data.class_names)
+    name = f"{split}-{label}"
+    write(run, name, meter, record)
+    return name, title(record), meter

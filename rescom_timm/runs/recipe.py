@@ -44,6 +44,8 @@ class OptimizerConfig:
     """Weight decay on every parameter, one group (the paper); false spares biases and norms, as usual for ViTs."""
     layer_decay: float | None = None
     """Learning rate of each layer of the backbone relative to the layer above it, e.g. 0.75 for a ViT."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of the backbone relative to that of classifier and projector, for fine-tuning."""
     clip_norm: float | None = None
     """Largest gradient norm; null: no clipping."""
 
@@ -54,6 +56,8 @@ class OptimizerConfig:
             raise ValueError("weight_decay must be at least 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError("clip_norm must be above 0, or null for none")
+        if self.encoder_lr_scale <= 0:
+            raise ValueError("encoder_lr_scale must be above 0; net.trainable: [none] freezes the backbone")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError("layer_decay must be in (0, 1]")
 
@@ -125,6 +129,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class Recipe:
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # of every section too
+
     data: DataConfig
     name: str = ""
     """Names the run folder; the file's own name by default."""

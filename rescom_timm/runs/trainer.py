@@ -32,7 +32,7 @@ from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule
-from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, write
+from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.hub import export
 from rescom_timm.runs.log import Log
 from rescom_timm.runs.recipe import Recipe, RecipeError
@@ -279,10 +279,10 @@ class Trainer:
         rows = {}
         for split, loader in self.eval_loaders.items():
             meter = evaluate(self.accelerator, self.method.net, loader, self.data.counts)
-            record = about(self.splits[split], name, chosen, self.data.counts, self.data.class_names)
+            record = about(self.splits[split], name, chosen, self.data.class_names)
             if self.main:
                 write(self.folder, f"{split}-{name}", meter, record)
-            rows[f"{self.splits[split].name}, {record['images']} images, checkpoint {name}: {chosen}"] = meter.compute()
+            rows[title(record)] = meter.compute()
         return rows
 
     def _export(self, net: Any) -> None:

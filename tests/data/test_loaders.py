@@ -342,11 +342,10 @@ def test_resume_in_mid_epoch_is_exact(split: Any, workers: int) -> None:
 def test_each_process_gets_its_slice_of_the_same_global_batch(split: Any) -> None:
     """Accelerate's wrappers as they are in two processes: the epoch must reach our order through both."""
     plain = train_loader(split, VIEWS, 2, 8, seed=1, speed=HERE)
+    loaders = [train_loader(split, VIEWS, 2, 8, seed=1, speed=HERE) for _ in range(2)]
     ranks = [
-        prepare_data_loader(
-            train_loader(split, VIEWS, 2, 8, seed=1, speed=HERE), num_processes=2, process_index=rank, split_batches=True
-        )
-        for rank in range(2)
+        prepare_data_loader(loader, num_processes=2, process_index=rank, split_batches=True)
+        for rank, loader in enumerate(loaders)
     ]
     for epoch in (0, 3):
         whole = epoch_of(plain, epoch)
@@ -372,7 +371,8 @@ SCRIPT = """
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     assert accelerator.num_processes == 2
     split, speed = make_split(), SpeedConfig(workers=1)
-    loader = accelerator.prepare(train_loader(split, VIEWS, 2, 8, 1, config=LoaderConfig("class_balanced"), speed=speed))
+    loader = train_loader(split, VIEWS, 2, 8, 1, config=LoaderConfig("class_balanced"), speed=speed)
+    loader = accelerator.prepare(loader)
     kept = {{}}
     for epoch in (0, 1):
         set_epoch(loader, epoch)
@@ -413,7 +413,7 @@ def test_two_processes_together_see_the_single_process_batches(split: Any, tmp_p
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_training_never_loses_the_rows_that_evaluation_pads(split: Any) -> None:
-    """gather_for_metrics cuts the last batch to the remainder: right for evaluation, wrong for dropped-last training."""
+    """gather_for_metrics cuts the last batch to the remainder: right in evaluation, wrong where it was dropped."""
     training = prepare_data_loader(train_loader(split, VIEWS, 1, 8, speed=HERE), split_batches=True)
     evaluation = prepare_data_loader(eval_loader(split, VIEWS, 8, speed=HERE), split_batches=True)
     for loader, remainder in ((training, -1), (evaluation, 36 % 8)):

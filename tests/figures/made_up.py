@@ -43,8 +43,8 @@ def make_run(
     with (path / "metrics.jsonl").open("w") as file:
         for epoch in range(epochs):
             lr = 0.1 * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
-            row = {"epoch": epoch, "step": 10 * (epoch + 1), "lr": lr, "images_per_second": 900.0,
-                   "train/loss": 2 * np.exp(-epoch / 5) + 0.1 * seed, "train/top1": 90 * (1 - np.exp(-epoch / 4))}  # fmt: skip
+            row = {"epoch": epoch, "step": 10 * (epoch + 1), "lr": lr, "images_per_second": 900.0}
+            row |= {"train/loss": 2 * np.exp(-epoch / 5) + 0.1 * seed, "train/top1": 90 * (1 - np.exp(-epoch / 4))}
             file.write(json.dumps(row) + "\n")
             if epoch % 3 == 2:
                 tested = {name: level * (1 - np.exp(-epoch / 4)) for name, level in

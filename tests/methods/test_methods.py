@@ -43,7 +43,7 @@ def siamese_balanced_softmax(logits, labels):
 
 
 def naive_contrast(queries, labels, keys, key_labels, own, config, weights):
-    """Eq. 5 by loops: (query, its class) against `keys`; `own` are in-batch pairs, never mined, for the released mode."""
+    """Eq. 5 by loops: queries against mined `keys`; `own` are in-batch pairs, never mined, of the released mode."""
     total = queries.new_zeros(())
     for i, (z, y) in enumerate(zip(queries, labels, strict=True)):
         positive = sorted(z @ k for k, c in zip(keys, key_labels, strict=True) if c == y)[: config.positives]

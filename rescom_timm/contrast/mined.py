@@ -1,0 +1,198 @@
+"""Hard pair mining and its loss in one step: the fast form of
+
+    supcon(in_batch(...).join(against_queue(...).hardest(positives, negatives)), temperature, weights)
+
+which stays the definition (`composed`). The loss and its gradient (paper eq. 4, in closed form) are found together in
+the forward pass, so that the backward pass needs only d(loss)/d(embedding): the queue is not copied and may be
+written at once, and no (N, S) tensor outlives the call.
+
+Shapes: N queries, M keys of the batch, K classes, Q slots of each class, S = KQ slots, D the width of an embedding,
+n queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rescom_timm.contrast.losses import supcon
+from rescom_timm.contrast.pairs import against_queue, in_batch
+from rescom_timm.contrast.queue import ClassBalancedQueue, Queue
+
+INF = float("inf")
+
+
+def mined_supcon(
+    queries: Tensor,
+    labels: Tensor,
+    queue: Queue,
+    positives: int | None,
+    negatives: int | None,
+    temperature: float,
+    weights: Tensor | None = None,
+    *,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    first: int = 0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Class-balanced supervised contrastive loss over hard pairs of the queue and all pairs of the batch (eq. 5).
+
+    queries: (N, D) unit vectors. labels: (N,). positives, negatives: how many pairs of the queue are mined for each
+    query, Qp at most Q and Qn at most (K-1)Q; None keeps all of that kind. weights: (N,) of each query's class.
+    keys, key_labels: (M, D) and (M,) embeddings of the batch, never mined; query i is key `first + i`. Give the
+    queries themselves for the local batch, gathered ones for all processes, none for the queue alone.
+    chunk: queries that are compared at a time: bounds memory to about chunk x S x 4 bytes, for more launches.
+    Returns the scalar mean over the N queries, in float32 or float64; gradients flow into queries and keys (once
+    differentiable). No host synchronisation. FIFO and reversed queues take the readable path.
+    Raises ValueError where more is mined than the queue can hold.
+    """
+    if not isinstance(queue, ClassBalancedQueue):
+        return composed(queries, labels, queue, positives, negatives, temperature, weights, keys, key_labels, first)
+    classes = len(queue.pointer)
+    per_class = len(queue.keys) // classes
+    qp = _checked(positives, per_class, "positive", "Q")
+    qn = _checked(negatives, (classes - 1) * per_class, "negative", "(K-1)Q")
+    # What is raised here is lowered again by autograd. Autocast would round similarities to eight bits.
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    if keys is None or key_labels is None:
+        keys, key_labels = queries.new_empty(0, queries.shape[1]), labels[:0]
+    weights = queries.new_ones(len(queries)) if weights is None else weights.to(queries.dtype)
+    with torch.autocast(queries.device.type, enabled=False):
+        return _MinedSupcon.apply(
+            queries, keys.to(queries.dtype), labels, key_labels, first, queue.keys.to(queries.dtype),
+            queue.valid, classes, qp, qn, temperature, weights, chunk or max(1, len(queries)),
+        )  # fmt: skip
+
+
+def composed(
+    queries: Tensor,
+    labels: Tensor,
+    queue: Queue,
+    positives: int | None,
+    negatives: int | None,
+    temperature: float,
+    weights: Tensor | None = None,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """The same loss put together from pairs: what `mined_supcon` must equal, for any queue. Arguments as there."""
+    pairs = against_queue(queries, labels, queue).hardest(positives, negatives)
+    if keys is not None:
+        pairs = in_batch(queries, labels, keys, key_labels, first).join(pairs)
+    return supcon(pairs, temperature, weights)
+
+
+class _MinedSupcon(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, queries: Tensor, keys: Tensor, labels: Tensor, key_labels: Tensor, first: int, queue: Tensor,
+        valid: Tensor, classes: int, qp: int, qn: int, temperature: float, weights: Tensor, chunk: int,
+    ) -> Tensor:  # fmt: skip
+        grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
+        loss = queries.new_zeros(())
+        # Added by the product itself: minus infinity where a slot is not yet filled.
+        bias = torch.where(valid, 0.0, -INF).to(queries.dtype)
+        for start in range(0, len(queries), chunk):
+            rows = slice(start, start + chunk)
+            near, same = _of_batch(queries[rows], labels[rows], keys, key_labels, first + start)
+            far = torch.addmm(bias, queries[rows], queue.T)
+            hard, slots = _mine(far, labels[rows], classes, qp, qn)
+            similarity = torch.cat([near, hard], dim=1)
+            positive = torch.cat([same, hard[:, :qp] > -INF], dim=1)
+            part, gradient = _loss_and_gradient(similarity, positive, temperature, weights[rows] / len(queries))
+            loss += part
+            grad_near, grad_hard = gradient.split([len(keys), qp + qn], dim=1)
+            grad = F.embedding_bag(slots, queue, per_sample_weights=grad_hard.contiguous(), mode="sum")
+            grad_queries[rows] = grad.addmm_(grad_near, keys)
+            grad_keys.addmm_(grad_near.T, queries[rows])
+        ctx.save_for_backward(grad_queries, grad_keys)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_queries, grad_keys = ctx.saved_tensors
+        return grad * grad_queries, grad * grad_keys, *[None] * 11
+
+
+def _of_batch(queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Similarities (n, M) of the batch, minus infinity for a view with itself, and which are positive, (n, M)."""
+    similarity, same = queries @ keys.T, labels[:, None] == key_labels
+    if len(keys):
+        similarity.diagonal(first).fill_(-INF)
+        same.diagonal(first).fill_(False)
+    return similarity, same
+
+
+def _mine(similarity: Tensor, labels: Tensor, classes: int, qp: int, qn: int) -> tuple[Tensor, Tensor]:
+    """The hardest of (n, S) similarities, which are overwritten: values and slots (n, qp + qn), positives first.
+
+    Pairs that are not valid are minus infinity, here and in what is returned.
+    """
+    per_class = similarity.shape[1] // classes
+    own = labels[:, None] * per_class + torch.arange(per_class, device=labels.device)
+    positives = similarity.gather(1, own)
+    similarity.scatter_(1, own, -INF)
+    if qp < per_class:
+        rank = positives.masked_fill(positives == -INF, INF)
+        chosen = rank.topk(qp, dim=1, largest=False, sorted=False).indices
+        positives, own = positives.gather(1, chosen), own.gather(1, chosen)
+    negatives, slots = largest(similarity, qn)
+    return torch.cat([positives, negatives], dim=1), torch.cat([own, slots], dim=1)
+
+
+def largest(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
+    """torch.topk(values, number, sorted=False) of (n, m), exact, faster where number is far below m.
+
+    The `number` largest lie in the `number` groups with the largest maxima: groups are chosen first (themselves by
+    groups), then values within them.
+    """
+    m = values.shape[1] // group
+    if values.shape[1] < 2 * group * number or number == 0:
+        return values.topk(number, dim=1, sorted=False)
+    # Group j is j, j + m, j + 2m ...: maxima of whole rows, which run at the speed of memory.
+    groups = values[:, : group * m].unflatten(1, (group, m))
+    top = largest(groups.amax(1), number, group)[1]
+    rest = values[:, group * m :]
+    candidates = groups.gather(2, top[:, None].expand(-1, group, -1)).flatten(1)
+    found, place = torch.cat([candidates, rest], dim=1).topk(number, dim=1, sorted=False)
+    member = place // number
+    index = member * m + top.gather(1, place % number)
+    # The tail that fills no group competes for itself.
+    return found, index.where(member < group, place + group * (m - number)) if rest.shape[1] else index
+
+
+def _loss_and_gradient(
+    similarity: Tensor, positive: Tensor, temperature: float, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to similarity (n, m).
+
+    similarity: (n, m), minus infinity where a pair is not valid. positive: (n, p) of the first p pairs, all valid.
+    """
+    number = positive.sum(dim=1, keepdim=True)
+    share = positive.to(similarity.dtype) / number.clamp(min=1)
+    log_p = F.log_softmax(similarity / temperature, dim=1)
+    kept = slice(0, positive.shape[1])
+    loss = -(log_p[:, kept].masked_fill(~positive, 0) * share).sum(dim=1) @ scale
+    gradient = log_p.exp_()
+    gradient[:, kept] -= share
+    gradient *= (scale / temperature)[:, None]
+    # Without a positive there is no loss; without any pair the softmax is not a number.
+    return loss, gradient.masked_fill_(number == 0, 0)
+
+
+def _checked(number: int | None, most: int, kind: str, symbol: str) -> int:
+    if number is None:
+        return most
+    if not 0 <= number <= most:
+        raise ValueError(
+            f"cannot mine {number} {kind} pairs of each query: the queue holds {symbol} = {most}; "
+            "lower the number mined or raise the size of the queue"
+        )
+    return number

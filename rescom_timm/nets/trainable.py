@@ -1,0 +1,72 @@
+"""Which weights of a net are trained: all of them, some by name, or the heads alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from timm.models import group_parameters
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
+    """Freeze every weight of the encoder that is not chosen; classifier and projector always train.
+
+    chosen: "all", "none", "norms" (scale and shift of every normalisation), "last_block" (timm's last group of layers
+    that holds a matrix or a convolution, and what follows it), or patterns of weight names such as "layer4.2.*".
+    Raises ValueError for a pattern that names no weight.
+    """
+    if "all" in chosen:
+        return
+    names = [name for name, _ in encoder.named_parameters()]
+    trained: set[str] = set()
+    for pattern in chosen:
+        if pattern == "none":
+            continue
+        if pattern == "norms":
+            found = set(_norm_weights(encoder))
+        elif pattern == "last_block":
+            found = set(_last_block(encoder))
+        else:
+            found = {name for name in names if fnmatchcase(name, pattern)}
+            if not found:
+                raise ValueError(
+                    f"no weight of the backbone is named {pattern!r}; names run from {names[0]} to {names[-1]}, "
+                    "and all, none, norms and last_block are known words"
+                )
+        trained |= found
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def trained_fraction(net: nn.Module) -> float:
+    """Trained weights among all, 0 to 1."""
+    sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+
+
+def freeze_statistics(encoder: nn.Module) -> None:
+    """Put every BatchNorm into evaluation mode, so that its running statistics stay; call it after train()."""
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def _norm_weights(encoder: nn.Module) -> Iterator[str]:
+    for prefix, module in encoder.named_modules():
+        if isinstance(module, NORMS):
+            yield from (f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False))
+
+
+def _last_block(encoder: nn.Module) -> Iterator[str]:
+    if not hasattr(encoder, "group_matcher"):
+        raise ValueError("timm does not say what the blocks of this backbone are: name its weights by a pattern")
+    groups = group_parameters(encoder, encoder.group_matcher(coarse=False))  # type: ignore[operator]
+    weights = dict(encoder.named_parameters())
+    last = max(number for number, names in groups.items() if any(weights[name].ndim > 1 for name in names))
+    for number, names in groups.items():
+        if number >= last:
+            yield from names

@@ -1,0 +1,143 @@
+"""The HTML report and tools/figures.py: one file, offline, escaped, complete, and clear where something is missing."""
+
+import importlib.util
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rescom_timm.figures import report
+from rescom_timm.figures.folder import RunFolder, open_runs
+from tests.figures.made_up import long_tail, make_run
+
+COUNTS = long_tail(8, 400, 100)
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class _Page(HTMLParser):
+    """Checks that tags close in order, and collects text and addresses."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    path = Path(__file__).parents[2] / "tools" / "figures.py"
+    spec = importlib.util.spec_from_file_location("tools_figures", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    names = ["<script>alert(1)</script>", *[f"class & {c}" for c in range(1, 8)]]
+    return [
+        make_run(folder / "rescom", COUNTS, names),
+        make_run(folder / "balanced_softmax", COUNTS, names, seed=1, skill=0.7),
+    ]
+
+
+def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -> None:
+    runs = open_runs(two_runs)
+    page = _Page(report.write(runs, tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert len(page.addresses) == 2 + 2 * 3
+    assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
+    for expected in (
+        "rescom",
+        "balanced_softmax",
+        "resnet32_cifar",
+        "test-last",
+        "a recipe & its <header>",
+        "2.x <tag>",
+    ):
+        assert expected in page.text
+    few = runs[0].evaluation().numbers["few"]
+    assert f"{few:.1f}" in page.text
+    assert "class & 7" in page.text and "the last epoch" in page.text
+
+
+def test_summary_reads_recipe_and_numbers(two_runs: list[Path]) -> None:
+    run = RunFolder(two_runs[1])
+    line = report.summary(run, run.evaluation())
+    assert line["method"] == "rescom" and line["seed"] == "1" and line["epochs"] == "12"
+    assert line["all"] == pytest.approx(run.evaluation().numbers["top1"])
+    assert report.summary(run, None)["all"] is None
+
+
+def test_missing_pieces_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    (folder / "evaluation").mkdir(parents=True)
+    page = _Page(report.page([RunFolder(folder)]))
+    for expected in ("no training log", "no evaluation", "No per-class table", "No recipe.yaml", "No environment.json"):
+        assert expected in page.text
+    assert not page.addresses
+
+
+def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    top1 = RunFolder(folder).evaluation().numbers["top1"]
+    (folder / "evaluation" / "test-last.json").unlink()
+    run = RunFolder(folder)
+    line = report.summary(run, run.evaluation())
+    assert line["all"] == pytest.approx(top1) and line["many"] is None
+
+
+def test_runs_of_other_classes_get_tables_of_their_own(two_runs: list[Path], tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", long_tail(4, 300, 30))
+    text = report.page(open_runs([*two_runs, other]), names=[])
+    assert text.count("<th>training images</th>") == 2
+
+
+def test_tool_writes_pictures_and_report(tool: ModuleType, two_runs: list[Path], tmp_path: Path) -> None:
+    assert tool.main([*map(str, two_runs), "--only", "reliability, report", "-o", str(tmp_path)]) == 0
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == sorted(
+        ["report.html"] + [f"reliability-{run.name}.{kind}" for run in two_runs for kind in ("csv", "png", "svg")]
+    )
+
+
+def test_tool_puts_one_runs_pictures_into_the_run(tool: ModuleType, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    assert tool.main([str(folder), "--only", "schedule"]) == 0
+    assert (folder / "figures" / "schedule.csv").is_file()
+
+
+def test_tool_says_what_is_wrong(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    assert tool.main([str(folder), "--only", "reliabilty"]) == 2
+    assert "Did you mean reliability?" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert tool.main([str(empty)]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "absent")]) == 2
+    assert "No run folder" in capsys.readouterr().err
+    (folder / "metrics.jsonl").unlink()
+    (folder / "environment.json").write_text(json.dumps([]))
+    assert tool.main([str(folder), "--only", "curves,longtail"]) == 0
+    assert "no curves: no training log" in capsys.readouterr().out

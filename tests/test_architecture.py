@@ -1,0 +1,75 @@
+"""The house: every import points down the floors of rescom_timm/__init__.py, and the front door tells the truth."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "rescom_timm"
+FLOORS: dict[str, set[str]] = {
+    "contrast": set(),
+    "nets": set(),
+    "data": set(),
+    "metrics": set(),
+    "methods": {"contrast", "nets"},
+    "runs": {"contrast", "nets", "data", "metrics", "methods"},
+    "figures": {"contrast", "nets", "data", "metrics", "methods", "runs"},
+}
+"""Room: the rooms below it that it may import."""
+
+THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm"}}
+"""Rooms that people use alone, and all that those may need."""
+
+
+def room(module: str) -> str:
+    """rescom_timm.contrast.pairs -> contrast; rescom_timm -> ''."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the whole name of the module"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "rescom_timm" else {module}
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top == "rescom_timm":
+            assert room(module) in FLOORS[own] | {own}, f"{own} must not import {module}"
+        elif own in THIRD_PARTY and top not in sys.stdlib_module_names:
+            assert top in THIRD_PARTY[own], f"{own} may import {THIRD_PARTY[own]} only, not {module}"
+
+
+def test_every_room_is_on_the_plan():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(FLOORS)
+    plan = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())) or ""
+    assert all(name in plan for name in FLOORS), "the docstring of rescom_timm is the floor plan"
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    command = next(line for line in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in line).strip()
+    assert f"\n{command}\n" in readme
+
+
+@pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+def test_style_and_types(tool):
+    result = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

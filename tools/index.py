@@ -1,0 +1,316 @@
+"""Index files: which images are trained on.
+
+    python tools/index.py make uoft-cs/cifar10 "exponential(100)" -o cifar10_lt_if100.txt
+    python tools/index.py convert train2018.json -o inat18_train.txt
+    python tools/index.py check Places_LT_train.txt --source /data/places365
+    python tools/index.py describe Places_LT_train.txt --png places.png
+    python tools/index.py overlap Places_LT_train.txt Places_LT_val.txt
+    python tools/index.py init my_photos -o my_photos.yaml
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rescom_timm.data import index as rows
+from rescom_timm.data.index import Index
+from rescom_timm.data.sources import Data, DataConfig, class_folders, holds_tables, load, training_index
+from rescom_timm.data.views import decode
+
+
+def make(options: argparse.Namespace) -> int:
+    """Draw a long-tailed index from a data set, a list, or a file of labels (one a line)."""
+    name, factor, seed = rows.parse_rule(options.rule)
+    info = {"source": options.source, "split": options.split, "rule": options.rule}
+    if options.labels:
+        whole = _label_file(options.labels, info)
+    elif Path(options.source).is_file():
+        whole = replace(Index.load(options.source), info={"source": Path(options.source).name, "rule": options.rule})
+    else:
+        config = _config(options, options.split)
+        whole = replace(training_index(config), info=info)
+    kept = rows.RULES[name](whole.labels, whole.num_classes, factor, seed)
+    return _save(whole.take(kept), options)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Bring an official list or an iNaturalist JSON into this package's format."""
+    index = Index.load(options.file, options.classes, options.allow_empty)
+    names = index.class_names
+    if options.names:
+        names = Path(options.names).read_text(encoding="utf-8").splitlines()
+    info = {"rule": f"converted from {Path(options.file).name}", **index.info}
+    return _save(replace(index, class_names=names, info=info), options)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Say everything that is wrong with an index; with --source, also against the images or the data set."""
+    index, problems = rows.read(options.file, options.classes, options.allow_empty)
+    if index and options.source:
+        try:
+            training_index(_config(options, options.split, options.file), allow_empty=options.allow_empty)
+        except (ValueError, FileNotFoundError) as error:
+            problems = [str(error)]
+    for problem in problems[: options.lines]:
+        print(f"{options.file}: {problem}")
+    if len(problems) > options.lines:
+        print(f"{options.file}: and {len(problems) - options.lines:,} more problems")
+    if index and not problems:
+        print(f"{options.file}: good, {len(index):,} rows of {index.num_classes:,} classes, sha256 {index.sha256}")
+    return int(bool(problems))
+
+
+def describe(options: argparse.Namespace) -> int:
+    """Counts, groups, imbalance, digest and long tail of an index, of a list, or of a JSON list of class counts."""
+    if (counts := _counts_file(options.file)) is None:
+        index = Index.load(options.file, options.classes, allow_empty=True)
+        counts = index.counts
+        for key, value in [*index.info.items(), ("keys", "paths" if index.by_path else "row numbers")]:
+            print(f"{key}: {value}")
+        print(f"sha256: {index.sha256}")
+    print(rows.describe(counts))
+    if options.png:
+        _picture(counts, Path(options.file).stem, options.png)
+        print(options.png)
+    return 0
+
+
+def overlap(options: argparse.Namespace) -> int:
+    """Say which images stand in both of two indexes."""
+    first, second = (Index.load(file, allow_empty=True) for file in (options.file, options.other))
+    shared = rows.overlap(first, second)
+    print(f"{len(shared):,} images stand in both {options.file} and {options.other}")
+    print(*shared[: options.lines], sep="\n", end="\n" if shared else "")
+    return int(bool(shared))
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a recipe for one's own images: a folder of class folders, or a local or Hub data set."""
+    recipe = Path(options.output)
+    lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test")}
+    if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
+        if not options.force:
+            raise ValueError(f"{', '.join(taken)} would be written over: choose another -o, or say --force")
+    indexes, config = _parts(options)
+    for part, index in indexes.items():
+        index.save(lists[part])
+        config = replace(config, **{"index" if part == "train" else "test_index": str(lists[part])})
+        print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")
+    data = load(config)
+    rows.write_aside(recipe, [recipe_for(data, config, options.source)])
+    print(rows.describe(data.counts))
+    print(f"{recipe}: train with  accelerate launch tools/train.py {recipe}")
+    return 0
+
+
+def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
+    """The index files to write and the data section that uses them."""
+    root = Path(options.source).expanduser()
+    folders = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    if root.is_dir() and not holds_tables(root):
+        config = DataConfig(str(root), validation=options.validation)
+        if (root / "train").is_dir() and folders:
+            train, test = (_under(root, part) for part in (root / "train", folders[0]))
+            if train.class_names != test.class_names:
+                odd = ", ".join(sorted(set(train.class_names or []) ^ set(test.class_names or []))[:5])
+                raise ValueError(f"{root / 'train'} and {folders[0]} have different class folders: {odd}")
+        else:
+            train, test = _part_test(_under(root, root))
+    else:
+        config = replace(_config(options, options.split), test=options.test_split, validation=options.validation)
+        whole = training_index(config)
+        if options.test_split != options.split:
+            return ({"train": _cut(whole, options.imbalance)} if options.imbalance else {}), config
+        train, test = _part_test(whole)
+    return {"train": _cut(train, options.imbalance), "test": test}, config
+
+
+def _under(root: Path, folder: Path) -> Index:
+    """The class folders of ``folder`` as paths under ``root``; files that are no images are named and left out."""
+    index, others = class_folders(folder)
+    if others:
+        print(f"{len(others):,} files under {folder} are no images and left out: {', '.join(others[:3])}")
+    lead = "" if folder == root else folder.name + "/"
+    info = {"source": str(root), "split": folder.name, "rule": "all images of the class folders"}
+    return replace(index, keys=[lead + str(key) for key in index.keys], info=info)
+
+
+def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
+    """A fifth of each class for testing, drawn with a fixed seed; a class keeps at least one training image."""
+    held = rows.holdout(whole.labels, fraction)
+    kept = np.delete(np.arange(len(whole)), held)
+    return whole.take(kept, f"all but a test part of {fraction:g}"), whole.take(held, f"test part of {fraction:g}")
+
+
+def _cut(index: Index, factor: float | None) -> Index:
+    if factor is None:
+        return index
+    return index.take(rows.exponential(index.labels, index.num_classes, factor), f"exponential({factor:g})")
+
+
+def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
+    """Q, Qp, Qn and beta for data with these class counts (K,), each with its reason. Ours: only some are published."""
+    classes = len(counts)
+    q = int(np.clip(round(1000 / classes), 4, 64))
+    others = (classes - 1) * q
+    qn = max(1, min(500, round(0.4 * others)))
+    many = int((counts > 100).sum())
+    return {
+        "per_class": (q, f"Q: {classes * q:,} keys in all; the paper has 10 for 100 classes and 4 for 1,000"),
+        "positives": (1, "Qp: the hardest positive alone, as in every published setting"),
+        "negatives": (qn, f"Qn: {100 * qn / others:.0f}% of {others:,} keys of other classes; paper: 400 of 990"),
+        "beta": (0.99, f"weights level off above about 100 images, which {many} of {classes} classes have")
+        if many
+        else (0.999999, "weights of in effect 1 / count: no class has more than 100 images"),
+    }
+
+
+def recipe_for(data: Data, config: DataConfig, source: str) -> str:
+    """The text of a recipe for this data, with the reasons of its settings."""
+    section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
+    chosen = settings(data.counts)
+    sample = data.train.dataset.select(range(min(32, len(data.train.rows))))
+    side = int(np.median([min(decode(row["image"]).size) for row in sample]))
+    batch = 128 if data.counts.sum() >= 1024 else 32
+    few, many = (len(rows.groups(data.counts)[name]) for name in ("few", "many"))
+    line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
+    if side <= 64:
+        same = f"resize({side}) | center_crop({side})"
+        net = "net: {backbone: resnet32_cifar, projector: {hidden: 64, dim: 32}}"
+        views = f'views: {{train: "{same} | crop({side},4) | flip", eval: "{same}"}}'
+        rate = "optimizer: {lr: 0.1, weight_decay: 5.0e-4}"
+    else:
+        net = "net: {backbone: resnet50.tv_in1k, pretrained: true}  # from ImageNet weights: own data are seldom enough"
+        views = "views: {train: imagenet, eval: eval224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
+        rate = "optimizer: {lr: 0.02, weight_decay: 5.0e-4}"
+    return f"""\
+# {source}: {data.counts.sum():,} training images of {len(data.counts):,} classes, {data.counts.max():,} to \
+{data.counts.min():,} a class; {many} classes have more than 100, {few} fewer than 20.
+# Made by tools/index.py init. Q, Qp, Qn and beta are chosen for these counts, for the reasons beside them; nothing
+# here was tuned. Train:  accelerate launch tools/train.py THIS_FILE
+{yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
+{views}  # images are about {side} pixels on their shorter side
+{net}
+method:
+  name: rescom
+  queue:
+    {line["per_class"]}
+  {line["positives"]}
+  {line["negatives"]}
+  {line["beta"]}
+{rate}
+schedule: {{name: cosine, warmup_epochs: 5}}
+train: {{epochs: 100, batch_size: {batch}}}
+"""
+
+
+def _config(options: argparse.Namespace, split: str, index: str = "all") -> DataConfig:
+    return DataConfig(
+        options.source, subset=options.subset, train=split, index=index, label_column=options.label_column
+    )
+
+
+def _label_file(path: str, info: dict[str, str]) -> Index:
+    words = Path(path).read_text(encoding="utf-8").split()
+    if bad := next((i for i, word in enumerate(words) if not word.isdecimal()), None):
+        raise ValueError(f"{path}: label number {bad + 1}, {words[bad]!r}, is not a whole number from 0")
+    labels = np.array(words, dtype=np.int64)
+    return Index(np.arange(len(labels)), labels, int(labels.max()) + 1, info)
+
+
+def _counts_file(path: str) -> np.ndarray | None:
+    if Path(path).suffix != ".json":
+        return None
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    is_counts = isinstance(content, list) and content and all(isinstance(n, int) and n >= 0 for n in content)
+    return np.array(content, dtype=np.int64) if is_counts else None
+
+
+def _save(index: Index, options: argparse.Namespace) -> int:
+    index.save(options.output)
+    print(f"{options.output}: {len(index):,} rows of {index.num_classes:,} classes, sha256 {index.sha256}")
+    return 0
+
+
+def _picture(counts: np.ndarray, title: str, path: str) -> None:
+    from rescom_timm.figures import style
+
+    ordered = np.sort(counts)[::-1].copy()  # torch takes no reversed view
+    names = style.group_of(ordered)
+    figure = style.new_figure(8, 4)
+    axes = figure.subplots()
+    axes.bar(np.arange(len(ordered)), ordered, width=1.0, color=[style.GROUP_COLORS[name] for name in names])
+    axes.set_yscale("log")
+    style.group_legend(axes, names, loc="upper right")
+    title = f"{style.plain(title, 60)}: {counts.sum():,} rows, imbalance {rows.imbalance(counts):.4g}"
+    style.tidy(axes, title, "classes, largest first", "training images (log scale)", "y")
+    figure.savefig(path, dpi=150)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function: object, *positional: tuple[str, str]) -> argparse.ArgumentParser:
+        name = function.__name__  # type: ignore[attr-defined]
+        one = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        one.set_defaults(run=function)
+        for word, text in positional:
+            one.add_argument(word, help=text)
+        return one
+
+    def data_options(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--split", default="train", help="of the data set (default: train)")
+        one.add_argument("--subset", help="configuration of a Hub data set that has several")
+        one.add_argument("--label-column", help="where several columns could be the label")
+
+    def list_options(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--classes", type=int, help="number of classes (default: the header's, or largest label + 1)")
+        one.add_argument("--allow-empty", action="store_true", help="let classes be without images, as in test lists")
+
+    data = ("source", "digits, a Hub id, a folder of parquet or arrow files, or a list")
+    file = ("file", "an index, an official list or an iNaturalist JSON")
+    one = verb(make, data, ("rule", "exponential(IF), step(IF), or with a seed: exponential(100, seed=1)"))
+    one.add_argument("-o", "--output", required=True)
+    one.add_argument("--labels", metavar="FILE", help="read labels from here, one a line, instead of the data set")
+    data_options(one)
+    one = verb(convert, file)
+    one.add_argument("-o", "--output", required=True)
+    one.add_argument("--names", metavar="FILE", help="class names, one a line")
+    list_options(one)
+    one = verb(check, file)
+    one.add_argument("--source", help="image root or data set to check against")
+    one.add_argument("--lines", type=int, default=20, help="most problems told (default: 20)")
+    data_options(one)
+    list_options(one)
+    one = verb(describe, ("file", file[1] + ", or a JSON list of class counts"))
+    one.add_argument("--png", metavar="FILE", help="draw the long tail")
+    one.add_argument("--classes", type=int, help="number of classes (default: the header's, or largest label + 1)")
+    one = verb(overlap, file, ("other", "another"))
+    one.add_argument("--lines", type=int, default=10, help="most images named (default: 10)")
+    one = verb(init, ("source", "a folder of class folders, or a local or Hub data set"))
+    one.add_argument("-o", "--output", required=True, metavar="RECIPE.yaml")
+    one.add_argument("--imbalance", type=float, metavar="IF", help="cut the training images to exponential(IF)")
+    one.add_argument("--validation", default="holdout(0.1)", help="to choose the best checkpoint (holdout(0.1))")
+    one.add_argument("--test-split", default="test", help="a data set's; the name of --split parts a fifth of it off")
+    one.add_argument("--force", action="store_true", help="write over files that exist")
+    data_options(one)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
