@@ -5,6 +5,7 @@ Shapes: N queries, M pairs of each, K classes, N_k training images of class k.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -65,6 +66,172 @@ def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> T
     mean_positive = logits.masked_fill(~positive, 0).sum(dim=1) / number.clamp(min=1)
     loss = (logits.logsumexp(dim=1) - mean_positive).where(number > 0, 0)
     return (loss if weights is None else loss * weights).mean()
+
+
+# ------------------------------------------------------------------------------ what ResCom is compared with: logits
+
+
+def focal(logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None = None) -> Tensor:
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5): -w_y (1 - p_y)^gamma log p_y, the mean over N.
+
+    logits: (N, K). labels: (N,). weights: (K,) of the classes, ones by default. With gamma = 0 and
+    w_k = K (1 / E_k) / sum(1 / E_j) it is the class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 5).
+    """
+    log_p = -F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    loss = -((-torch.expm1(log_p)) ** gamma) * log_p
+    return (loss if weights is None else loss * weights.to(loss.dtype)[labels]).mean()
+
+
+def logit_adjustment(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
+    """Logit-adjusted cross-entropy (Menon et al. 2021, arXiv 2007.07314, eq. 10): that of s + tau log pi_k,
+    pi_k = N_k / N. Returns a scalar, the mean over N."""
+    logits = at_least_float32(logits)
+    return F.cross_entropy(logits + tau * log_prior(counts).to(logits.dtype), labels)
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """log(N_k / N), (K,) float64, of counts (K,)."""
+    return (counts.double() / counts.sum()).log()
+
+
+def ldam_margins(counts: Tensor, largest: float = 0.5) -> Tensor:
+    """Margins C / N_k^(1/4), (K,), with C such that the rarest class has the largest (Cao et al. 2019,
+    arXiv 1906.07413, eq. 12 and section 4)."""
+    margins = counts.double() ** -0.25
+    return (largest * margins / margins.max()).float()
+
+
+def ldam(
+    cosines: Tensor, labels: Tensor, margins: Tensor, scale: float = 30.0, weights: Tensor | None = None
+) -> Tensor:
+    """Label-distribution-aware margin loss (Cao et al. 2019, eq. 13): cross-entropy of s (z - Delta_y at the label).
+
+    cosines: (N, K) of features and class vectors. margins: (K,). weights: (K,), for deferred re-weighting; the loss
+    is then the weighted mean, as in the authors' training.
+    """
+    cosines = at_least_float32(cosines)
+    margin = F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype)
+    return F.cross_entropy(scale * (cosines - margin), labels, None if weights is None else weights.to(cosines.dtype))
+
+
+def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:
+    """The regulariser of LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 9 to 11), which drives f_k(x) to
+    log p_u(x | k) / p_u(x) of a balanced source u:
+
+    sum_k pi_k [ -mean of f_k over the class's images + D_k + regularization * D_k^2 ],
+    D_k = log( 1/N sum_i (1 / K) / pi_(y_i) * exp f_k(x_i) )
+
+    logits: (N, K), the f. A class without an image in the batch has no first term.
+    """
+    logits = at_least_float32(logits)
+    prior = log_prior(counts).to(logits.dtype)
+    own = F.one_hot(labels, len(counts)).to(logits.dtype)
+    first = (own * logits).sum(dim=0) / own.sum(dim=0).clamp(min=1)
+    importance = -math.log(len(counts)) - prior[labels]
+    second = (logits + importance[:, None]).logsumexp(dim=0) - math.log(len(labels))
+    return (prior.exp() * (second - first + regularization * second**2)).sum()
+
+
+def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
+    """How far experts are from their mean: sum over experts of T^2 KL(mean || expert), the mean over N, T the mean
+    temperature (RIDE, Wang et al. 2021, arXiv 2010.01809, section 3.2, against the mean expert as its authors train).
+
+    logits: (E, N, K) of E experts; the mean expert gets no gradient. temperature: (K,) of each class.
+    """
+    logits = at_least_float32(logits)
+    temperature = temperature.to(logits.dtype)
+    log_p = (logits / temperature).log_softmax(dim=2)
+    mean = (logits.mean(dim=0).detach() / temperature).softmax(dim=1)
+    divergence = F.kl_div(log_p, mean.expand_as(log_p), reduction="sum") / logits.shape[1]
+    return temperature.mean() ** 2 * divergence
+
+
+def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
+    """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466, eq. 3): cross-entropy with the target
+    1 - eps_y at the label and eps_y / (K - 1) elsewhere. smoothing: (K,), the eps of each class."""
+    log_p = at_least_float32(logits).log_softmax(dim=1)
+    eps = smoothing.to(log_p.dtype)[labels]
+    own = log_p.gather(1, labels[:, None]).squeeze(1)
+    others = (log_p.sum(dim=1) - own) / (log_p.shape[1] - 1)
+    return -((1 - eps) * own + eps * others).mean()
+
+
+def smoothing_by_count(
+    counts: Tensor, head: float, tail: float, form: Literal["concave", "linear", "convex"] = "concave"
+) -> Tensor:
+    """eps_k (K,) between `tail` for the rarest and `head` for the most frequent class (MiSLAS, eqs. 4a to 4c)."""
+    share = (counts.double() - counts.min()) / max(int(counts.max() - counts.min()), 1)
+    if form == "concave":
+        share = (share * math.pi / 2).sin()
+    elif form == "convex":
+        share = 1 + (1.5 * math.pi + share * math.pi / 2).sin()
+    return (tail + (head - tail) * share).float()
+
+
+def inverse_power_weights(counts: Tensor, power: float) -> Tensor:
+    """w_k ~ pi_k^-power with mean 1, (K,): the generalised re-weighting of DisAlign (Zhang et al. 2021,
+    arXiv 2103.16370, eq. 10)."""
+    weights = (-power * log_prior(counts)).softmax(dim=0)
+    return (len(counts) * weights).float()
+
+
+# -------------------------------------------------------------------------- what ResCom is compared with: embeddings
+
+
+def paco(
+    centres: Tensor, labels: Tensor, pairs: Pairs, temperature: float, alpha: float, smoothing: float = 0.0
+) -> Tensor:
+    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, eqs. 4 and 6): one softmax over the K class
+    centres and all valid pairs,
+
+    L_i = - sum_t w_t log p_it / sum_t w_t,   w = 1 for the own centre, alpha for every positive pair
+
+    centres: (N, K) logits of the centres, with log pi_k added. pairs: (N, M). smoothing: of the centres' targets
+    (GPaCo, arXiv 2209.12400). The division is the authors' training. Returns a scalar, the mean over N.
+    """
+    centres = at_least_float32(centres)
+    logits = (at_least_float32(pairs.similarity) / temperature).to(centres.dtype)
+    logits = logits.masked_fill(~pairs.valid, torch.finfo(logits.dtype).min)
+    log_p = torch.cat((centres, logits), dim=1).log_softmax(dim=1)
+    own = F.one_hot(labels, centres.shape[1]).to(log_p.dtype)
+    own = own * (1 - smoothing) + (1 - own) * smoothing / (centres.shape[1] - 1)
+    positive = alpha * (pairs.positive & pairs.valid).to(log_p.dtype)
+    target = torch.cat((own, positive), dim=1)
+    return -((target * log_p.masked_fill(target == 0, 0)).sum(dim=1) / target.sum(dim=1)).mean()
+
+
+def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """Prototypical supervised contrastive loss (Hybrid-PSC, Wang et al. 2021, arXiv 2103.14267, eq. 5):
+    -log( exp(z.p_y / tau) / sum over j != y of exp(z.p_j / tau) ), the mean over N.
+
+    embeddings: (N, D) and prototypes: (K, D), unit vectors.
+    """
+    logits = at_least_float32(embeddings) @ prototypes.to(torch.promote_types(embeddings.dtype, torch.float32)).T
+    logits = logits / temperature
+    own = F.one_hot(labels, len(prototypes)).bool()
+    others = logits.masked_fill(own, torch.finfo(logits.dtype).min)
+    return (others.logsumexp(dim=1) - logits[own]).mean()
+
+
+def robust_centroids(
+    features: Tensor, labels: Tensor, centroids: Tensor, known: Tensor, epsilon: Tensor, temperature: float
+) -> Tensor:
+    """Distributional robustness loss (DRO-LT, Samuel & Chechik 2021, arXiv 2104.03066, theorem 1 and eq. 11): for each
+    class c of the batch, against all N features,
+
+    -mean over its z of log( exp(-(|mu_c - z| + eps_c) / tau) / sum_z' exp(-(|mu_c - z'| + eps_c [z' of c]) / tau) ),
+
+    the mean over the classes. features: (N, F). centroids: (K, F). known: (K,) bool, classes that have a centroid.
+    epsilon: (K,) radius of each class's ball of uncertainty. Zero where no class of the batch is known.
+    """
+    features, centroids = at_least_float32(features), centroids.to(at_least_float32(features).dtype)
+    # Not torch.cdist: its gradient at distance 0 is 0 / 0 on some devices.
+    distance = ((centroids[:, None] - features[None]) ** 2).sum(dim=2).clamp(min=1e-12).sqrt()
+    own = labels[None, :] == torch.arange(len(centroids), device=labels.device)[:, None]
+    log_p = (-(distance + epsilon.to(distance.dtype)[:, None] * own) / temperature).log_softmax(dim=1)
+    present = own.any(dim=1) & known
+    loss = -(log_p * own).sum(dim=1) / own.sum(dim=1).clamp(min=1)
+    return loss.where(present, 0).sum() / present.sum().clamp(min=1)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Index:
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "labels", np.asarray(self.labels, dtype=np.int64).reshape(-1))
-        if not isinstance(self.keys, list):
+        if not (isinstance(self.keys, list) and isinstance(next(iter(self.keys), ""), str)):
             set_(self, "keys", np.asarray(self.keys, dtype=np.int64).reshape(-1))
         if len(self.keys) != len(self.labels):
             raise ValueError(f"an index needs a label for each key: {len(self.keys)} keys, {len(self.labels)} labels")

@@ -29,9 +29,9 @@ LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 GREY = "#555555"
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
-    """An empty figure of this size in inches whose parts keep clear of each other; compressed: for square pictures."""
-    return Figure(figsize=(width, height), layout=layout)
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches whose parts keep clear of each other."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def color(index: int) -> str:

@@ -60,7 +60,7 @@ def draw(views: Views) -> Figure:
     columns = max(1, min(n, 12 // v))
     rows = -(-n // columns)
     tile = 1.15  # inches of one view
-    figure = style.new_figure(columns * (v * tile + 0.15), rows * (tile * height / width + 0.36) + 0.45, "compressed")
+    figure = style.new_figure(columns * (v * tile + 0.15), rows * (tile * height / width + 0.36) + 0.45)
     groups = style.group_of(views.counts)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:

@@ -17,7 +17,7 @@ from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.net import Net, NetConfig, create_model
 from rescom_timm.nets.trainable import set_trainable
-from rescom_timm.runs.recipe import OptimizerConfig, Recipe, RecipeError, ScheduleConfig
+from rescom_timm.runs.recipe import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
 
 
 def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
@@ -46,6 +46,17 @@ def build_method(recipe: Recipe, data: Data) -> Method:
         return create_method(net, torch.as_tensor(data.counts), recipe.method)
     except ValueError as error:
         raise RecipeError(f"method: {error}") from error
+
+
+def speed_up(net: Net, config: SpeedConfig) -> None:
+    """Memory format and torch.compile, in place, so that the net's names stay plain.
+
+    A graph break inside the net is an error (fullgraph), found at the first step.
+    """
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        net.compile(fullgraph=True, mode=None if config.compile is True else config.compile)
 
 
 def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:

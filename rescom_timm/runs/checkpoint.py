@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,8 @@ def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     if isinstance(tree, np.ndarray):
         return {"$array": pack(torch.from_numpy(tree.copy()), tensors, name)}
     if isinstance(tree, Tensor):
+        while name in tensors:  # {"a.b": ...} beside {"a": {"b": ...}}
+            name += "'"
         tensors[name] = tree.detach().cpu().contiguous().clone()
         return {"$tensor": name}
     if isinstance(tree, tuple):
@@ -111,7 +112,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         state = unpack(json.loads((path / FILES[2]).read_text(encoding="utf-8")), load_file(path / FILES[1]))
         return load_file(path / FILES[0]), state
-    except (OSError, ValueError, KeyError, SafetensorError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
 
 
@@ -133,10 +134,14 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | Non
     return None
 
 
-def prune(folder: Path, keep: int, spare: Iterable[str] = ()) -> None:
-    """Remove all but the last `keep` checkpoints and those whose names are spared, and what crashes left over."""
-    for path in [*listed(folder)[:-keep], *folder.glob(".partial-*")]:
-        if path.name not in spare:
+def prune(written: Path, keep: int, spare: str | None = None) -> None:
+    """After a checkpoint is safely written: remove all but the last `keep` and the one named `spare`, those of later
+    steps (damaged, for the run went on from before them), and what crashes left over."""
+    folder = written.parent
+    later = [path for path in listed(folder) if path.name > written.name]
+    older = [path for path in listed(folder) if path.name <= written.name]
+    for path in [*older[:-keep], *later, *folder.glob(".partial-*")]:
+        if path.name != spare:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -40,6 +41,8 @@ class Log:
         """epoch: epochs done. step: optimizer steps done."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
         for name, value in figures.items():
             self.board.add_scalar(name, value, step)
 

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pydantic
 import yaml
 
-from rescom_timm.data.loaders import LoaderConfig, SpeedConfig
+from rescom_timm.data.loaders import LoaderConfig
+from rescom_timm.data.loaders import SpeedConfig as LoadingConfig
 from rescom_timm.data.sources import DataConfig
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig
@@ -79,7 +80,9 @@ class ScheduleConfig:
         if self.warmup_epochs < 0:
             raise ValueError("warmup_epochs must be at least 0")
         if (self.name == "steps") != bool(self.milestones):
-            raise ValueError("milestones belong to schedule.name: steps, which needs at least one")
+            raise ValueError(
+                "milestones belong to schedule.name: steps, which needs at least one; for another schedule say milestones: []"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")
 
@@ -93,6 +96,9 @@ class TrainConfig:
     """Forward and backward passes that share one optimizer step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the net; the loss is always in float32."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is NaN or infinite stops the run, or its batch is left out: weights, BatchNorm statistics and queue
+    stay as they were (the host then waits for each step)."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -125,6 +131,16 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError("every and keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class SpeedConfig(LoadingConfig):
+    """Keys that change the speed of a run, never what it computes (beyond rounding)."""
+
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    """torch.compile of the net in training, true or a mode; needs a C++ compiler on the machine."""
+    channels_last: bool = False
+    """Images and convolutions in NHWC, faster on GPUs with tensor cores."""
 
 
 @dataclass(frozen=True)

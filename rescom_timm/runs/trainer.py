@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -31,17 +32,25 @@ from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method
 from rescom_timm.runs import checkpoint
-from rescom_timm.runs.build import build_method, build_optimizer, build_schedule
+from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
+from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.hub import export
 from rescom_timm.runs.log import Log
-from rescom_timm.runs.recipe import Recipe, RecipeError
+from rescom_timm.runs.recipe import Recipe, RecipeError, load_dict
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 LAG = 2
 """Forward passes after which the host reads a loss."""
 
-FREE_KEYS = ("name", "output", "evaluation", "checkpoint", "speed")
-"""Keys that may change when a run goes on: they do not change what is trained."""
+FREE_KEYS = (
+    "name", "output", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed", "train.nonfinite", "hub",
+)  # fmt: skip
+"""Keys and sections that may change when a run goes on: they do not change what is trained."""
+
+STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where launchers tell how many processes they started."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -64,7 +73,11 @@ class Progress:
     best_checkpoint: str | None = None
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    """Of every figure over the steps of the current epoch."""
+    """Of every figure over the forward passes of the current epoch."""
+    passes: int = 0
+    """Forward passes counted in `sums`."""
+    skipped: int = 0
+    """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
 
 def launch(recipe: Recipe) -> Accelerator:
@@ -75,11 +88,13 @@ def launch(recipe: Recipe) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
-    if started != processes:
+    processes = accelerator.num_processes
+    name, started = max(((name, int(os.environ.get(name) or 1)) for name in STARTED), key=lambda pair: pair[1])
+    if started > processes:
         raise RecipeError(
-            f"{started} processes were started, but each would train alone ({processes} seen by accelerate). "
-            f"On a machine without GPUs: ACCELERATE_USE_CPU=1 torchrun --nproc_per_node {started} tools/train.py ..."
+            f"{started} processes were started ({name}), but each would train alone ({processes} seen by accelerate). "
+            f"Start them with: torchrun --nproc_per_node {started} tools/train.py ... "
+            "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
@@ -126,6 +141,7 @@ class Trainer:
         self.folder = Path(recipe.output) / recipe.name
         self.log: Log | None = None
         self.stop_requested = False
+        self.handlers: dict[signal.Signals, Any] = {}
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
         loader = train_loader(
             data.train, recipe.views, method.views, micro_batch, recipe.seed, recipe.train.epochs,
@@ -137,14 +153,18 @@ class Trainer:
         optimizer = build_optimizer(recipe.optimizer, method.net)
         self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
         method.to(accelerator.device)
+        self.net = method.net  # as it is under what prepare wraps around it
+        speed_up(self.net, recipe.speed)
+        loader.worker_init_fn = own_group
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
         splits = {"test": data.test, "validation": data.validation}
         self.splits = {name: split for name, split in splits.items() if split is not None}
         batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
-        self.eval_loaders = {
-            name: accelerator.prepare(eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed))
-            for name, split in self.splits.items()
-        }
+        self.eval_loaders = {}
+        for name, split in self.splits.items():
+            loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
+            loader.worker_init_fn = own_group
+            self.eval_loaders[name] = accelerator.prepare(loader)
 
     # ---------------------------------------------------------------- the loop
 
@@ -157,48 +177,59 @@ class Trainer:
         )  # fmt: skip
         with bar:
             while progress.epoch < recipe.train.epochs:
-                self._epoch(bar)
+                stop = self._epoch(bar)
                 last = progress.epoch == recipe.train.epochs
                 if last or progress.epoch % recipe.evaluation.every == 0:
                     self._evaluate(bar)
-                if last or progress.epoch % recipe.checkpoint.every == 0 or progress.best_epoch == progress.epoch:
+                best = progress.best_epoch == progress.epoch
+                if last or stop or best or progress.epoch % recipe.checkpoint.every == 0:
                     self.save()
+                if stop and not last:
+                    raise self._stopped()
 
-    def _epoch(self, bar: Any) -> None:
-        """One epoch, or what is left of it; moves progress to the start of the next."""
+    def _epoch(self, bar: Any) -> bool:
+        """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there.
+        Raises Stopped, after saving, where a signal asked for it within the epoch."""
         recipe, progress = self.recipe, self.progress
         self.schedule.step(progress.epoch)
         self.method.train()
-        accumulate = recipe.train.accumulate
+        accumulate, careful = recipe.train.accumulate, recipe.train.nonfinite == "skip"
         set_epoch(self.loader, progress.epoch)
         skip = progress.step_in_epoch * accumulate
         loader = skip_first_batches(self.loader, skip) if skip else self.loader
         started, first_step = time.monotonic(), progress.step
-        pulses = Pulses(self.accelerator)
+        pulses = Pulses(self.accelerator, lag=0 if careful else LAG)
+        stop, sound, before = False, True, {}
         for index, batch in enumerate(loader, start=skip):
             if index >= self.steps_per_epoch * accumulate:
                 continue  # the rest of the epoch is less than one batch of the recipe
+            if careful and index % accumulate == 0:
+                before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
             last = (index + 1) % accumulate == 0
             outputs = self._forward_backward(batch, last)
             pulses.push(outputs, batch["row"], self.stop_requested, progress.epoch, progress.step)
-            if last:
-                self._update()
-                progress.step += 1
-                progress.step_in_epoch += 1
-                bar.update(recipe.train.batch_size)
-            if any([self._heed(pulse) for pulse in pulses.ready()]) and last:
-                self._stop(pulses)
+            for pulse in pulses.ready():
+                sound &= self._heed(pulse)
+                stop |= pulse.stop
+            if not last:
+                continue
+            if not self._update(sound):
+                self._undo(before)
+            sound = True
+            progress.step += 1
+            progress.step_in_epoch += 1
+            bar.update(recipe.train.batch_size)
+            if stop and progress.step_in_epoch < self.steps_per_epoch:
+                for pulse in pulses.drain():
+                    self._heed(pulse)
+                self.save()
+                raise self._stopped()
         for pulse in pulses.drain():
             self._heed(pulse)
+            stop |= pulse.stop
         seconds = time.monotonic() - started
-        progress.seconds += seconds
-        speed = (progress.step - first_step) * recipe.train.batch_size / max(seconds, 1e-9)
-        means = {name: total / (self.steps_per_epoch * accumulate) for name, total in progress.sums.items()}
-        progress.epoch, progress.step_in_epoch, progress.sums = progress.epoch + 1, 0, {}
-        lr = self.optimizer.param_groups[0]["lr"]
-        self._write({f"train/{k}": v for k, v in means.items()} | {"lr": lr, "images_per_second": speed})
-        bar.set_description(f"epoch {progress.epoch}/{recipe.train.epochs}")
-        bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+        self._close_epoch(seconds, (progress.step - first_step) * recipe.train.batch_size / max(seconds, 1e-9), bar)
+        return stop
 
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         accumulate = self.recipe.train.accumulate
@@ -209,33 +240,66 @@ class Trainer:
         outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
         return outputs
 
-    def _update(self) -> None:
-        if self.recipe.optimizer.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.method.net.parameters(), self.recipe.optimizer.clip_norm)
-        self.optimizer.step()
+    def _update(self, sound: bool) -> bool:
+        """An optimizer step, unless the batch was not sound; returns whether it was done."""
+        parameters = list(self.method.net.parameters())
+        if sound and self.recipe.optimizer.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
+        if sound and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
+            sound = all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
+        if sound:
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        return sound
+
+    def _undo(self, before: dict[str, Tensor]) -> None:
+        """Buffers (BatchNorm's, the queue) as they were before the batch that is left out."""
+        for name, buffer in self.method.named_buffers():
+            buffer.copy_(before[name])
+        self.progress.skipped += 1
 
     def _heed(self, pulse: Pulse) -> bool:
-        """Count the figures of a step; returns whether any process was asked to stop. Raises NonFiniteLoss."""
-        if not all(map(math.isfinite, pulse.figures.values())):
-            lr = self.optimizer.param_groups[0]["lr"]
-            record = {"epoch": pulse.epoch, "step": pulse.step, "lr": lr, "rows": pulse.rows.tolist()}
-            path = self.folder / f"nonfinite-step{pulse.step}-process{self.accelerator.process_index}.json"
-            path.write_text(json.dumps(record))
-            raise NonFiniteLoss(
-                f"the loss is not finite in epoch {pulse.epoch}, step {pulse.step} (learning rate {lr:g}, "
-                f"{pulse.figures}). The rows of that batch are in {path}; nothing was saved after it. Lower "
-                "optimizer.lr, set optimizer.clip_norm or raise schedule.warmup_epochs, and start again or --resume"
-            )
-        for name, value in pulse.figures.items():
-            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
-        return pulse.stop
+        """Count the figures of a forward pass. Where they are not finite: raises NonFiniteLoss, or returns False."""
+        progress = self.progress
+        if all(map(math.isfinite, pulse.figures.values())):
+            progress.passes += 1
+            for name, value in pulse.figures.items():
+                progress.sums[name] = progress.sums.get(name, 0.0) + value
+            return True
+        lr = self.optimizer.param_groups[0]["lr"]
+        record = {"epoch": pulse.epoch, "step": pulse.step, "lr": lr, "rows": pulse.rows.tolist()}
+        path = self.folder / f"nonfinite-step{pulse.step}-process{self.accelerator.process_index}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+        what = (
+            f"the loss is not finite in epoch {pulse.epoch}, step {pulse.step} (learning rate {lr:g}, "
+            f"{pulse.figures}). The rows of that batch are in {path}"
+        )
+        if self.recipe.train.nonfinite == "skip":
+            warnings.warn(f"{what}; the batch is left out (train.nonfinite: skip)", RuntimeWarning, stacklevel=2)
+            return False
+        raise NonFiniteLoss(
+            f"{what}; nothing was saved after it. Lower optimizer.lr, set optimizer.clip_norm or raise "
+            "schedule.warmup_epochs and start again, or leave such batches out: train.nonfinite=skip --resume"
+        )
 
-    def _stop(self, pulses: Pulses) -> None:
-        for pulse in pulses.drain():
-            self._heed(pulse)
-        self.save()
-        raise Stopped(
+    def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
+        progress = self.progress
+        if not progress.passes:
+            raise NonFiniteLoss(f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it")
+        means = {name: total / progress.passes for name, total in progress.sums.items()}
+        skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
+        progress.seconds += seconds
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        progress.sums, progress.passes, progress.skipped = {}, 0, 0
+        lr = self.optimizer.param_groups[0]["lr"]
+        told = {f"train/{name}": value for name, value in means.items()}
+        self._write(told | skipped | {"lr": lr, "images_per_second": images_per_second})
+        bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
+        bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+
+    def _stopped(self) -> Stopped:
+        return Stopped(
             f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}; all is saved in "
             f"{self.folder}: go on with --resume"
         )
@@ -245,7 +309,7 @@ class Trainer:
     def _evaluate(self, bar: Any) -> None:
         figures: dict[str, dict[str, float]] = {}
         for name, loader in self.eval_loaders.items():
-            figures[name] = evaluate(self.accelerator, self.method.net, loader, self.data.counts).compute()
+            figures[name] = evaluate(self.accelerator, self.net, loader, self.data.counts).compute()
         self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
         progress = self.progress
         if "validation" in figures:
@@ -262,23 +326,25 @@ class Trainer:
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint, write the figures, and export a plain timm model."""
         progress = self.progress
-        plain = self.accelerator.unwrap_model(self.method.net)
         results = self._final("last", f"last epoch ({progress.epoch}), not selected")
         best = progress.best_checkpoint
         if best is not None and best != f"step-{progress.step:08d}":
-            net, _ = checkpoint.load(self.folder / "checkpoints" / best)
-            plain.load_state_dict(net)
-            chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
-            results |= self._final("best", chosen)
+            try:
+                net, _ = checkpoint.load(self.folder / "checkpoints" / best)
+                self.net.load_state_dict(net)
+                chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
+                results |= self._final("best", chosen)
+            except CheckpointError as error:
+                warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
-            self._export(plain)
+            self._export(self.net)
         self.accelerator.wait_for_everyone()
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
         rows = {}
         for split, loader in self.eval_loaders.items():
-            meter = evaluate(self.accelerator, self.method.net, loader, self.data.counts)
+            meter = evaluate(self.accelerator, self.net, loader, self.data.counts)
             record = about(self.splits[split], name, chosen, self.data.class_names)
             if self.main:
                 write(self.folder, f"{split}-{name}", meter, record)
@@ -296,12 +362,17 @@ class Trainer:
     # ---------------------------------------------------------------- state
 
     def save(self) -> None:
-        """A checkpoint of this moment, written by the main process."""
+        """A checkpoint of this moment, written by the main process. Raises CheckpointError, in all processes, where the
+        disk does not take it, and NonFiniteLoss where a weight is not finite."""
         progress = self.progress
-        net = self.accelerator.unwrap_model(self.method.net)
-        own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in net.named_buffers()}}
+        own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in self.net.named_buffers()}}
         ranks = gather_object([own])
-        with agreed_statistics(net):
+        trouble = None
+        with agreed_statistics(self.net):
+            weights = self.net.state_dict()
+            broken = [k for k, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+            if broken:
+                raise NonFiniteLoss(f"{', '.join(broken[:3])} is not finite after step {progress.step}: not saved")
             if self.main:
                 scaler = self.accelerator.scaler
                 state = {
@@ -313,54 +384,58 @@ class Trainer:
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "ranks": ranks,
                 }
-                folder = self.folder / "checkpoints"
-                checkpoint.save(folder, progress.step, net.state_dict(), state)
-                spare = [progress.best_checkpoint] if progress.best_checkpoint else []
-                checkpoint.prune(folder, self.recipe.checkpoint.keep, spare)
-        self.accelerator.wait_for_everyone()
+                try:
+                    written = checkpoint.save(self.folder / "checkpoints", progress.step, weights, state)
+                    checkpoint.prune(written, self.recipe.checkpoint.keep, progress.best_checkpoint)
+                except CheckpointError as error:
+                    trouble = str(error)
+        trouble = broadcast_object_list([trouble])[0]  # so that no process waits for one that has left
+        if trouble is not None:
+            raise CheckpointError(trouble)
 
     def open(self, resume: bool) -> None:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
         self.folder = broadcast_object_list([self._choose_folder(resume)])[0]
         before = checkpoint.newest(self.folder / "checkpoints") if resume else None
+        seen = gather_object([before[0].name if before else "none"])
+        if len(set(seen)) > 1:
+            raise CheckpointError(
+                f"the processes see different checkpoints in {self.folder} ({', '.join(seen)}): "
+                "put the run's folder on a disk that all machines share (output=...)"
+            )
         if before is not None:
             self._restore(*before)
         if self.main:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
-            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""))
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""), flush=True)
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _choose_folder(self, resume: bool) -> Path:
-        """The recipe's folder to go on in it; otherwise the first of name, name-2, name-3 ... that is free."""
+        """The first of name, name-2, name-3 ... that is free; to resume, the last that is not."""
         first = Path(self.recipe.output) / self.recipe.name
-        number, folder = 1, first
-        while folder.exists() and not resume:
-            number += 1
+        number, folder, before = 1, first, first
+        while folder.exists():
+            number, before = number + 1, folder
             folder = first.with_name(f"{first.name}-{number}")
-        return folder
+        return before if resume else folder
 
     def _restore(self, path: Path, net: dict[str, Tensor], state: dict[str, Any]) -> None:
-        saved, now = state["recipe"], self.recipe.to_dict()
-        changed = [key for key in now if key not in FREE_KEYS and now[key] != saved.get(key)]
-        if changed:
-            raise RecipeError(
-                f"{path} was made by another recipe (different: {', '.join(changed)}): resume with "
-                f"{self.folder / 'recipe.yaml'}, or start a new run with output=... or name=..."
-            )
+        self._check_recipe(path, state["recipe"])
         accelerator = self.accelerator
-        plain = accelerator.unwrap_model(self.method.net)
-        plain.load_state_dict(net)
-        self.method.load_state_dict(state["method"], strict=False)
+        self.net.load_state_dict(net)
+        keys = self.method.load_state_dict(state["method"], strict=False)
+        wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.startswith("net."))]
+        if wrong:
+            raise CheckpointError(f"{path} does not fit the method: {', '.join(wrong)} missing or not known")
         self.optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         if state["processes"] == accelerator.num_processes:
             own = state["ranks"][accelerator.process_index]
-            for name, buffer in plain.named_buffers():
+            for name, buffer in self.net.named_buffers():
                 buffer.copy_(own["buffers"][name])
             checkpoint.set_random_state(own["random"])
         elif self.main:
@@ -371,19 +446,38 @@ class Trainer:
                 stacklevel=2,
             )
 
+    def _check_recipe(self, path: Path, saved: dict[str, Any]) -> None:
+        """Raises RecipeError, naming the keys, where the checkpoint's recipe trains something else."""
+        old, new = flat(load_dict(saved, f"the recipe in {path}").to_dict()), flat(self.recipe.to_dict())
+        free = tuple(key for key in {**old, **new} for free in FREE_KEYS if key == free or key.startswith(f"{free}."))
+        changed = [
+            f"{key} ({old.get(key)!r} then, {new.get(key)!r} now)"
+            for key in {**old, **new}
+            if key not in free and old.get(key) != new.get(key)
+        ]
+        if changed:
+            raise RecipeError(
+                f"{path} was made by another recipe; different: {', '.join(changed)}. Resume with "
+                f"{self.folder / 'recipe.yaml'}, or start a new run without --resume"
+            )
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
     def _write(self, figures: dict[str, float]) -> None:
-        if self.log is not None:
+        if self.log is None:
+            return
+        try:
             self.log.write(self.progress.epoch, self.progress.step, figures)
+        except OSError as error:
+            raise CheckpointError(f"{self.log.path}: {error}. Make room, then go on with --resume") from error
 
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.accelerator.end_training()
 
     def dry_run(self) -> None:
@@ -393,9 +487,10 @@ class Trainer:
         loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")
-        self._update()
-        for loader in self.eval_loaders.values():
-            self.accelerator.unwrap_model(self.method.net).eval().classify(next(iter(loader))["image"])
+        self._update(sound=True)
+        with torch.no_grad(), self.accelerator.autocast():
+            for loader in self.eval_loaders.values():
+                self.net.eval().classify(next(iter(loader))["image"])
         if self.main:
             counts = self.data.counts
             print(
@@ -418,11 +513,11 @@ class Pulse:
 
 
 class Pulses:
-    """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read LAG
-    passes late, so that the host never waits for the device."""
+    """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read
+    `lag` passes late, so that the host never waits for the device."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, lag: int = LAG) -> None:
+        self.accelerator, self.lag = accelerator, lag
         self.waiting: deque[tuple[int, int, Tensor, list[str], Tensor, Any]] = deque()
 
     def push(self, outputs: dict[str, Tensor], rows: Tensor, stop: bool, epoch: int, step: int) -> None:
@@ -435,8 +530,8 @@ class Pulses:
         self.waiting.append((epoch, step, rows, list(outputs), host, copied))
 
     def ready(self) -> list[Pulse]:
-        """Those that are LAG passes old."""
-        return [self._read() for _ in range(len(self.waiting) - LAG)]
+        """Those that are `lag` passes old."""
+        return [self._read() for _ in range(len(self.waiting) - self.lag)]
 
     def drain(self) -> list[Pulse]:
         """All that are left."""
@@ -448,3 +543,18 @@ class Pulses:
             copied.synchronize()
         *figures, stop = host.tolist()
         return Pulse(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)
+
+
+def own_group(worker: int) -> None:
+    """Puts a loader's worker into a process group of its own, so that a signal to the group of its parent (Ctrl-C, or
+    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
