@@ -225,8 +225,8 @@ def robust_centroids(
     epsilon: (K,) radius of each class's ball of uncertainty. Zero where no class of the batch is known.
     """
     features, centroids = at_least_float32(features), centroids.to(at_least_float32(features).dtype)
-    # Not torch.cdist: its gradient at distance 0 is 0 / 0 on some devices.
-    distance = ((centroids[:, None] - features[None]) ** 2).sum(dim=2).clamp(min=1e-12).sqrt()
+    squares = (centroids**2).sum(dim=1)[:, None] + (features**2).sum(dim=1) - 2 * centroids @ features.T
+    distance = squares.clamp(min=1e-12).sqrt()
     own = labels[None, :] == torch.arange(len(centroids), device=labels.device)[:, None]
     log_p = (-(distance + epsilon.to(distance.dtype)[:, None] * own) / temperature).log_softmax(dim=1)
     present = own.any(dim=1) & known

@@ -98,10 +98,11 @@ class _MinedSupcon(torch.autograd.Function):
         loss = queries.new_zeros(())
         # Added by the product itself: minus infinity where a slot is not yet filled.
         bias = torch.where(valid, 0.0, -INF).to(queries.dtype)
+        room = queries.new_empty(min(chunk, len(queries)), len(queue))
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             near, same = _of_batch(queries[rows], labels[rows], keys, key_labels, first + start)
-            far = torch.addmm(bias, queries[rows], queue.T)
+            far = torch.addmm(bias, queries[rows], queue.T, out=room[: len(near)])
             hard, slots = _mine(far, labels[rows], classes, qp, qn)
             similarity = torch.cat([near, hard], dim=1)
             positive = torch.cat([same, hard[:, :qp] > -INF], dim=1)
@@ -148,24 +149,37 @@ def _mine(similarity: Tensor, labels: Tensor, classes: int, qp: int, qn: int) ->
 
 
 def largest(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
-    """torch.topk(values, number, sorted=False) of (n, m), exact, faster where number is far below m.
+    """torch.topk(values, number, sorted=False) of (n, m), exact, and faster where m is many times number.
 
     The `number` largest lie in the `number` groups with the largest maxima: groups are chosen first (themselves by
     groups), then values within them.
     """
     m = values.shape[1] // group
-    if values.shape[1] < 2 * group * number or number == 0:
-        return values.topk(number, dim=1, sorted=False)
+    if number == 0 or m < 2 * number:
+        return _topk(values, number)
     # Group j is j, j + m, j + 2m ...: maxima of whole rows, which run at the speed of memory.
     groups = values[:, : group * m].unflatten(1, (group, m))
-    top = largest(groups.amax(1), number, group)[1]
-    rest = values[:, group * m :]
-    candidates = groups.gather(2, top[:, None].expand(-1, group, -1)).flatten(1)
-    found, place = torch.cat([candidates, rest], dim=1).topk(number, dim=1, sorted=False)
-    member = place // number
-    index = member * m + top.gather(1, place % number)
-    # The tail that fills no group competes for itself.
-    return found, index.where(member < group, place + group * (m - number)) if rest.shape[1] else index
+    chosen = largest(groups.amax(1), number, group)[1]
+    index = (chosen[:, None] + torch.arange(0, group * m, m, device=values.device)[:, None]).flatten(1)
+    if group * m < values.shape[1]:  # what fills no group competes for itself
+        rest = torch.arange(group * m, values.shape[1], device=values.device)
+        index = torch.cat([index, rest.expand(len(values), -1)], dim=1)
+    found, place = _topk(values.gather(1, index), number)
+    return found, index.gather(1, place)
+
+
+def _topk(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """torch.topk on the numbers' bits, put in the numbers' order: integers need no test for NaN, a third of its time
+    on a CPU."""
+    found, index = _ordered_bits(values).topk(number, dim=1, sorted=False)
+    return _ordered_bits(found).view(values.dtype), index
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Floats as integers of the same order. Its own inverse: bits of floats from such integers."""
+    integer = {4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = values.view(integer)
+    return bits ^ ((bits >> (8 * values.element_size() - 1)) & torch.iinfo(integer).max)
 
 
 def _loss_and_gradient(

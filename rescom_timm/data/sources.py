@@ -604,7 +604,8 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
     """
     root = Path(root)
     names = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith((".", "__"))]
-    names.sort(key=lambda name: (int(name), name) if all(n.isdecimal() for n in names) else (0, name))
+    numbered = all(name.isdecimal() for name in names)
+    names.sort(key=lambda name: (int(name) if numbered else 0, name))
     paths: list[str] = []
     labels: list[int] = []
     others: list[str] = []

@@ -76,8 +76,8 @@ def table(confusion: Confusion) -> style.Table:
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
     """The matrix in percent of each row's images and, where groups are known, the same by group beside it."""
     present = style.present(confusion.groups)
-    figure = style.new_figure(9.4 if present else 7.4, 6.8)
-    main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.4, 1] if present else None, squeeze=False)[0]
+    figure = style.new_figure(11 if present else 8, 6.8)
+    main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
     sizes = _block_sizes(confusion, cells)
     blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
     image = _heat(main, shares(confusion, blocks))

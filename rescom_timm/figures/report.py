@@ -133,7 +133,7 @@ def _pictures(runs: Sequence[RunFolder], names: Sequence[str], evaluation: str) 
             yield f'<p class="missing">No picture: {_text(drawn.missing)}.</p>'
             continue
         buffer = io.BytesIO()
-        drawn.figure.savefig(buffer, format="png", dpi=110)
+        style.write(drawn.figure, buffer, dpi=110)
         image = base64.b64encode(buffer.getvalue()).decode("ascii")
         yield f'<img alt="{_text(f"{drawn.name} {drawn.run}")}" src="data:image/png;base64,{image}">'
     if shown:

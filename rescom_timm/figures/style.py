@@ -6,7 +6,7 @@ Figures are built on matplotlib.figure.Figure, which needs no backend and leaves
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +106,11 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal[""
         axes.set_axisbelow(True)
 
 
+def write(figure: Figure, to: Path | BinaryIO, dpi: int, **options: Any) -> None:
+    """One picture, cropped to what is drawn: square pictures leave the layout margins."""
+    figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, **options)
+
+
 def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list[Path]:
     """Writes stem.png, stem.svg and stem.csv (the numbers, one row per entry); makes the folder.
 
@@ -118,8 +123,8 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
         raise ValueError(f"The columns of {stem.name}.csv differ in length: {lengths}.")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
-    figure.savefig(paths[0], dpi=dpi)
-    figure.savefig(paths[1], dpi=dpi, metadata={"Date": None})
+    write(figure, paths[0], dpi)
+    write(figure, paths[1], dpi, metadata={"Date": None})
     with paths[2].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -1,25 +1,30 @@
-"""What ResCom is compared with: the same net, loop and views with another loss.
+"""What ResCom is compared with: the same net, loop and views with a loss on the logits alone.
 
-Shapes: B images of V views, K classes.
+Shapes: B images of V views, N = V * B, K classes, F features. A classifier that is more than a linear layer takes the
+place of `net.classifier`, so that evaluation, checkpoints and DistributedDataParallel see it; where it is a linear
+layer in evaluation, `as_linear` says which, and the net can still be exported as a plain timm model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, balanced_softmax
+from rescom_timm.contrast import losses
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
+
+Views = Literal[1, 2]
 
 
 @dataclass(frozen=True)
 class CrossEntropyConfig:
     name: Literal["cross_entropy"] = "cross_entropy"
-    views: Literal[1, 2] = 1
+    views: Views = 1
     """Augmented views of each image in a batch; 2 costs as much as ResCom."""
     label_smoothing: float = 0.0
 
@@ -31,17 +36,214 @@ class CrossEntropyConfig:
 @dataclass(frozen=True)
 class BalancedSoftmaxConfig:
     name: Literal["balanced_softmax"] = "balanced_softmax"
-    views: Literal[1, 2] = 1
+    views: Views = 1
     """Augmented views of each image in a batch; 2 is Siamese Balanced Softmax (eq. 6)."""
 
 
+@dataclass(frozen=True)
+class FocalConfig:
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
+
+    name: Literal["focal"] = "focal"
+    views: Views = 1
+    gamma: float = 2.0
+    """Power of 1 - p_y; 0 is cross-entropy."""
+
+    def __post_init__(self) -> None:
+        _check_gamma(self.gamma)
+
+
+@dataclass(frozen=True)
+class ClassBalancedConfig:
+    """Class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 5): weights 1 / E_k that sum to K."""
+
+    name: Literal["class_balanced"] = "class_balanced"
+    views: Views = 1
+    beta: float = 0.9999
+    """Of the effective number of images E_k."""
+    gamma: float = 0.0
+    """Of the focal loss that is weighted; 0 is cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError("beta must be in [0, 1)")
+        _check_gamma(self.gamma)
+
+
+@dataclass(frozen=True)
+class LdamConfig:
+    """LDAM with deferred re-weighting (Cao et al. 2019, arXiv 1906.07413, eqs. 12 and 13, algorithm 1)."""
+
+    name: Literal["ldam"] = "ldam"
+    views: Views = 1
+    margin: float = 0.5
+    """Margin of the rarest class."""
+    scale: float = 30.0
+    """s, by which cosines are multiplied."""
+    reweight_from: float = 0.8
+    """Fraction of the epochs after which classes are weighted; 1: never. The authors: epoch 160 of 200."""
+    beta: float = 0.9999
+    """Of the effective number of images in those weights."""
+
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.scale <= 0:
+            raise ValueError("margin must be at least 0 and scale above 0")
+        if not 0 <= self.reweight_from <= 1 or not 0 <= self.beta < 1:
+            raise ValueError("reweight_from must be in [0, 1] and beta in [0, 1)")
+
+
+@dataclass(frozen=True)
+class LogitAdjustmentConfig:
+    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314)."""
+
+    name: Literal["logit_adjustment"] = "logit_adjustment"
+    views: Views = 1
+    form: Literal["loss", "post_hoc"] = "loss"
+    """loss: cross-entropy of s + tau log pi (eq. 10). post_hoc: plain cross-entropy, evaluated as s - tau log pi
+    (eq. 9); with from=RUN and train.epochs=0 it adjusts a run that was trained by cross-entropy."""
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.tau < 0:
+            raise ValueError("tau must be at least 0")
+
+
+@dataclass(frozen=True)
+class LadeConfig:
+    """LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 7 and 11): Balanced Softmax + alpha * LADER."""
+
+    name: Literal["lade"] = "lade"
+    views: Views = 1
+    alpha: float = 0.1
+    regularization: float = 0.1
+    """lambda of eq. 11."""
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.regularization < 0:
+            raise ValueError("alpha and regularization must be at least 0")
+
+
+@dataclass(frozen=True)
+class CausalNormConfig:
+    """De-confounded training, total direct effect at inference (Tang et al. 2020, arXiv 2009.12991, eqs. 7 and 8)."""
+
+    name: Literal["causal_norm"] = "causal_norm"
+    views: Views = 1
+    heads: int = 2
+    """Equal parts into which features and class vectors are cut."""
+    tau: float = 16.0
+    gamma: float = 0.03125
+    alpha: float = 1.0
+    """How much of the effect along the mean feature is removed at inference; 0 leaves the normalised classifier."""
+    momentum: float = 0.9
+    """Of the mean feature: that of the optimizer."""
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.tau <= 0 or self.gamma < 0 or not 0 <= self.momentum < 1:
+            raise ValueError("heads must be at least 1, tau above 0, gamma at least 0 and momentum in [0, 1)")
+
+
+def _check_gamma(gamma: float) -> None:
+    if gamma != 0 and gamma < 1:
+        raise ValueError("gamma must be 0 or at least 1, for below 1 the gradient is infinite at p_y = 1")
+
+
+# ------------------------------------------------------------------------------------------------------- classifiers
+
+
+def replace_classifier(net: Net, head: nn.Linear) -> None:
+    """Put `head` in the place of the net's classifier, with its weights where they have the same names."""
+    head.load_state_dict(net.classifier.state_dict(), strict=False)
+    net.classifier = head
+
+
+class Cosine(nn.Linear):
+    """Cosines of features (N, F) and class vectors: (N, K). As logits they need a scale."""
+
+    def __init__(self, in_features: int, out_features: int, scale: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.scale = scale
+
+    def cosines(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.cosines(x)
+
+
+class Adjusted(nn.Linear):
+    """A linear classifier whose logits in evaluation are s - tau log pi (Menon et al. 2021, eq. 9)."""
+
+    adjustment: Tensor
+
+    def __init__(self, in_features: int, adjustment: Tensor) -> None:
+        """adjustment: (K,) tau log pi."""
+        super().__init__(in_features, len(adjustment))
+        self.register_buffer("adjustment", adjustment.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits if self.training else logits - self.adjustment
+
+    def as_linear(self) -> nn.Linear:
+        return linear(self.weight, self.bias - self.adjustment)
+
+
+class CausalNorm(nn.Linear):
+    """Normalised classifier of several heads; in evaluation less the effect of the mean training feature d.
+
+    y_k = tau / H sum over heads of w_k.x / ((|w_k| + gamma) |x|)                                  (training, eq. 7)
+        - alpha cos(x, d) w_k.d / ((|w_k| + gamma) |d|)                                          (evaluation, eq. 8)
+    """
+
+    mean: Tensor
+    seen: Tensor
+
+    def __init__(self, in_features: int, out_features: int, config: CausalNormConfig) -> None:
+        """Raises ValueError where the features cannot be cut into as many heads."""
+        if in_features % config.heads:
+            raise ValueError(f"{in_features} features cannot be cut into heads = {config.heads} equal parts")
+        super().__init__(in_features, out_features, bias=False)
+        self.config = config
+        self.register_buffer("mean", torch.zeros(in_features))
+        self.register_buffer("seen", torch.zeros(in_features), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.config
+        if self.training:
+            self.seen += x.detach().mean(dim=0).to(self.seen.dtype)
+        w = self.weight.unflatten(1, (config.heads, -1))  # (K, H, F / H)
+        w = w / (w.norm(dim=2, keepdim=True) + config.gamma)
+        x = F.normalize(x.unflatten(1, (config.heads, -1)), dim=2)  # (N, H, F / H)
+        if not self.training:
+            d = F.normalize(self.mean.to(x.dtype).unflatten(0, (config.heads, -1)), dim=1)
+            x = x - config.alpha * (x * d).sum(dim=2, keepdim=True) * d
+        return config.tau / config.heads * torch.einsum("nhf,khf->nk", x, w)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The mean feature moves once an optimizer step, as that step's momentum does."""
+        self.mean.mul_(self.config.momentum).add_(self.seen)
+        self.seen.zero_()
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """The linear layer of this weight (K, F) and bias (K,)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return layer
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
 class Classification(nn.Module):
-    """A net trained by a loss on its logits alone; the projector is not trained."""
+    """A net trained by a loss on its logits alone (`loss`); the projector is not trained."""
 
     counts: Tensor
 
-    def __init__(self, net: Net, counts: Tensor, config: CrossEntropyConfig | BalancedSoftmaxConfig) -> None:
-        """counts: (K,) training images of each class."""
+    def __init__(self, net: Net, counts: Tensor, config: Any) -> None:
+        """counts: (K,) training images of each class. config: the method's own."""
         super().__init__()
         net.projector.requires_grad_(False)
         self.net = net
@@ -52,8 +254,85 @@ class Classification(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar) and logits (V * B, K)."""
         _, logits, _ = self.net(stack_views(batch["image"]))
-        labels = batch["label"].repeat(self.views)
-        if isinstance(self.config, BalancedSoftmaxConfig):
-            return {"loss": balanced_softmax(logits, labels, self.counts), "logits": logits}
-        loss = F.cross_entropy(at_least_float32(logits), labels, label_smoothing=self.config.label_smoothing)
-        return {"loss": loss, "logits": logits}
+        return {"loss": self.loss(logits, batch["label"].repeat(self.views)), "logits": logits}
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """logits: (N, K). labels: (N,). Returns a scalar, the mean over N."""
+        raise NotImplementedError
+
+
+class CrossEntropy(Classification):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(losses.at_least_float32(logits), labels, label_smoothing=smoothing)
+
+
+class BalancedSoftmax(Classification):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.balanced_softmax(logits, labels, self.counts)
+
+
+class Focal(Classification):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.focal(logits, labels, self.config.gamma)
+
+
+class ClassBalanced(Classification):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.focal(logits, labels, self.config.gamma, balanced_weights(self.counts, self.config.beta))
+
+
+def balanced_weights(counts: Tensor, beta: float) -> Tensor:
+    """1 / E_k scaled to sum to K, (K,) (Cui et al. 2019, section 4)."""
+    weights = losses.class_weights(counts, beta, "printed")
+    return len(counts) * weights / weights.sum()
+
+
+class Ldam(Classification):
+    def __init__(self, net: Net, counts: Tensor, config: LdamConfig) -> None:
+        super().__init__(net, counts, config)
+        net.classifier = Cosine(net.classifier.in_features, len(counts), config.scale)
+        self.reweighted = False
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: re-weighting starts after its fraction of the run."""
+        self.reweighted = epoch >= self.config.reweight_from * epochs
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        margins = losses.ldam_margins(self.counts, config.margin)
+        weights = balanced_weights(self.counts, config.beta) if self.reweighted else None
+        return losses.ldam(logits / config.scale, labels, margins, config.scale, weights)
+
+
+class LogitAdjustment(Classification):
+    def __init__(self, net: Net, counts: Tensor, config: LogitAdjustmentConfig) -> None:
+        super().__init__(net, counts, config)
+        if config.form == "post_hoc":
+            adjustment = config.tau * losses.log_prior(counts)
+            replace_classifier(net, Adjusted(net.classifier.in_features, adjustment))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        tau = self.config.tau if self.config.form == "loss" else 0.0
+        return losses.logit_adjustment(logits, labels, self.counts, tau)
+
+
+class Lade(Classification):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        regularizer = losses.lader(logits, labels, self.counts, config.regularization)
+        return losses.balanced_softmax(logits, labels, self.counts) + config.alpha * regularizer
+
+
+class CausalNormalized(Classification):
+    def __init__(self, net: Net, counts: Tensor, config: CausalNormConfig) -> None:
+        super().__init__(net, counts, config)
+        self.head = (CausalNorm(net.classifier.in_features, len(counts), config),)  # a tuple: it is the net's module
+        net.classifier = self.head[0]
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        self.head[0].step()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(losses.at_least_float32(logits), labels)

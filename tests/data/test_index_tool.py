@@ -1,0 +1,236 @@
+"""tools/index.py, run as its user does."""
+
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rescom_timm.data.index import Index
+from rescom_timm.data.sources import load
+from rescom_timm.runs import recipe
+
+FILE = Path(__file__).parents[2] / "tools" / "index.py"
+Run = Callable[..., tuple[int, str]]
+
+
+def module():  # noqa: ANN201
+    spec = importlib.util.spec_from_file_location("index_tool", FILE)
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+TOOL = module()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.chdir(tmp_path)
+
+    def go(*words: object) -> tuple[int, str]:
+        code = TOOL.main([str(word) for word in words])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return go
+
+
+def write(path: str, text: str) -> str:
+    Path(path).write_text(text, encoding="utf-8")
+    return path
+
+
+def photos(root: Path, counts: dict[str, int], side: int = 96) -> None:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            out = io.BytesIO()
+            Image.new("RGB", (side + 8, side), (i, 0, 0)).save(out, "png")
+            (root / name / f"{i:03d}.png").write_bytes(out.getvalue())
+
+
+def test_make_from_a_data_set(run: Run) -> None:
+    code, said = run("make", "digits", "exponential(20)", "-o", "d.txt")
+    index = Index.load("d.txt")
+    assert code == 0 and f"d.txt: {len(index):,} rows of 10 classes, sha256 {index.sha256}" in said
+    assert index.info == {"source": "digits", "split": "train", "rule": "exponential(20)"}
+    assert index.counts[0] > 100 and index.counts[9] == 6
+    assert run("check", "d.txt", "--source", "digits")[0] == 0
+
+
+def test_make_from_labels_or_a_list(run: Run) -> None:
+    labels = np.random.RandomState(1).permutation(np.repeat(np.arange(100), 500))
+    write("labels.txt", "\n".join(map(str, labels)))
+    for factor, size in ((100, 10_847), (50, 12_608), (10, 19_573)):
+        assert run("make", "uoft-cs/cifar100", f"exponential({factor})", "--labels", "labels.txt", "-o", "c.txt")[0] == 0
+        assert len(Index.load("c.txt")) == size and Index.load("c.txt").info["source"] == "uoft-cs/cifar100"
+    write("list.txt", "".join(f"c{i % 2}/{i}.jpg {i % 2}\n" for i in range(40)))
+    assert run("make", "list.txt", "step(4)", "-o", "l.txt")[0] == 0
+    assert Index.load("l.txt").counts.tolist() == [20, 5] and Index.load("l.txt").by_path
+    write("labels.txt", "0 1 x")
+    code, said = run("make", "a/b", "step(2)", "--labels", "labels.txt", "-o", "n.txt")
+    assert code == 2 and "label number 3, 'x'" in said and not Path("n.txt").exists()
+
+
+def test_make_refuses_a_mistyped_rule(run: Run) -> None:
+    code, said = run("make", "digits", "exponental(20)", "-o", "d.txt")
+    assert code == 2 and "did you mean exponential(20)?" in said and not Path("d.txt").exists()
+
+
+def test_convert(run: Run) -> None:
+    content = {
+        "images": [{"id": 3, "file_name": "a/x.jpg"}, {"id": 4, "file_name": "b/y.jpg"}],
+        "annotations": [{"image_id": 4, "category_id": 1}, {"image_id": 3, "category_id": 0}],
+    }
+    write("train2018.json", json.dumps(content))
+    assert run("convert", "train2018.json", "-o", "t.txt")[0] == 0
+    assert Index.load("t.txt").keys == ["b/y.jpg", "a/x.jpg"]
+    assert Index.load("t.txt").info["rule"] == "converted from train2018.json"
+    write("names.txt", "Apis mellifera\nBufo bufo\n")
+    write("list.txt", "q/1.jpg 0\nq/2.jpg 1\n")
+    assert run("convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[0] == 0
+    assert Index.load("t.txt").class_names == ["Apis mellifera", "Bufo bufo"]
+    write("names.txt", "Apis mellifera\n")
+    assert "1 class names for 2 classes" in run("convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[1]
+
+
+def test_check_says_everything(run: Run) -> None:
+    write("bad.txt", "a/1.jpg 0\na/1.jpg 0\nb/2.jpg two\n\nc/3.jpg 7\n")
+    code, said = run("check", "bad.txt", "--classes", 4)
+    assert code == 1 and said.count("bad.txt: ") == 5
+    for words in (
+        "line 2: 'a/1.jpg' stands already in line 1",
+        "line 3: label 'two'",
+        "line 4 is empty",
+        "line 5: label 7 is outside 0 .. 3",
+        "3 of 4 classes have no image: 1, 2, 3",
+    ):
+        assert words in said
+    assert "and 3 more problems" in run("check", "bad.txt", "--classes", 4, "--lines", 2)[1]
+    assert run("check", "absent.txt") == (2, "error: no index file absent.txt\n")
+
+
+def test_check_against_images_and_data(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"a": 2, "b": 1}, side=4)
+    write("good.txt", "a/000.png 0\na/001.png 0\nb/000.png 1\n")
+    assert run("check", "good.txt", "--source", "p")[0] == 0
+    write("less.txt", "a/000.png 0\na/009.png 0\nb/000.png 1\n")
+    code, said = run("check", "less.txt", "--source", "p")
+    assert code == 1 and "1 of 3 images of less.txt are not under p" in said and "a/009.png" in said
+    write("test.txt", "b/000.png 1\n")
+    assert run("check", "test.txt", "--source", "p")[0] == 1
+    assert run("check", "test.txt", "--source", "p", "--allow-empty")[0] == 0
+    Index(np.arange(10), np.arange(10), 10).save("rows.txt")
+    code, said = run("check", "rows.txt", "--source", "digits")
+    assert code == 1 and "disagree on" in said
+
+
+def test_describe(run: Run, tmp_path: Path) -> None:
+    write("l.txt", "".join(f"a/{i}.jpg 0\n" for i in range(120)) + "b/1.jpg 1\n")
+    code, said = run("describe", "l.txt", "--png", "tail.png")
+    assert code == 0 and "121 rows, 2 classes, 120 to 1 a class, imbalance 120" in said
+    assert f"sha256: {Index.load('l.txt').sha256}" in said and "many: 1 classes, 120 rows" in said
+    with Image.open("tail.png") as picture:
+        assert picture.size == (1200, 600) and len(picture.convert("RGB").getcolors(10**6) or []) > 10
+
+
+def test_published_lists(run: Run, shared_lists: Path) -> None:
+    code, said = run("describe", shared_lists / "Places_LT_train.txt")
+    assert code == 0 and "62,500 rows, 365 classes, 4,980 to 5 a class, imbalance 996" in said
+    for group in ("many: 131 classes", "medium: 163 classes", "few: 71 classes"):
+        assert group in said
+    said = run("describe", shared_lists / "ImageNet_LT_train_class_counts.json")[1]
+    for group in ("115,846 rows", "many: 385 classes", "medium: 479 classes", "few: 136 classes"):
+        assert group in said
+    assert run("check", shared_lists / "Places_LT_train.txt", "--classes", 365)[0] == 0
+    both = (shared_lists / "Places_LT_train.txt", shared_lists / "Places_LT_val.txt")
+    assert run("overlap", *both)[0] == 0
+
+
+def test_overlap(run: Run) -> None:
+    write("a.txt", "x/1.jpg 0\nx/2.jpg 0\n")
+    write("b.txt", "x/2.jpg 0\nx/3.jpg 0\n")
+    code, said = run("overlap", "a.txt", "b.txt")
+    assert code == 1 and said == "1 images stand in both a.txt and b.txt\nx/2.jpg\n"
+
+
+def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "my photos", {"10": 30, "9": 12, "2": 5})
+    write("my photos/9/readme.txt", "x")
+    code, said = run("init", "my photos", "-o", "mine.yaml")
+    assert code == 0 and "1 files under my photos are no images and left out: 9/readme.txt" in said
+    made = recipe.load("mine.yaml")
+    data = load(made.data)
+    assert data.class_names == ["2", "9", "10"]
+    assert np.bincount(data.test.labels).tolist() == [1, 2, 6]  # a fifth
+    assert data.validation is not None and len(data.validation.rows) == 3
+    assert data.counts.tolist() == [4, 9, 22] and made.method.queue.per_class == 64  # type: ignore[union-attr]
+    assert made.method.beta == 0.999999 and made.net.pretrained  # type: ignore[union-attr]
+    text = Path("mine.yaml").read_text()
+    assert "35 training images of 3 classes, 22 to 4 a class" in text and "# Qn: 40% of 128 keys" in text
+    before = text
+    code, said = run("init", "my photos", "-o", "mine.yaml")
+    assert code == 2 and "mine.yaml, mine_train.txt, mine_test.txt would be written over" in said
+    assert Path("mine.yaml").read_text() == before
+    assert run("init", "my photos", "-o", "mine.yaml", "--force", "--imbalance", 4)[0] == 0
+    assert Index.load("mine_train.txt").info["rule"].endswith("exponential(4)")
+
+
+def test_init_from_train_and_val_folders(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p" / "train", {"cat": 6, "dog": 4}, side=32)
+    photos(tmp_path / "p" / "val", {"cat": 2, "dog": 2}, side=32)
+    assert run("init", "p", "-o", "p.yaml", "--validation", "none")[0] == 0
+    made = recipe.load("p.yaml")
+    data = load(made.data)
+    assert data.counts.tolist() == [6, 4] and len(data.test.rows) == 4 and data.validation is None
+    assert Index.load("p_test.txt").keys[0] == "val/cat/000.png" and made.net.backbone == "resnet32_cifar"
+    photos(tmp_path / "p" / "val", {"cow": 1})
+    code, said = run("init", "p", "-o", "q.yaml")
+    assert code == 2 and "have different class folders: cow" in said and not Path("q.yaml").exists()
+
+
+def test_init_from_a_data_set(run: Run) -> None:
+    assert run("init", "digits", "-o", "d.yaml", "--imbalance", 20, "--validation", "unused(20)")[0] == 0
+    made = recipe.load("d.yaml")
+    assert made.data.source == "digits" and made.data.index == "d_train.txt" and made.data.test_index == "all"
+    data = load(made.data)
+    assert data.counts.tolist() == Index.load("d_train.txt").counts.tolist() and len(data.test.rows) == 500
+    assert not Path("d_test.txt").exists()
+    assert run("init", "digits", "-o", "e.yaml", "--test-split", "train")[0] == 0  # a fifth of train for testing
+    part = load(recipe.load("e.yaml").data)
+    assert part.provenance["test"]["split"] == "train" and 255 < len(part.test.rows) < 265
+
+
+def test_init_of_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    assert "holds 0 class folders" in run("init", "none", "-o", "n.yaml")[1]
+    assert "no folder" in run("init", "./absent", "-o", "n.yaml")[1]
+    assert not list(tmp_path.glob("n*.*"))
+
+
+def test_settings_are_the_papers_where_it_has_any() -> None:
+    def chosen(counts: list[int]) -> tuple[float, ...]:
+        return tuple(value for value, _ in TOOL.settings(np.array(counts)).values())
+
+    assert chosen([1280] + [5] * 999) == (4, 1, 500, 0.99)  # ImageNet-LT
+    assert chosen([500] + [5] * 99)[:2] == (10, 1) and abs(chosen([500] + [5] * 99)[2] - 400) < 10  # CIFAR-100-LT
+    assert chosen([3, 2]) == (64, 1, 26, 0.999999)
+    for classes in (2, 3, 10, 365, 8142):
+        q, qp, qn, beta = chosen([200] * classes)
+        assert qp <= q and 1 <= qn <= (classes - 1) * q and 0 <= beta < 1
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["index.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        TOOL.main()
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and all(v in said for v in ("make", "convert", "check", "describe", "overlap", "init"))
