@@ -267,7 +267,7 @@ def _table_part(
 ) -> _Part:
     table = tables(split)
     labels, names = table.labels, table.class_names
-    name = f"{_short(config.source)} {split}" + ("" if spec == "all" else f", {_short(spec)}")
+    name = f"{_short(config.source)} {split}"
     info = {"source": config.source, "split": split, "rule": spec}
     notes: dict[str, Any] = {"rule": spec}
     classes = num_classes or (len(names) if names else None)
@@ -292,7 +292,7 @@ def _table_part(
         else:
             _check_same(labels[rows], index.labels, rows, spec, name)
         index = replace(index, keys=rows, class_names=index.class_names or names)
-    return _Part(name, split, dataset, rows, index, notes, labels)
+    return _Part(name if spec == "all" else f"{name}, {_short(spec)}", split, dataset, rows, index, notes, labels)
 
 
 def _table(config: DataConfig, folder: Path, split: str) -> _Table:

@@ -76,7 +76,8 @@ def draw(tail: LongTail) -> Figure:
     else:
         style.columns(bottom, tail.accuracy, tail.groups)
     _group_means(bottom, tail)
-    bottom.set_ylim(-2 if k > _BARS else 0, 103)
+    bottom.set_ylim(-2 if k > _BARS else 0, 109)  # room for a mean's label
+    bottom.set_yticks(range(0, 101, 20))
     bottom.set_xlim(-0.6, k - 0.4)
     style.tidy(bottom, "", "", "top-1 accuracy (percent)", "y")
     if k <= _BARS:

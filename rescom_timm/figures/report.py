@@ -29,6 +29,13 @@ _NUMBERS = {
     "ece": "ECE",
 }
 _RECIPE = {"method": "method.name", "backbone": "net.backbone", "epochs": "train.epochs", "seed": "seed"}
+_TITLES = {
+    "curves": "Learning curves",
+    "schedule": "Learning rate",
+    "longtail": "Long tail",
+    "confusion": "Confusion matrix",
+    "reliability": "Reliability diagram",
+}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
@@ -127,7 +134,7 @@ def _pictures(runs: Sequence[RunFolder], names: Sequence[str], evaluation: str) 
     shown = ""
     for drawn in files.draw_all(runs, names, evaluation):
         if drawn.name != shown:
-            yield ("</div>" if shown else "") + f'<h2>{_text(drawn.name.capitalize())}</h2><div class="pair">'
+            yield ("</div>" if shown else "") + f'<h2>{_text(_TITLES[drawn.name])}</h2><div class="pair">'
             shown = drawn.name
         if drawn.figure is None:
             yield f'<p class="missing">No picture: {_text(drawn.missing)}.</p>'
@@ -135,7 +142,7 @@ def _pictures(runs: Sequence[RunFolder], names: Sequence[str], evaluation: str) 
         buffer = io.BytesIO()
         style.write(drawn.figure, buffer, dpi=110)
         image = base64.b64encode(buffer.getvalue()).decode("ascii")
-        yield f'<img alt="{_text(f"{drawn.name} {drawn.run}")}" src="data:image/png;base64,{image}">'
+        yield f'<img alt="{_text(f"{drawn.name} {drawn.run}".strip())}" src="data:image/png;base64,{image}">'
     if shown:
         yield "</div>"
 

@@ -75,9 +75,10 @@ def present(names: npt.NDArray[np.str_]) -> list[str]:
 
 def group_legend(where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, columns: int = 1) -> None:
     """A legend of the groups that occur, with their rule and the number of their classes."""
+    sizes = {name: int((names == name).sum()) for name in present(names)}
     patches = [
-        Patch(color=GROUP_COLORS[name], label=f"{GROUP_RULES[name]}: {int((names == name).sum())} classes")
-        for name in present(names)
+        Patch(color=GROUP_COLORS[name], label=f"{GROUP_RULES[name]}: {size:,} class{'es' * (size != 1)}")
+        for name, size in sizes.items()
     ]
     where.legend(handles=patches, frameon=False, fontsize=8, loc=loc, ncols=columns)
 
@@ -99,7 +100,7 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal[""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x, fontsize=9)
     axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if grid:
         axes.grid(axis=grid, color="#dddddd", linewidth=0.6)

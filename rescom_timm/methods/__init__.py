@@ -1,23 +1,97 @@
-"""Methods: a net with its losses. One explicit table; a recipe chooses by `method.name`."""
+"""Methods: a net with its losses. One explicit table; a recipe chooses by `method.name`.
+
+A method is a module with `net` (all that is trained), `views` (how many it wants of each image) and forward(batch) ->
+{"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
+epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from rescom_timm.methods.baselines import BalancedSoftmaxConfig, Classification, CrossEntropyConfig
+from torch import Tensor, nn
+
+from rescom_timm.methods import baselines, experts, momentum, prototypes, second_stage
+from rescom_timm.methods.baselines import (
+    BalancedSoftmaxConfig,
+    CausalNormConfig,
+    ClassBalancedConfig,
+    CrossEntropyConfig,
+    FocalConfig,
+    LadeConfig,
+    LdamConfig,
+    LogitAdjustmentConfig,
+)
+from rescom_timm.methods.experts import ExpertsConfig
+from rescom_timm.methods.momentum import MocoConfig, PacoConfig
+from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
+from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
 from rescom_timm.nets.net import Net
 
-MethodConfig = RescomConfig | CrossEntropyConfig | BalancedSoftmaxConfig
-Method = ResCom | Classification
+MethodConfig = (
+    RescomConfig
+    | CrossEntropyConfig
+    | BalancedSoftmaxConfig
+    | FocalConfig
+    | ClassBalancedConfig
+    | LdamConfig
+    | LogitAdjustmentConfig
+    | LadeConfig
+    | CausalNormConfig
+    | MocoConfig
+    | PacoConfig
+    | HybridPscConfig
+    | DroLtConfig
+    | ExpertsConfig
+    | CrtConfig
+    | LwsConfig
+    | TauNormConfig
+    | LasConfig
+    | DisAlignConfig
+)
+Method = (
+    ResCom
+    | baselines.Classification
+    | momentum.Moco
+    | momentum.Paco
+    | prototypes.HybridPsc
+    | prototypes.DroLt
+    | experts.Experts
+)
 
-METHODS: dict[str, tuple[type, type]] = {
+METHODS: dict[str, tuple[type, Any]] = {
     "rescom": (RescomConfig, ResCom),
-    "cross_entropy": (CrossEntropyConfig, Classification),
-    "balanced_softmax": (BalancedSoftmaxConfig, Classification),
+    "cross_entropy": (CrossEntropyConfig, baselines.CrossEntropy),
+    "balanced_softmax": (BalancedSoftmaxConfig, baselines.BalancedSoftmax),
+    "focal": (FocalConfig, baselines.Focal),
+    "class_balanced": (ClassBalancedConfig, baselines.ClassBalanced),
+    "ldam": (LdamConfig, baselines.Ldam),
+    "logit_adjustment": (LogitAdjustmentConfig, baselines.LogitAdjustment),
+    "lade": (LadeConfig, baselines.Lade),
+    "causal_norm": (CausalNormConfig, baselines.CausalNormalized),
+    "moco": (MocoConfig, momentum.Moco),
+    "paco": (PacoConfig, momentum.Paco),
+    "hybrid_psc": (HybridPscConfig, prototypes.HybridPsc),
+    "dro_lt": (DroLtConfig, prototypes.DroLt),
+    "experts": (ExpertsConfig, experts.Experts),
+    "crt": (CrtConfig, second_stage.Crt),
+    "lws": (LwsConfig, second_stage.Lws),
+    "tau_norm": (TauNormConfig, second_stage.TauNorm),
+    "las": (LasConfig, second_stage.Las),
+    "disalign": (DisAlignConfig, second_stage.DisAlign),
 }
+
+SECOND_STAGE = ("crt", "lws", "tau_norm", "las", "disalign")
+"""Methods that need a trained net to start from."""
 
 
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
     """counts: (K,) training images of each class. Raises ValueError where the config does not fit them."""
     return METHODS[config.name][1](net, counts, config)
+
+
+def hook(method: nn.Module, name: str, *arguments: Any) -> None:
+    """Call a method's optional `set_epoch` or `after_step`."""
+    if hasattr(method, name):
+        getattr(method, name)(*arguments)

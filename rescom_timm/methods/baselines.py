@@ -278,8 +278,14 @@ class Focal(Classification):
 
 
 class ClassBalanced(Classification):
+    weights: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: ClassBalancedConfig) -> None:
+        super().__init__(net, counts, config)
+        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return losses.focal(logits, labels, self.config.gamma, balanced_weights(self.counts, self.config.beta))
+        return losses.focal(logits, labels, self.config.gamma, self.weights)
 
 
 def balanced_weights(counts: Tensor, beta: float) -> Tensor:
@@ -289,9 +295,14 @@ def balanced_weights(counts: Tensor, beta: float) -> Tensor:
 
 
 class Ldam(Classification):
+    margins: Tensor
+    weights: Tensor
+
     def __init__(self, net: Net, counts: Tensor, config: LdamConfig) -> None:
         super().__init__(net, counts, config)
         net.classifier = Cosine(net.classifier.in_features, len(counts), config.scale)
+        self.register_buffer("margins", losses.ldam_margins(counts, config.margin), persistent=False)
+        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
         self.reweighted = False
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -299,10 +310,8 @@ class Ldam(Classification):
         self.reweighted = epoch >= self.config.reweight_from * epochs
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        config = self.config
-        margins = losses.ldam_margins(self.counts, config.margin)
-        weights = balanced_weights(self.counts, config.beta) if self.reweighted else None
-        return losses.ldam(logits / config.scale, labels, margins, config.scale, weights)
+        scale, weights = self.config.scale, self.weights if self.reweighted else None
+        return losses.ldam(logits / scale, labels, self.margins, scale, weights)
 
 
 class LogitAdjustment(Classification):

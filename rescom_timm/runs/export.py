@@ -176,6 +176,16 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
     )  # fmt: skip
 
 
+def save_model(run: Path) -> str:
+    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it."""
+    try:
+        folder = export_run(run, run / "model")
+        return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+    except ValueError as error:
+        export_run(run, run / "model", plain=False)
+        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
+
+
 def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     if which not in ("best", "last"):
         path = run / "checkpoints" / which
@@ -187,9 +197,12 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
     if newest is None:
         raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and has it come to its first save?")
     best = newest[2]["progress"].get("best_checkpoint")
-    if which == "last" or best is None or best == newest[0].name or not (run / "checkpoints" / best).is_dir():
-        return newest
-    return run / "checkpoints" / best, *checkpoint.load(run / "checkpoints" / best)
+    if which == "best" and best not in (None, newest[0].name):
+        try:
+            return run / "checkpoints" / best, *checkpoint.load(run / "checkpoints" / best)
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
+    return newest
 
 
 def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:

@@ -14,12 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import sha_fileobj
 
 from rescom_timm.runs import checkpoint
 
@@ -95,7 +95,7 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
         return HubError(f"{where}: no token was found; log in with  hf auth login  or set HF_TOKEN")
     if isinstance(error, RevisionNotFoundError):
         return HubError(f"{where}: the repository has no such revision (what stands behind the @)")
-    if code == 401 and not _exists_without_token(error):
+    if code == 401:
         return HubError(
             f"{where}: the Hub knows no such repository, or the token is missing, wrong or expired (401); check the "
             "name, and log in anew with  hf auth login  or set HF_TOKEN"
@@ -125,14 +125,234 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
     return HubError(f"{where}: the connection was lost or not made ({_line(cause)})", lasting=False)
 
 
-def _exists_without_token(error: Exception) -> bool:
-    return False
-
-
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:297] + "..."
 
 
 def sha256(path: Path) -> str:
-    return checkpoint._sha256(path)
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex()
+
+
+# ------------------------------------------------------------------------------------------------------------- pushing
+
+
+class Pusher:
+    """The pushes of one run, from its main process: one at a time, in the background. Nothing here raises for what the
+    Hub, the network or a full disk does: it is told, and tried again with the next checkpoint and at the end."""
+
+    def __init__(self, config: HubConfig, run: Path) -> None:
+        self.config, self.run = config, run
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def saved(self, newest: str, best: str | None) -> None:
+        """After each save. newest, best: names of checkpoints (best: None where none was selected yet)."""
+        strategy = self.config.strategy
+        if strategy != "end" and (strategy != "best" or best == newest):
+            self._push(newest, best, end=False)
+
+    def finished(self, newest: str, best: str | None) -> None:
+        """After the last evaluation: push the trained model. `wait` brings it to an end."""
+        self._push(newest, best, end=True)
+
+    def wait(self) -> None:
+        """Wait for what is under way, try once more what failed, and tell how it ended."""
+        if self.config.repo is None:
+            return
+        print(f"waiting for the push to {self.config.repo} (log: {self.run / 'hub' / 'push.log'})")
+        try:
+            for _ in range(2):
+                if self.process is not None:
+                    self.process.wait(60 * self.config.timeout_minutes)
+                    self.process = None
+                if staged(self.run):
+                    self._start()
+            if self.process is not None:
+                self.process.wait(60 * self.config.timeout_minutes)
+        except subprocess.TimeoutExpired:
+            print(f"the push takes longer than hub.timeout_minutes; it goes on as process {self.process.pid}")  # type: ignore[union-attr]
+        except KeyboardInterrupt:
+            print("not waited for; the push goes on in the background")
+        self._tell()
+
+    def _push(self, newest: str, best: str | None, end: bool) -> None:
+        if self.config.repo is None:
+            return
+        running = self.process is not None and self.process.poll() is None
+        if self.process is not None and not running:
+            self._tell()
+            self.process = None
+        try:
+            stage(self.run, self.config, newest, best, end)
+            surplus = staged(self.run)[: -WAITING if self.config.strategy == "all_checkpoints" or running else -1]
+            for folder in surplus if not running else []:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not running:
+                self._start()
+        except OSError as error:
+            warnings.warn(f"nothing was pushed to the Hub: {error}; training goes on", RuntimeWarning, stacklevel=3)
+
+    def _start(self) -> None:
+        # Its own session: a Ctrl-C that stops the training does not cut an upload. No GPU, and no core for itself.
+        quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        with (self.run / "hub" / "push.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rescom_timm.runs.push", str(self.run.resolve())], env={**os.environ, **quiet},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def _tell(self) -> None:
+        told = status(self.run)
+        if "error" in told:
+            print(
+                f"{told['error']}\n(training is not touched by this; what was to be pushed is kept, tried again with "
+                f"the next push, and completed at any time by:  python tools/push.py {self.run})",
+                file=sys.stderr,
+            )
+        elif "url" in told:
+            print(f"pushed {told['what']}: {told['url']}")
+
+
+def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:
+    """An immutable copy of what a push needs, in RUN/hub/: a run's folder of its own, with one or two checkpoints."""
+    final = run / "hub" / (newest + ("-end" if end else ""))
+    if final.exists():
+        return final
+    aside = final.with_name(f".{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name in dict.fromkeys([newest] if best is None else [best, newest]):
+        if (run / "checkpoints" / name).is_dir():
+            shutil.copytree(run / "checkpoints" / name, aside / "checkpoints" / name, copy_function=_link)
+    for path in (
+        *(run / name for name in TEXTS), *run.glob("evaluation/*.json"), *run.glob("figures/*.png"),
+    ):  # fmt: skip
+        if path.is_file():
+            target = aside / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    whole = config.strategy in ("checkpoint", "all_checkpoints")
+    which = "best" if end or config.strategy == "best" else "last"
+    request = {
+        "repo": config.repo, "private": config.private, "license": config.license, "benchmark": config.benchmark,
+        "export": which, "checkpoints": whole, "keep": config.strategy == "all_checkpoints",
+    }  # fmt: skip
+    (aside / "push.json").write_text(json.dumps(request), encoding="utf-8")
+    aside.rename(final)
+    return final
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # a checkpoint's files are never written to again
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def staged(run: Path) -> list[Path]:
+    """What waits to be pushed, oldest first."""
+    return sorted((run / "hub").glob("step-*"))
+
+
+def status(run: Path) -> dict[str, str]:
+    """How the last push of a run ended: {"what", "url"} or {"error"}; empty where none did."""
+    try:
+        return json.loads((run / "hub" / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------------------------------ fetching
+
+
+def as_repo(source: str | Path) -> str | None:
+    """owner/name (perhaps @revision) of hf://owner/name, hf-hub:owner/name or owner/name; None for anything else."""
+    text = re.sub(r"^(hf://|hf-hub:|hf_hub:)", "", str(source)) if isinstance(source, str) else ""
+    return text if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) else None
+
+
+def download(repo: str, names: Sequence[str], needed: str, force: bool = False) -> Path:
+    """Those of the named files that a repository holds, in the Hub's cache on this machine; returns their folder.
+
+    Raises FileNotFoundError where the repository is not there or cannot be reached, ValueError where it does not hold
+    `needed`.
+    """
+    name, _, revision = repo.partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(names), force_download=force))
+    except _NETWORK as error:
+        raise FileNotFoundError(str(explain(error, repo, "reading"))) from error
+    if not (folder / needed).is_file():
+        raise ValueError(
+            f"{name} was not made by rescom_timm (it holds no {needed}); a plain timm model is read by "
+            f'timm.create_model("hf-hub:{name}", pretrained=True)'
+        )
+    return folder
+
+
+_NETWORK = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
+
+
+def fetch_recipe(address: str) -> Path:
+    """The recipe of a repository that a run was pushed to. address: hf://owner/name. Raises HubError."""
+    repo = as_repo(address)
+    if repo is None:
+        raise HubError(f"{address!r} is no address of a run on the Hub: write hf://owner/name")
+    name, _, revision = repo.partition("@")
+    try:
+        return Path(hf_hub_download(name, "recipe.yaml", revision=revision or None))
+    except _NETWORK as error:
+        raise explain(error, repo, "reading the recipe of") from error
+
+
+def fetch_run(address: str, run: Path) -> None:
+    """Bring the newest checkpoint of a run on the Hub (and its best one) into a run's folder, with the log up to it.
+
+    A folder that is as far or further is left as it is. Raises HubError where the repository cannot be read, holds no
+    checkpoint, or its files are damaged.
+    """
+    repo = as_repo(address)
+    if repo is None:
+        raise HubError(f"{address!r} is no address of a run on the Hub: write hf://owner/name")
+    name, _, revision = repo.partition("@")
+    try:
+        files = HfApi().list_repo_files(name, revision=revision or None)
+    except _NETWORK as error:
+        raise explain(error, repo, "reading") from error
+    there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})
+    if not there:
+        raise HubError(
+            f"{repo} holds no checkpoint to go on from: it was pushed without hub.strategy: checkpoint or "
+            "all_checkpoints; start from its weights with rescom_timm.from_pretrained"
+        )
+    here = [path.name for path in checkpoint.listed(run / "checkpoints")]
+    if here and here[-1] >= there[-1]:
+        print(f"{run} is as far as {repo} ({here[-1]}): going on from the folder")
+        return
+    state = _fetch_checkpoint(repo, there[-1], run)
+    best = state["progress"].get("best_checkpoint")
+    if best in there and best not in (*here, there[-1]):
+        _fetch_checkpoint(repo, best, run)
+    snapshot = download(repo, ["metrics.jsonl", "recipe.yaml"], needed="recipe.yaml")
+    if (snapshot / "metrics.jsonl").is_file():
+        shutil.copyfile(snapshot / "metrics.jsonl", run / "metrics.jsonl")
+
+
+def _fetch_checkpoint(repo: str, name: str, run: Path) -> dict[str, Any]:
+    """Download a checkpoint, check its hashes, move it into the run's folder; returns its state."""
+    aside = run / "checkpoints" / f".partial-{name}"
+    for force in (False, True):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            snapshot = download(repo, [f"checkpoints/{name}/*"], f"checkpoints/{name}/hashes.json", force)
+            shutil.copytree(snapshot / "checkpoints" / name, aside)
+            _, state = checkpoint.load(aside)
+            aside.rename(run / "checkpoints" / name)
+            return state
+        except (FileNotFoundError, ValueError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise HubError(str(error)) from error
+        except checkpoint.CheckpointError as error:
+            damage = error
+    shutil.rmtree(aside, ignore_errors=True)
+    raise HubError(f"{name} of {repo} arrived damaged twice ({damage}); its copy on the Hub may be damaged")

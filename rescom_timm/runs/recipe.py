@@ -26,6 +26,7 @@ from rescom_timm.data.sources import DataConfig
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig
 from rescom_timm.nets.net import NetConfig
+from rescom_timm.runs.hub import HubConfig
 
 
 class RecipeError(ValueError):
@@ -162,6 +163,7 @@ class Recipe:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    hub: HubConfig = HubConfig()
     speed: SpeedConfig = SpeedConfig()
 
     def __post_init__(self) -> None:
@@ -171,6 +173,8 @@ class Recipe:
         ):
             if epoch >= self.train.epochs:
                 raise ValueError(f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches")
+        if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
+            raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON or YAML; load_dict makes the same recipe of it."""

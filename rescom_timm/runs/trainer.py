@@ -35,7 +35,8 @@ from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
-from rescom_timm.runs.hub import export
+from rescom_timm.runs.export import describe, save_model
+from rescom_timm.runs.hub import Pusher, fetch_run
 from rescom_timm.runs.log import Log
 from rescom_timm.runs.recipe import Recipe, RecipeError, load_dict
 
@@ -108,10 +109,11 @@ def launch(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool | str = False, dry_run: bool = False) -> Path:
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
-    resume: go on from the newest whole checkpoint of the run's folder, or start where there is none.
+    resume: go on from the newest whole checkpoint of the run's folder, or start where there is none; hf://owner/name
+    first brings the checkpoint of a run that was pushed there.
     dry_run: build everything, do one step and one evaluation batch, write nothing.
     Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped.
     """
@@ -130,6 +132,8 @@ def train(recipe: Recipe, resume: bool = False, dry_run: bool = False) -> Path:
         trainer.finish()
     finally:
         trainer.close()
+    if trainer.main:
+        trainer.pusher.wait()
     return trainer.folder
 
 
@@ -338,7 +342,8 @@ class Trainer:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
-            self._export(self.net)
+            print(save_model(self.folder))
+            self.pusher.finished(f"step-{progress.step:08d}", best)
         self.accelerator.wait_for_everyone()
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
@@ -350,14 +355,6 @@ class Trainer:
                 write(self.folder, f"{split}-{name}", meter, record)
             rows[title(record)] = meter.compute()
         return rows
-
-    def _export(self, net: Any) -> None:
-        size = tuple(next(iter(eval_loader(self.data.test, self.recipe.views, 1)))["image"].shape[1:])
-        try:
-            export(net, self.folder / "model", self.data.class_names, size)
-            print(f'saved: {self.folder}; plain timm model: timm.create_model("local-dir:{self.folder / "model"}")')
-        except ValueError as error:
-            print(f"saved: {self.folder}; {error}")
 
     # ---------------------------------------------------------------- state
 
@@ -387,15 +384,21 @@ class Trainer:
                 try:
                     written = checkpoint.save(self.folder / "checkpoints", progress.step, weights, state)
                     checkpoint.prune(written, self.recipe.checkpoint.keep, progress.best_checkpoint)
+                    self.pusher.saved(written.name, progress.best_checkpoint)
                 except CheckpointError as error:
                     trouble = str(error)
         trouble = broadcast_object_list([trouble])[0]  # so that no process waits for one that has left
         if trouble is not None:
             raise CheckpointError(trouble)
 
-    def open(self, resume: bool) -> None:
+    def open(self, resume: bool | str) -> None:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
-        self.folder = broadcast_object_list([self._choose_folder(resume)])[0]
+        self.folder = broadcast_object_list([self._choose_folder(bool(resume))])[0]
+        self.pusher = Pusher(self.recipe.hub, self.folder)
+        if isinstance(resume, str):
+            if self.main:
+                fetch_run(resume, self.folder)
+            self.accelerator.wait_for_everyone()
         before = checkpoint.newest(self.folder / "checkpoints") if resume else None
         seen = gather_object([before[0].name if before else "none"])
         if len(set(seen)) > 1:
@@ -408,6 +411,7 @@ class Trainer:
         if self.main:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
+            describe(self.folder, self.data, self.recipe.views)
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""), flush=True)
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
@@ -183,7 +183,7 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="Hub cannot be reached for 'nobody/nothing'.* to a local folder") as error:
+    with pytest.raises(FileNotFoundError, match="Hub cannot be reached for 'nobody/nothing'.* local folder") as error:
         load(DataConfig("nobody/nothing"))
     assert "OfflineModeIsEnabled" in str(error.value)
 
@@ -302,9 +302,9 @@ def test_index_must_agree_with_the_data(parquet: Path, tmp_path: Path) -> None:
     data = run([4, 0, 8], [1, 0, 2])
     check_split(data, [4, 0, 8])  # the order of the file
     assert data.train.name == "toy train, i.txt"
-    with pytest.raises(ValueError, match="disagree on 2 of 3 labels, first in row 4: 0 in the index, 1 in the data set"):
+    with pytest.raises(ValueError, match="disagree on 2 of 3 labels, first in row 4: 0 in the index, 1 in the"):
         run([4, 0, 8], [0, 1, 2])
-    with pytest.raises(ValueError, match="names row 30, and toy train, i.txt has 30 rows, from 0"):
+    with pytest.raises(ValueError, match="names row 30, and toy train has 30 rows, from 0"):
         run([4, 0, 30], [1, 0, 0 + 2])
     with pytest.raises(ValueError, match="is of 4 classes where 3 are expected"):
         run([4, 0, 8, 3], [1, 0, 2, 3], 4)
@@ -479,7 +479,8 @@ def test_root_with_validation(root: DataConfig) -> None:
 
 def test_inaturalist_json_over_a_root(tmp_path: Path) -> None:
     files(tmp_path / "inat", ["train_val2018/A/0/x.jpg", "train_val2018/B/1/y.jpg", "train_val2018/B/1/z.jpg"])
-    images = [{"id": i, "file_name": f"train_val2018/{p}"} for i, p in enumerate(["A/0/x.jpg", "B/1/y.jpg", "B/1/z.jpg"])]
+    names = ("A/0/x.jpg", "B/1/y.jpg", "B/1/z.jpg")
+    images = [{"id": i, "file_name": f"train_val2018/{name}"} for i, name in enumerate(names)]
     for name, chosen in {"train": [0, 1], "val": [2]}.items():
         content = {
             "images": [images[i] for i in chosen],
@@ -496,7 +497,7 @@ def test_inaturalist_json_over_a_root(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [1]
 
 
-# ------------------------------------------------------------------------------- lists joined to a data set by file name
+# ------------------------------------------------------------------------------ lists joined to a data set by file name
 
 
 def named(names: list[str | None], labels: list[int] | None) -> Dataset:
@@ -542,10 +543,10 @@ def test_list_gives_labels_to_a_data_set_without(tmp_path: Path, monkeypatch: py
 def test_joins_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = write_list(tmp_path / "l.txt", ["q/a.jpg 0", "q/z.jpg 1", "q/y.jpg 2"])
     served(monkeypatch, named(["a.jpg", "b.jpg"], [0, 1]))
-    with pytest.raises(FileNotFoundError, match="2 of 3 files of .* are not in x/y train, l.txt, the first: q/z.jpg, q/y"):
+    with pytest.raises(FileNotFoundError, match="2 of 3 files of .* are not in x/y train, the first: q/z.jpg, q/y"):
         load(DataConfig("x/y", index=listed))
     served(monkeypatch, named([None, None], [0, 1]))
-    with pytest.raises(ValueError, match="the rows of x/y train, l.txt carry none"):
+    with pytest.raises(ValueError, match="the rows of x/y train carry none"):
         load(DataConfig("x/y", index=listed))
     served(monkeypatch, named(["p/a.jpg", "r/a.jpg", "q/z.jpg", "q/y.jpg"], [0, 0, 1, 2]))
     with pytest.raises(ValueError, match="stand for several rows"):
@@ -556,7 +557,7 @@ def test_joins_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load(DataConfig("x/y", index=doubled))
 
 
-# --------------------------------------------------------------------------------------------------------- class folders
+# -------------------------------------------------------------------------------------------------------- class folders
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -605,14 +606,15 @@ def measure(folder: Path, counts: list[int]) -> tuple[float, float, float]:
     for name, lines in lists.items():
         (folder / f"{name}.txt").write_text("".join(random.permutation(lines)))
     code = f"""
-import resource, time
+import time
 import torch, datasets
 from rescom_timm.data.sources import DataConfig, load
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-now = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-before, start = now(), time.perf_counter()
+def memory(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+before, start = memory("VmRSS"), time.perf_counter()
 data = load(DataConfig({str(folder)!r}, index={str(folder / "train.txt")!r}, test_index={str(folder / "test.txt")!r}))
-print(time.perf_counter() - start, now() - before, peak() - before, len(data.train.rows))
+print(time.perf_counter() - start, memory("VmRSS") - before, memory("VmHWM") - before, len(data.train.rows))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, added, peak, n = map(float, done.stdout.split())
@@ -621,7 +623,7 @@ print(time.perf_counter() - start, now() - before, peak() - before, len(data.tra
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_inaturalist_size_opens_in_seconds(tmp_path: Path, shared_lists: Path) -> None:
     counts = json.loads((shared_lists / "iNaturalist18_train_class_counts.json").read_text())
     seconds, added, peak = measure(tmp_path, counts)
@@ -632,9 +634,8 @@ def test_inaturalist_size_opens_in_seconds(tmp_path: Path, shared_lists: Path) -
 def test_a_long_list_adds_little_memory_and_time() -> None:
     """The part of the above that is ours, without a disk: 437,513 lines become a data set."""
     paths = [f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg" for i in range(437_513)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    before, start = pa.total_allocated_bytes(), time.perf_counter()
     dataset = sources._files_dataset(Path("/root"), paths, np.arange(437_513) % 8142)
     assert time.perf_counter() - start < 20
     assert dataset[437_512]["image"]["path"] == f"/root/{paths[-1]}" and dataset[437_512]["label"] == 437_512 % 8142
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200
+    assert (pa.total_allocated_bytes() - before) / 2**20 < 50

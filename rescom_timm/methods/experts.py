@@ -1,0 +1,176 @@
+"""RIDE-style experts: a net of several heads over a shared stem (Wang et al. 2021, arXiv 2010.01809).
+
+Shapes: B images, E experts, K classes, F features. All experts are asked for every image: the router of the paper's
+second stage is left out, and experts keep the backbone's width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from rescom_timm.contrast.losses import diversity, ldam, ldam_margins
+from rescom_timm.methods.baselines import Cosine, balanced_weights
+from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """LDAM of each expert less how far it is from their mean (RIDE, section 3.2)."""
+
+    name: Literal["experts"] = "experts"
+    views: Literal[1, 2] = 1
+    experts: int = 3
+    branch: str = "layer3"
+    """First child of the encoder, in the order in which it runs them, of which each expert has its own copy, as it has
+    of all that follow: layer3 or layer2 of a ResNet, stages.3 of a ConvNeXt."""
+    fresh: bool = True
+    """The experts after the first start from weights of their own; false: from the first's, as a pretrained backbone
+    wants."""
+    diversity: float = 0.2
+    temperature: float = 1.0
+    """Of the distributions whose divergence is taken."""
+    temperature_by_count: float = 0.05
+    """How much higher it is for frequent classes, after re-weighting starts."""
+    margin: float = 0.5
+    scale: float = 30.0
+    reweight_from: float = 0.8
+    """Fraction of the epochs after which classes are weighted; 1: never."""
+    beta: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if self.experts < 2:
+            raise ValueError("experts must be at least 2")
+        if min(self.diversity, self.margin) < 0 or min(self.temperature, self.scale) <= 0:
+            raise ValueError("diversity and margin must be at least 0, temperature and scale above 0")
+        if not 0 <= self.temperature_by_count < 1 or not 0 <= self.reweight_from <= 1 or not 0 <= self.beta < 1:
+            raise ValueError("temperature_by_count and beta must be in [0, 1), reweight_from in [0, 1]")
+
+
+class ExpertOutputs(NamedTuple):
+    """Means over the experts, features (N, F) and logits (N, K), and experts (E, N, K), each one's own logits."""
+
+    features: Tensor
+    logits: Tensor
+    embeddings: Tensor
+    experts: Tensor
+
+
+class ExpertsNet(Net):
+    """A stem (`encoder`), E copies of the rest of the backbone and E classifiers; its logits are their mean."""
+
+    def __init__(self, net: Net, sources: Sequence[nn.Module], branch: str, scale: float) -> None:
+        """Takes over the net's encoder and projector. sources: E encoders from which each expert's part is copied.
+        Raises ValueError where they cannot be cut at `branch`."""
+        nn.Module.__init__(self)
+        self.encoder, _ = cut(net.encoder, branch)
+        self.experts = nn.ModuleList(cut(source, branch)[1] for source in sources)
+        width, classes = net.classifier.in_features, net.classifier.out_features
+        self.heads = nn.ModuleList(Cosine(width, classes, scale) for _ in sources)
+        self.projector = net.projector.requires_grad_(False)
+        self.recreate = None
+        for name in ("mean", "std"):
+            self.register_buffer(name, getattr(net, name), persistent=False)
+
+    def forward(self, images: Tensor) -> ExpertOutputs:  # type: ignore[override]
+        stem = self.encoder.forward_features(self.normalize(images))  # type: ignore[operator]
+        features = [expert(stem) for expert in self.experts]
+        logits = torch.stack([head(own) for head, own in zip(self.heads, features, strict=True)])
+        mean = torch.stack(features).mean(dim=0)
+        embeddings = nn.functional.normalize(self.projector(mean).float(), dim=1)
+        return ExpertOutputs(mean, logits.mean(dim=0), embeddings, logits)
+
+    def classify(self, images: Tensor) -> Tensor:
+        return self(images).logits
+
+    def to_timm(self) -> nn.Module:
+        raise ValueError("a net of several experts is no plain timm model, so it is not exported")
+
+
+def cut(encoder: nn.Module, branch: str) -> tuple[nn.Module, nn.Module]:
+    """(stem, tail): copies of a timm encoder such that tail(stem.forward_features(x)) is encoder(x), all children from
+    `branch` on in the tail. Raises ValueError where there is no such child or the encoder is no chain of them."""
+    names = []
+    for name, child in encoder.named_children():
+        nested = branch.startswith(name + ".")
+        names += [f"{name}.{inner}" for inner, _ in child.named_children()] if nested else [name]
+    if branch not in names[1:]:
+        raise ValueError(f"branch: the backbone has no child {branch!r} to cut at; there are: {', '.join(names[1:])}")
+    at = names.index(branch)
+    stem, tail = copy.deepcopy(encoder), copy.deepcopy(encoder)
+    for model, dropped in ((stem, names[at:]), (tail, names[:at])):
+        for name in dropped:
+            model.set_submodule(name, nn.Identity())
+    if not _same(encoder, stem, tail):
+        raise ValueError(
+            f"branch: this backbone is not a chain of modules that can be cut at {branch!r}; "
+            "use a ResNet or a ConvNeXt, or another branch"
+        )
+    return stem, tail
+
+
+@torch.no_grad()
+def _same(encoder: nn.Module, stem: nn.Module, tail: nn.Module) -> bool:
+    size = encoder.pretrained_cfg["input_size"]  # type: ignore[index]
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    modes = [model.training for model in (encoder, stem, tail)]
+    try:
+        encoder.eval(), stem.eval(), tail.eval()
+        parts = tail(stem.forward_features(images))  # type: ignore[operator]
+        return torch.allclose(parts, encoder(images), rtol=1e-4, atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError, IndexError):
+        return False
+    finally:
+        for model, mode in zip((encoder, stem, tail), modes, strict=True):
+            model.train(mode)
+
+
+class Experts(nn.Module):
+    counts: Tensor
+    margins: Tensor
+    weights: Tensor
+    temperature: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: ExpertsConfig) -> None:
+        """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
+        super().__init__()
+        sources = [net.encoder] * config.experts
+        if config.fresh and net.recreate is not None:
+            sources[1:] = [timm.create_model(**net.recreate, num_classes=0) for _ in sources[1:]]
+        self.net = ExpertsNet(net, sources, config.branch, config.scale)
+        self.config = config
+        self.views: int = config.views
+        self.reweighted = False
+        share = config.temperature_by_count
+        temperature = share * len(counts) * counts / counts.sum() + 1 - share
+        self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
+        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
+        self.register_buffer("temperature", config.temperature * temperature / temperature.max(), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: re-weighting starts after its fraction of the run."""
+        self.reweighted = epoch >= self.config.reweight_from * epochs
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        outputs = self.net(stack_views(batch["image"]))
+        labels, config = batch["label"].repeat(self.views), self.config
+        weights = self.weights if self.reweighted else None
+        classification = torch.stack(
+            [ldam(own / config.scale, labels, self.margins, config.scale, weights) for own in outputs.experts]
+        ).sum()
+        even = torch.full_like(self.temperature, config.temperature)
+        distance = diversity(outputs.experts, self.temperature if self.reweighted else even)
+        return {
+            "loss": classification - config.diversity * distance,
+            "logits": outputs.logits,
+            "loss_classification": classification.detach(),
+            "diversity": distance.detach(),
+        }

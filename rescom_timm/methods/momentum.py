@@ -1,0 +1,187 @@
+"""Methods with a queue that are not ResCom: MoCo + Balanced Softmax (Table 6, first row) and PaCo / GPaCo.
+
+Shapes: B images of two views, K classes, D the width of an embedding. A momentum encoder is state of the method, not of
+the net: it is saved beside the net's weights, gets no gradient, and is the same on every process because it follows
+weights that are.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rescom_timm.contrast.losses import balanced_softmax, log_prior, paco, supcon
+from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
+from rescom_timm.contrast.queue import FifoQueue, gather
+from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) beside Balanced Softmax of the first view."""
+
+    name: Literal["moco"] = "moco"
+    contrast_weight: float = 0.5
+    """lambda: total loss = Balanced Softmax + lambda * contrastive loss."""
+    temperature: float = 0.2
+    momentum: float = 0.999
+    """m: of the momentum encoder, once an optimizer step."""
+    queue_size: int = 4000
+    """Most recent keys, of whatever class."""
+
+    def __post_init__(self) -> None:
+        if self.contrast_weight < 0:
+            raise ValueError("contrast_weight must be at least 0")
+        _check(self.temperature, self.momentum, self.queue_size)
+
+
+@dataclass(frozen=True)
+class PacoConfig:
+    """Parametric contrastive learning (Cui et al. 2021, arXiv 2107.12028, eqs. 4 and 6); GPaCo (arXiv 2209.12400)
+    is the same without momentum encoder, with smoothed targets."""
+
+    name: Literal["paco"] = "paco"
+    alpha: float = 0.05
+    """Weight of a positive pair beside the own class centre's 1."""
+    temperature: float = 0.2
+    momentum: float | None = 0.999
+    """m: of the momentum encoder; null is GPaCo, in which both views are queries of the one net."""
+    queue_size: int = 8192
+    smoothing: float = 0.0
+    """Share of a centre's target that goes to the other centres (GPaCo)."""
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or not 0 <= self.smoothing < 1:
+            raise ValueError("alpha must be at least 0 and smoothing in [0, 1)")
+        _check(self.temperature, self.momentum, self.queue_size)
+
+
+def _check(temperature: float, momentum: float | None, queue_size: int) -> None:
+    if temperature <= 0:
+        raise ValueError("temperature must be above 0")
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError("momentum must be in [0, 1)")
+    if queue_size < 1:
+        raise ValueError("queue_size must be at least 1")
+
+
+class MomentumNet(nn.Module):
+    """A copy of a net that follows it: theta_k <- m theta_k + (1 - m) theta_q (MoCo, eq. 2).
+
+    In training its BatchNorm uses each batch's own statistics, as the net's does; there is no shuffling over processes.
+    """
+
+    def __init__(self, net: Net, momentum: float) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(net).requires_grad_(False)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W). Returns embeddings (B, D)."""
+        return self.copy(images).embeddings
+
+    @torch.no_grad()
+    def follow(self, net: nn.Module) -> None:
+        """Move towards the net, plain or wrapped; call it once an optimizer step."""
+        for own, other in zip(self.copy.parameters(), net.parameters(), strict=True):
+            own.lerp_(other.detach().to(own.dtype), 1 - self.momentum)
+
+
+class Moco(nn.Module):
+    """Positive pair: the two views of an image, the second through the momentum encoder. Negatives: the whole queue."""
+
+    counts: Tensor
+    views = 2
+
+    def __init__(self, net: Net, counts: Tensor, config: MocoConfig) -> None:
+        """counts: (K,) training images of each class."""
+        super().__init__()
+        self.net = net
+        self.config = config
+        self.momentum_net = MomentumNet(net, config.momentum)
+        self.queue = FifoQueue(config.queue_size, _width(net))
+        self.register_buffer("counts", counts, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar), logits (B, K) of the first views and the
+        loss's two parts, detached."""
+        labels = batch["label"]
+        first, second = batch["image"].unbind(dim=1)
+        _, logits, queries = self.net(first)
+        keys = self.momentum_net(second)
+        contrast = supcon(self.pairs(queries, keys), self.config.temperature)
+        self.queue.enqueue(gather(keys), gather(labels))
+        classification = balanced_softmax(logits, labels, self.counts)
+        return {
+            "loss": classification + self.config.contrast_weight * contrast,
+            "logits": logits,
+            "loss_classification": classification.detach(),
+            "loss_contrast": contrast.detach(),
+        }
+
+    def pairs(self, queries: Tensor, keys: Tensor) -> Pairs:
+        """(B, 1 + S): each query against its own key, positive, and the S slots of the queue, none of them positive
+        whatever their class. queries, keys: (B, D)."""
+        own = (queries * keys).sum(dim=1, keepdim=True)
+        yes = torch.ones_like(own, dtype=torch.bool)
+        labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+        queue = against_queue(queries, labels, self.queue)
+        return Pairs(own, yes, yes).join(queue._replace(positive=torch.zeros_like(queue.positive)))
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        self.momentum_net.follow(self.net)
+
+
+class Paco(nn.Module):
+    """Class centres, which are the classifier's weights, and embeddings in one softmax.
+
+    With a momentum encoder the first views are the queries, the second views its keys; without one (GPaCo) both views
+    are queries, and keys of each other with gradient. The second views enter the queue.
+    """
+
+    counts: Tensor
+    prior: Tensor
+    views = 2
+
+    def __init__(self, net: Net, counts: Tensor, config: PacoConfig) -> None:
+        """counts: (K,) training images of each class."""
+        super().__init__()
+        self.net = net
+        self.config = config
+        self.momentum_net = None if config.momentum is None else MomentumNet(net, config.momentum)
+        self.queue = FifoQueue(config.queue_size, _width(net))
+        self.register_buffer("prior", log_prior(counts), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar) and logits (B, K), or (2B, K) in GPaCo."""
+        y, config = batch["label"], self.config
+        first, second = batch["image"].unbind(dim=1)
+        if self.momentum_net is None:
+            _, logits, queries = self.net(stack_views(batch["image"]))
+            labels, keys = y.repeat(2), queries.detach().chunk(2)[1]
+            batch_pairs = in_batch(queries, labels)
+        else:
+            _, logits, queries = self.net(first)
+            labels, keys = y, self.momentum_net(second)
+            batch_pairs = in_batch(queries, y, torch.cat((queries, keys)), y.repeat(2))
+        pairs = batch_pairs.join(against_queue(queries, labels, self.queue))
+        centres = logits + self.prior.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = paco(centres, labels, pairs, config.temperature, config.alpha, config.smoothing)
+        self.queue.enqueue(gather(keys), gather(y))
+        return {"loss": loss, "logits": logits}
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+        if self.momentum_net is not None:
+            self.momentum_net.follow(self.net)
+
+
+def _width(net: Net) -> int:
+    return int(net.projector[-1].out_features)  # type: ignore[arg-type]

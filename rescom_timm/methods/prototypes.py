@@ -1,0 +1,150 @@
+"""Methods that compare an image with one vector of each class: Hybrid-PSC and DRO-LT.
+
+Shapes: B images of V views, N = V * B, K classes, F features, D the width of an embedding. Trained vectors are
+parameters of the net, so that the optimizer and DistributedDataParallel see them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rescom_timm.contrast.losses import at_least_float32, prototype_contrast, robust_centroids
+from rescom_timm.contrast.queue import gather
+from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class HybridPscConfig:
+    """Hybrid-PSC (Wang et al. 2021, arXiv 2103.14267, eqs. 4 and 5)."""
+
+    name: Literal["hybrid_psc"] = "hybrid_psc"
+    views: Literal[1, 2] = 1
+    temperature: float = 0.1
+    """tau of the prototypes; the paper: 1 for CIFAR-10, 0.1 for the others."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError("temperature must be above 0")
+
+
+@dataclass(frozen=True)
+class DroLtConfig:
+    """DRO-LT (Samuel & Chechik 2021, arXiv 2104.03066, eqs. 11 and 12)."""
+
+    name: Literal["dro_lt"] = "dro_lt"
+    views: Literal[1, 2] = 1
+    weight: float = 0.5
+    """lambda: total loss = lambda * cross-entropy + (1 - lambda) * robust loss."""
+    temperature: float = 0.07
+    radius: Literal["shared", "by_count", "learned"] = "learned"
+    """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon."""
+    epsilon: float = 1.0
+    momentum: float = 0.99
+    """By how much a centroid keeps its place when one image of its class is seen."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.epsilon < 0:
+            raise ValueError("temperature must be above 0 and epsilon at least 0")
+        if not 0 <= self.weight <= 1 or not 0 <= self.momentum < 1:
+            raise ValueError("weight must be in [0, 1] and momentum in [0, 1)")
+
+
+class HybridPsc(nn.Module):
+    """Prototypes at first, the classifier at last: alpha * PSC + (1 - alpha) * CE with alpha = 1 - (t / T)^2.
+
+    The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by 1 / N_y,
+    the same in expectation, so that one loader serves both branches.
+    """
+
+    weights: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: HybridPscConfig) -> None:
+        """counts: (K,) training images of each class."""
+        super().__init__()
+        width = int(net.projector[-1].out_features)  # type: ignore[arg-type]
+        net.prototypes = nn.Parameter(F.normalize(torch.randn(len(counts), width), dim=1))
+        self.prototypes = (net.prototypes,)  # a tuple: they are the net's
+        self.net = net
+        self.config = config
+        self.views: int = config.views
+        self.alpha = 1.0
+        self.register_buffer("weights", counts.double().reciprocal(), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: the parabola."""
+        self.alpha = 1 - (epoch / max(epochs, 1)) ** 2
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        _, logits, embeddings = self.net(stack_views(batch["image"]))
+        labels = batch["label"].repeat(self.views)
+        prototypes = F.normalize(self.prototypes[0], dim=1)
+        contrast = prototype_contrast(embeddings, labels, prototypes, self.config.temperature)
+        scores = at_least_float32(logits)
+        classification = F.cross_entropy(scores, labels, self.weights.to(scores.dtype))
+        return {
+            "loss": self.alpha * contrast + (1 - self.alpha) * classification,
+            "logits": logits,
+            "loss_classification": classification.detach(),
+            "loss_contrast": contrast.detach(),
+        }
+
+
+class DroLt(nn.Module):
+    """Features are drawn to their class's centroid, from the worst point of a ball around it.
+
+    The authors measure the centroids on the whole training set before each epoch; here they are moving averages of the
+    features seen, the same on every process, so that no second pass over the data is needed.
+    """
+
+    counts: Tensor
+    centroids: Tensor
+    known: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: DroLtConfig) -> None:
+        """counts: (K,) training images of each class."""
+        super().__init__()
+        net.projector.requires_grad_(False)
+        epsilon = torch.full((len(counts),), config.epsilon)
+        if config.radius == "by_count":
+            epsilon = epsilon / counts.sqrt()
+        net.epsilon = nn.Parameter(epsilon, requires_grad=config.radius == "learned")
+        self.epsilon = (net.epsilon,)  # a tuple: it is the net's
+        self.net = net
+        self.config = config
+        self.views: int = config.views
+        self.register_buffer("centroids", torch.zeros(len(counts), net.classifier.in_features))
+        self.register_buffer("known", torch.zeros(len(counts), dtype=torch.bool))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        features, logits, _ = self.net(stack_views(batch["image"]))
+        labels, config = batch["label"].repeat(self.views), self.config
+        classification = F.cross_entropy(at_least_float32(logits), labels)
+        robust = robust_centroids(
+            features, labels, self.centroids.clone(), self.known.clone(), self.epsilon[0], config.temperature
+        )
+        self.move_centroids(gather(features.detach()), gather(labels))
+        return {
+            "loss": config.weight * classification + (1 - config.weight) * robust,
+            "logits": logits,
+            "loss_classification": classification.detach(),
+            "loss_contrast": robust.detach(),
+        }
+
+    @torch.no_grad()
+    def move_centroids(self, features: Tensor, labels: Tensor) -> None:
+        """A class of which n images came keeps momentum^n of its centroid, so that it does not matter into how many
+        passes a batch is cut; its first images place it. features: (N, F). labels: (N,)."""
+        own = F.one_hot(labels, len(self.centroids)).to(self.centroids.dtype)
+        number = own.sum(dim=0)
+        mean = own.T @ features.to(own.dtype) / number.clamp(min=1)[:, None]
+        keep = torch.where(self.known, self.config.momentum**number, (number == 0).to(own.dtype))[:, None]
+        self.centroids.copy_(keep * self.centroids + (1 - keep) * mean)
+        self.known |= number > 0

@@ -1,0 +1,219 @@
+"""Second stages: a trained net whose encoder is frozen, and a classifier that is trained or scaled anew.
+
+The recipe says which run to start from (`from=RUN`). Shapes: N images, K classes, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rescom_timm.contrast import losses
+from rescom_timm.methods.baselines import Classification, linear, replace_classifier
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class CrtConfig:
+    """Classifier re-training (Kang et al. 2020, arXiv 1910.09217, section 4.1). Takes loader.sampler: class_balanced."""
+
+    name: Literal["crt"] = "crt"
+    views: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class LwsConfig:
+    """Learnable weight scaling (Kang et al. 2020, section 4.4, eq. 4). Takes loader.sampler: class_balanced."""
+
+    name: Literal["lws"] = "lws"
+    views: Literal[1] = 1
+
+
+@dataclass(frozen=True)
+class TauNormConfig:
+    """Tau-normalised classifier (Kang et al. 2020, eq. 3): w_k / |w_k|^tau, no bias. Nothing to train: epochs 0."""
+
+    name: Literal["tau_norm"] = "tau_norm"
+    views: Literal[1] = 1
+    tau: float = 0.7
+    """0 leaves the class vectors as they are, 1 gives them length 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau:
+            raise ValueError("tau must be at least 0")
+
+
+@dataclass(frozen=True)
+class LasConfig:
+    """MiSLAS' second stage (Zhong et al. 2021, arXiv 2104.00466): label-aware smoothing, learned scale, shifted BatchNorm
+    statistics. Takes loader.sampler: class_balanced."""
+
+    name: Literal["las"] = "las"
+    views: Literal[1] = 1
+    head: float = 0.3
+    """eps of the most frequent class."""
+    tail: float = 0.0
+    """eps of the rarest class."""
+    form: Literal["concave", "linear", "convex"] = "concave"
+    """How eps goes from tail to head with N_k (eqs. 4a to 4c)."""
+    retain: bool = True
+    """Start from the trained class vectors (r = 1 in eq. 6) or from new ones (r = 0)."""
+    shift_bn: bool = True
+    """BatchNorm's running statistics follow the class-balanced batches; its weights stay."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tail <= self.head < 1:
+            raise ValueError("head and tail must be in [0, 1), tail not above head")
+
+
+@dataclass(frozen=True)
+class DisAlignConfig:
+    """Distribution alignment (Zhang et al. 2021, arXiv 2103.16370, eqs. 4 to 10)."""
+
+    name: Literal["disalign"] = "disalign"
+    views: Literal[1] = 1
+    power: float = 1.5
+    """rho: classes are weighted by pi_k^-rho."""
+
+    def __post_init__(self) -> None:
+        if self.power < 0:
+            raise ValueError("power must be at least 0")
+
+
+SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig
+
+
+# ------------------------------------------------------------------------------------------------------- classifiers
+
+
+class Scaled(nn.Linear):
+    """diag(scale) (W x + b): a linear classifier with a learned scale of each class."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.class_scale = nn.Parameter(torch.ones(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.class_scale
+
+    def as_linear(self) -> nn.Linear:
+        return linear(self.weight * self.class_scale[:, None], self.bias * self.class_scale)
+
+
+class TauNormalized(nn.Linear):
+    """x . w_k / |w_k|^tau."""
+
+    def __init__(self, in_features: int, out_features: int, tau: float) -> None:
+        super().__init__(in_features, out_features)
+        self.tau = tau
+
+    def normalized(self) -> Tensor:
+        return self.weight / self.weight.norm(dim=1, keepdim=True) ** self.tau
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.normalized())
+
+    def as_linear(self) -> nn.Linear:
+        return linear(self.normalized(), torch.zeros_like(self.bias))
+
+
+class Aligned(nn.Linear):
+    """sigma(x) (alpha_k s_k + beta_k) + (1 - sigma(x)) s_k, sigma(x) the sigmoid of a linear function of x (DisAlign,
+    eqs. 4 to 6). It starts as the linear classifier that it takes the weights of."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.class_scale = nn.Parameter(torch.ones(out_features))
+        self.class_shift = nn.Parameter(torch.zeros(out_features))
+        self.confidence = nn.Linear(in_features, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = super().forward(x)
+        sigma = self.confidence(x).sigmoid()
+        return sigma * (self.class_scale * scores + self.class_shift) + (1 - sigma) * scores
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
+class SecondStage(Classification):
+    """The encoder's weights and statistics stay as they are; `shifted` modules' statistics are let go."""
+
+    def __init__(self, net: Net, counts: Tensor, config: SecondStageConfig) -> None:
+        super().__init__(net, counts, config)
+        net.encoder.requires_grad_(False)
+        self.frozen = (net.encoder,)  # tuples, because the modules are the net's
+        self.shifted: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> SecondStage:
+        """Training mode everywhere but in the encoder (no dropout, no batch statistics)."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        for module in self.shifted:
+            module.train(mode)
+        return self
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(losses.at_least_float32(logits), labels)
+
+
+class Crt(SecondStage):
+    def __init__(self, net: Net, counts: Tensor, config: CrtConfig) -> None:
+        super().__init__(net, counts, config)
+        net.classifier.reset_parameters()
+
+
+class Lws(SecondStage):
+    def __init__(self, net: Net, counts: Tensor, config: LwsConfig) -> None:
+        super().__init__(net, counts, config)
+        head = Scaled(net.classifier.in_features, len(counts))
+        replace_classifier(net, head)
+        head.weight.requires_grad_(False)
+        head.bias.requires_grad_(False)
+
+
+class TauNorm(SecondStage):
+    def __init__(self, net: Net, counts: Tensor, config: TauNormConfig) -> None:
+        super().__init__(net, counts, config)
+        head = TauNormalized(net.classifier.in_features, len(counts), config.tau)
+        replace_classifier(net, head)
+        head.bias.requires_grad_(False)
+
+
+class Las(SecondStage):
+    smoothing: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: LasConfig) -> None:
+        super().__init__(net, counts, config)
+        if not config.retain:
+            net.classifier.reset_parameters()
+        replace_classifier(net, Scaled(net.classifier.in_features, len(counts)))
+        smoothing = losses.smoothing_by_count(counts, config.head, config.tail, config.form)
+        self.register_buffer("smoothing", smoothing, persistent=False)
+        if config.shift_bn:
+            self.shifted = tuple(m for m in net.encoder.modules() if isinstance(m, _BatchNorm))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.label_aware_smoothing(logits, labels, self.smoothing)
+
+
+class DisAlign(SecondStage):
+    weights: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: DisAlignConfig) -> None:
+        super().__init__(net, counts, config)
+        head = Aligned(net.classifier.in_features, len(counts))
+        replace_classifier(net, head)
+        head.weight.requires_grad_(False)
+        head.bias.requires_grad_(False)
+        self.register_buffer("weights", losses.inverse_power_weights(counts, config.power), persistent=False)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = losses.at_least_float32(logits)
+        return F.cross_entropy(logits, labels, self.weights.to(logits.dtype))
