@@ -3,6 +3,7 @@
     python tools/figures.py RUN [RUN ...] [--only curves,confusion] [-o FOLDER]
 
 Writes every figure as PNG, SVG and CSV, and report.html, which opens offline and shows the runs side by side.
+With --only, the report shows the figures named beside it (--only curves,report), or all where it stands alone.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             stem = drawn.name + (f"-{drawn.run.replace('/', '-')}" if drawn.run and len(runs) > 1 else "")
             print(*style.save(drawn.figure, drawn.table, folder / stem), sep="\n")
         if "report" in names:
-            print(report.write(runs, folder / "report.html", evaluation=options.evaluation))
+            print(report.write(runs, folder / "report.html", pictures or files.NAMES, options.evaluation))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

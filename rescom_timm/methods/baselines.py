@@ -154,7 +154,7 @@ def _check_gamma(gamma: float) -> None:
 def replace_classifier(net: Net, head: nn.Linear) -> None:
     """Put `head` in the place of the net's classifier, with its weights where they have the same names."""
     head.load_state_dict(net.classifier.state_dict(), strict=False)
-    net.classifier = head
+    net.classifier = head.to(net.classifier.weight)
 
 
 class Cosine(nn.Linear):
@@ -300,7 +300,7 @@ class Ldam(Classification):
 
     def __init__(self, net: Net, counts: Tensor, config: LdamConfig) -> None:
         super().__init__(net, counts, config)
-        net.classifier = Cosine(net.classifier.in_features, len(counts), config.scale)
+        replace_classifier(net, Cosine(net.classifier.in_features, len(counts), config.scale))
         self.register_buffer("margins", losses.ldam_margins(counts, config.margin), persistent=False)
         self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
         self.reweighted = False
@@ -337,7 +337,7 @@ class CausalNormalized(Classification):
     def __init__(self, net: Net, counts: Tensor, config: CausalNormConfig) -> None:
         super().__init__(net, counts, config)
         self.head = (CausalNorm(net.classifier.in_features, len(counts), config),)  # a tuple: it is the net's module
-        net.classifier = self.head[0]
+        replace_classifier(net, self.head[0])
 
     def after_step(self) -> None:
         """Called after each optimizer step."""

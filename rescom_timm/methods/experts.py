@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import diversity, ldam, ldam_margins
+from rescom_timm.contrast.losses import at_least_float32, diversity, ldam, ldam_margins
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
@@ -54,6 +55,21 @@ class ExpertsConfig:
             raise ValueError("temperature_by_count and beta must be in [0, 1), reweight_from in [0, 1]")
 
 
+class Heads(nn.ModuleList):
+    """E classifiers side by side: features (E, N, F) to logits (E, N, K)."""
+
+    @property
+    def in_features(self) -> int:
+        return self[0].in_features  # type: ignore[union-attr, return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self[0].out_features  # type: ignore[union-attr, return-value]
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(own) for head, own in zip(self, features, strict=True)])
+
+
 class ExpertOutputs(NamedTuple):
     """Means over the experts, features (N, F) and logits (N, K), and experts (E, N, K), each one's own logits."""
 
@@ -73,18 +89,19 @@ class ExpertsNet(Net):
         self.encoder, _ = cut(net.encoder, branch)
         self.experts = nn.ModuleList(cut(source, branch)[1] for source in sources)
         width, classes = net.classifier.in_features, net.classifier.out_features
-        self.heads = nn.ModuleList(Cosine(width, classes, scale) for _ in sources)
+        self.classifier = Heads(Cosine(width, classes, scale) for _ in sources)  # type: ignore[assignment]
         self.projector = net.projector.requires_grad_(False)
         self.recreate = None
+        self.frozen_statistics = net.frozen_statistics
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(net, name), persistent=False)
 
     def forward(self, images: Tensor) -> ExpertOutputs:  # type: ignore[override]
         stem = self.encoder.forward_features(self.normalize(images))  # type: ignore[operator]
-        features = [expert(stem) for expert in self.experts]
-        logits = torch.stack([head(own) for head, own in zip(self.heads, features, strict=True)])
-        mean = torch.stack(features).mean(dim=0)
-        embeddings = nn.functional.normalize(self.projector(mean).float(), dim=1)
+        features = torch.stack([expert(stem) for expert in self.experts])
+        logits = self.classifier(features)
+        mean = features.mean(dim=0)
+        embeddings = F.normalize(at_least_float32(self.projector(mean)), dim=1)
         return ExpertOutputs(mean, logits.mean(dim=0), embeddings, logits)
 
     def classify(self, images: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ class HybridPsc(nn.Module):
         """counts: (K,) training images of each class."""
         super().__init__()
         width = int(net.projector[-1].out_features)  # type: ignore[arg-type]
-        net.prototypes = nn.Parameter(F.normalize(torch.randn(len(counts), width), dim=1))
-        self.prototypes = (net.prototypes,)  # a tuple: they are the net's
+        net.prototypes = nn.ParameterList([F.normalize(torch.randn(len(counts), width), dim=1)])
+        self.prototypes = (net.prototypes[0],)  # a tuple: they are the net's
         self.net = net
         self.config = config
         self.views: int = config.views
@@ -114,8 +114,8 @@ class DroLt(nn.Module):
         epsilon = torch.full((len(counts),), config.epsilon)
         if config.radius == "by_count":
             epsilon = epsilon / counts.sqrt()
-        net.epsilon = nn.Parameter(epsilon, requires_grad=config.radius == "learned")
-        self.epsilon = (net.epsilon,)  # a tuple: it is the net's
+        net.epsilon = nn.ParameterList([nn.Parameter(epsilon, requires_grad=config.radius == "learned")])
+        self.epsilon = (net.epsilon[0],)  # a tuple: it is the net's
         self.net = net
         self.config = config
         self.views: int = config.views

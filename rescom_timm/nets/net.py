@@ -129,11 +129,14 @@ class Net(nn.Module):
         net = copy.deepcopy(self).cpu().float().eval()
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
         name = self.recreate["model_name"]
+        classifier = net.classifier.as_linear() if hasattr(net.classifier, "as_linear") else net.classifier
+        if type(classifier) is not nn.Linear:
+            raise ValueError(f"{name} with a {type(classifier).__name__} classifier is no plain timm model: not exported")
         try:
             heads = model.get_classifier()
             for head in heads if isinstance(heads, tuple) else (heads,):
-                head.weight.copy_(net.classifier.weight.view_as(head.weight))
-                head.bias.copy_(net.classifier.bias)
+                head.weight.copy_(classifier.weight.view_as(head.weight))
+                head.bias.copy_(classifier.bias)
             own = {**model.state_dict(), **net.encoder.state_dict()}
             model.load_state_dict(own)
             images = torch.rand(2, *model.pretrained_cfg["input_size"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm.optim
 import torch
+from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -14,9 +16,10 @@ from torch import nn
 
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
-from rescom_timm.methods import Method, create_method
+from rescom_timm.methods import SECOND_STAGE, Method, create_method
 from rescom_timm.nets.net import Net, NetConfig, create_model
 from rescom_timm.nets.trainable import set_trainable
+from rescom_timm.runs import checkpoint
 from rescom_timm.runs.recipe import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
 
 
@@ -39,13 +42,52 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     return net
 
 
-def build_method(recipe: Recipe, data: Data) -> Method:
-    """Raises RecipeError where the method's settings do not fit the data's classes."""
+def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
+    """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from.
+
+    Raises RecipeError where the method's settings do not fit the data's classes, or that run's weights the net.
+    """
     net = build_net(recipe.net, recipe.views, len(data.counts))
+    if start and recipe.init_from is not None:
+        load_weights(net, Path(recipe.init_from), heads=recipe.method.name != "crt")
+    elif start and recipe.method.name in SECOND_STAGE:
+        raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
     try:
         return create_method(net, torch.as_tensor(data.counts), recipe.method)
     except ValueError as error:
         raise RecipeError(f"method: {error}") from error
+
+
+def load_weights(net: Net, source: Path, heads: bool = True) -> None:
+    """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
+
+    heads: also the linear classifier and the projector, which then must be there, as they are in every run of a plain
+    net. Raises RecipeError where there are no weights or they are of another net.
+    """
+    run = source / "checkpoints"
+    if run.is_dir():
+        newest = checkpoint.newest(run)
+        if newest is None:
+            raise RecipeError(f"from: {source} holds no checkpoint; train it first")
+        source, weights = newest[0], newest[1]
+    elif source.is_dir():
+        weights = checkpoint.load(source)[0]
+    elif source.is_file():
+        weights = load_file(source)
+    else:
+        raise RecipeError(f"from: no run, checkpoint or file of weights {source}")
+    own = {name: value for name, value in net.state_dict().items() if heads or name.startswith("encoder.")}
+    wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+    wrong += [name for name in weights if name not in own and name.startswith("encoder." if not heads else HEADS)]
+    if wrong:
+        raise RecipeError(
+            f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net, data.index "
+            "and a run whose classifier is one linear layer"
+        )
+    net.load_state_dict({name: weights[name] for name in own}, strict=False)
+
+
+HEADS = ("encoder.", "classifier.")
 
 
 def speed_up(net: Net, config: SpeedConfig) -> None:
@@ -70,7 +112,7 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
         raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others")
     spared: set[str] = getattr(net.encoder, "no_weight_decay", set)() if not config.decay_norm_and_bias else set()
     kept = {"weight_decay_exclude_1d": not config.decay_norm_and_bias, "no_weight_decay_list": spared}
-    heads = nn.ModuleList([net.classifier, net.projector])
+    heads = nn.ModuleList(module for name, module in net.named_children() if name != "encoder")
     if config.layer_decay is not None:
         groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
     else:

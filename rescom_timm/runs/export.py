@@ -166,7 +166,8 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
         ) from None
     recipe = load_dict(state["recipe"], str(path))
     untrained = replace(recipe.net, pretrained=False, weights_file=None)
-    net = build_net(untrained, recipe.views, len(classes["class_names"])).eval()
+    net = build_net(untrained, recipe.views, len(classes["class_names"]))
+    net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
     net.load_state_dict(tensors)
     progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
     return export(
@@ -336,8 +337,11 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             mean=tuple(details["mean"]), std=tuple(details["std"]), **details["options"],
         )  # fmt: skip
         method = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
+        recipe = _recipe(folder / "recipe.yaml")
         if details["head"] is not None:
             tensors |= _from_plain(net, folder / PLAIN, details["head"])
+        elif recipe is not None and details["counts"] is not None:
+            net = create_method(net, torch.tensor(details["counts"]), recipe.method).net
         net.load_state_dict(tensors)
     except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read as an export of rescom_timm: {error!r}") from error
@@ -347,7 +351,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         names, counts, method = [], None, {}
     return Pretrained(
         net.eval(), names, None if counts is None else torch.tensor(counts), tuple(details["input_size"]),
-        details["eval_policy"], _recipe(folder / "recipe.yaml"), method,
+        details["eval_policy"], recipe, method,
     )  # fmt: skip
 
 

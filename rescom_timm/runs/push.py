@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResultEntry, HfApi, get_token
-from huggingface_hub import eval_result_entries_to_yaml as entries_to_yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 
 from rescom_timm.runs import card
@@ -116,23 +115,31 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("figures/*.png")}
-    files |= {name: stage / name for name in ("environment.json", "metrics.jsonl") if (stage / name).is_file()}
+    if (stage / "metrics.jsonl").is_file():
+        files["metrics.jsonl"] = stage / "metrics.jsonl"
+    if (stage / "environment.json").is_file():
+        private = (stage / "environment.json").read_text(encoding="utf-8")
+        files["environment.json"] = upload / "environment.json"
+        files["environment.json"].write_text(private.replace(str(Path.home()), "~"), encoding="utf-8")
     if request["checkpoints"]:
         files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("checkpoints/*/*")}
     facts = card.read_facts(stage, upload, request["repo"], request["license"], reason)
     files["README.md"] = upload / "README.md"
     files["README.md"].write_text(card.write(facts, readme), encoding="utf-8")
     if request["benchmark"] and (top1 := facts.accuracy()) is not None:
-        files[".eval_results/rescom_timm.yaml"] = _leaderboard(upload / "eval_results.yaml", request["benchmark"], top1)
-        files.pop("eval_results.yaml", None)
+        notes = f"trained on {facts.train_name} with rescom_timm"
+        path = _leaderboard(stage / "eval_results.yaml", request["benchmark"], top1, notes)
+        files[".eval_results/rescom_timm.yaml"] = path
     return files
 
 
-def _leaderboard(path: Path, benchmark: str, top1: float) -> Path:
+def _leaderboard(path: Path, benchmark: str, top1: float, notes: str) -> Path:
     """The test accuracy in the Hub's format of Benchmark data sets (.eval_results/*.yaml)."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # not in older clients
+
     dataset, task = benchmark.split("#")
-    entry = EvalResultEntry(dataset_id=dataset, task_id=task, value=top1, notes="trained on a long-tailed subset")
-    path.write_text(yaml.safe_dump(entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+    entry = EvalResultEntry(dataset_id=dataset, task_id=task, value=top1, notes=notes)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
     return path
 
 

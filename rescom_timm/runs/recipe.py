@@ -91,6 +91,7 @@ class ScheduleConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     epochs: int = 400
+    """0 evaluates and saves the net as it is, for stages that train nothing (tau_norm)."""
     batch_size: int = 128
     """Images of one optimizer step, over all processes and accumulated gradients; each image is seen in its views."""
     accumulate: int = 1
@@ -102,9 +103,9 @@ class TrainConfig:
     stay as they were (the host then waits for each step)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
 
@@ -154,6 +155,9 @@ class Recipe:
     output: str = "runs"
     """Folder in which the run's folder is made."""
     seed: int = 0
+    init_from: str | None = None
+    """Run folder, checkpoint folder or net.safetensors whose net the training starts from; `from` for short. The
+    optimizer, the epochs and the queue start anew."""
     views: ViewsConfig = ViewsConfig()
     loader: LoaderConfig = LoaderConfig()
     net: NetConfig = NetConfig()
@@ -171,7 +175,7 @@ class Recipe:
             ("schedule.warmup_epochs", self.schedule.warmup_epochs),
             ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
         ):
-            if epoch >= self.train.epochs:
+            if epoch >= self.train.epochs > 0:
                 raise ValueError(f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches")
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
             raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
@@ -199,6 +203,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_dict(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     """The recipe of plain types. Raises RecipeError as load does."""
+    if "from" in tree:
+        tree = {**tree, "init_from": tree["from"]}
+        del tree["from"]
     method = tree.get("method")
     if isinstance(method, dict):
         tree = {**tree, "method": {"name": "rescom", **method}}

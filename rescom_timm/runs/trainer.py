@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
-from rescom_timm.methods import Method
+from rescom_timm.methods import Method, hook
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.runs.checkpoint import CheckpointError
@@ -120,7 +120,7 @@ def train(recipe: Recipe, resume: bool | str = False, dry_run: bool = False) -> 
     accelerator = launch(recipe)
     set_seed(recipe.seed)
     data = load(recipe.data)
-    method = build_method(recipe, data)
+    method = build_method(recipe, data, start=True)
     set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
     trainer = Trainer(recipe, accelerator, data, method)
     if dry_run:
@@ -190,6 +190,8 @@ class Trainer:
                     self.save()
                 if stop and not last:
                     raise self._stopped()
+        if not recipe.train.epochs:
+            self.save()
 
     def _epoch(self, bar: Any) -> bool:
         """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there.
@@ -197,6 +199,7 @@ class Trainer:
         recipe, progress = self.recipe, self.progress
         self.schedule.step(progress.epoch)
         self.method.train()
+        hook(self.method, "set_epoch", progress.epoch, recipe.train.epochs)
         accumulate, careful = recipe.train.accumulate, recipe.train.nonfinite == "skip"
         set_epoch(self.loader, progress.epoch)
         skip = progress.step_in_epoch * accumulate
@@ -240,7 +243,7 @@ class Trainer:
         with nullcontext() if last else self.accelerator.no_sync(self.method.net):
             outputs = self.method(batch)
             self.accelerator.backward(outputs["loss"] / accumulate)
-        labels = batch["label"].repeat(self.method.views)
+        labels = batch["label"].repeat(len(outputs["logits"]) // len(batch["label"]))
         outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
         return outputs
 
@@ -253,6 +256,7 @@ class Trainer:
             sound = all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
         if sound:
             self.optimizer.step()
+            hook(self.method, "after_step")
         self.optimizer.zero_grad()
         return sound
 
