@@ -11,6 +11,25 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     metrics     ground     top-1 by group, calibration, corruption errors
 """
 
-from rescom_timm.nets.net import Net, ProjectorConfig, create_model
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Net", "ProjectorConfig", "create_model"]
+from rescom_timm.nets.net import Net, ProjectorConfig, create_model  # registers the CIFAR ResNets in timm
+
+if TYPE_CHECKING:
+    from rescom_timm.runs.export import from_pretrained
+    from rescom_timm.runs.predict import predict
+
+__all__ = ["Net", "ProjectorConfig", "create_model", "from_pretrained", "predict"]
+
+
+def __getattr__(name: str) -> Any:
+    # These need the floors above, which take seconds to import: only when asked for.
+    if name == "from_pretrained":
+        from rescom_timm.runs.export import from_pretrained
+
+        return from_pretrained
+    if name == "predict":
+        from rescom_timm.runs.predict import predict
+
+        return predict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Push a run to the Hub, or complete a push that failed:  python tools/push.py RUN [--repo owner/name] [key=value ...]
 
 What the training left in RUN/hub/ is uploaded; where nothing is left, the run as it stands is. key=value changes the
-recipe's hub section, such as hub.strategy=checkpoint or hub.license=apache-2.0. --export FOLDER only writes what would be
-pushed, with its model card, and needs no network; --onnx FILE writes the classifier as ONNX.
+recipe's hub section, such as hub.strategy=checkpoint or hub.license=apache-2.0. --export FOLDER only writes what would
+be pushed, with its model card, and needs no network; --onnx FILE writes the classifier as ONNX.
 The token comes from  hf auth login  or HF_TOKEN.
 """
 
@@ -25,7 +25,9 @@ from rescom_timm.runs.recipe import load
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the hub section, such as hub.private=false")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the hub section, such as hub.private=false"
+    )
     parser.add_argument("--repo", help="owner/name; the recipe's hub.repo by default")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write what would be pushed, and push nothing")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write the classifier as ONNX, and push nothing")

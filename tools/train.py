@@ -1,4 +1,8 @@
-"""Train a recipe:  accelerate launch tools/train.py RECIPE [key=value ...] [--resume] [--dry-run]"""
+"""Train a recipe:  accelerate launch tools/train.py RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run]
+
+--resume hf://owner/name goes on with a run that was pushed with its checkpoint, on another machine perhaps; without a
+RECIPE, by the recipe that it was pushed with.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,31 @@ import argparse
 import sys
 
 from rescom_timm.runs.checkpoint import CheckpointError
+from rescom_timm.runs.hub import HubError, fetch_recipe
 from rescom_timm.runs.recipe import RecipeError, load
 from rescom_timm.runs.trainer import NonFiniteLoss, Stopped, train
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a YAML file, such as recipes/digits_lt.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=10 method.beta=0.999")
     parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     arguments = parser.parse_intermixed_args()
+    words = [arguments.recipe, *arguments.overrides]
+    address = next((word for word in words if word.startswith("hf://")), None)
+    if address is not None and not arguments.resume:
+        parser.error(f"{address} is only read with --resume")
+    words = [word for word in words if word != address]
     try:
-        recipe = load(arguments.recipe, arguments.overrides)
+        recipe = load(words.pop(0) if words and "=" not in words[0] else fetch_recipe(address), words)
         if arguments.print:
             print(recipe.to_yaml())
             return 0
-        train(recipe, resume=arguments.resume, dry_run=arguments.dry_run)
-    except (RecipeError, CheckpointError, NonFiniteLoss, Stopped, FileNotFoundError) as error:
+        train(recipe, resume=address or arguments.resume, dry_run=arguments.dry_run)
+    except (RecipeError, CheckpointError, HubError, NonFiniteLoss, Stopped, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 143 if isinstance(error, Stopped) else 1
     return 0

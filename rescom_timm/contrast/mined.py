@@ -23,7 +23,7 @@ from rescom_timm.contrast.losses import supcon
 from rescom_timm.contrast.pairs import against_queue, in_batch
 from rescom_timm.contrast.queue import ClassBalancedQueue, Queue
 
-INF = float("inf")
+NEVER = -1e30  # logit of a pair that is not valid: finite, so that it gives zeros where infinity gives NaN
 
 
 def mined_supcon(
@@ -65,7 +65,7 @@ def mined_supcon(
     with torch.autocast(queries.device.type, enabled=False):
         return _MinedSupcon.apply(
             queries, keys.to(queries.dtype), labels, key_labels, first, queue.keys.to(queries.dtype),
-            queue.valid, classes, qp, qn, temperature, weights, chunk or max(1, len(queries)),
+            queue.valid, classes, qp, qn, temperature, weights / len(queries), chunk or max(1, len(queries)),
         )  # fmt: skip
 
 
@@ -89,30 +89,32 @@ def composed(
 
 
 class _MinedSupcon(torch.autograd.Function):
+    """Forward finds loss and gradient; what follows works on logits, that is similarities / temperature."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, queries: Tensor, keys: Tensor, labels: Tensor, key_labels: Tensor, first: int, queue: Tensor,
-        valid: Tensor, classes: int, qp: int, qn: int, temperature: float, weights: Tensor, chunk: int,
+        valid: Tensor, classes: int, qp: int, qn: int, temperature: float, scale: Tensor, chunk: int,
     ) -> Tensor:  # fmt: skip
         grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
         loss = queries.new_zeros(())
-        # Added by the product itself: minus infinity where a slot is not yet filled.
-        bias = torch.where(valid, 0.0, -INF).to(queries.dtype)
+        queries = queries / temperature
+        # Added by the product itself, so that no slot not yet filled is ever a pair.
+        bias = (~valid * NEVER).to(queries.dtype)
         room = queries.new_empty(min(chunk, len(queries)), len(queue))
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             near, same = _of_batch(queries[rows], labels[rows], keys, key_labels, first + start)
             far = torch.addmm(bias, queries[rows], queue.T, out=room[: len(near)])
             hard, slots = _mine(far, labels[rows], classes, qp, qn)
-            similarity = torch.cat([near, hard], dim=1)
-            positive = torch.cat([same, hard[:, :qp] > -INF], dim=1)
-            part, gradient = _loss_and_gradient(similarity, positive, temperature, weights[rows] / len(queries))
+            logits = torch.cat([near, hard], dim=1)
+            positive = torch.cat([same, hard[:, :qp] > NEVER / 2], dim=1)
+            part, gradient = _loss_and_gradient(logits, positive, scale[rows])
             loss += part
-            grad_near, grad_hard = gradient.split([len(keys), qp + qn], dim=1)
-            grad = F.embedding_bag(slots, queue, per_sample_weights=grad_hard.contiguous(), mode="sum")
-            grad_queries[rows] = grad.addmm_(grad_near, keys)
+            grad_near, grad_hard = gradient.split([len(keys), slots.shape[1]], dim=1)
+            grad_queries[rows] = _weighted_sum(queue, slots, grad_hard, far).addmm_(grad_near, keys)
             grad_keys.addmm_(grad_near.T, queries[rows])
-        ctx.save_for_backward(grad_queries, grad_keys)
+        ctx.save_for_backward(grad_queries.div_(temperature), grad_keys)
         return loss
 
     @staticmethod
@@ -123,82 +125,89 @@ class _MinedSupcon(torch.autograd.Function):
 
 
 def _of_batch(queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Similarities (n, M) of the batch, minus infinity for a view with itself, and which are positive, (n, M)."""
-    similarity, same = queries @ keys.T, labels[:, None] == key_labels
+    """Logits (n, M) of the batch, NEVER for a view with itself, and which are positive, (n, M)."""
+    logits, same = queries @ keys.T, labels[:, None] == key_labels
     if len(keys):
-        similarity.diagonal(first).fill_(-INF)
+        logits.diagonal(first).fill_(NEVER)
         same.diagonal(first).fill_(False)
-    return similarity, same
+    return logits, same
 
 
-def _mine(similarity: Tensor, labels: Tensor, classes: int, qp: int, qn: int) -> tuple[Tensor, Tensor]:
-    """The hardest of (n, S) similarities, which are overwritten: values and slots (n, qp + qn), positives first.
-
-    Pairs that are not valid are minus infinity, here and in what is returned.
-    """
-    per_class = similarity.shape[1] // classes
+def _mine(logits: Tensor, labels: Tensor, classes: int, qp: int, qn: int) -> tuple[Tensor, Tensor]:
+    """The hardest of (n, S) similarities, which are overwritten: values and slots (n, qp + qn), positives first."""
+    per_class = logits.shape[1] // classes
     own = labels[:, None] * per_class + torch.arange(per_class, device=labels.device)
-    positives = similarity.gather(1, own)
-    similarity.scatter_(1, own, -INF)
+    positives = logits.gather(1, own)
+    logits.scatter_(1, own, NEVER)
     if qp < per_class:
-        rank = positives.masked_fill(positives == -INF, INF)
+        rank = positives.masked_fill(positives < NEVER / 2, -NEVER)
         chosen = rank.topk(qp, dim=1, largest=False, sorted=False).indices
         positives, own = positives.gather(1, chosen), own.gather(1, chosen)
-    negatives, slots = largest(similarity, qn)
+    if qn == logits.shape[1] - per_class:  # all: the own class stays among them as pairs that are not valid
+        negatives = logits
+        slots = torch.arange(logits.shape[1], device=labels.device).expand(len(labels), -1)
+    else:
+        negatives, slots = largest_(logits, qn)
     return torch.cat([positives, negatives], dim=1), torch.cat([own, slots], dim=1)
 
 
-def largest(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
+def largest_(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
     """torch.topk(values, number, sorted=False) of (n, m), exact, and faster where m is many times number.
 
     The `number` largest lie in the `number` groups with the largest maxima: groups are chosen first (themselves by
-    groups), then values within them.
+    groups), then values within them. values may be overwritten.
     """
     m = values.shape[1] // group
-    if number == 0 or m < 2 * number:
-        return _topk(values, number)
+    if number == 0 or m < 3 * number:
+        return _topk_(values, number)
     # Group j is j, j + m, j + 2m ...: maxima of whole rows, which run at the speed of memory.
     groups = values[:, : group * m].unflatten(1, (group, m))
-    chosen = largest(groups.amax(1), number, group)[1]
+    chosen = largest_(groups.amax(1), number, group)[1]
     index = (chosen[:, None] + torch.arange(0, group * m, m, device=values.device)[:, None]).flatten(1)
     if group * m < values.shape[1]:  # what fills no group competes for itself
         rest = torch.arange(group * m, values.shape[1], device=values.device)
         index = torch.cat([index, rest.expand(len(values), -1)], dim=1)
-    found, place = _topk(values.gather(1, index), number)
+    found, place = _topk_(values.gather(1, index), number)
     return found, index.gather(1, place)
 
 
-def _topk(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """torch.topk on the numbers' bits, put in the numbers' order: integers need no test for NaN, a third of its time
-    on a CPU."""
-    found, index = _ordered_bits(values).topk(number, dim=1, sorted=False)
-    return _ordered_bits(found).view(values.dtype), index
+def _topk_(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """torch.topk of the numbers' bits in the numbers' order: integers need no test for NaN, a third of the time on a
+    CPU. values are overwritten."""
+    found, index = _ordered_bits_(values).topk(number, dim=1, sorted=False)
+    return _ordered_bits_(found).view(values.dtype), index
 
 
-def _ordered_bits(values: Tensor) -> Tensor:
-    """Floats as integers of the same order. Its own inverse: bits of floats from such integers."""
+def _ordered_bits_(values: Tensor) -> Tensor:
+    """Floats, in place, as integers of the same order. Its own inverse: bits of floats from such integers."""
     integer = {4: torch.int32, 8: torch.int64}[values.element_size()]
     bits = values.view(integer)
-    return bits ^ ((bits >> (8 * values.element_size() - 1)) & torch.iinfo(integer).max)
+    sign = bits >> (8 * values.element_size() - 1)
+    return bits.bitwise_xor_(sign.bitwise_and_(torch.iinfo(integer).max))
 
 
-def _loss_and_gradient(
-    similarity: Tensor, positive: Tensor, temperature: float, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to similarity (n, m).
+def _weighted_sum(queue: Tensor, slots: Tensor, weights: Tensor, room: Tensor) -> Tensor:
+    """Sum over m of weights (n, m) times the keys in slots (n, m): (n, D). room: (n, S), overwritten."""
+    picked = slots.shape[1]
+    if picked == 0 or 3 * picked > len(queue):  # a dense product is faster than picking so many of the keys
+        return room.zero_().scatter_add_(1, slots, weights) @ queue
+    return F.embedding_bag(slots, queue, per_sample_weights=weights.contiguous(), mode="sum")
 
-    similarity: (n, m), minus infinity where a pair is not valid. positive: (n, p) of the first p pairs, all valid.
+
+def _loss_and_gradient(logits: Tensor, positive: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to logits (n, m).
+
+    logits: (n, m), NEVER where a pair is not valid. positive: (n, p) of the first p pairs, all valid.
     """
-    number = positive.sum(dim=1, keepdim=True)
-    share = positive.to(similarity.dtype) / number.clamp(min=1)
-    log_p = F.log_softmax(similarity / temperature, dim=1)
+    number = positive.sum(dim=1, keepdim=True, dtype=scale.dtype)
+    scale = scale[:, None] * (number > 0)
+    share = positive * (scale / number.clamp(min=1))
     kept = slice(0, positive.shape[1])
-    loss = -(log_p[:, kept].masked_fill(~positive, 0) * share).sum(dim=1) @ scale
-    gradient = log_p.exp_()
+    log_p = F.log_softmax(logits, dim=1)
+    loss = -(log_p[:, kept] * share).sum()
+    gradient = log_p.exp_().mul_(scale)
     gradient[:, kept] -= share
-    gradient *= (scale / temperature)[:, None]
-    # Without a positive there is no loss; without any pair the softmax is not a number.
-    return loss, gradient.masked_fill_(number == 0, 0)
+    return loss, gradient
 
 
 def _checked(number: int | None, most: int, kind: str, symbol: str) -> int:

@@ -10,18 +10,21 @@ image is (B, 3, H, W). `row` is the row of the source.
 """
 
 import contextlib
+import dataclasses
 import os
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, where
+from rescom_timm.data.fast_views import BatchedPolicy, Draws
+from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, seed_all, where
 
 if TYPE_CHECKING:
     from rescom_timm.data.sources import Split
@@ -44,6 +47,10 @@ class LoaderConfig:
     names it. Evaluation always stops, for its figures are those of the whole split."""
     exif: bool = False
     """Turn images as their EXIF tag says. The papers' pipelines do not."""
+    device_views: bool = False
+    """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
+    randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
+    come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -62,12 +69,20 @@ class SpeedConfig:
     """Batches that each worker prepares ahead."""
     pin_memory: bool = True
     """Page-locked batches, copied to a GPU in the background; without a GPU nothing is pinned."""
+    batched: bool = True
+    """Augment a whole batch at once where its images have one size and every step of the policy is crop, flip,
+    autoaugment, grayscale or cutout. Pixels are the same as without; see fast_views.py."""
+    cache: int = 256
+    """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
+    kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"workers must be 0 or more, not {self.workers}")
         if self.prefetch < 1:
             raise ValueError(f"prefetch must be at least 1 batch, not {self.prefetch}")
+        if self.cache < 0:
+            raise ValueError(f"cache must be 0 or more megabytes, not {self.cache}")
 
 
 def train_loader(
@@ -84,7 +99,8 @@ def train_loader(
 
     `batch_size` counts the images of all processes together. `epochs`, the length of the run, is needed by the
     progressive sampler. Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and
-    before `skip_first_batches`. Raises ValueError if the split has fewer images than one batch.
+    before `skip_first_batches`. With config.device_views `finish_views` completes a batch, on its device. Raises
+    ValueError if the split has fewer images than one batch, or no step of the policy can be done on the device.
     """
     if num_views < 1:
         raise ValueError(f"an image needs at least 1 view, not {num_views}")
@@ -93,7 +109,10 @@ def train_loader(
             f"a batch of {batch_size} images cannot be drawn from the {len(split.labels)} images of {split.name}: "
             f"choose a batch size from 1 to {len(split.labels)}"
         )
-    dataset = ViewsDataset(split, parse(views.train, views.mean), num_views, config.broken, config.exif)
+    policy = parse(views.train, views.mean)
+    if config.device_views and not BatchedPolicy(policy, near=True).steps:
+        raise ValueError(f"loader.device_views: the last step of {policy.text!r} cannot be done on the device; turn it off")
+    dataset = ViewsDataset(split, policy, num_views, config.broken, config.exif, speed, config.device_views)
     order = Order(split.labels, config.sampler, seed, epochs)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
 
@@ -109,9 +128,26 @@ def eval_loader(
     With several processes accelerate fills up the last batch, and its `gather_for_metrics` drops the filling."""
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, not {batch_size}")
-    dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif)
+    speed = dataclasses.replace(speed, cache=0)
+    dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif, speed)
     items = [(position, position) for position in range(len(dataset))]
     return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
+
+
+def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], Batch]:
+    """What completes a training batch on the device that it was moved to: the rest of the policy with
+    config.device_views, else nothing."""
+    if not config.device_views:
+        return lambda batch: batch
+    policy = BatchedPolicy(parse(views.train, views.mean), near=True)
+
+    def finish(batch: Batch) -> Batch:
+        image, words, notes = batch["image"], batch["words"], batch["notes"]
+        draws = Draws(words.reshape(-1, words.shape[-1]), notes.reshape(-1, notes.shape[-1]))  # on the host, NumPy's
+        finished = policy(image.flatten(0, 1), draws).unflatten(0, words.shape[:2])
+        return {"image": finished, "label": batch["label"], "row": batch["row"]}
+
+    return finish
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -211,11 +247,20 @@ class ViewsDataset(Dataset[Batch]):
     """Reads items of a split in batches: decodes each image once and draws its views.
 
     `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
-    its place to another (None with broken="stop").
+    its place to another (None with broken="stop"). With device=True a batch holds, for `finish_views`, the images
+    (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and, as NumPy arrays, which stay
+    on the host, the draws of the rest: words (B, num_views, k) and notes (B, num_views, m).
     """
 
     def __init__(
-        self, split: "Split", policy: Policy, num_views: int | None, broken: str = "stop", exif: bool = False
+        self,
+        split: "Split",
+        policy: Policy,
+        num_views: int | None,
+        broken: str = "stop",
+        exif: bool = False,
+        speed: SpeedConfig = SpeedConfig(cache=0),
+        device: bool = False,
     ) -> None:
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
@@ -223,7 +268,10 @@ class ViewsDataset(Dataset[Batch]):
         self.policy = policy
         self.num_views = num_views
         self.exif = exif
+        self.device = device
+        self.batched = BatchedPolicy(policy, near=device) if device or speed.batched else None
         self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
+        self.cache = self._decode_all(speed.cache * 2**20)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -233,20 +281,91 @@ class ViewsDataset(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([item]).items()}
 
     def __getitems__(self, items: list[Item]) -> Batch:
-        encoded = self.images.__getitems__([position for position, _ in items])
-        positions, views = [], []
+        positions, images = zip(*self._read(items), strict=True)
         with _random_state_kept():
-            for (position, seed), value in zip(items, encoded, strict=True):
-                position, image = self._decode(position, seed, value["image"])
-                positions.append(position)
-                _seed_all(seed)
-                views += [np.asarray(self.policy.augment(image)) for _ in range(self.num_views or 1)]
-        image = _stack(views, self.policy)
+            views = (self._begin if self.device else self._augment)(list(images), [seed for _, seed in items])
+        rows = list(positions)
+        return {**views, "label": torch.from_numpy(self.labels[rows]), "row": torch.from_numpy(self.rows[rows])}
+
+    def _augment(self, images: list[Any], seeds: list[int]) -> Batch:
+        num_views = self.num_views or 1
+        size = _one_size(images)
+        if self.batched is not None and size and self.batched.serves(self.policy, size):
+            views = self.batched(_stack(images, self.policy), self.batched.draw(seeds, num_views, size))
+        else:
+            views = _stack(self._view_by_view(images, seeds, self.policy.augment), self.policy)
+        return {"image": views if self.num_views is None else views.unflatten(0, (len(images), num_views))}
+
+    def _begin(self, images: list[Any], seeds: list[int]) -> Batch:
+        """The policy's first steps, and the draws of the others."""
+        assert self.batched is not None and self.num_views is not None
+        batched, drawn = self.batched, []
+        shape = (len(images), self.num_views, -1)
+        if not batched.head:
+            views = _stack(images, self.policy)
+            draws = batched.draw(seeds, self.num_views, (views.shape[2], views.shape[3]))
+        else:
+
+            def begin(image: Image.Image) -> Image.Image:
+                for step in batched.head:
+                    image = step(image)
+                drawn.append(batched.draw_next((image.height, image.width)))
+                return image
+
+            views = _stack(self._view_by_view(images, seeds, begin), self.policy)
+            draws = Draws(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
         return {
-            "image": image if self.num_views is None else image.unflatten(0, (len(items), self.num_views)),
-            "label": torch.from_numpy(self.labels[positions]),
-            "row": torch.from_numpy(self.rows[positions]),
+            "image": views.unflatten(0, (len(images), -1)),
+            "words": cast(Any, draws.words.reshape(shape)),
+            "notes": cast(Any, draws.notes.reshape(shape)),
         }
+
+    def _view_by_view(
+        self, images: list[Any], seeds: list[int], augment: Callable[[Image.Image], Image.Image]
+    ) -> list[np.ndarray]:
+        views = []
+        for image, seed in zip(images, seeds, strict=True):
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            seed_all(seed)
+            views += [np.asarray(augment(image)) for _ in range(self.num_views or 1)]
+        return views
+
+    def _read(self, items: list[Item]) -> list[tuple[int, Any]]:
+        """(position, image) of each item: a PIL image, or an array (H, W, 3) from the cache."""
+        if self.cache is None:
+            values = self.images.__getitems__([position for position, _ in items])
+            return [
+                self._decode(position, seed, value["image"])
+                for (position, seed), value in zip(items, values, strict=True)
+            ]
+        pixels, readable = self.cache
+        return [
+            (position, pixels[position])
+            if readable[position]
+            else self._decode(position, seed, self.images[position]["image"])
+            for position, seed in items
+        ]
+
+    def _decode_all(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The images (N, H, W, 3) and which of them could be read (N,), if they have one size and fit into `limit`
+        bytes. Plain memory, which forked workers share; shared memory is often limited to 64 MB in containers."""
+        count = len(self.labels)
+        pixels, readable = np.empty(0, np.uint8), np.zeros(count, bool)
+        for start in range(0, count if limit else 0, 1024):
+            for position, value in enumerate(self.images[start : start + 1024]["image"], start):
+                try:
+                    image = np.asarray(decode(value, int(self.rows[position]), self.exif))
+                except BrokenImage:
+                    continue  # told when it is drawn
+                if not readable.any():
+                    if count * image.nbytes > limit:
+                        return None
+                    pixels = np.zeros((count, *image.shape), np.uint8)
+                if image.shape != pixels.shape[1:]:
+                    return None
+                pixels[position], readable[position] = image, True
+        return (pixels, readable) if readable.any() else None
 
     def _decode(self, position: int, seed: int, value: Any) -> tuple[int, Any]:
         """The image at `position`, or, broken images being skipped, another of its class: (its position, the image)."""
@@ -272,23 +391,23 @@ class ViewsDataset(Dataset[Batch]):
         self.replaced[position] += 1
 
 
-def _stack(views: list[np.ndarray], policy: Policy) -> torch.Tensor:
-    """(H, W, 3) arrays to uint8 (len(views), 3, H, W)."""
-    sizes = {view.shape for view in views}
+def _one_size(images: list[Any]) -> tuple[int, int] | None:
+    """(H, W), if it is that of all images."""
+    sizes = {i.shape[:2] if isinstance(i, np.ndarray) else (i.height, i.width) for i in images}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _stack(views: list[Any], policy: Policy) -> torch.Tensor:
+    """Images or arrays (H, W, 3) to uint8 (len(views), 3, H, W)."""
+    arrays = [np.asarray(view) for view in views]
+    sizes = {array.shape for array in arrays}
     if len(sizes) > 1:
         (h0, w0, _), (h1, w1, _) = sorted(sizes)[:2]
         raise ValueError(
             f"the images of a batch differ in size ({w0} x {h0} and {w1} x {h1}) after the policy {policy.text!r}: "
             "let it end in one size, for instance with center_crop(224) or upscale(32)"
         )
-    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
-
-
-def _seed_all(seed: int) -> None:
-    """Seed the three generators that steps draw from. Not torch.manual_seed, which would re-seed the GPUs too."""
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import io
+import random
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ class Policy:
 
     def __repr__(self) -> str:
         return f"Policy({self.text!r})"
+
+
+def seed_all(seed: int) -> None:
+    """Seed the three generators that steps draw from. Not torch.manual_seed, which would re-seed the GPUs too."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
 
 
 def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
@@ -236,21 +244,22 @@ def rotate(degrees: float) -> Step:
 
 
 @functools.lru_cache(maxsize=64)
-def _magnitudes(num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
+def magnitudes(num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
+    """AutoAugment's operations: (their magnitudes (num_bins,), whether the sign is drawn); image_size is (H, W)."""
     return transforms.AutoAugment._augmentation_space(cast(Any, None), num_bins, image_size)
 
 
-class _AutoAugment(transforms.AutoAugment):
+class AutoAugment(transforms.AutoAugment):
     """torchvision's, but its table of magnitudes is made once for each image size, not once for each image."""
 
     def _augmentation_space(self, num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
-        return _magnitudes(num_bins, tuple(image_size))
+        return magnitudes(num_bins, tuple(image_size))
 
 
 def autoaugment(policy: Literal["cifar10", "imagenet", "svhn"], fill: int = 128) -> Step:
     """AutoAugment (arXiv 1805.09501), torchvision's tables. What a warp uncovers is grey, near the mean, as in the
     paper's code and the CIFAR long-tail pipelines (torchvision's own default is black: fill=0)."""
-    return _AutoAugment(transforms.AutoAugmentPolicy(policy), fill=cast(Any, fill))  # a number is allowed, see its doc
+    return AutoAugment(transforms.AutoAugmentPolicy(policy), fill=cast(Any, fill))  # a number is allowed, see its doc
 
 
 def trivialaugment(fill: int = 128) -> Step:
@@ -313,7 +322,7 @@ def blur(p: float = 0.5, lo: float = 0.1, hi: float = 2.0) -> Step:
 
 
 @dataclass(frozen=True)
-class _Cutout:
+class Cutout:
     size: int
     colour: Colour
 
@@ -329,7 +338,7 @@ def cutout(size: int, colour: Colour = (0, 0, 0)) -> Step:
     """Cutout (arXiv 1708.04552): one square of `size` pixels, its centre uniform over the pixels, cut at the border.
     The paper writes 0 after normalisation, which is the mean colour; here the mean is written, rounded to 8 bits."""
     _positive(size=size)
-    return _Cutout(size, colour)
+    return Cutout(size, colour)
 
 
 def resize(size: int, interpolation: Interpolation = "bilinear") -> Step:

@@ -8,7 +8,8 @@ Every figure is a module of three functions, so that each can be used, checked a
 
 and `style.save(figure, table, stem)` writes stem.png, stem.svg and stem.csv.
 
-From run folders (`folder.RunFolder`): confusion, reliability, longtail, curves, schedule; report puts
-them into one HTML file.
-From a net and a queue: pairs, gradients, similarity, tsne, views, queues.
+From run folders (`folder.RunFolder`): confusion, reliability, longtail, curves, schedule, robustness.
+From a net, a queue and images: pairs, gradients, similarity, tsne, views, queues; `nets` measures them on a run that
+`opened.open_run` has opened. `files` knows all by name, and report puts them into one HTML file.
+Beside the runs: inference, the time of one net against ensembles.
 """

@@ -1,20 +1,26 @@
-"""The figures that need nothing but run folders, by name: what tools/figures.py and the report can draw."""
+"""Every figure by name: what tools/figures.py and the report can draw."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from rescom_timm.figures import confusion, curves, longtail, reliability, schedule, style
+from rescom_timm.figures import confusion, curves, longtail, nets, reliability, robustness, schedule, style
 from rescom_timm.figures.folder import Missing, RunFolder
+from rescom_timm.figures.opened import Opened, open_run
+from rescom_timm.runs.checkpoint import CheckpointError
 
 ONE_RUN: dict[str, ModuleType] = {"longtail": longtail, "confusion": confusion, "reliability": reliability}
-SEVERAL_RUNS: dict[str, ModuleType] = {"curves": curves, "schedule": schedule}
-NAMES = (*SEVERAL_RUNS, *ONE_RUN)
+SEVERAL_RUNS: dict[str, ModuleType] = {"curves": curves, "schedule": schedule, "robustness": robustness}
+FROM_FILES = (*SEVERAL_RUNS, *ONE_RUN)
+"""These read a run's files alone."""
+FROM_NET = tuple(nets.FIGURES)
+"""These need a run's checkpoint and its data."""
+NAMES = (*FROM_FILES, *FROM_NET)
 
 
 @dataclass(frozen=True)
@@ -37,24 +43,53 @@ def check_names(names: Sequence[str], known: Sequence[str] = NAMES) -> None:
             raise ValueError(f"No figure is called {name!r}.{hint} There are: {', '.join(known)}.")
 
 
-def draw_all(runs: Sequence[RunFolder], names: Sequence[str] = NAMES, evaluation: str = "") -> Iterator[Drawn]:
-    """The figures of these names: one of all runs for curves and schedule, one per run for the others.
+def draw_all(
+    runs: Sequence[RunFolder],
+    names: Sequence[str] = FROM_FILES,
+    evaluation: str = "",
+    checkpoint: str = "last",
+    overrides: Sequence[str] = (),
+) -> Iterator[Drawn]:
+    """The figures of these names: one of all runs for SEVERAL_RUNS, one per run for the others.
 
-    evaluation: "<split>-<checkpoint>", by default each run's own choice (folder.RunFolder.evaluations). A figure whose
-    run lacks what it needs comes with `missing`, in words.
+    evaluation: "<split>-<checkpoint>", by default each run's own choice (folder.RunFolder.evaluations).
+    checkpoint, overrides: of the runs opened for FROM_NET, as in opened.open_run. A figure whose run lacks what it
+    needs comes with `missing`, in words.
     """
     check_names(names)
+
+    @cache
+    def opened(run: RunFolder) -> Opened | Missing:
+        try:
+            return open_run(run.path, checkpoint, overrides, run.name)
+        except (ValueError, OSError, CheckpointError) as error:
+            return Missing(f"run {run.name} cannot be opened: {error}")
+
     for name in names:
         if name in SEVERAL_RUNS:
             yield _drawn(name, "", SEVERAL_RUNS[name], lambda: runs)
             continue
         for run in runs:
-            yield _drawn(name, run.name, ONE_RUN[name], partial(run.evaluation, evaluation))
+            if name in ONE_RUN:
+                yield _drawn(name, run.name, ONE_RUN[name], partial(run.evaluation, evaluation))
+            else:
+                yield _from_net(name, run.name, opened(run))
 
 
 def _drawn(name: str, run: str, module: ModuleType, source: Callable[[], Any]) -> Drawn:
     try:
         measured = module.measure(source())
     except Missing as error:
+        return Drawn(name, run, missing=str(error))
+    return Drawn(name, run, module.draw(measured), module.table(measured))
+
+
+def _from_net(name: str, run: str, opened: Opened | Missing) -> Drawn:
+    if isinstance(opened, Missing):
+        return Drawn(name, run, missing=str(opened))
+    module, measure = nets.FIGURES[name]
+    try:
+        measured = measure(opened)
+    except ValueError as error:  # Missing, or images and features that cannot be drawn
         return Drawn(name, run, missing=str(error))
     return Drawn(name, run, module.draw(measured), module.table(measured))

@@ -17,13 +17,15 @@ from rescom_timm.figures import style
 
 @dataclass(frozen=True)
 class PairFrequency:
-    """simulated, expected (K, K): mean ordered pairs of a batch, [query's class, key's class]; counts (K,) training
-    images. Classes in the data set's order."""
+    """simulated, expected (C, C): mean ordered pairs of a batch, [query's class, key's class]; counts (C,) training
+    images; classes (C,) which of the num_classes these are, in the data set's order."""
 
     title: str
     counts: npt.NDArray[np.int64]
     simulated: npt.NDArray[np.float64]
     expected: npt.NDArray[np.float64]
+    classes: npt.NDArray[np.int64]
+    num_classes: int
 
     def imbalance(self, frequency: npt.NDArray[np.float64]) -> float:
         """Positive pairs of the most frequent class over those of the rarest; inf where that has none."""
@@ -32,9 +34,14 @@ class PairFrequency:
 
 
 def expected(
-    counts: npt.ArrayLike, batch: int, views: int = 1, slots: npt.ArrayLike | None = None
+    counts: npt.ArrayLike,
+    batch: int,
+    views: int = 1,
+    slots: npt.ArrayLike | None = None,
+    classes: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Mean pairs (K, K) of a batch drawn without replacement from counts (K,).
+    """Mean pairs (C, C) among the given classes (C,), by default all K, of a batch drawn without replacement from
+    counts (K,).
 
     With n_k the batch's images of class k, N images in all and V views of each:
     E[n_a n_b] = B (B-1) N_a (N_b - [a=b]) / (N (N-1)) + [a=b] B N_a / N. In the batch, each view against every view but
@@ -43,9 +50,11 @@ def expected(
     """
     n = np.asarray(counts, dtype=np.float64)
     total = n.sum()
+    chosen = slice(None) if classes is None else np.asarray(classes)
+    n = n[chosen]
     mean = batch * n / total
     if slots is not None:
-        return views * np.outer(mean, np.asarray(slots, dtype=np.float64))
+        return views * np.outer(mean, np.asarray(slots, dtype=np.float64)[chosen])
     second = batch * (batch - 1) * (np.outer(n, n) - np.diag(n)) / (total * (total - 1)) + np.diag(mean)
     return views**2 * second - views * np.diag(mean)
 
@@ -58,11 +67,13 @@ def measure(
     steps: int = 2000,
     seed: int = 0,
     title: str = "",
+    most: int = 300,
 ) -> PairFrequency:
     """Counts the pairs of `steps` batches of `batch` images, drawn epoch by epoch in random order, as training does.
 
     views: of each image, all against all (1: different images only). slots (K,): filled queue keys of each class;
-    pairs are then batch against queue. Raises ValueError for a batch larger than the data or slots of another length.
+    pairs are then batch against queue. Of more than `most` classes as many are kept, evenly spaced from the most
+    frequent to the rarest. Raises ValueError for a batch larger than the data or slots of another length.
     """
     counts = np.asarray(counts, dtype=np.int64)
     total, k = int(counts.sum()), len(counts)
@@ -73,28 +84,30 @@ def measure(
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(k), counts)
     per_epoch = total // batch
-    drawn = np.empty((steps, k))
+    classes = np.sort(style.by_count(counts)[np.linspace(0, k - 1, min(k, most)).round().astype(np.int64)])
+    drawn = np.empty((steps, len(classes)))
     for step in range(steps):
         if step % per_epoch == 0:
             order = generator.permutation(labels)
         start = step % per_epoch * batch
-        drawn[step] = np.bincount(order[start : start + batch], minlength=k)
+        drawn[step] = np.bincount(order[start : start + batch], minlength=k)[classes]
     if slots is None:
         simulated = views**2 * drawn.T @ drawn / steps - views * np.diag(drawn.mean(axis=0))
         where = "in the batch"
     else:
-        simulated = views * np.outer(drawn.mean(axis=0), np.asarray(slots))
+        simulated = views * np.outer(drawn.mean(axis=0), np.asarray(slots)[classes])
         where = "against the queue"
     title = title or f"{where}, {batch} images, {views} view{'s' * (views > 1)}"
-    return PairFrequency(title, counts, simulated, expected(counts, batch, views, slots))
+    formula = expected(counts, batch, views, slots, classes)
+    return PairFrequency(title, counts[classes], simulated, formula, classes, k)
 
 
 def table(pairs: PairFrequency) -> style.Table:
     """One row per ordered pair of classes."""
     query, key = np.indices(pairs.simulated.shape).reshape(2, -1)
     return {
-        "query_class": query,
-        "key_class": key,
+        "query_class": pairs.classes[query],
+        "key_class": pairs.classes[key],
         "simulated": pairs.simulated.ravel(),
         "expected": pairs.expected.ravel(),
     }
@@ -114,8 +127,9 @@ def draw(pairs: PairFrequency) -> Figure:
         interpolation="nearest",
     )
     left.set_facecolor("#eeeeee")
-    style.tidy(left, f"{style.plain(pairs.title, 60)}: pairs (simulated)", "key's class, most to fewest images",
-               "query's class")  # fmt: skip
+    some = f", {len(order)} of {pairs.num_classes:,} classes" if len(order) < pairs.num_classes else ""
+    title = f"{style.plain(pairs.title, 60)}\nmean pairs of a batch, simulated{some}"
+    style.tidy(left, title, "key's class, most to fewest images", "query's class")
     left.set_xticks([])
     left.set_yticks([])
     bar = figure.colorbar(image, ax=left, shrink=0.85)

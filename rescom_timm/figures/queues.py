@@ -48,9 +48,9 @@ def draw(slots: Slots) -> Figure:
     panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
     for index, (panel, (name, found)) in enumerate(zip(panels, slots.slots.items(), strict=True)):
         style.columns(panel, found[order], groups[order])
-        title = f"{style.plain(name)}: {found.sum():,} keys, {found.min():,} to {found.max():,} a class"
+        each = f"{found.min():,} to {found.max():,}" if found.min() < found.max() else f"{found.max():,}"
+        title = f"{style.plain(name)}\n{found.sum():,} keys, {each} a class"
         style.tidy(panel, title, "classes, most to fewest images", "" if index else "keys of the class", "y")
-        panel.title.set_fontsize(8.5)
         panel.set_xticks([])
     style.group_legend(figure, groups, loc="outside lower center", columns=3)
     return figure

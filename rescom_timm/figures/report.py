@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
+from rescom_timm.figures.files import Drawn
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
 
 _NUMBERS = {
@@ -35,7 +36,16 @@ _TITLES = {
     "longtail": "Long tail",
     "confusion": "Confusion matrix",
     "reliability": "Reliability diagram",
+    "robustness": "Robustness to corruptions",
+    "views": "Augmented views",
+    "pairs": "Contrastive pairs in the batch",
+    "queue_pairs": "Contrastive pairs against the queue",
+    "queues": "Keys of each class in the queue",
+    "similarity": "Similarity of positive pairs",
+    "gradients": "Gradient of each pair",
+    "tsne": "t-SNE of the features",
 }
+_SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
@@ -49,19 +59,20 @@ pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .mis
 
 
 def write(
-    runs: Sequence[RunFolder], path: str | Path, names: Sequence[str] = files.NAMES, evaluation: str = ""
+    runs: Sequence[RunFolder], path: str | Path, drawn: Iterable[Drawn] | None = None, evaluation: str = ""
 ) -> Path:
-    """Writes the report of `runs` to one HTML file and returns its path. names: its figures; evaluation as in
-    files.draw_all. Raises ValueError for an unknown figure."""
-    files.check_names(names)
+    """Writes the report of `runs` to one HTML file and returns its path. drawn: its figures, by default all those of
+    files.FROM_FILES; evaluation as in files.draw_all."""
     path = Path(path)
+    text = page(runs, drawn, evaluation)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(runs, names, evaluation), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-def page(runs: Sequence[RunFolder], names: Sequence[str] = files.NAMES, evaluation: str = "") -> str:
+def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evaluation: str = "") -> str:
     """The report as text."""
+    drawn = files.draw_all(runs, evaluation=evaluation) if drawn is None else drawn
     title = _text(", ".join(run.name for run in runs))
     found: dict[str, Evaluation] = {}
     for run in runs:
@@ -71,7 +82,8 @@ def page(runs: Sequence[RunFolder], names: Sequence[str] = files.NAMES, evaluati
         f"<h1>{title}</h1>",
         "<h2>Summary</h2>",
         _summary(runs, found),
-        *_pictures(runs, names, evaluation),
+        *_seeds(runs, found),
+        *_pictures(drawn),
         "<h2>Classes</h2>",
         _classes(found),
         "<h2>Recipes and versions</h2>",
@@ -129,10 +141,57 @@ def _best(name: str, values: Sequence[object]) -> float | None:
     return (min if name == "ECE" else max)(numbers) if len(numbers) > 1 else None
 
 
-def _pictures(runs: Sequence[RunFolder], names: Sequence[str], evaluation: str) -> Iterator[str]:
+def over_seeds(
+    runs: Sequence[RunFolder], found: Mapping[str, Evaluation]
+) -> list[tuple[list[str], dict[str, tuple[float, float]]]]:
+    """Runs whose recipes differ in nothing but the seed (and where they are written, and their speed), with at least two
+    seeds and an evaluation of the same name: their names, and of each number the mean and the sample deviation."""
+    alike: dict[str, dict[str, RunFolder]] = {}
+    for run in runs:
+        recipe = run.recipe()
+        if run.name in found and recipe:
+            kept = {key: value for key, value in recipe.items() if key not in _SAME}
+            setting = json.dumps([kept, found[run.name].name], sort_keys=True, default=str)
+            # The same seed twice is no second sample.
+            alike.setdefault(setting, {}).setdefault(str(recipe.get("seed", 0)), run)
+    groups = []
+    for seeds in alike.values():
+        rows = [summary(run, found[run.name]) for run in seeds.values()]
+        numbers = {}
+        for name in _NUMBERS.values():
+            values = [value for row in rows if isinstance(value := row[name], float)]
+            if len(values) == len(rows) >= 2:
+                numbers[name] = (float(np.mean(values)), float(np.std(values, ddof=1)))
+        if numbers:
+            groups.append(([run.name for run in seeds.values()], numbers))
+    return groups
+
+
+def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Iterator[str]:
+    groups = over_seeds(runs, found)
+    if not groups:
+        return
+    by_name = {run.name: run for run in runs}
+    names = [name for name in _NUMBERS.values() if any(name in numbers for _, numbers in groups)]
+    head = "".join(f"<th>{_text(name)}</th>" for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed")
+    body = ""
+    for members, numbers in groups:
+        recipe = by_name[members[0]].recipe()
+        said = [_at(recipe, path) for name, path in _RECIPE.items() if name != "seed"]
+        cells = [", ".join(members), *said, found[members[0]].name]
+        texts = [_cell(None if value is None else str(value)) for value in cells]
+        texts += [f"{numbers[name][0]:.2f} &plusmn; {numbers[name][1]:.2f}" if name in numbers else "&ndash;"
+                  for name in names]  # fmt: skip
+        body += "<tr>" + "".join(f'<td class="n">{text}</td>' for text in texts) + "</tr>"
+    yield "<h2>Over seeds</h2>"
+    yield f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    yield "<p>Mean and sample standard deviation of runs that differ in nothing but their seed.</p>"
+
+
+def _pictures(figures: Iterable[Drawn]) -> Iterator[str]:
     """A heading per figure; the runs' pictures side by side below it."""
     shown = ""
-    for drawn in files.draw_all(runs, names, evaluation):
+    for drawn in figures:
         if drawn.name != shown:
             yield ("</div>" if shown else "") + f'<h2>{_text(_TITLES[drawn.name])}</h2><div class="pair">'
             shown = drawn.name

@@ -39,12 +39,14 @@ def measure(
     groups = style.group_of(counts)[labels.cpu().numpy()]
     chosen = (positive & valid).cpu().numpy()
     values = similarity.detach().double().cpu().numpy()
-    edges = np.linspace(-1, 1, bins + 1)
     found = {name: values[groups == name][chosen[groups == name]] for name in style.present(groups)}
     found = {name: near for name, near in found.items() if len(near)}
     if not found:
         raise ValueError("There is no positive pair among the valid ones: nothing to draw.")
-    share = {name: 100 * np.histogram(near.clip(-1, 1), edges)[0] / len(near) for name, near in found.items()}
+    # A trained net's positives all lie near 1: the bins begin at the least similar pair.
+    lowest = min(float(near.min()) for near in found.values())
+    edges = np.linspace(max(-1, np.floor(10 * min(lowest, 0.9)) / 10), 1, bins + 1)
+    share = {name: 100 * np.histogram(near.clip(edges[0], 1), edges)[0] / len(near) for name, near in found.items()}
     return Similarity(
         title,
         edges,
@@ -70,7 +72,7 @@ def draw(similarity: Similarity) -> Figure:
         axes.stairs(share, similarity.edges, color=shade, fill=True, alpha=0.25)
         axes.stairs(share, similarity.edges, color=shade, linewidth=1.4, label=label)
         axes.axvline(median, color=shade, linestyle="--", linewidth=1)
-    axes.set_xlim(-1, 1)
+    axes.set_xlim(similarity.edges[0], 1)
     axes.set_ylim(bottom=0)
     style.tidy(axes, style.plain(similarity.title, 80), "similarity of a positive pair (cosine)",
                "share of the group's pairs (percent)", "y")  # fmt: skip

@@ -68,6 +68,17 @@ def group_of(counts: npt.ArrayLike) -> npt.NDArray[np.str_]:
     return names
 
 
+def balanced(labels: npt.ArrayLike, most: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Up to `most` positions in labels (N,), rising, drawn in turn from every class: one of each, a second of each ..."""
+    labels = np.asarray(labels, dtype=np.int64)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = np.argsort(labels[shuffled], kind="stable")
+    ordered = labels[shuffled][by_class]
+    turn = np.empty(len(labels), dtype=np.int64)
+    turn[by_class] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return np.sort(shuffled[np.argsort(turn, kind="stable")][:most])
+
+
 def present(names: npt.NDArray[np.str_]) -> list[str]:
     """The groups that occur, always in the order many, medium, few."""
     return [name for name in metrics.GROUPS if name in names]

@@ -45,7 +45,7 @@ def measure(
     if len(features) < 4 or len(features) != len(labels):
         raise ValueError(f"t-SNE needs at least 4 features with a label each, got {len(features)} and {len(labels)}.")
     classes = labels.cpu().numpy().astype(np.int64)
-    rows = _balanced(classes, most, seed)
+    rows = style.balanced(classes, most, seed)
     chosen = features.detach().double().cpu().numpy()[rows]
     if not np.isfinite(chosen).all():
         raise ValueError("The features hold values that are not finite: look at the training loss first.")
@@ -84,12 +84,3 @@ def draw(tsne: Tsne) -> Figure:
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
-
-def _balanced(labels: npt.NDArray[np.int64], most: int, seed: int) -> npt.NDArray[np.int64]:
-    """Up to `most` rows in order, taken in turn from every class: first one of each, then a second of each ..."""
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    turn = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        inside = shuffled[labels[shuffled] == label]
-        turn[inside] = np.arange(len(inside))
-    return np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")][:most])

@@ -142,7 +142,7 @@ def _same(encoder: nn.Module, stem: nn.Module, tail: nn.Module) -> bool:
         encoder.eval(), stem.eval(), tail.eval()
         parts = tail(stem.forward_features(images))  # type: ignore[operator]
         return torch.allclose(parts, encoder(images), rtol=1e-4, atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError, IndexError):
+    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
         return False
     finally:
         for model, mode in zip((encoder, stem, tail), modes, strict=True):

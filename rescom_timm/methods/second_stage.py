@@ -20,7 +20,7 @@ from rescom_timm.nets.net import Net
 
 @dataclass(frozen=True)
 class CrtConfig:
-    """Classifier re-training (Kang et al. 2020, arXiv 1910.09217, section 4.1). Takes loader.sampler: class_balanced."""
+    """Classifier re-training (Kang et al. 2020, arXiv 1910.09217, section 4.1); with loader.sampler=class_balanced."""
 
     name: Literal["crt"] = "crt"
     views: Literal[1] = 1
@@ -28,7 +28,7 @@ class CrtConfig:
 
 @dataclass(frozen=True)
 class LwsConfig:
-    """Learnable weight scaling (Kang et al. 2020, section 4.4, eq. 4). Takes loader.sampler: class_balanced."""
+    """Learnable weight scaling (Kang et al. 2020, section 4.4, eq. 4); with loader.sampler=class_balanced."""
 
     name: Literal["lws"] = "lws"
     views: Literal[1] = 1
@@ -50,8 +50,8 @@ class TauNormConfig:
 
 @dataclass(frozen=True)
 class LasConfig:
-    """MiSLAS' second stage (Zhong et al. 2021, arXiv 2104.00466): label-aware smoothing, learned scale, shifted BatchNorm
-    statistics. Takes loader.sampler: class_balanced."""
+    """MiSLAS' second stage (Zhong et al. 2021, arXiv 2104.00466): label-aware smoothing, learned scale, shifted
+    BatchNorm statistics; with loader.sampler=class_balanced."""
 
     name: Literal["las"] = "las"
     views: Literal[1] = 1

@@ -129,16 +129,17 @@ class Net(nn.Module):
         net = copy.deepcopy(self).cpu().float().eval()
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
         name = self.recreate["model_name"]
-        classifier = net.classifier.as_linear() if hasattr(net.classifier, "as_linear") else net.classifier
+        head: Any = net.classifier
+        classifier = head.as_linear() if hasattr(head, "as_linear") else head
         if type(classifier) is not nn.Linear:
-            raise ValueError(f"{name} with a {type(classifier).__name__} classifier is no plain timm model: not exported")
+            raise ValueError(
+                f"the classifier ({type(classifier).__name__}) is not linear: {name} in timm has no such head"
+            )
         try:
-            heads = model.get_classifier()
-            for head in heads if isinstance(heads, tuple) else (heads,):
-                head.weight.copy_(classifier.weight.view_as(head.weight))
-                head.bias.copy_(classifier.bias)
-            own = {**model.state_dict(), **net.encoder.state_dict()}
-            model.load_state_dict(own)
+            for own in _output_layers(model, classifier):
+                own.weight.copy_(classifier.weight.view_as(own.weight))
+                own.bias.copy_(classifier.bias)
+            model.load_state_dict({**model.state_dict(), **net.encoder.state_dict()})
             images = torch.rand(2, *model.pretrained_cfg["input_size"])
             agree = torch.allclose(model(images), net.classify(images), rtol=1e-3, atol=1e-4)
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -146,6 +147,14 @@ class Net(nn.Module):
         if not agree:
             raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")
         return model
+
+
+def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
+    """The layers of timm's head, or heads, that have the classifier's shape: linear, or a 1x1 convolution."""
+    heads = model.get_classifier()
+    modules = [m for head in (heads if isinstance(heads, tuple) else (heads,)) for m in head.modules()]
+    shape = classifier.weight.shape
+    return [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.flatten(1).shape == shape]
 
 
 def check_backbone(name: str) -> None:

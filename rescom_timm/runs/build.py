@@ -81,8 +81,8 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
     wrong += [name for name in weights if name not in own and name.startswith("encoder." if not heads else HEADS)]
     if wrong:
         raise RecipeError(
-            f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net, data.index "
-            "and a run whose classifier is one linear layer"
+            f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net and "
+            "data.index, from a run whose classifier is one linear layer"
         )
     net.load_state_dict({name: weights[name] for name in own}, strict=False)
 

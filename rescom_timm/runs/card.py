@@ -21,11 +21,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from rescom_timm.runs.log import lines
 
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
-TITLES = {"top1": "top-1", "top5": "top-5", "many": "many", "medium": "medium", "few": "few", "mean_class": "mean of classes", "ece": "calibration error"}  # fmt: skip  # noqa: E501
+TITLES = {
+    "top1": "top-1", "top5": "top-5", "many": "many", "medium": "medium", "few": "few",
+    "mean_class": "mean of classes", "ece": "calibration error",
+}  # fmt: skip
 PAPERS = {
     "rescom": (
-        "ResCom (Siamese Balanced Softmax, and a supervised contrastive loss over a class-balanced queue with hard pair "
-        "mining; Zhong et al., *Rebalanced Siamese Contrastive Mining for Long-Tailed Recognition*, 2022)",
+        "ResCom (Siamese Balanced Softmax, and a supervised contrastive loss over a class-balanced queue with hard "
+        "pair mining; Zhong et al., *Rebalanced Siamese Contrastive Mining for Long-Tailed Recognition*, 2022)",
         "2203.11506",
     ),
     "balanced_softmax": (
@@ -164,26 +167,23 @@ def _base_model(facts: Facts) -> str | None:
 
 
 def _results(facts: Facts) -> list[EvalResult]:
-    """The evaluations in the Hub's model-index format."""
-    found = []
-    for record in facts.evaluations.values():
-        for metric, value in record["numbers"].items():
-            if metric in TITLES and metric != "ece":
-                found.append(
-                    EvalResult(
-                        task_type="image-classification",
-                        task_name="Image Classification",
-                        dataset_type=facts.dataset or "custom",
-                        dataset_name=record["split"],
-                        dataset_split=facts.recipe["data"]["test"] if record.get("kind", "test") == "test" else None,
-                        dataset_args={"checkpoint": record["checkpoint"]},
-                        metric_type="accuracy",
-                        metric_name=f"{TITLES[metric]} accuracy ({record['checkpoint']})",
-                        metric_value=round(value, 4),
-                        metric_config=metric,
-                    )
-                )
-    return found
+    """What was measured on the test split, in the Hub's model-index format."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=facts.dataset or "custom",
+            dataset_name=record["split"],
+            dataset_config=facts.recipe["data"].get("subset"),
+            dataset_split=facts.recipe["data"]["test"],
+            metric_type="accuracy",
+            metric_name=f"{TITLES[metric]} ({record['checkpoint']})",
+            metric_value=round(value, 4),
+        )
+        for name, record in facts.evaluations.items()
+        for metric, value in record["numbers"].items()
+        if name.startswith("test-") and metric in TITLES and metric != "ece"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -205,13 +205,14 @@ def _sections(facts: Facts) -> Iterator[tuple[str, str]]:
 def _model(facts: Facts) -> str:
     method = facts.recipe["method"]["name"]
     told, arxiv = PAPERS.get(method, (f"the method `{method}`", None))
-    start = f"from timm's weights `{facts.recipe['net']['backbone']}`" if facts.recipe["net"]["pretrained"] else "from scratch"
+    start = "from timm's weights of that name" if facts.recipe["net"]["pretrained"] else "from scratch"
     progress = facts.details.get("progress") or {}
+    plain = "" if facts.plain_reason else " At inference it is a plain timm model."
     return (
         f"An image classifier for {len(facts.details['class_names'])} classes: `{facts.recipe['net']['backbone']}`, "
         f"trained {start} on long-tailed data ({facts.train_name}) with {told}"
         + (f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else "")
-        + ". At inference it is a plain timm model.\n\n"
+        + f".{plain}\n\n"
         f"Checkpoint `{facts.details.get('checkpoint', '?')}`, after {progress.get('epoch', '?')} of "
         f"{facts.recipe['train']['epochs']} epochs. "
         + (f"Licence: {facts.license}." if facts.license else "No licence was named for these weights.")
@@ -221,12 +222,12 @@ def _model(facts: Facts) -> str:
 def _use(facts: Facts) -> str:
     own = facts.recipe["net"]["backbone"].endswith("_cifar")
     note = (
-        "`import rescom_timm` (pip install rescom-timm) is needed here, and only for the CIFAR ResNets: timm does not "
-        "have them, and without that import it says `Unknown model`.\n\n"
+        "With timm. It has no CIFAR ResNets: `import rescom_timm` (pip install rescom-timm) adds them, and without "
+        "that line timm says `Unknown model`."
     )
     plain = (
-        f"## Use\n\nWith timm alone:\n\n" if not own else f"## Use\n\nWith timm. {note}"
-    ) + f"""```python
+        f"## Use\n\n{note if own else 'With timm alone:'}\n\n"
+        f"""```python
 import timm{", rescom_timm" if own else ""}
 model = timm.create_model("hf-hub:{facts.repo}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -234,9 +235,10 @@ probabilities = model(transform(image)[None]).softmax(dim=1)   # image: a PIL im
 names = model.pretrained_cfg["label_names"]
 ```
 """
+    )
     if facts.plain_reason:
         plain = f"## Use\n\nPlain timm cannot read this model ({facts.plain_reason}); rescom_timm can.\n"
-    return plain + f"""
+    return f"""{plain}
 With rescom_timm, which also brings projector, queue and recipe to go on training:
 
 ```python
@@ -258,7 +260,8 @@ def _data(facts: Facts) -> str:
             ratio = "-" if imbalance is None else f"{imbalance:g}"
             rows.append(f"| {split} | {part['name']} | {part['rows']:,} | {ratio} | `{str(part['sha256'])[:12]}` |")
     counts = facts.counts
-    text = "## Data\n\n| split | images from | images | largest / smallest class | sha256 of its index |\n|---|---|---|---|---|\n"
+    text = "## Data\n\n| split | images from | images | largest / smallest class | sha256 of its index |\n"
+    text += "|---|---|---|---|---|\n"
     text += "\n".join(rows)
     if counts:
         text += (
@@ -276,7 +279,7 @@ def _group(name: str, counts: list[int]) -> str:
     ranges = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
     low, high = ranges[name]
     number = sum(low <= count <= high for count in counts)
-    return f"{name} ({GROUPS[name]} images): {number} classes" if number else ""
+    return f"{name} ({GROUPS[name]} images): {number} class{'es' * (number > 1)}" if number else ""
 
 
 def _table_of_results(facts: Facts) -> str:
@@ -291,8 +294,8 @@ def _table_of_results(facts: Facts) -> str:
         [
             "## Results",
             "",
-            "In percent. Many, medium and few are the test images of classes with more than 100, 20 to 100 and fewer than "
-            "20 training images.",
+            "In percent. Many, medium and few are the test images of classes with more than 100, 20 to 100 and fewer "
+            "than 20 training images.",
             "",
             head,
             "|---" * (3 + len(columns)) + "|",
@@ -313,11 +316,11 @@ def _limits(facts: Facts) -> str:
         'prior="uniform")` takes that off.'
     )
     return (
-        f"## Intended use and limits\n\nFor telling the {len(facts.details['class_names'])} classes named in `config.json` apart in "
-        f"images like those of {facts.train_name}, and as a start for fine-tuning.{weak} An image of none of these "
-        f"classes gets one of their labels all the same. {prior} Nothing was measured beyond the table above: not other "
-        "cameras or places, not bias between groups of people, not attacks. Do not let it decide about people, health "
-        "or safety."
+        f"## Intended use and limits\n\nFor telling {len(facts.details['class_names'])} classes (`class_names` in "
+        f"`rescom.json`) apart in images like those of {facts.train_name}, and as a start for fine-tuning.{weak} An "
+        f"image of none of these classes gets one of their labels all the same. {prior} Nothing was measured beyond "
+        "the table above: not other cameras or places, not bias between groups of people, not attacks. Do not let it "
+        "decide about people, health or safety."
     )
 
 
@@ -331,7 +334,9 @@ def _training(facts: Facts) -> str:
         processes = environment.get("processes", 1)
         told.append(f"Training steps took {_time(seconds)} on {machine} ({processes} process{'es' * (processes > 1)}).")
     if environment.get("packages"):
-        told.append("Versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()) + ".")
+        told.append(
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()) + "."
+        )
     git = environment.get("git")
     if git:
         told.append(f"Code: commit `{git['commit'][:12]}`{' with local changes' if git.get('changed') else ''}.")

@@ -111,6 +111,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if hashes.get(name) != _sha256(path / name):
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         state = unpack(json.loads((path / FILES[2]).read_text(encoding="utf-8")), load_file(path / FILES[1]))
+        if not isinstance(state, dict):
+            raise CheckpointError(f"checkpoint {path} is damaged: {FILES[2]} holds no state")
         return load_file(path / FILES[0]), state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error

@@ -77,9 +77,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Figures in percent, one line an evaluation, ready to print."""
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     width = max(len(row) for row in rows) + 2
-    lines = [" " * width + "".join(f"{name:>12}" for name in names)]
+    lines = [" " * width + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in names)]
     for row, figures in rows.items():
-        cells = (f"{figures[name]:>12.2f}" if name in figures else f"{'-':>12}" for name in names)
+        texts = {name: f"{figures[name]:.2f}" if name in figures else "-" for name in names}
+        cells = (f"{text:>{max(12, len(name) + 2)}}" for name, text in texts.items())
         lines.append(f"{row:<{width}}" + "".join(cells))
     return "\n".join(lines)
 

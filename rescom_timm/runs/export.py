@@ -60,26 +60,24 @@ class Pretrained:
     eval_policy: str
     """How evaluation images were prepared, a line of data.views."""
     recipe: Recipe | None
-    state: dict[str, Tensor]
-    """What the method holds besides the net: the queue."""
+    trained: Method | None
+    """The method over this net with the queue as it was; None where the classes are new or no recipe was kept."""
 
     def method(self, counts: Tensor | None = None) -> Method:
         """The method of the recipe over this net, to train on: with the queue as it was, or, for the `counts` (K,) of
-        other training images, with an empty one. Raises ValueError where there is no recipe or the counts do not fit.
-        """
+        new classes, with an empty one. Raises ValueError where there is no recipe or the counts do not fit."""
         if self.recipe is None:
             raise ValueError("this export holds no recipe: build a method with rescom_timm.methods.create_method")
-        known = counts is None
-        counts = self.counts if counts is None else counts
-        classes = self.net.classifier.out_features
         if counts is None:
-            raise ValueError("the classes are new: give counts, the training images of each, (K,)")
+            if self.trained is None:
+                raise ValueError("the classes are new: give counts, the training images of each, (K,)")
+            return self.trained
+        classes = self.net.classifier.out_features
+        if self.trained is not None:
+            raise ValueError("for other counts read the model with from_pretrained(..., num_classes=...)")
         if len(counts) != classes:
             raise ValueError(f"counts are of {len(counts)} classes and the net has {classes}: they must be as many")
-        method = create_method(self.net, counts, self.recipe.method)
-        if known:
-            method.load_state_dict(self.state, strict=False)
-        return method
+        return create_method(self.net, counts, self.recipe.method)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -118,7 +116,8 @@ def export(
     if model is not None:
         head = _head(model)
         _save_plain(model, net, folder, class_names, input_size, eval_policy)
-        tensors = {name: value for name, value in tensors.items() if name.startswith("projector.")}
+        own = ("projector.",) if type(net.classifier) is nn.Linear else ("projector.", "classifier.")
+        tensors = {name: value for name, value in tensors.items() if name.startswith(own)}
     method = {f"method.{name}": value.detach().cpu().contiguous() for name, value in (state or {}).items()}
     save_file({**tensors, **method}, folder / SIDE, {"format": "pt"})
     details = {
@@ -183,8 +182,14 @@ def save_model(run: Path) -> str:
         folder = export_run(run, run / "model")
         return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
     except ValueError as error:
+        reason = str(error)
+    except OSError as error:
+        return f"saved: {run}; the model could not be exported: {error}"
+    try:
         export_run(run, run / "model", plain=False)
-        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
+        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {reason}'
+    except (ValueError, OSError) as error:
+        return f"saved: {run}; the model could not be exported: {error}"
 
 
 def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -318,9 +323,13 @@ def damaged(folder: Path) -> list[str]:
     """The files that are not what hashes.json says. Raises ValueError where that file itself cannot be read."""
     try:
         hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-        return [name for name, value in hashes.items() if not (folder / name).exists() or sha256(folder / name) != value]
+        return [
+            name for name, value in hashes.items() if not (folder / name).exists() or sha256(folder / name) != value
+        ]
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / HASHES} cannot be read ({error}), so the files beside it cannot be trusted") from None
+        raise ValueError(
+            f"{folder / HASHES} cannot be read ({error}), so the files beside it cannot be trusted"
+        ) from None
 
 
 def _read(folder: Path, num_classes: int | None) -> Pretrained:
@@ -332,27 +341,31 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
     try:
         details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
         tensors = load_file(folder / SIDE)
+        state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         net = create_model(
             details["backbone"], len(details["class_names"]), projector=ProjectorConfig(**details["projector"]),
             mean=tuple(details["mean"]), std=tuple(details["std"]), **details["options"],
         )  # fmt: skip
-        method = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
-        recipe = _recipe(folder / "recipe.yaml")
         if details["head"] is not None:
-            tensors |= _from_plain(net, folder / PLAIN, details["head"])
-        elif recipe is not None and details["counts"] is not None:
-            net = create_method(net, torch.tensor(details["counts"]), recipe.method).net
+            tensors = {**_from_plain(net, folder / PLAIN, details["head"]), **tensors}
+        names, counts = details["class_names"], details["counts"] and torch.tensor(details["counts"])
+        recipe = _recipe(folder / "recipe.yaml")
+        trained = None
+        if num_classes is not None:
+            net.classifier = nn.Linear(net.classifier.in_features, num_classes)
+            names, counts = [], None
+            tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
+            tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
+        elif recipe is not None and counts is not None:
+            trained = create_method(net, counts, recipe.method)
+            net = trained.net
+            trained.load_state_dict(state, strict=False)
         net.load_state_dict(tensors)
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as an export of rescom_timm: {error!r}") from error
-    names, counts = details["class_names"], details["counts"]
-    if num_classes is not None:
-        net.classifier = nn.Linear(net.classifier.in_features, num_classes)
-        names, counts, method = [], None, {}
-    return Pretrained(
-        net.eval(), names, None if counts is None else torch.tensor(counts), tuple(details["input_size"]),
-        details["eval_policy"], recipe, method,
-    )  # fmt: skip
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        fresh = " with a fresh classifier" if num_classes is not None else ""
+        raise ValueError(f"{folder} cannot be read{fresh}: {error}") from error
+    size = details["input_size"]
+    return Pretrained(net.eval(), names, counts, tuple(size), details["eval_policy"], recipe, trained)
 
 
 def _from_plain(net: Net, path: Path, head: str) -> dict[str, Tensor]:

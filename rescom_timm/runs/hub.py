@@ -7,7 +7,6 @@ training, draws no random number in it, and whatever is left in RUN/hub/ is comp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -74,6 +73,10 @@ class HubConfig:
             raise ValueError("timeout_minutes must be above 0")
 
 
+_NETWORK: tuple[Any, ...] = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
+"""What the Hub's client raises; the base of its HTTP errors comes from another package from version to version."""
+
+
 class HubError(RuntimeError):
     """The Hub refused or could not be reached; the message says why and what to do. `lasting`: trying again as it is
     will not help."""
@@ -117,12 +120,11 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
         return HubError(f"{where}: the Hub answers with an error of its own ({code}); try again later", lasting=False)
     if code is not None:
         return HubError(f"{where}: the Hub refuses ({asked} {code}): {_line(error)}")
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if cause is not error and getattr(cause, "response", None) is not None:
-        return explain(cause, repo, doing)  # type: ignore[arg-type]
-    return HubError(f"{where}: the connection was lost or not made ({_line(cause)})", lasting=False)
+    if isinstance(error, _NETWORK):
+        return HubError(f"{where}: the connection was lost or not made ({_line(error)})", lasting=False)
+    if isinstance(error.__cause__, Exception):  # the client wraps what happens in its threads
+        return explain(error.__cause__, repo, doing)
+    return HubError(f"{where}: {type(error).__name__}: {_line(error)}")
 
 
 def _line(error: BaseException) -> str:
@@ -279,7 +281,9 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
     """
     name, _, revision = repo.partition("@")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(names), force_download=force))
+        folder = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(names), force_download=force)
+        )
     except _NETWORK as error:
         raise FileNotFoundError(str(explain(error, repo, "reading"))) from error
     if not (folder / needed).is_file():
@@ -290,19 +294,22 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
     return folder
 
 
-_NETWORK = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
-
-
-def fetch_recipe(address: str) -> Path:
+def fetch_recipe(address: str | None) -> Path:
     """The recipe of a repository that a run was pushed to. address: hf://owner/name. Raises HubError."""
-    repo = as_repo(address)
-    if repo is None:
-        raise HubError(f"{address!r} is no address of a run on the Hub: write hf://owner/name")
-    name, _, revision = repo.partition("@")
+    name, revision = _parts(address)
     try:
-        return Path(hf_hub_download(name, "recipe.yaml", revision=revision or None))
+        return Path(hf_hub_download(name, "recipe.yaml", revision=revision))
     except _NETWORK as error:
-        raise explain(error, repo, "reading the recipe of") from error
+        raise explain(error, name, "reading the recipe of") from error
+
+
+def _parts(address: str | None) -> tuple[str, str | None]:
+    """(owner/name, revision) of hf://owner/name@revision. Raises HubError."""
+    repo = as_repo(address or "")
+    if repo is None:
+        raise HubError(f"{address!r} is no address of a run on the Hub: write a recipe, or hf://owner/name")
+    name, _, revision = repo.partition("@")
+    return name, revision or None
 
 
 def fetch_run(address: str, run: Path) -> None:
@@ -311,12 +318,10 @@ def fetch_run(address: str, run: Path) -> None:
     A folder that is as far or further is left as it is. Raises HubError where the repository cannot be read, holds no
     checkpoint, or its files are damaged.
     """
-    repo = as_repo(address)
-    if repo is None:
-        raise HubError(f"{address!r} is no address of a run on the Hub: write hf://owner/name")
-    name, _, revision = repo.partition("@")
+    name, revision = _parts(address)
+    repo = f"{name}@{revision}" if revision else name
     try:
-        files = HfApi().list_repo_files(name, revision=revision or None)
+        files = HfApi().list_repo_files(name, revision=revision)
     except _NETWORK as error:
         raise explain(error, repo, "reading") from error
     there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})

@@ -50,11 +50,11 @@ def predict(
     """The top-k classes of every image, in order; an unreadable image is told in its Prediction and stops nothing.
 
     model: anything from_pretrained takes, or what it gave. images: a file, a folder (searched through, sorted), a list
-    of files, PIL images or arrays, or a Split of a data set. prior: how frequent the K classes are where the images come
-    from, as K counts or probabilities, "uniform", or "train" (as in training); None: as the model was trained to answer.
-    The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training frequencies
-    were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon et al. 2021);
-    of a model trained by plain cross-entropy the log of the training frequencies is taken off first.
+    of files, PIL images or arrays, or a Split of a data set. prior: how frequent the K classes are where the images
+    come from, as K counts or probabilities, "uniform", or "train" (as in training); None: as the model was trained to
+    answer. The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training
+    frequencies were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon
+    et al. 2021); of a model trained by plain cross-entropy the log of the training frequencies is taken off first.
     Raises FileNotFoundError and ValueError for a model, images or a prior that cannot be.
     """
     return list(predictions(model, images, top_k, prior, batch_size, workers, device))
@@ -88,16 +88,14 @@ def _run(
     source.prepare(model)
     for batch in DataLoader(source, batch_size, num_workers=workers, collate_fn=list):
         read = [image for image, _ in batch if image is not None]
-        rows = iter(())
+        rows: list[tuple[list[float], list[int]]] = []
         if read:
             logits = net.classify(torch.stack(read).to(device)).float() + shift.to(device)
-            rows = zip(*(part.tolist() for part in logits.softmax(dim=1).topk(top_k)), strict=True)
+            top = logits.softmax(dim=1).topk(top_k)
+            rows = list(zip(top.values.tolist(), top.indices.tolist(), strict=True))
         for image, about in batch:
-            if image is None:
-                yield Prediction(labels=[], probabilities=[], **about)
-            else:
-                probabilities, classes = next(rows)
-                yield Prediction(labels=[names[k] for k in classes], probabilities=probabilities, **about)
+            probabilities, classes = rows.pop(0) if image is not None else ([], [])
+            yield Prediction(labels=[names[k] for k in classes], probabilities=probabilities, **about)
 
 
 def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
@@ -110,7 +108,12 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
             raise ValueError(f'prior must be {classes} numbers, "uniform" or "train", not {prior!r}')
         prior = torch.ones(classes) if prior == "uniform" else _counts(model)
     share = torch.as_tensor(prior, dtype=torch.float64)
-    if share.shape != (classes,) or not bool((share >= 0).all()) or not bool(share.isfinite().all()) or share.sum() == 0:
+    if (
+        share.shape != (classes,)
+        or not bool((share >= 0).all())
+        or not bool(share.isfinite().all())
+        or share.sum() == 0
+    ):
         raise ValueError(
             f"prior must be {classes} counts or probabilities, one a class, at least 0 and not all 0; "
             f"got {len(share) if share.ndim else 1} of them: {share.flatten()[:5].tolist()}"
@@ -144,7 +147,9 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         elif not isinstance(images, Iterable) or isinstance(images, np.ndarray | Tensor):
             raise ValueError("images must be a file, a folder, a Split or a list of files, PIL images or arrays")
         else:
-            self.items = [one for item in images for one in (_files(Path(item)) if isinstance(item, str | Path) else [item])]
+            self.items = [
+                one for item in images for one in (_files(Path(item)) if isinstance(item, str | Path) else [item])
+            ]
         if not self.items:
             raise ValueError("there are no images to predict")
 
@@ -191,14 +196,16 @@ def _files(path: Path) -> list[Path]:
 
 
 def write_csv(found: Iterable[Prediction], path: str | Path, top_k: int) -> tuple[int, int]:
-    """image, label_1, probability_1 ... label_k, probability_k, error, true_label; returns (images, unreadable ones)."""
+    """image, label_1, probability_1 ... label_k, probability_k, error, true_label; returns (images, unreadable)."""
     images = broken = 0
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
         writer.writerow(["image", *pairs, "error", "true_label"])
         for one in found:
-            cells = [cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")]
+            cells = [
+                cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
+            ]
             writer.writerow([one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label])
             images, broken = images + 1, broken + bool(one.error)
     return images, broken

@@ -1,4 +1,4 @@
-"""Uploads what a run has staged in RUN/hub/ (runs/hub.py), in a process of its own:  python -m rescom_timm.runs.push RUN
+"""Uploads what a run staged in RUN/hub/ (runs/hub.py), in a process of its own:  python -m rescom_timm.runs.push RUN
 
 Each staged folder becomes one commit: the export, the model card, the evaluations and, where the strategy says so, the
 checkpoints. It is removed when it has arrived; whatever fails stays for the next attempt.
@@ -17,7 +17,6 @@ import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-
 from rescom_timm.runs import card
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.export import DETAILS, export_run
@@ -30,8 +29,8 @@ OWN = (".gitattributes", "README.md", "LICENSE")
 def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, str]:
     """Upload everything staged, each folder up to `attempts` times with pauses of 1, 2, 4 ... times `pause` seconds.
 
-    Returns how the last push ended: {"what", "url"}, or {} where nothing was staged. Raises HubError (and writes it into
-    RUN/hub/status.json) where one fails; what was staged stays.
+    Returns how the last push ended: {"what", "url"}, or {} where nothing was staged. Raises HubError (and writes it
+    into RUN/hub/status.json) where one fails; what was staged stays.
     """
     run = Path(run)
     last: dict[str, str] = {}

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, hook
@@ -366,7 +368,7 @@ class Trainer:
         """A checkpoint of this moment, written by the main process. Raises CheckpointError, in all processes, where the
         disk does not take it, and NonFiniteLoss where a weight is not finite."""
         progress = self.progress
-        own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in self.net.named_buffers()}}
+        own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in self._own_buffers()}}
         ranks = gather_object([own])
         trouble = None
         with agreed_statistics(self.net):
@@ -394,6 +396,13 @@ class Trainer:
         trouble = broadcast_object_list([trouble])[0]  # so that no process waits for one that has left
         if trouble is not None:
             raise CheckpointError(trouble)
+
+    def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers that each process has for itself (BatchNorm's, running means): all but the queues."""
+        queues = {id(buffer) for queue in self.method.modules() if isinstance(queue, Queue) for buffer in queue.buffers()}
+        for name, buffer in self.method.named_buffers():
+            if id(buffer) not in queues:
+                yield name.replace("net.module.", "net.", 1), buffer
 
     def open(self, resume: bool | str) -> None:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
@@ -443,7 +452,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         if state["processes"] == accelerator.num_processes:
             own = state["ranks"][accelerator.process_index]
-            for name, buffer in self.net.named_buffers():
+            for name, buffer in self._own_buffers():
                 buffer.copy_(own["buffers"][name])
             checkpoint.set_random_state(own["random"])
         elif self.main:

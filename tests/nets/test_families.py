@@ -26,7 +26,7 @@ SLOW = """
     xcit_nano_12_p8_224
 """.split()
 
-REFUSED = {"volo_d1_224", "repvit_m0_9", "crossvit_tiny_240"}
+REFUSED = {"caformer_s18", "crossvit_tiny_240", "efficientvim_m1", "volo_d1_224"}
 """Trained like the others, but of these timm has no plain classifier that takes our weights."""
 
 TOO_LARGE = {

@@ -7,7 +7,6 @@ import errno
 import json
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import sys
@@ -21,6 +20,7 @@ import timm
 import torch
 from torch import nn
 
+from rescom_timm.methods.rescom import ResCom
 from rescom_timm.runs import checkpoint, trainer
 from rescom_timm.runs.recipe import RecipeError, load_dict
 
@@ -38,6 +38,7 @@ class Tiny(nn.Module):
         layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(drop)]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(16, num_classes) if num_classes else nn.Identity()
+        self.num_classes = num_classes
         self.pretrained_cfg = {"architecture": "tiny_for_tests", "input_size": (3, 8, 8)}
         self.pretrained_cfg |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_classes": num_classes}
 
@@ -61,7 +62,7 @@ def recipe(output: Path | str, **changes: Any) -> dict[str, Any]:
         "name": "run",
         "output": str(output),
         "data": {"source": "digits", "index": "exponential(20)", "validation": "holdout(0.2)"},
-        "views": {"train": "digits", "eval": "none", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+        "views": {"train": "crop(8,1) | flip", "eval": "none", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
         "net": {"backbone": "tiny_for_tests", "projector": {"hidden": 16, "dim": 8}},
         "method": {"queue": {"per_class": 4}, "positives": 1, "negatives": 20},
         "optimizer": {"lr": 0.1},
@@ -80,16 +81,20 @@ def recipe(output: Path | str, **changes: Any) -> dict[str, Any]:
     return load_dict(tree).to_dict()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Launch:
     """Processes that train one recipe together."""
 
     def __init__(self, tree: dict[str, Any], ranks: int = 1, resume: bool = False, fault: Any = None) -> None:
-        """fault: (name in FAULTS, *arguments), in every process."""
+        """fault: (name in FAULTS, *arguments), or a list of them, in every process."""
         self.logs = [Path(tree["output"]) / f"log-{rank}.txt" for rank in range(ranks)]
         self.logs[0].parent.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes = [
             SERVER.Process(target=work, args=(tree, resume, fault, rank, ranks, port, str(self.logs[rank])))
             for rank in range(ranks)
@@ -127,13 +132,15 @@ def work(tree: dict[str, Any], resume: bool, fault: Any, rank: int, ranks: int, 
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {"ACCELERATE_USE_CPU": "1"}
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a run of its own
     torch.set_num_threads(1)
     if fault is not None:
-        FAULTS[fault[0]](*fault[1:])
+        for name, *arguments in fault if isinstance(fault, list) else [fault]:
+            FAULTS[name](*arguments)
     code = 0
     try:
         trainer.train(load_dict(tree), resume=resume)
@@ -156,6 +163,25 @@ def run(tree: dict[str, Any], ranks: int = 1, resume: bool = False, fault: Any =
     return launch
 
 
+def together(function: Any, ranks: int, *arguments: Any) -> None:
+    """function(rank, *arguments) in each of `ranks` gloo processes. Raises AssertionError where one does not end well."""
+    port = free_port()
+    members = [SERVER.Process(target=_member, args=(function, rank, ranks, port, arguments)) for rank in range(ranks)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(120)
+    assert [member.exitcode for member in members] == [0] * ranks
+
+
+def _member(function: Any, rank: int, ranks: int, port: int, arguments: Any) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    function(rank, *arguments)
+    torch.distributed.destroy_process_group()
+
+
 # ---------------------------------------------------------------------------------------------------------- results
 
 
@@ -170,7 +196,8 @@ def last(tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 def figures(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the speed."""
-    lines = [json.loads(line) for line in (Path(tree["output"]) / tree["name"] / "metrics.jsonl").open()]
+    text = (Path(tree["output"]) / tree["name"] / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
 
 
@@ -181,7 +208,9 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
         return found + [d for key in a if key in b for d in differences(a[key], b[key], f"{where}.{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         found = [f"{where}: length" for _ in range(len(a) != len(b))]
-        return found + [d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}.{i}")]
+        return found + [
+            d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{where}.{i}")
+        ]
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
     if hasattr(a, "dtype"):
@@ -257,41 +286,49 @@ def at_disk_operation(n: int, what: str) -> None:
     checkpoint.shutil.rmtree = rmtree
 
 
-def poison(passes: list[int], rank: int = 0) -> None:
-    """The loss of these forward passes (counted in this process from 1) is NaN, in one process."""
-    counter = [0]
+def poison(passes: list[int], what: str = "loss", rank: int = 0) -> None:
+    """In these forward passes (counted in this process from 1) the loss, or only its gradient, is NaN, in one process."""
+    counter, forward = [0], ResCom.forward
 
-    def wrap(method: type) -> None:
-        original = method.forward
+    def poisoned(self: Any, batch: Any) -> Any:
+        outputs = forward(self, batch)
+        counter[0] += 1
+        if counter[0] in passes and int(os.environ.get("RANK", 0)) == rank:
+            nan = float("nan")
+            if what == "loss":
+                outputs["loss"] = outputs["loss"] * nan
+            else:
+                outputs["logits"].register_hook(lambda gradient: gradient * nan)
+        return outputs
 
-        def forward(self: Any, batch: Any) -> Any:
-            outputs = original(self, batch)
-            counter[0] += 1
-            if counter[0] in passes and int(os.environ.get("RANK", 0)) == rank:
-                outputs["loss"] = outputs["loss"] * float("nan")
-            return outputs
-
-        method.forward = forward
-
-    from rescom_timm.methods.rescom import ResCom
-
-    wrap(ResCom)
+    ResCom.forward = poisoned
 
 
 def watch(folder: str) -> None:
-    """Write, after every optimizer step, sums that identify queue, weights and BatchNorm buffers of this process."""
-    original = trainer.Trainer._update
+    """Write, of every forward pass, the rows, and after every optimizer step, sums that identify queue, weights and
+    buffers of this process: watch-RANK.jsonl."""
     path = Path(folder) / f"watch-{os.environ.get('RANK', 0)}.jsonl"
+    forward, update = trainer.Trainer._forward_backward, trainer.Trainer._update
+    rows: list[int] = []
 
-    def update(self: Any, sound: bool) -> bool:
-        done = original(self, sound)
-        tensors = {f"queue.{k}": v for k, v in self.method.queue.state_dict().items()} | dict(self.net.state_dict())
-        sums = {name: [tensor.double().sum().item(), tensor.double().norm().item()] for name, tensor in tensors.items()}
+    def noted(self: Any, batch: Any, last: bool) -> Any:
+        rows.extend(batch["row"].tolist())
+        return forward(self, batch, last)
+
+    def watched(self: Any, sound: bool) -> bool:
+        done = update(self, sound)
+        kinds = {"queue": self.method.queue.state_dict(), "net": dict(self.net.named_parameters())}
+        kinds["buffers"] = {name: buffer for name, buffer in self.net.named_buffers() if "running" in name}
+        sums = {
+            kind: {name: [t.double().sum().item(), t.double().norm().item()] for name, t in tensors.items()}
+            for kind, tensors in kinds.items()
+        }
         with path.open("a") as file:
-            file.write(json.dumps(sums) + "\n")
+            file.write(json.dumps({"rows": rows, "done": done, **sums}) + "\n")
+        rows.clear()
         return done
 
-    trainer.Trainer._update = update
+    trainer.Trainer._forward_backward, trainer.Trainer._update = noted, watched
 
 
 def slow(seconds: float) -> None:
@@ -299,8 +336,10 @@ def slow(seconds: float) -> None:
     _count(trainer.Trainer, "_forward_backward", [0], lambda count: time.sleep(seconds))
 
 
-FAULTS = {f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow)}
+def no_shared_disk() -> None:
+    """All processes but the first see an empty disk."""
+    if os.environ.get("RANK", "0") != "0":
+        trainer.checkpoint.newest = lambda folder: None
 
 
-def dice(seed: int) -> random.Random:
-    return random.Random(seed)
+FAULTS = {f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, no_shared_disk)}

@@ -1,0 +1,146 @@
+"""A run opened again: its net, its queue and its data, for the figures that need more than its files.
+
+Shapes: N images, F features, D the width of an embedding, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rescom_timm.contrast.queue import Queue
+from rescom_timm.data.loaders import Batch, eval_loader
+from rescom_timm.data.sources import Data, Split
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.figures.folder import Missing
+from rescom_timm.methods import Method
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs.build import build_method
+from rescom_timm.runs.recipe import Recipe
+from rescom_timm.runs.recipe import load as load_recipe
+
+
+class Seen(NamedTuple):
+    """One pass over N images: features (N, F), embeddings (N, D), logits (N, K) float32, labels (N,); on the CPU."""
+
+    features: Tensor
+    embeddings: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's recipe, data and method, with the weights and the queue of one of its checkpoints, in evaluation mode."""
+
+    name: str
+    recipe: Recipe
+    data: Data
+    method: Method
+    checkpoint: str
+    """last, best or the checkpoint's folder name: part of the names of what is written about it."""
+    chosen: str
+    """How the checkpoint was chosen, in words."""
+    weights: str
+    """sha256 of the net's weights."""
+    accelerator: Accelerator
+
+    def queue(self) -> Queue:
+        """The method's queue. Missing, in words, where it has none or none of its slots is filled."""
+        queue = getattr(self.method, "queue", None)
+        if not isinstance(queue, Queue):
+            raise Missing(f"method {self.recipe.method.name} of run {self.name} keeps no queue of keys")
+        if not bool(queue.valid.any()):
+            raise Missing(f"the queue of run {self.name} is empty: its checkpoint is from before the first step")
+        return queue
+
+    def split(self, name: str) -> Split:
+        """train, test or validation. Raises ValueError where the recipe has none of that name."""
+        known = {"train": self.data.train, "test": self.data.test, "validation": self.data.validation}
+        found = known.get(name)
+        if found is None:
+            raise ValueError(f"run {self.name} has no {name} split (data.validation: {self.recipe.data.validation})")
+        return found
+
+    def loader(self, split: Split, policy: str | None = None) -> DataLoader[Batch]:
+        """The split's images once, in order. policy: another one than the recipe's views.eval, such as its views.train
+        (each image's draws depend on its place alone)."""
+        views = self.recipe.views if policy is None else dataclasses.replace(self.recipe.views, eval=policy)
+        return eval_loader(split, views, self.recipe.evaluation.batch_size, self.recipe.loader, self.recipe.speed)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The recipe's precision (fp16 on a GPU only)."""
+        kind, precision = self.accelerator.device.type, self.recipe.train.precision
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(
+            kind, types.get(precision), enabled=precision == "bf16" or (precision == "fp16" and kind != "cpu")
+        )
+
+    @torch.inference_mode()
+    def look(self, split: Split, policy: str | None = None) -> Seen:
+        """The net's outputs on a split. policy as in loader."""
+        parts: list[tuple[Tensor, ...]] = []
+        with self.autocast():
+            for batch in self.loader(split, policy):
+                features, logits, embeddings, *_ = self.method.net(batch["image"].to(self.accelerator.device))
+                parts.append((*(x.float().cpu() for x in (features, embeddings, logits)), batch["label"]))
+        return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def take(split: Split, positions: npt.NDArray[np.int64]) -> Split:
+    """The split's images at these positions."""
+    return Split(split.name, split.dataset.select(positions), split.labels[positions], split.rows[positions])
+
+
+def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), name: str = "") -> Opened:
+    """A run with the net and the queue of a checkpoint: "last", "best" (on validation) or a checkpoint's folder.
+
+    overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
+    network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
+    """
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    # Whatever the net started from, its weights are the checkpoint's.
+    net = dataclasses.replace(recipe.net, pretrained=False, weights_file=None)
+    recipe = dataclasses.replace(recipe, net=net)
+    path, weights, state = _checkpoint(folder / "checkpoints", which)
+    chosen = f"after epoch {state['progress']['epoch']}, not selected"
+    if which == "best":
+        best = state["progress"]["best_checkpoint"]
+        if best is None:
+            raise ValueError(f"{folder} has no best checkpoint: its recipe names no data.validation to choose it on")
+        chosen = f"epoch {state['progress']['best_epoch']}, best {recipe.evaluation.select} on validation"
+        path = folder / "checkpoints" / best
+        weights, state = checkpoint.load(path)
+    accelerator = Accelerator(mixed_precision="no")  # one for all runs; precision is each one's own (autocast)
+    data = load_data(recipe.data)
+    method = build_method(recipe, data)
+    try:
+        method.net.load_state_dict(weights)
+        method.load_state_dict(state["method"], strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the recipe and its data: {str(error).splitlines()[-1].strip()}") from None
+    label = which if which in ("last", "best") else path.name
+    sha256 = json.loads((path / "hashes.json").read_text(encoding="utf-8"))["net.safetensors"]
+    name = name or folder.resolve().name
+    return Opened(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)
+
+
+def _checkpoint(folder: Path, which: str) -> tuple[Path, dict[str, Tensor], dict]:
+    if which not in ("last", "best"):
+        return (Path(which), *checkpoint.load(Path(which)))
+    found = checkpoint.newest(folder)
+    if found is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
+    return found

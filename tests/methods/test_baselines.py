@@ -1,0 +1,206 @@
+"""Losses on the logits against loops over one image and one class at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rescom_timm.contrast import losses
+from rescom_timm.methods import (
+    CausalNormConfig,
+    ClassBalancedConfig,
+    FocalConfig,
+    LadeConfig,
+    LdamConfig,
+    LogitAdjustmentConfig,
+)
+from rescom_timm.nets.net import ProjectorConfig, create_model
+from tests.methods import reference
+from tests.methods.stub import COUNTS, batch, make, train
+
+
+def logits_of(method, data):
+    return method.net(data["image"].transpose(0, 1).flatten(0, 1)).logits
+
+
+def check(method, expected, data):
+    """The loss and its gradient in every trained weight."""
+    outputs = method(data)
+    assert torch.allclose(outputs["loss"], expected, rtol=1e-6)
+    weights = [p for p in method.net.parameters() if p.requires_grad]
+    mine = torch.autograd.grad(outputs["loss"], weights)
+    theirs = torch.autograd.grad(expected, weights)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_losses_on_logits_are_their_equations(views):
+    data = batch(views=views)
+    labels = data["label"].repeat(views).tolist()
+    ones = [1.0] * 4
+    for config, loss in (
+        (FocalConfig(views=views, gamma=2.0), lambda s: reference.focal(s, labels, 2.0, ones)),
+        (FocalConfig(views=views, gamma=0.0), lambda s: reference.cross_entropy(s, labels)),
+        (
+            ClassBalancedConfig(views=views, beta=0.9, gamma=1.0),
+            lambda s: reference.focal(s, labels, 1.0, reference.balanced_weights(COUNTS, 0.9)),
+        ),
+        (LogitAdjustmentConfig(views=views, tau=1.5), lambda s: reference.adjusted(s, labels, COUNTS, 1.5)),
+        (
+            LadeConfig(views=views, alpha=0.3, regularization=0.2),
+            lambda s: reference.adjusted(s, labels, COUNTS, 1.0) + 0.3 * reference.lader(s, labels, COUNTS, 0.2),
+        ),
+    ):
+        method = make(config)
+        assert method.views == views
+        check(method, loss(logits_of(method, data)), data)
+
+
+def test_ldam_is_its_equation_before_and_after_deferred_reweighting():
+    data = batch(views=1)
+    labels = data["label"].tolist()
+    method = make(LdamConfig(margin=0.4, scale=8.0, reweight_from=0.5, beta=0.9))
+    weights = reference.balanced_weights(COUNTS, 0.9)
+    for epoch, expected in ((0, None), (4, None), (5, weights), (9, weights)):
+        method.set_epoch(epoch, 10)
+        features, w = method.net(data["image"][:, 0]).features, method.net.classifier.weight
+        cosines = [[f @ k / f.norm() / k.norm() for k in w] for f in features]
+        check(method, reference.ldam(cosines, labels, COUNTS, 0.4, 8.0, expected), data)
+    never = make(LdamConfig(reweight_from=1.0))
+    never.set_epoch(9, 10)
+    assert not never.reweighted
+
+
+def test_half_precision_logits_are_raised_and_large_ones_stay_finite():
+    logits = torch.tensor([[90.0, -90.0, 0.0, 0.0], [0.0, 0.0, 300.0, 1.0]], requires_grad=True)
+    labels = torch.tensor([1, 2])
+    margins = losses.ldam_margins(COUNTS)
+    for loss in (
+        losses.focal(logits, labels, 2.0),
+        losses.focal(logits.bfloat16(), labels, 0.0),
+        losses.logit_adjustment(logits, labels, COUNTS, 1.0),
+        losses.lader(logits, labels, COUNTS),
+        losses.ldam(logits.half(), labels, margins),
+        losses.label_aware_smoothing(logits, labels, torch.full((4,), 0.1)),
+        losses.diversity(torch.stack([logits, -logits]), torch.ones(4)),
+    ):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.dtype == torch.float32 and loss.isfinite() and gradient.isfinite().all()
+
+
+def test_rarer_classes_have_larger_margins_and_weights():
+    margins = losses.ldam_margins(COUNTS, 0.5)
+    assert margins[-1] == 0.5 and (margins.diff() > 0).all()
+    assert torch.allclose(margins[0], torch.tensor(0.5 * (3 / 50) ** 0.25))
+    weights = losses.inverse_power_weights(COUNTS, 1.0)
+    assert torch.allclose(weights * COUNTS, (weights * COUNTS)[0].expand(4)) and torch.allclose(
+        weights.mean(), torch.tensor(1.0)
+    )
+
+
+def test_post_hoc_adjustment_trains_plain_cross_entropy_and_is_in_what_classify_gives():
+    data = batch(views=1)
+    method = make(LogitAdjustmentConfig(form="post_hoc", tau=2.0))
+    check(method, reference.cross_entropy(logits_of(method, data), data["label"].tolist()), data)
+    method.eval()
+    net = method.net
+    scores = F.linear(net.encoder(data["image"][:, 0]), net.classifier.weight, net.classifier.bias)
+    prior = COUNTS.double() / COUNTS.sum()
+    assert torch.allclose(net.classify(data["image"][:, 0]), scores - 2.0 * prior.log(), atol=1e-6)
+    assert set(net.classifier.state_dict()) == {"weight", "bias"}
+
+
+def causal_logits(x, weight, config, d=None):
+    """Eqs. 7 and 8, head by head."""
+    size = len(x) // config.heads
+    total = [0.0] * len(weight)
+    for h in range(config.heads):
+        part = slice(h * size, (h + 1) * size)
+        for k, w in enumerate(weight):
+            wn = w[part] / (w[part].norm() + config.gamma)
+            value = wn @ x[part] / x[part].norm()
+            if d is not None:
+                direction = d[part] / d[part].norm()
+                value = value - config.alpha * (x[part] @ direction / x[part].norm()) * (wn @ direction)
+            total[k] = total[k] + config.tau / config.heads * value
+    return torch.stack(total)
+
+
+def test_causal_norm_trains_the_normalised_classifier_and_removes_the_mean_feature_at_inference():
+    config = CausalNormConfig(heads=2, tau=4.0, gamma=0.1, alpha=0.7, momentum=0.5)
+    method = make(config)
+    data = batch(views=1)
+    features = method.net(data["image"][:, 0]).features
+    rows = [causal_logits(x, method.net.classifier.weight, config) for x in features]
+    method.net.classifier.seen.zero_()
+    check(method, reference.cross_entropy(rows, data["label"].tolist()), data)
+    assert not method.net.classifier.mean.any()
+    # Two passes of one step count as one step: mu * mean + the sum of the passes' mean features.
+    method.net.classifier.mean.fill_(1.0)
+    method(data)
+    method.after_step()
+    expected = 0.5 + 2 * features.detach().mean(dim=0)
+    assert torch.allclose(method.net.classifier.mean, expected)
+    method.eval()
+    x = method.net.encoder(data["image"][:, 0])
+    rows = torch.stack([causal_logits(row, method.net.classifier.weight, config, expected) for row in x])
+    assert torch.allclose(method.net.classify(data["image"][:, 0]), rows)
+    assert "classifier.mean" in method.net.state_dict()
+
+
+def test_an_untrained_causal_norm_is_the_normalised_classifier():
+    method = make(CausalNormConfig()).eval()
+    images = batch(views=1)["image"][:, 0]
+    expected = [causal_logits(x, method.net.classifier.weight, method.config) for x in method.net.encoder(images)]
+    assert torch.allclose(method.net.classify(images), torch.stack(expected))
+
+
+def test_classifiers_that_are_linear_in_evaluation_are_exported_and_the_others_refused():
+    from rescom_timm.methods import create_method
+
+    def net():
+        return create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=4, dim=3))
+
+    adjusted = create_method(net(), COUNTS, LogitAdjustmentConfig(form="post_hoc")).net.eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(adjusted.to_timm()(images), adjusted.classify(images), atol=1e-5)
+    for config, name in ((LdamConfig(), "Cosine"), (CausalNormConfig(), "CausalNorm")):
+        with pytest.raises(ValueError, match=rf"the classifier \({name}\) is not linear"):
+            create_method(net(), COUNTS, config).net.to_timm()
+
+
+@pytest.mark.parametrize(
+    "config, settings, message",
+    [
+        (FocalConfig, {"gamma": 0.5}, "gamma must be 0 or at least 1"),
+        (FocalConfig, {"gamma": -1.0}, "gamma"),
+        (ClassBalancedConfig, {"beta": 1.0}, "beta"),
+        (LdamConfig, {"scale": 0.0}, "scale above 0"),
+        (LdamConfig, {"reweight_from": 1.5}, "reweight_from"),
+        (LogitAdjustmentConfig, {"tau": -1.0}, "tau"),
+        (LadeConfig, {"alpha": -0.1}, "alpha"),
+        (CausalNormConfig, {"heads": 0}, "heads"),
+    ],
+)
+def test_impossible_settings_are_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_features_that_cannot_be_cut_into_heads_are_refused():
+    with pytest.raises(ValueError, match="6 features cannot be cut into heads = 4"):
+        make(CausalNormConfig(heads=4))
+
+
+def test_training_lowers_the_loss_and_leaves_the_projector():
+    for config in (
+        FocalConfig(),
+        ClassBalancedConfig(),
+        LdamConfig(scale=4.0),
+        LadeConfig(),
+        CausalNormConfig(tau=4.0),
+    ):
+        method = make(config)
+        before = [p.clone() for p in method.net.projector.parameters()]
+        first = train(method, steps=1)["loss"]
+        assert train(method, steps=20)["loss"] < first + 1
+        assert all(torch.equal(a, b) for a, b in zip(before, method.net.projector.parameters(), strict=True))

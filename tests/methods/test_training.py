@@ -1,0 +1,186 @@
+"""Methods in real runs on the digits: second stages over a run, stages that train nothing, hooks, several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from rescom_timm.data.sources import DataConfig
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.methods import METHODS, SECOND_STAGE
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs.build import build_method, build_optimizer
+from rescom_timm.runs.export import from_pretrained
+from rescom_timm.runs.recipe import RecipeError, load
+from rescom_timm.runs.trainer import train
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+QUICK = ["train.epochs=1", "schedule.warmup_epochs=0", "net.projector.hidden=8", "net.projector.dim=8"]
+
+
+def run(name, output, *words):
+    return train(load(RECIPES / f"{name}.yaml", [f"output={output}", *QUICK, *words]))
+
+
+def weights(folder):
+    return checkpoint.newest(folder / "checkpoints")[1]
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A short first stage."""
+    return run("digits_lt_cross_entropy", tmp_path_factory.mktemp("runs"))
+
+
+def test_crt_in_a_run_trains_the_classifier_alone(first, tmp_path):
+    after = weights(run("digits_lt_crt", tmp_path, f"from={first}"))
+    changed = {name for name in moved(weights(first), after) if not name.startswith("projector.1.")}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_las_in_a_run_shifts_statistics_and_its_export_is_read_back(first, tmp_path):
+    folder = run("digits_lt_las", tmp_path, f"from={checkpoint.listed(first / 'checkpoints')[-1]}")
+    before, after = weights(first), weights(folder)
+    encoder = {name for name in moved(before, after) if name.startswith("encoder.")}
+    assert encoder and all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in encoder)
+    scale = after["classifier.class_scale"]
+    w, b = after["classifier.weight"] * scale[:, None], after["classifier.bias"] * scale
+    check_export(folder, w, b)
+
+
+def check_export(folder, weight, bias):
+    """Our reader and plain timm give the logits of this linear layer over the encoder."""
+    net, images = from_pretrained(folder).net, torch.rand(2, 3, 8, 8)
+    plain = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = F.linear(net.encoder(images), weight, bias)
+        assert torch.allclose(net.classify(images), expected, atol=1e-5)
+        assert torch.allclose(plain(images), expected, atol=1e-5)
+
+
+def test_tau_norm_evaluates_and_saves_without_training(first, tmp_path):
+    folder = run("digits_lt_tau_norm", tmp_path, f"from={first}", "train.epochs=0")
+    assert (folder / "evaluation" / "test-last.json").is_file()
+    assert not moved(weights(first), weights(folder))
+    w = weights(first)["classifier.weight"]
+    check_export(folder, w / w.norm(dim=1, keepdim=True) ** 0.7, torch.zeros(10))
+
+
+def test_experts_in_a_run_are_saved_and_read_back(tmp_path):
+    folder = run("digits_lt_experts", tmp_path, "method.experts=2", "method.views=1")
+    net = from_pretrained(folder).net
+    assert len(net.experts) == 2
+    saved = weights(folder)
+    assert torch.equal(net.state_dict()["experts.1.layer3.0.conv1.weight"], saved["experts.1.layer3.0.conv1.weight"])
+    with pytest.raises(RecipeError, match="of another net"):
+        run("digits_lt_crt", tmp_path, f"from={folder}")
+
+
+def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_path):
+    words = ["method.queue_size=32", "method.momentum=0.9", "train.epochs=2", "checkpoint.every=1", "checkpoint.keep=9"]
+    whole = run("digits_lt_table6_1_moco", tmp_path, *words, "name=whole")
+    halved = load(RECIPES / "digits_lt_table6_1_moco.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
+    middle, last = checkpoint.listed(whole / "checkpoints")
+    (tmp_path / "halved" / "checkpoints").mkdir(parents=True)
+    middle.rename(tmp_path / "halved" / "checkpoints" / middle.name)
+    resumed = train(halved, resume=True)
+    states = [checkpoint.load(folder / "checkpoints" / last.name)[1]["method"] for folder in (whole, resumed)]
+    assert {"momentum_net.copy.encoder.conv1.weight", "queue.keys"} <= set(states[0])
+    assert not moved(*states)
+    assert not moved(weights(whole), weights(resumed))
+
+
+class Probe:
+    """Counts the calls of a method's hooks."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+
+
+def test_hooks_are_called_once_an_epoch_and_once_an_optimizer_step(tmp_path, monkeypatch):
+    from rescom_timm.methods.baselines import CrossEntropy
+
+    epochs, steps = Probe(), Probe()
+    monkeypatch.setattr(CrossEntropy, "set_epoch", lambda self, *a: epochs(*a), raising=False)
+    monkeypatch.setattr(CrossEntropy, "after_step", lambda self: steps(), raising=False)
+    folder = run("digits_lt_cross_entropy", tmp_path, "train.accumulate=2", "method.views=1")
+    assert epochs.calls == [(0, 1)]
+    assert len(steps.calls) == int(checkpoint.listed(folder / "checkpoints")[-1].name.removeprefix("step-"))
+
+
+@pytest.mark.parametrize(
+    "name, words, message",
+    [
+        ("digits_lt_lws", [], "lws is a second stage: name the run to start from, from=RUN"),
+        ("digits_lt_lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
+        ("digits_lt_lws", ["from={tmp}"], "holds no checkpoint; train it first"),
+        ("digits_lt_crt", ["from={first}", "net.backbone=resnet32_cifar"], "of another net .*encoder.layer1.3"),
+    ],
+)
+def test_a_second_stage_without_a_fitting_run_is_refused(first, tmp_path, name, words, message):
+    (tmp_path / "checkpoints").mkdir()
+    words = [word.format(tmp=tmp_path, first=first) for word in words]
+    with pytest.raises(RecipeError, match=message):
+        train(load(RECIPES / f"{name}.yaml", [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
+
+
+def test_any_method_may_start_from_a_run_or_a_file(first):
+    data = load_data(DataConfig(source="digits", index="exponential(50)"))
+    file = checkpoint.listed(first / "checkpoints")[-1] / "net.safetensors"
+    recipe = load(RECIPES / "digits_lt_balanced_softmax.yaml", [*QUICK, f"init_from={file}"])
+    assert not moved(weights(first), build_method(recipe, data, start=True).net.state_dict())
+    assert moved(weights(first), build_method(recipe, data).net.state_dict())
+
+
+def test_all_that_a_net_trains_is_in_the_optimizer_also_in_groups():
+    data = load_data(DataConfig(source="digits", index="exponential(50)"))
+    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm"):
+        for words in ([], ["optimizer.decay_norm_and_bias=false"]):
+            recipe = load(RECIPES / f"digits_lt_{name}.yaml", [*QUICK, *words])
+            net = build_method(recipe, data).net
+            held = {id(p) for group in build_optimizer(recipe.optimizer, net).param_groups for p in group["params"]}
+            assert held == {id(p) for p in net.parameters() if p.requires_grad}, (name, words)
+
+
+def test_every_method_has_a_digits_recipe_and_table_6_its_rows():
+    shown = {load(path).method.name for path in RECIPES.glob("digits_lt*.yaml")}
+    assert shown == set(METHODS)
+    for base in ("digits_lt", "cifar10_lt_if100_r32", "imagenet_lt_r50"):
+        rows = [load(path).method for path in sorted(RECIPES.glob(f"{base}_table6_*.yaml"))]
+        assert len(rows) == 6 and rows[0].name == "moco" and rows[5] == load(RECIPES / f"{base}.yaml").method
+        told = [(r.beta > 0, r.queue.kind == "class_balanced", r.negatives is not None, r.siamese) for r in rows[1:]]
+        assert told == [tuple(k < n for k in range(4)) for n in range(5)], "one module at a time"
+
+
+def test_second_stages_draw_as_their_papers_do():
+    for name in SECOND_STAGE:
+        sampler = load(RECIPES / f"digits_lt_{name}.yaml").loader.sampler
+        assert sampler == ("class_balanced" if name in ("crt", "lws", "las") else "uniform")
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_state(tmp_path):
+    """Momentum encoder, queues, centroids, prototypes, mean feature: equal on both after accumulated steps."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).with_name("child.py"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all equal" in result.stdout

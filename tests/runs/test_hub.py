@@ -1,0 +1,86 @@
+"""Pushing and fetching. The cases are in hub_cases.py: they need the environment of the Hub's client to be set before
+it is imported, so all of them run once in a process of their own, and each is told here."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from rescom_timm.runs.hub import HubConfig, as_repo
+from rescom_timm.runs.recipe import RecipeError, load_dict
+
+ROOT = Path(__file__).parents[2]
+CASES = Path(__file__).with_name("hub_cases.py")
+NAMES = [node.name for node in ast.parse(CASES.read_text()).body if getattr(node, "name", "").startswith("test_")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Test name -> the texts of its failures."""
+    report = tmp_path_factory.mktemp("hub") / "report.xml"
+    words = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert report.exists(), done.stdout + done.stderr
+    found: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = [part for part in case if part.tag in ("failure", "error", "skipped")]
+        found.setdefault(case.get("name", "").split("[")[0], []).extend(
+            f"{case.get('name')}\n{part.text}" for part in bad
+        )
+    assert found, done.stdout + done.stderr
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_a_server(outcomes, name):
+    assert name in outcomes, f"{name} did not run"
+    assert not outcomes[name], "\n\n".join(outcomes[name])
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"repo": "rescom"}, "owner/name"),
+        ({"repo": "me/-bad-"}, "no name of the Hub"),
+        ({"repo": "me/a/b"}, "owner/name"),
+        ({"benchmark": "imagenet"}, "owner/dataset#task"),
+        ({"timeout_minutes": 0}, "above 0"),
+    ],
+)
+def test_configs_that_cannot_be(config, says):
+    with pytest.raises(ValueError, match=says):
+        HubConfig(**config)
+
+
+def test_the_section_of_a_recipe():
+    data = {"source": "digits"}
+    assert load_dict({"data": data, "hub": {"repo": "me/x", "strategy": "every_save"}}).hub.strategy == "every_save"
+    with pytest.raises(RecipeError, match="best needs data.validation"):
+        load_dict({"data": data, "hub": {"repo": "me/x", "strategy": "best"}})
+    with pytest.raises(RecipeError, match=r"unknown key hub\.token"):
+        load_dict({"data": data, "hub": {"token": "hf_x"}})
+    with pytest.raises(RecipeError, match=r"hub\.strategy"):
+        load_dict({"data": data, "hub": {"strategy": "sometimes"}})
+
+
+@pytest.mark.parametrize(
+    ("source", "repo"),
+    [
+        ("me/rescom", "me/rescom"),
+        ("hf://me/rescom@v1", "me/rescom@v1"),
+        ("hf-hub:me/rescom", "me/rescom"),
+        ("rescom", None),
+        ("runs/a/b", None),
+        ("./me/x", None),
+        ("../x", None),
+        ("/me/x", None),
+        (Path("me/rescom"), None),
+    ],
+)
+def test_what_is_a_repository(source, repo):
+    assert as_repo(source) == repo

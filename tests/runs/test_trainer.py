@@ -1,0 +1,226 @@
+"""The loop: what is not finite, precision, accumulation, the schedule, compilation. Resume and processes have files of
+their own."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from rescom_timm.data.sources import load
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs.build import build_method, speed_up
+from rescom_timm.runs.recipe import RecipeError, SpeedConfig, load_dict
+from rescom_timm.runs.trainer import Trainer, flat, launch, train
+from tests.runs.child import Launch, figures, last, recipe, run
+
+
+def trainer_of(tree):
+    """A trainer in this process, not opened."""
+    made = load_dict(tree)
+    accelerator = launch(made)
+    torch.manual_seed(0)
+    data = load(made.data)
+    return Trainer(made, accelerator, data, build_method(made, data))
+
+
+def losses(trainer, steps):
+    """Of the first steps of the first epoch."""
+    trainer.method.train()
+    told = []
+    for _, batch in zip(range(steps), trainer.loader, strict=False):
+        told.append(trainer._forward_backward(batch, last=True)["loss"])
+        trainer._update(sound=True)
+    return torch.stack(told)
+
+
+# ---------------------------------------------------------------------------------------------------------- not finite
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
+    tree = recipe(tmp_path, train__epochs=3)
+    launch = Launch(tree, fault=[("poison", [15]), ("watch", str(tmp_path))])
+    assert launch.wait() == [1]
+    assert "NonFiniteLoss: the loss is not finite in epoch 1, step 14 (learning rate 0.1, {'loss': nan" in launch.text
+    assert "Traceback" not in launch.text
+    record = json.loads((tmp_path / "run" / "nonfinite-step14-process0.json").read_text())
+    rows = json.loads((tmp_path / "watch-0.jsonl").read_text().splitlines()[14])["rows"]
+    assert record == {"epoch": 1, "step": 14, "lr": 0.1, "rows": rows} and len(rows) == 32
+    assert [path.name for path in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000011"]
+    tree = recipe(tmp_path, train__epochs=3, train__nonfinite="skip")
+    run(tree, resume=True, fault=("poison", [4]))  # as its message says
+    assert figures(tree)[2]["train/skipped"] == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skip_leaves_weights_statistics_and_queue_as_they_were_in_all_processes(tmp_path, what):
+    tree = recipe(tmp_path, train__epochs=2, train__nonfinite="skip", train__accumulate=2)
+    launch = run(tree, ranks=2, fault=[("poison", [9, 26], what), ("watch", str(tmp_path))])
+    for rank in range(2):
+        steps = [json.loads(line) for line in (tmp_path / f"watch-{rank}.jsonl").read_text().splitlines()]
+        assert [i for i, step in enumerate(steps) if not step["done"]] == [4, 12]
+        for skipped in (4, 12):  # both halves of the step
+            assert steps[skipped]["net"] == steps[skipped - 1]["net"] != steps[skipped + 1]["net"]
+        if what == "loss":
+            rows = json.loads((tmp_path / "run" / f"nonfinite-step4-process{rank}.json").read_text())["rows"]
+            assert rows == steps[4]["rows"][:8]
+    told = figures(tree)
+    assert [line.get("train/skipped") for line in told] == [1, None, 1, None]
+    assert all(math.isfinite(value) for line in told for value in line.values())
+    if what == "loss":
+        assert "epoch 0, step 4 (learning rate 0.1" in launch.text and "the batch is left out" in launch.text
+    assert last(tree)[1]["progress"]["step"] == 22
+
+
+def test_undo_is_exact(alone, tmp_path):
+    """Weights, buffers and queue, bit for bit; the run then goes on as if the batch had not been."""
+    trainer = trainer_of(recipe(tmp_path, train__nonfinite="skip"))
+    losses(trainer, 3)
+    state = {name: value.clone() for name, value in trainer.method.state_dict().items()}
+    before = {name: buffer.clone() for name, buffer in trainer.method.named_buffers()}
+    batch = next(iter(trainer.loader))
+    trainer._forward_backward(batch, last=True)
+    assert any(not torch.equal(value, state[name]) for name, value in trainer.method.state_dict().items())
+    assert trainer._update(sound=False) is False
+    trainer._undo(before)
+    for name, value in trainer.method.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert all(parameter.grad is None for parameter in trainer.net.parameters())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """A finite loss whose gradient is not, in the last step of an epoch: no later loss tells of it before the save."""
+    launch = Launch(recipe(tmp_path, train__epochs=2, evaluation__every=5), fault=("poison", [11], "gradient"))
+    assert launch.wait() == [1]
+    assert "is not finite after step 11: not saved" in launch.text
+    assert checkpoint.listed(tmp_path / "run" / "checkpoints") == []
+
+
+def test_an_epoch_without_one_finite_loss_ends_the_run(tmp_path):
+    tree = recipe(tmp_path, train__epochs=2, train__nonfinite="skip", train__batch_size=64)
+    launch = Launch(tree, fault=("poison", list(range(1, 9))))
+    assert launch.wait() == [1]
+    assert "no batch of epoch 0 had a finite loss" in launch.text
+
+
+# ----------------------------------------------------------------------------------------------------------- precision
+
+
+def test_bf16_on_a_cpu_has_its_loss_in_float32(alone, tmp_path):
+    trainer = trainer_of(recipe(tmp_path, train__precision="bf16"))
+    seen = []
+    trainer.net.encoder.body[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    trainer.net.projector[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    told = losses(trainer, 3)
+    assert set(seen) == {torch.bfloat16}
+    assert told.dtype == torch.float32 and bool(told.isfinite().all())
+    assert {parameter.dtype for parameter in trainer.net.parameters()} == {torch.float32}
+    assert trainer.method.queue.keys.dtype == torch.float32
+
+
+def test_bf16_is_near_float32(alone, tmp_path):
+    exact = losses(trainer_of(recipe(tmp_path, net__options={"drop": 0.0})), 3)
+    rough = losses(trainer_of(recipe(tmp_path, net__options={"drop": 0.0}, train__precision="bf16")), 3)
+    assert not torch.equal(exact, rough)
+    torch.testing.assert_close(exact, rough, rtol=0.02, atol=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- accumulation
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch(alone, tmp_path):
+    """Where no layer and no loss looks at other images: without BatchNorm and without pairs."""
+    weights = []
+    for accumulate in (1, 4):
+        tree = recipe(
+            tmp_path / str(accumulate), train__accumulate=accumulate, train__epochs=1, schedule__warmup_epochs=0,
+            method={"name": "balanced_softmax"}, net__options={"norm": False, "drop": 0.0},
+        )  # fmt: skip
+        trainer = trainer_of(tree)
+        trainer.method.double()
+        trainer.open(resume=False)
+        trainer.fit()
+        trainer.close()
+        assert trainer.progress.step == 11
+        weights.append(trainer.net.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-10, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+def test_the_schedule_is_applied(tmp_path):
+    tree = recipe(tmp_path, train__epochs=4, schedule={"name": "steps", "milestones": [2, 3], "warmup_epochs": 2})
+    run(tree)
+    rates = [line["lr"] for line in figures(tree) if "lr" in line]
+    assert rates == pytest.approx([0.05, 0.1, 0.01, 0.001])
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_handlers_are_put_back(alone, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(load_dict(recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0, data__validation="none")))
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_flat():
+    assert flat({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+
+
+# ------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("backbone", ["tiny_for_tests", "resnet20_cifar"])
+def test_no_graph_break_inside_the_net(alone, tmp_path, backbone, precision):
+    """As accelerate prepared it, with its wrapper of mixed precision. An eager backend shows breaks as any other."""
+    torch._dynamo.reset()
+    tree = recipe(tmp_path, net__backbone=backbone, train__precision=precision)
+    trainer = trainer_of(tree)
+    trainer.method.train()
+    batch = next(iter(trainer.loader))
+    images = batch["image"].transpose(0, 1).flatten(0, 1)
+    explained = torch._dynamo.explain(trainer.method.net)(images)
+    assert explained.graph_break_count == 0, explained.break_reasons
+    assert explained.graph_count == 1
+    torch._dynamo.reset()
+
+
+def test_speed_up_is_in_place(monkeypatch):
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append(options))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    speed_up(net, SpeedConfig())
+    assert asked == [] and net[0].weight.is_contiguous()
+    speed_up(net, SpeedConfig(compile="reduce-overhead", channels_last=True))
+    assert asked == [{"fullgraph": True, "mode": "reduce-overhead"}]
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RecipeError, match="speed.compile"):
+        load_dict({"data": {"source": "digits"}, "speed": {"compile": "fast"}})
+
+
+def test_channels_last_trains_the_same(alone, tmp_path):
+    one = losses(trainer_of(recipe(tmp_path)), 3)
+    other = losses(trainer_of(recipe(tmp_path, speed__channels_last=True)), 3)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_the_same_and_the_checkpoint_is_plain(tmp_path):
+    """By the recipe's switch, with the real compiler (on a CPU: a C++ one)."""
+    changes = {"train__epochs": 2, "net__options": {"drop": 0.0}}
+    plain, compiled = recipe(tmp_path / "a", **changes), recipe(tmp_path / "b", speed__compile=True, **changes)
+    run(plain)
+    assert Launch(compiled, fault=("signal_at_pass", signal.SIGTERM, 5)).wait(600) == [143]
+    resumed = Launch(compiled, resume=True)
+    assert resumed.wait(600) == [0], resumed.text
+    for one, other in zip(figures(plain), figures(compiled), strict=True):
+        assert one["epoch"] == other["epoch"]
+        if "train/loss" in one:
+            assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+    assert list(last(plain)[0]) == list(last(compiled)[0])
