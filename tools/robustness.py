@@ -1,10 +1,10 @@
 """Robustness to corruptions:
 
-    python tools/robustness.py RUN [--baseline RUN|alexnet] [--prepared FOLDER] [--kinds all] [--limit N] [key=value ...]
+    python tools/robustness.py RUN [--baseline RUN|alexnet] [--prepared FOLDER] [--limit N] [key=value ...]
 
 Top-1 error of the fifteen kinds of ImageNet-C at five severities, their mean, and over a baseline mCE and relative mCE;
-as JSON, CSV and severity curves in RUN/robustness. Images are corrupted here (pip install 'rescom-timm[robustness]'; with
-ImageNet-C's strengths, harsher than CIFAR-10-C's), or read from a prepared ImageNet-C or CIFAR-10-C folder as they are.
+as JSON, CSV and severity curves in RUN/robustness. Images are corrupted here (pip install 'rescom-timm[robustness]';
+with ImageNet-C's strengths, harsher than CIFAR-10-C's), or read from a prepared ImageNet-C or CIFAR-10-C as they are.
 What is already measured is kept, so that a stopped measurement goes on. key=value changes the run's recipe, such as
 data.source=PATH. Several processes share the work:  accelerate launch tools/robustness.py RUN
 """
@@ -85,7 +85,7 @@ def measured(opened: Opened, folder: Path, options: argparse.Namespace) -> tuple
     def keep(found: Robustness) -> None:
         if opened.accelerator.is_main_process:
             robustness.write(path, found, {})
-            print(f"{opened.name}: {len(found.errors)} kinds measured", file=sys.stderr, flush=True)
+            print(f"{opened.name}: {len(found.errors)} kinds measured, {len(kinds)} asked for", file=sys.stderr)
 
     known = robustness.read(path, opened.name)
     split = opened.split(options.split)

@@ -26,9 +26,9 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
     Table 6, one module at a time
         python tools/sweep.py recipes/cifar10_lt_if100_r32_table6_*.yaml
     All methods on the digits, and second stages over the cross-entropy of the same seed
-        python tools/sweep.py $(ls recipes/digits_lt*.yaml | grep -vE '_(crt|lws|tau_norm|las|disalign).yaml') \\
+        python tools/sweep.py $(ls recipes/digits_lt*.yaml | grep -vE '_(crt|lws|tau_norm|las|disalign|dro_lt).yaml') \\
             --output runs/digits
-        python tools/sweep.py recipes/digits_lt_{crt,lws,tau_norm,las,disalign}.yaml --output runs/digits \\
+        python tools/sweep.py recipes/digits_lt_{crt,lws,tau_norm,las,disalign,dro_lt}.yaml --output runs/digits \\
             from=runs/digits/digits_lt_cross_entropy-seed={seed}
 """
 
@@ -51,7 +51,7 @@ from rescom_timm.figures import style
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.log import lines
 from rescom_timm.runs.recipe import Recipe, RecipeError, load, load_dict
-from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, flat, train
+from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, Stopped, flat, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece")
 
@@ -236,7 +236,11 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"
     found = cells(recipes, grid, seeds)
     known = remember(found, output) if PartialState().is_main_process else []
-    wrong = [] if options.table else run(found[part - 1 :: parts], output)
+    try:
+        wrong = [] if options.table else run(found[part - 1 :: parts], output)
+    except Stopped as error:
+        print(f"{error}, or the sweep with the same command", file=sys.stderr)
+        return 143
     if PartialState().is_main_process:
         table = summary(measure(known, output))
         if table:

@@ -12,8 +12,9 @@ The strengths are ImageNet-C's, which were chosen for 224-pixel images; CIFAR-10
     jpeg, quality            25  18  15  10  7           80  65  58  50  40
     pixelate, size           .6  .5  .4  .3  .25         .95 .9  .85 .75 .65
 
-So an error on CIFAR images corrupted here is not an error on CIFAR-10-C: for that, give its folder. Images whose shorter
-side is under 32 pixels are enlarged by a whole number, corrupted and brought back, because the package takes no smaller.
+So an error on CIFAR images corrupted here is not an error on CIFAR-10-C: for that, give its folder. Images whose
+shorter side is under 32 pixels are enlarged by a whole number, corrupted and brought back (one pixel of each block),
+because the package takes no smaller.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """Four more, meant for validation."""
 KINDS = (*COMMON, *EXTRA)
 SEVERITIES = (1, 2, 3, 4, 5)
-_LEAST = 32
+_LEAST = 32  # pixels that the package takes
+_SEEDED = ("impulse_noise", "glass_blur")  # draw from generators of their own
 
 
 def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
@@ -75,11 +77,16 @@ class Corrupt:
         np.random.seed(own)
         factor = max(1, -(-_LEAST // min(image.size)))
         large = image if factor == 1 else image.resize(_times(image.size, factor), Pillow.Resampling.NEAREST)
-        options = {"seed": own % 2**31} if self.kind in ("impulse_noise", "glass_blur") else {}  # not numpy's global one
-        with contextlib.redirect_stdout(io.StringIO()):  # zoom_blur prints where sizes are odd
-            pixels = _package().corrupt(np.asarray(large), self.severity, self.kind, **options)
+        options = {"seed": own % 2**31} if self.kind in _SEEDED else {}
+        try:
+            # zoom_blur prints where sizes are odd; spatter divides by its largest drop.
+            with contextlib.redirect_stdout(io.StringIO()), np.errstate(invalid="raise"):
+                pixels = _package().corrupt(np.asarray(large), self.severity, self.kind, **options)
+        except FloatingPointError:
+            return image  # no drop fell on this image
         found = Pillow.fromarray(pixels)
-        return found if factor == 1 else found.resize(image.size, Pillow.Resampling.BOX)
+        # One pixel of each block, not their mean, which would take the noise away.
+        return found if factor == 1 else found.resize(image.size, Pillow.Resampling.NEAREST)
 
 
 def corrupted_loader(
@@ -89,8 +96,8 @@ def corrupted_loader(
     severity: int,
     batch_size: int,
     seed: int = 0,
-    config: LoaderConfig = LoaderConfig(),
-    speed: SpeedConfig = SpeedConfig(),
+    config: LoaderConfig = LoaderConfig(),  # noqa: B008 (frozen)
+    speed: SpeedConfig = SpeedConfig(),  # noqa: B008 (frozen)
 ) -> DataLoader[Batch]:
     """Every image of the split once, in order, corrupted after the evaluation policy. The pixels depend on (seed, kind,
     severity, place in the split) alone. Raises ImportError, in words, where the package is not there."""
@@ -115,10 +122,9 @@ def _package() -> Any:
     try:
         import imagecorruptions
     except ImportError as error:
-        hint = (
-            "OpenCV lacks a system library: apt-get install libgl1 libglib2.0-0, or pip uninstall opencv-python and pip "
-            "install opencv-python-headless" if ".so" in str(error) else "pip install 'rescom-timm[robustness]'"
-        )  # fmt: skip
+        hint = "pip install 'rescom-timm[robustness]'"
+        if ".so" in str(error):
+            hint = "OpenCV lacks a system library, such as that of apt-get install libgl1"
         raise ImportError(
             f"corrupting images needs the package imagecorruptions-imaug ({error}): {hint}; or give a prepared folder"
         ) from error
@@ -129,7 +135,7 @@ def _times(size: tuple[int, int], factor: int) -> tuple[int, int]:
     return size[0] * factor, size[1] * factor
 
 
-# ------------------------------------------------------------------------------------------------------ prepared folders
+# -------------------------------------------------------------------------------------------------- prepared folders
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,12 @@ class Prepared:
         labels = np.load(self.folder / "labels.npy").astype(np.int64)
         each = len(pixels) // len(SEVERITIES)
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or each * len(SEVERITIES) != len(pixels):
-            raise ValueError(f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3), severity by severity")
+            raise ValueError(f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3) by severity")
         if len(labels) not in (each, len(pixels)):
-            raise ValueError(f"{self.folder}/labels.npy holds {len(labels)} labels, and {place.name} {len(pixels)} images")
+            raise ValueError(f"{self.folder}/labels.npy has {len(labels)} labels, {place.name} {len(pixels)} images")
         if labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise ValueError(f"{self.folder}/labels.npy goes up to {labels.max()}: the run has {len(self.class_names)} classes")
+            known = len(self.class_names)
+            raise ValueError(f"{self.folder}/labels.npy goes up to {labels.max()}, and the run has {known} classes")
         rows = np.arange((severity - 1) * each, severity * each)
         return Split(name, _Pixels(pixels, rows), labels[rows % len(labels)], rows)  # type: ignore[arg-type]
 
@@ -182,7 +189,8 @@ class Prepared:
             )
         features = Features(image=Image(decode=False), label=Value("int64"))
         images = [{"bytes": None, "path": str(root / str(key))} for key in index.keys]
-        return Split(name, Dataset.from_dict({"image": images, "label": labels}, features), labels, np.arange(len(labels)))
+        dataset = Dataset.from_dict({"image": images, "label": labels}, features)
+        return Split(name, dataset, labels, np.arange(len(labels)))
 
 
 def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
@@ -198,8 +206,8 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
         places = {path.name: path for path in [*folder.glob("*/*"), *folder.glob("*")] if path.name in KINDS}
     if not places:
         raise ValueError(
-            f"{folder} is neither ImageNet-C (kind/severity/class/image) nor CIFAR-10-C (kind.npy, labels.npy): it holds "
-            f"no {COMMON[0]} nor another of the {len(KINDS)} kinds"
+            f"{folder} is neither ImageNet-C (kind/severity/class/image) nor CIFAR-10-C (kind.npy, labels.npy): it "
+            f"holds no {COMMON[0]} nor another of the {len(KINDS)} kinds"
         )
     return Prepared(folder, class_names, places)
 

@@ -8,9 +8,9 @@ off, and nothing but the time changes.
 *Near* steps (jitter, randaugment) are for a GPU, on request (loader.device_views): they draw what torchvision and timm
 draw, but sum and interpolate in another order than Pillow does, so a few pixels differ by a level or two.
 
-Draws come from the generators that Pillow's steps draw from, seeded alike and read in the same order. Torch's is read in
-bulk: each of its draws here is one 32-bit word w of the Mersenne Twister, w mod n for an integer below n and the lower
-24 bits for a number in [0, 1).
+Draws come from the generators that Pillow's steps draw from, seeded alike and read in the same order. Torch's is read
+in bulk: each of its draws here is one 32-bit word w of the Mersenne Twister, w mod n for an integer below n and the
+lower 24 bits for a number in [0, 1).
 
 N views are uint8 (N, 3, H, W). What was drawn stays on the host, so a GPU is never waited for.
 """
@@ -20,7 +20,7 @@ import functools
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ from torchvision.transforms.autoaugment import _apply_op
 from rescom_timm.data.views import AutoAugment, Cutout, Policy, magnitudes, seed_all
 
 Size = tuple[int, int]
+
+LARGEST = 128 * 128
+"""Pixels of an image up to which a CPU gains: of the time that Pillow takes image by image, a batch of 64 with CIFAR's
+policy takes a fifth at 32 x 32, a third at 64 x 64, four fifths at 128 x 128, and all of it at 224 x 224."""
 
 # ------------------------------------------------------------------------------------------------------------- draws
 
@@ -59,7 +63,7 @@ class Draws:
         return next(self._notes)
 
 
-def words(seeds: Sequence[int], count: int) -> np.ndarray:
+def first_words(seeds: Sequence[int], count: int) -> np.ndarray:
     """The first `count` 32-bit words (len(seeds), count) uint64 of torch's CPU generator after each seed."""
     drawn = torch.empty(len(seeds), -(-count // 2), dtype=torch.int64)
     if count == 0:
@@ -88,25 +92,35 @@ def next_words(count: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-class Step(Protocol):
+class Step:
     """One step over N views, which it may change in place."""
 
-    equal: bool
-    notes: int
+    equal = True
+    notes = 0
     """Numbers that `note` gives of each view."""
+
+    def __init__(self, step: Any) -> None:
+        """step: one that `takes` is true of."""
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        """Whether it does the same as this step of views.py."""
+        raise NotImplementedError
 
     def size(self, size: Size) -> Size:
         """(H, W) after the step. Raises ValueError for images too small for it."""
         return size
 
     def words(self, size: Size) -> int:
-        """Words of torch's generator that a view of this size draws."""
+        """How many words of torch's generator a view of this size draws."""
+        return 0
 
     def note(self) -> list[float]:
-        """What a view draws from the other generators, which are seeded."""
+        """What a view draws from the other generators as they stand."""
         return []
 
-    def __call__(self, views: Tensor, draws: Draws) -> Tensor: ...
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        raise NotImplementedError
 
 
 class BatchedPolicy:
@@ -132,8 +146,8 @@ class BatchedPolicy:
         return total
 
     def serves(self, reference: Policy, size: Size) -> bool:
-        """Whether this is the whole policy for images of this size and gives Pillow's pixels."""
-        if self.head:
+        """Whether this is the whole policy, pays for images of this size and gives Pillow's pixels."""
+        if self.head or size[0] * size[1] > LARGEST:
             return False
         try:
             return not self.count(size) or _agrees(self, reference, size)
@@ -142,10 +156,13 @@ class BatchedPolicy:
 
     def draw(self, seeds: Sequence[int], num_views: int, size: Size) -> Draws:
         """The draws of all views, one seed an image, (len(seeds) * num_views, ...). Where there is no head."""
-        count, notes = self.count(size), np.zeros((len(seeds) * num_views, 0))
-        if any(step.notes for step in self.steps):
-            notes = np.array([self.note() for seed in seeds for _ in (seed_all(seed), *range(1, num_views))])
-        return Draws(words(seeds, num_views * count).reshape(len(notes), count), notes)
+        count, notes = self.count(size), []
+        for seed in seeds:
+            if any(step.notes for step in self.steps):
+                seed_all(seed)
+            notes += [self.note() for _ in range(num_views)]
+        drawn = first_words(seeds, num_views * count).reshape(len(notes), count)
+        return Draws(drawn, np.array(notes, dtype=np.float64).reshape(len(notes), -1))
 
     def draw_next(self, size: Size) -> tuple[np.ndarray, np.ndarray]:
         """Words (k,) and notes (m,) of one view from the global generators as they stand, after the head."""
@@ -165,8 +182,8 @@ class BatchedPolicy:
 
 @functools.lru_cache(maxsize=64)
 def _agrees(policy: BatchedPolicy, reference: Policy, size: Size) -> bool:
-    """Whether views of a few images of noise are Pillow's with the libraries that are installed: another torch may draw,
-    and another Pillow compute, in another way."""
+    """Whether views of a few images of noise are Pillow's with the installed libraries: another torch may draw, and
+    another Pillow compute, in another way."""
     noise = np.random.default_rng(0).integers(0, 256, (16, *size, 3))
     images = (noise * np.arange(1, 17)[:, None, None, None] // 16).astype(np.uint8)  # of weak and strong contrast
     expected = []
@@ -187,9 +204,10 @@ def _agrees(policy: BatchedPolicy, reference: Policy, size: Size) -> bool:
 
 def _batched(step: Any, near: bool) -> Step | None:
     """The batched form of a step of views.py, where there is one."""
-    for kind in (_Crop, _Flip, _Grayscale, _AutoAugment, _Cutout, _Jitter, _RandAugment):
+    kinds: tuple[type[Step], ...] = (_Crop, _Flip, _Grayscale, _AutoAugment, _Cutout, _Jitter, _RandAugment)
+    for kind in kinds:
         if (near or kind.equal) and kind.takes(step):
-            return cast(Step, kind(step))
+            return kind(step)
     return None
 
 
@@ -218,18 +236,7 @@ def _to(array: np.ndarray, like: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- equal steps
 
 
-class _Equal:
-    equal = True
-    notes = 0
-
-    def size(self, size: Size) -> Size:
-        return size
-
-    def note(self) -> list[float]:
-        return []
-
-
-class _Crop(_Equal):
+class _Crop(Step):
     def __init__(self, step: transforms.RandomCrop) -> None:
         self.side, self.pad = step.size[0], cast(int, step.padding or 0)
 
@@ -256,7 +263,7 @@ class _Crop(_Equal):
         return _gather(views, source).unflatten(2, (self.side, self.side))
 
 
-class _Flip(_Equal):
+class _Flip(Step):
     def __init__(self, step: transforms.RandomHorizontalFlip) -> None:
         self.p = np.float32(step.p)
 
@@ -272,7 +279,7 @@ class _Flip(_Equal):
         return views
 
 
-class _Grayscale(_Equal):
+class _Grayscale(Step):
     def __init__(self, step: transforms.RandomGrayscale) -> None:
         self.p = np.float32(step.p)
 
@@ -288,7 +295,7 @@ class _Grayscale(_Equal):
         return views
 
 
-class _Cutout(_Equal):
+class _Cutout(Step):
     def __init__(self, step: Cutout) -> None:
         self.side, self.colour = step.size, step.colour
 
@@ -335,8 +342,8 @@ PLAIN = ("AutoContrast", "Equalize")
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(policy: transforms.AutoAugmentPolicy, size: Size, device: torch.device) -> _Tables:
-    subpolicies = transforms.AutoAugment(policy).policies
+def _tables(subpolicies: tuple[Any, ...], size: Size, device: torch.device) -> _Tables:
+    """subpolicies: pairs of (operation, probability, number of the magnitude), as torchvision writes them."""
     space = magnitudes(10, size)
     cases: dict[tuple[str, float], int] = {}
     operation = np.zeros((len(subpolicies), 2, 2), np.int64)
@@ -346,7 +353,9 @@ def _tables(policy: transforms.AutoAugmentPolicy, size: Size, device: torch.devi
         value = 0.0 if level is None else float(values[level])
         operation[i, j, sign] = cases.setdefault((name, -value if signed and not sign else value), len(cases))
     kind, argument = [], []
-    sources, lookups, blends = [], [], []
+    sources: list[np.ndarray] = []
+    lookups: list[np.ndarray] = []
+    blends: list[np.ndarray] = []
     for name, value in cases:
         if name in WARPS:
             argument.append(len(sources))
@@ -394,9 +403,9 @@ def _blend_table(factor: float) -> np.ndarray:
     return np.asarray(Image.blend(row, column, factor))
 
 
-class _AutoAugment(_Equal):
+class _AutoAugment(Step):
     def __init__(self, step: transforms.AutoAugment) -> None:
-        self.policy, self.fill = step.policy, cast(int, step.fill)
+        self.subpolicies, self.fill = tuple(step.policies), cast(int, step.fill)
 
     @staticmethod
     def takes(step: Any) -> bool:
@@ -406,7 +415,7 @@ class _AutoAugment(_Equal):
         return 5
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
-        tables = _tables(self.policy, (views.shape[2], views.shape[3]), views.device)
+        tables = _tables(self.subpolicies, (views.shape[2], views.shape[3]), views.device)
         subpolicy = draws.below(len(tables.operation))
         chances, signs = [draws.uniform(), draws.uniform()], [draws.below(2), draws.below(2)]
         for place in (0, 1):
@@ -432,15 +441,17 @@ class _AutoAugment(_Equal):
             "Contrast": lambda part, row: lookup(part, tables.blends[row, mean_gray(part)]),
             "Color": lambda part, row: blend(part, gray(part), row),
             "Sharpness": lambda part, row: blend(part, smooth(part), row),
-            "AutoContrast": lambda part, _: lookup(part, autocontrast_table(part)),
-            "Equalize": lambda part, _: lookup(part, equalize_table(part)),
+            "AutoContrast": _autocontrast,
+            "Equalize": _equalize,
         }
         for name, action in actions.items():
-            _change(
-                views,
-                (kind == name) & (operation >= 0),
-                lambda part, rows, action=action: action(part, _to(argument[rows], part)),
-            )
+            _change(views, (kind == name) & (operation >= 0), functools.partial(_with_rows, action, argument))
+
+
+def _with_rows(
+    action: Callable[[Tensor, Tensor], Tensor], argument: np.ndarray, part: Tensor, rows: np.ndarray
+) -> Tensor:
+    return action(part, _to(argument[rows], part))
 
 
 # ----------------------------------------------------------------------------------------------- Pillow's arithmetic
@@ -507,6 +518,14 @@ def equalize_table(views: Tensor) -> Tensor:
     return torch.where(step > 0, table, level).to(torch.uint8)
 
 
+def _autocontrast(views: Tensor, _: Any) -> Tensor:
+    return lookup(views, autocontrast_table(views))
+
+
+def _equalize(views: Tensor, _: Any) -> Tensor:
+    return lookup(views, equalize_table(views))
+
+
 def blend(views: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """Image.blend(other, views, factor (N,) float32): uint8, cut off below the point."""
     other = other.float()
@@ -516,9 +535,8 @@ def blend(views: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- near steps
 
 
-class _Jitter:
+class _Jitter(Step):
     equal = False
-    notes = 0
 
     def __init__(self, step: transforms.ColorJitter) -> None:
         self.ranges = [step.brightness, step.contrast, step.saturation]
@@ -527,29 +545,22 @@ class _Jitter:
     def takes(step: Any) -> bool:
         return type(step) is transforms.ColorJitter and step.hue is None
 
-    def size(self, size: Size) -> Size:
-        return size
-
     def words(self, size: Size) -> int:
         return 3 + sum(bounds is not None for bounds in self.ranges)
 
-    def note(self) -> list[float]:
-        return []
-
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        factors: dict[int, tuple[str, np.ndarray]] = {}
         order = np.tile(np.arange(4), (len(views), 1))  # torch.randperm(4)
         row = np.arange(len(views))
         for place in range(3):
             other = place + draws.below(4 - place)
             order[row, place], order[row, other] = order[row, other], order[row, place]
-        factors = [
-            None if bounds is None else np.float32(bounds[0]) + draws.uniform() * np.float32(bounds[1] - bounds[0])
-            for bounds in self.ranges
-        ]
+        for i, (name, bounds) in enumerate(zip(("Brightness", "Contrast", "Color"), self.ranges, strict=True)):
+            if bounds is not None:
+                factors[i] = name, bounds[0] + draws.uniform() * (bounds[1] - bounds[0])
         for place in range(4):
-            for i, name in enumerate(("Brightness", "Contrast", "Color")):
-                if factors[i] is not None:
-                    _change(views, order[:, place] == i, functools.partial(_enhance, name, factors[i]))
+            for i, (name, factor) in factors.items():
+                _change(views, order[:, place] == i, functools.partial(_enhance, name, factor))
         return views
 
 
@@ -565,7 +576,7 @@ def _enhance(name: str, factors: np.ndarray, views: Tensor, rows: np.ndarray) ->
     return blend(views, other, factor)
 
 
-class _RandAugment:
+class _RandAugment(Step):
     """timm's RandAugment. timm itself draws: its operations are made to note what they are asked to do."""
 
     equal = False
@@ -580,7 +591,7 @@ class _RandAugment:
         "Posterize": lambda level, bits: level & ~(2 ** (8 - np.minimum(bits, 8)) - 1),
         "Solarize": lambda level, limit: np.where(level < limit, level, 255 - level),
         "SolarizeAdd": lambda level, more: np.where(level < 128, np.minimum(level + more, 255), level),
-        "Invert": lambda level, _: 255 - level + 0 * _,
+        "Invert": lambda level, none: 255 - level + 0 * none,
     }
     NAMES = (*MATRICES, *LEVELS, *PLAIN, "Brightness", *BLENDS)
 
@@ -596,12 +607,6 @@ class _RandAugment:
         names = _RandAugment.NAMES
         return type(step) is TimmRandAugment and all(op.name.removesuffix("Increasing") in names for op in step.ops)
 
-    def size(self, size: Size) -> Size:
-        return size
-
-    def words(self, size: Size) -> int:
-        return 0
-
     def note(self) -> list[float]:
         noted: list[float] = self.recorder([])
         return noted + [-1.0] * (self.notes - len(noted))
@@ -611,7 +616,7 @@ class _RandAugment:
         """In the place of timm's function of image and value: notes operation, value and interpolation."""
         if name in cls.MATRICES:
             resample = random.choice(resample)  # as timm does at this point
-        return [*noted, cls.NAMES.index(name), value, float(resample is Image.Resampling.BICUBIC)]
+        return [*noted, cls.NAMES.index(name), value, float(resample == Image.Resampling.BICUBIC)]
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         for _ in range(self.notes // 3):
@@ -619,17 +624,14 @@ class _RandAugment:
             for number, name in enumerate(self.NAMES):
                 chosen = operation == number
                 if name in self.MATRICES:
-                    for taps in (2, 4):
-                        _change(
-                            views, chosen & (cubic == (taps == 4)), functools.partial(self._warp, name, taps, value)
-                        )
+                    for taps, these in ((2, chosen & ~cubic), (4, chosen & cubic)):
+                        _change(views, these, functools.partial(self._warp, name, taps, value))
                 elif name in BLENDS or name == "Brightness":
                     _change(views, chosen, functools.partial(_enhance, name, value))
                 elif name in self.LEVELS:
                     _change(views, chosen, functools.partial(self._replace, name, value))
                 else:
-                    table = autocontrast_table if name == "AutoContrast" else equalize_table
-                    _change(views, chosen, lambda part, _, table=table: lookup(part, table(part)))
+                    _change(views, chosen, _autocontrast if name == "AutoContrast" else _equalize)
         return views
 
     def _warp(self, name: str, taps: int, value: np.ndarray, views: Tensor, rows: np.ndarray) -> Tensor:

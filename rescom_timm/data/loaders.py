@@ -70,8 +70,8 @@ class SpeedConfig:
     pin_memory: bool = True
     """Page-locked batches, copied to a GPU in the background; without a GPU nothing is pinned."""
     batched: bool = True
-    """Augment a whole batch at once where its images have one size and every step of the policy is crop, flip,
-    autoaugment, grayscale or cutout. Pixels are the same as without; see fast_views.py."""
+    """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
+    policy is crop, flip, autoaugment, grayscale or cutout. Pixels are the same as without; see fast_views.py."""
     cache: int = 256
     """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
     kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
@@ -111,7 +111,7 @@ def train_loader(
         )
     policy = parse(views.train, views.mean)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
-        raise ValueError(f"loader.device_views: the last step of {policy.text!r} cannot be done on the device; turn it off")
+        raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
     dataset = ViewsDataset(split, policy, num_views, config.broken, config.exif, speed, config.device_views)
     order = Order(split.labels, config.sampler, seed, epochs)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
@@ -142,9 +142,10 @@ def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], 
     policy = BatchedPolicy(parse(views.train, views.mean), near=True)
 
     def finish(batch: Batch) -> Batch:
-        image, words, notes = batch["image"], batch["words"], batch["notes"]
-        draws = Draws(words.reshape(-1, words.shape[-1]), notes.reshape(-1, notes.shape[-1]))  # on the host, NumPy's
-        finished = policy(image.flatten(0, 1), draws).unflatten(0, words.shape[:2])
+        drawn = cast(dict[str, Any], batch)
+        words, notes = drawn["words"], drawn["notes"]
+        draws = Draws(np.concatenate(words), np.concatenate(notes))
+        finished = policy(batch["image"].flatten(0, 1), draws).unflatten(0, words.shape[:2])
         return {"image": finished, "label": batch["label"], "row": batch["row"]}
 
     return finish
@@ -248,8 +249,8 @@ class ViewsDataset(Dataset[Batch]):
 
     `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
     its place to another (None with broken="stop"). With device=True a batch holds, for `finish_views`, the images
-    (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and, as NumPy arrays, which stay
-    on the host, the draws of the rest: words (B, num_views, k) and notes (B, num_views, m).
+    (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and the draws of the rest as
+    NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m).
     """
 
     def __init__(
@@ -265,13 +266,22 @@ class ViewsDataset(Dataset[Batch]):
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
         self.rows = np.asarray(split.rows, dtype=np.int64)
-        self.policy = policy
         self.num_views = num_views
         self.exif = exif
         self.device = device
-        self.batched = BatchedPolicy(policy, near=device) if device or speed.batched else None
+        self.batch_policy = device or speed.batched
+        self.policy = policy
         self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
         self.cache = self._decode_all(speed.cache * 2**20)
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        self.batched = BatchedPolicy(policy, near=self.device) if self.batch_policy else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -300,7 +310,6 @@ class ViewsDataset(Dataset[Batch]):
         """The policy's first steps, and the draws of the others."""
         assert self.batched is not None and self.num_views is not None
         batched, drawn = self.batched, []
-        shape = (len(images), self.num_views, -1)
         if not batched.head:
             views = _stack(images, self.policy)
             draws = batched.draw(seeds, self.num_views, (views.shape[2], views.shape[3]))
@@ -316,8 +325,8 @@ class ViewsDataset(Dataset[Batch]):
             draws = Draws(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
         return {
             "image": views.unflatten(0, (len(images), -1)),
-            "words": cast(Any, draws.words.reshape(shape)),
-            "notes": cast(Any, draws.notes.reshape(shape)),
+            "words": cast(Any, draws.words.reshape(len(images), self.num_views, draws.words.shape[1])),
+            "notes": cast(Any, draws.notes.reshape(len(images), self.num_views, draws.notes.shape[1])),
         }
 
     def _view_by_view(
@@ -343,7 +352,7 @@ class ViewsDataset(Dataset[Batch]):
         return [
             (position, pixels[position])
             if readable[position]
-            else self._decode(position, seed, self.images[position]["image"])
+            else self._decode(position, seed, self.images.__getitems__([position])[0]["image"])
             for position, seed in items
         ]
 
@@ -353,12 +362,13 @@ class ViewsDataset(Dataset[Batch]):
         count = len(self.labels)
         pixels, readable = np.empty(0, np.uint8), np.zeros(count, bool)
         for start in range(0, count if limit else 0, 1024):
-            for position, value in enumerate(self.images[start : start + 1024]["image"], start):
+            positions = list(range(start, min(start + 1024, count)))
+            for position, value in zip(positions, self.images.__getitems__(positions), strict=True):
                 try:
-                    image = np.asarray(decode(value, int(self.rows[position]), self.exif))
+                    image = np.asarray(decode(value["image"], int(self.rows[position]), self.exif))
                 except BrokenImage:
                     continue  # told when it is drawn
-                if not readable.any():
+                if pixels.size == 0:
                     if count * image.nbytes > limit:
                         return None
                     pixels = np.zeros((count, *image.shape), np.uint8)

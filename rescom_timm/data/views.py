@@ -6,6 +6,7 @@ Steps take an RGB PIL image and give one; they are torchvision's and timm's own,
 `POLICIES` names whole lines, and a name may stand inside a line ("places | blur"). Arguments may be given by name:
 crop(32, pad=4). Evaluation images take the same road with a policy that draws nothing.
 Every random draw comes from the global generators of torch, numpy and random, which loaders.py seeds for each sample.
+What a policy means is what is written here; fast_views.py does some of its steps over whole batches.
 Colours stay 8-bit: the mean and the standard deviation of `ViewsConfig` are applied on the device.
 """
 
@@ -23,6 +24,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -147,8 +149,10 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
         else:
             names = [*STEPS, *POLICIES]
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown step {name!r} in the policy {line!r}: did you mean {nearest!r}? "
-                             f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}.")
+            raise ValueError(
+                f"unknown step {name!r} in the policy {line!r}: did you mean {nearest!r}? "
+                f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}."
+            )
     return found
 
 
@@ -273,8 +277,10 @@ def _randaugment_settings(settings: Iterable[str]) -> list[str]:
     for setting in settings:
         match = re.fullmatch(r"(n|m|mmax|inc)(\d+)|(p|mstd)(\d*\.?\d+)|(t)(weights|3aw|3a)", setting)
         if match is None:
-            raise ValueError(f"cannot read the setting {setting!r}; there are n2 operations, magnitude m10, mstd0.5, "
-                             f"mmax10, p0.5, inc1 (increasing severities), tweights / t3a / t3aw")
+            raise ValueError(
+                f"cannot read the setting {setting!r}; there are n2 operations, magnitude m10, mstd0.5, "
+                f"mmax10, p0.5, inc1 (increasing severities), tweights / t3a / t3aw"
+            )
         key, value = (group for group in match.groups() if group)
         found[key] = f"{float(value):g}" if key in ("p", "mstd") else value  # timm cannot read "mstd.5"
     return [key + value for key, value in found.items()]
@@ -284,7 +290,16 @@ def randaugment(*settings: str, colour: Colour = (128, 128, 128)) -> Step:
     """timm's RandAugment (arXiv 1909.13719), settings as timm writes them: randaugment(n2,m10,mstd0.5). What a warp
     uncovers has the mean colour. timm applies each drawn operation with probability p0.5 unless told otherwise."""
     text = "-".join(["rand", *_randaugment_settings(settings)])
-    return cast(Step, rand_augment_transform(text, {"img_mean": colour}))
+    step = rand_augment_transform(text, {"img_mean": colour})
+    for operation in step.ops:
+        if operation.aug_fn is timm_posterize:
+            operation.aug_fn = _posterize
+    return cast(Step, step)
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at an extreme magnitude: black before Pillow 13, which refuses it."""
+    return timm_posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
@@ -361,8 +376,22 @@ def center_crop(size: int) -> Step:
 
 STEPS: dict[str, Callable[..., Step]] = {
     step.__name__: step
-    for step in (crop, random_resized_crop, flip, rotate, autoaugment, trivialaugment, randaugment, jitter, grayscale,
-                 blur, cutout, resize, upscale, center_crop)
+    for step in (
+        crop,
+        random_resized_crop,
+        flip,
+        rotate,
+        autoaugment,
+        trivialaugment,
+        randaugment,
+        jitter,
+        grayscale,
+        blur,
+        cutout,
+        resize,
+        upscale,
+        center_crop,
+    )
 }
 
 
@@ -391,7 +420,7 @@ def decode(value: Any, row: int | None = None, exif: bool = False) -> Image.Imag
 
 
 def where(value: Any, row: int | None) -> str:
-    """"row 7 (path)" for messages."""
+    """For messages: row 7 (path)."""
     path = value.get("path") if isinstance(value, Mapping) else None
     return f"row {row if row is not None else 'unknown'}" + (f" ({path})" if path else "")
 

@@ -102,6 +102,8 @@ def _panel(panel: Axes, curves: Sequence[Curve], runs: Sequence[str]) -> None:
     name = curves[0].name
     unit = "" if "loss" in name or last_part(name) in _NO_CURVE else " (percent)" if _is_percent(name) else ""
     style.tidy(panel, style.plain(name, 40), curves[0].axis, f"{style.plain(last_part(name))}{unit}", "y")
+    if unit == " (percent)":
+        panel.set_ylim(top=min(panel.get_ylim()[1], 101))
     if max(len(curve.x) for curve in curves) <= 10 and all((curve.x == curve.x.round()).all() for curve in curves):
         panel.set_xticks(sorted({int(x) for curve in curves for x in curve.x}))
 

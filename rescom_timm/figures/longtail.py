@@ -99,5 +99,7 @@ def _group_means(axes: Axes, tail: LongTail) -> None:
         mean = float(np.average(tail.accuracy[seen], weights=tail.tested[seen]))
         axes.plot([inside[0] - 0.5, inside[-1] + 0.5], [mean, mean], color="black", linewidth=1.2, linestyle="--")
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-        axes.annotate(f"{name} {mean:.1f}", (inside.mean(), mean), (0, 4), textcoords="offset points", ha="center",
+        at_edge = inside.mean() < 0.1 * len(tail.classes)  # a label in the middle would reach over the axis
+        place = (inside[0] - 0.4, "left") if at_edge else (inside.mean(), "center")
+        axes.annotate(f"{name} {mean:.1f}", (place[0], mean), (0, 4), textcoords="offset points", ha=place[1],
                       va="bottom", fontsize=8, fontweight="bold", bbox=box)  # fmt: skip

@@ -130,7 +130,8 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
         method.net.load_state_dict(weights)
         method.load_state_dict(state["method"], strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the recipe and its data: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit the recipe and its data: {reason}") from None
     label = which if which in ("last", "best") else path.name
     sha256 = json.loads((path / "hashes.json").read_text(encoding="utf-8"))["net.safetensors"]
     name = name or folder.resolve().name

@@ -19,6 +19,8 @@ from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
 from rescom_timm.figures.files import Drawn
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
+from rescom_timm.runs.recipe import RecipeError
+from rescom_timm.runs.recipe import load as load_recipe
 
 _NUMBERS = {
     "top1": "all",
@@ -50,7 +52,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 9px; border-bottom: 1px solid #e4e4e4; }
-th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } td.n { text-align: right; }
+th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } .n { text-align: right; white-space: nowrap; }
 td.best { font-weight: bold; } .scroll { overflow: auto; max-height: 36em; } img { max-width: 100%; height: auto; }
 pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .missing { color: #8a4b00; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
@@ -124,14 +126,13 @@ def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
     best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
     cells = []
     for row in rows:
-        values = [(_cell(value), value is not None and value == best.get(name)) for name, value in row.items()]
-        cells.append("".join(f'<td class="n{" best" if win else ""}">{text}</td>' for text, win in values))
+        cells.append("".join(_td(value, value is not None and value == best.get(name)) for name, value in row.items()))
     note = (
         "Accuracies and ECE in percent. many: more than 100 training images of the class, medium: 20 to 100, few: "
         "under 20; each a mean over the group's test images. chosen: how the checkpoint was chosen. "
         + ("Bold: the best of the runs." if len(runs) > 1 else "")
     )
-    head = "".join(f"<th>{_text(name)}</th>" for name in rows[0])
+    head = "".join(_th(name) for name in rows[0])
     body = "".join(f"<tr>{line}</tr>" for line in cells)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div><p>{note}</p>'
 
@@ -144,11 +145,11 @@ def _best(name: str, values: Sequence[object]) -> float | None:
 def over_seeds(
     runs: Sequence[RunFolder], found: Mapping[str, Evaluation]
 ) -> list[tuple[list[str], dict[str, tuple[float, float]]]]:
-    """Runs whose recipes differ in nothing but the seed (and where they are written, and their speed), with at least two
-    seeds and an evaluation of the same name: their names, and of each number the mean and the sample deviation."""
+    """Runs whose recipes differ in nothing but the seed (and where they are written, and their speed), with at least
+    two seeds and an evaluation of the same name: their names, and of each number the mean and the sample deviation."""
     alike: dict[str, dict[str, RunFolder]] = {}
     for run in runs:
-        recipe = run.recipe()
+        recipe = _whole(run)
         if run.name in found and recipe:
             kept = {key: value for key, value in recipe.items() if key not in _SAME}
             setting = json.dumps([kept, found[run.name].name], sort_keys=True, default=str)
@@ -167,22 +168,30 @@ def over_seeds(
     return groups
 
 
+def _whole(run: RunFolder) -> dict[str, Any]:
+    """The recipe with every key that later versions have added; as it was saved where it is not one of ours."""
+    with suppress(RecipeError):
+        return load_recipe(run.path / "recipe.yaml").to_dict()
+    return run.recipe()
+
+
 def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Iterator[str]:
     groups = over_seeds(runs, found)
     if not groups:
         return
     by_name = {run.name: run for run in runs}
     names = [name for name in _NUMBERS.values() if any(name in numbers for _, numbers in groups)]
-    head = "".join(f"<th>{_text(name)}</th>" for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed")
+    head = "".join(_th(name) for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed")
     body = ""
     for members, numbers in groups:
         recipe = by_name[members[0]].recipe()
         said = [_at(recipe, path) for name, path in _RECIPE.items() if name != "seed"]
         cells = [", ".join(members), *said, found[members[0]].name]
-        texts = [_cell(None if value is None else str(value)) for value in cells]
-        texts += [f"{numbers[name][0]:.2f} &plusmn; {numbers[name][1]:.2f}" if name in numbers else "&ndash;"
-                  for name in names]  # fmt: skip
-        body += "<tr>" + "".join(f'<td class="n">{text}</td>' for text in texts) + "</tr>"
+        line = "".join(_td(None if value is None else str(value)) for value in cells)
+        for name in names:
+            both = f"{numbers[name][0]:.2f} &plusmn; {numbers[name][1]:.2f}" if name in numbers else "&ndash;"
+            line += f'<td class="n">{both}</td>'
+        body += f"<tr>{line}</tr>"
     yield "<h2>Over seeds</h2>"
     yield f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
     yield "<p>Mean and sample standard deviation of runs that differ in nothing but their seed.</p>"
@@ -269,6 +278,16 @@ def _at(recipe: Mapping[str, Any], path: str) -> object:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _th(name: str) -> str:
+    """Headings of numbers stand over them, at the right."""
+    return f'<th class="n">{_text(name)}</th>' if name in (*_NUMBERS.values(), "images") else f"<th>{_text(name)}</th>"
+
+
+def _td(value: str | float | None, best: bool = False) -> str:
+    kind = "n best" if best else "n"
+    return f'<td class="{kind}">{_cell(value)}</td>' if isinstance(value, float) else f"<td>{_cell(value)}</td>"
 
 
 def _cell(value: str | float | None) -> str:

@@ -1,7 +1,7 @@
-"""Robustness to corruptions: error per kind and severity, mCE, relative mCE and severity curves (paper, Table 3, Fig. 4).
+"""Robustness to corruptions: error by kind and severity, mCE, relative mCE, severity curves (paper, Table 3, Fig. 4).
 
-A run keeps what was measured in robustness/<split>-<checkpoint>[-<folder>].json, written after every kind, so that a long
-measurement goes on where it stopped.
+A run keeps what was measured in robustness/<split>-<checkpoint>[-<folder>].json, written after every kind, so that a
+long measurement goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def corrupted(
 
     split: the clean images, which are corrupted here unless folder has the corrupted ones prepared. limit: so many
     images, the same random ones (by seed) for every kind and severity. known: an earlier result of the same setting and
-    weights, whose kinds are not measured again and stay in the result. done: called after every kind with what there is.
+    weights, whose kinds are not measured again and stay in the result. done: called after every kind with what there
+    is.
     """
     for kind in kinds:
         corruptions.check_kind(kind, KINDS if folder is None else folder.kinds)
@@ -99,9 +100,7 @@ def corrupted(
             continue
         found = [_errors(run, _loader(run, clean, folder, kind, severity, limit, seed)) for severity in SEVERITIES]
         errors = {**result.errors, kind: [numbers["top1"] for numbers in found]}
-        by_group = {
-            name: {**kept, kind: [numbers[name] for numbers in found]} for name, kept in result.groups.items()
-        }
+        by_group = {name: {**kept, kind: [numbers[name] for numbers in found]} for name, kept in result.groups.items()}
         result = replace(result, errors=errors, groups=by_group)
         done(result)
     return result
@@ -139,11 +138,11 @@ def of_kinds(found: Robustness, kinds: Iterable[str]) -> Robustness:
     return replace(found, errors={kind: found.errors[kind] for kind in wanted}, groups=groups)
 
 
-# ----------------------------------------------------------------------------------------------------------------- numbers
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict[str, Any]:
-    """The figures of a result, in percent: clean_error, mean_error (mCE without a baseline) and, over a baseline,
+    """The figures of a result, in percent: clean_error, mean_error over kinds and severities and, over a baseline,
     corruption_errors, mCE and relative_mCE (normalised by errors over the clean one; None where the baseline loses
     nothing on a kind).
 
@@ -151,7 +150,12 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
     common kinds count in mCE. Raises ValueError where the baseline is of other images or kinds.
     """
     common = {kind: errors for kind, errors in found.errors.items() if kind in COMMON}
-    numbers: dict[str, Any] = {"clean_error": found.clean["top1"], "mean_error": metrics.mean_error(common or found.errors)}
+    counted = common or found.errors
+    numbers: dict[str, Any] = {
+        "kinds": len(counted),
+        "clean_error": found.clean["top1"],
+        "mean_error": metrics.mean_error(counted),
+    }
     if baseline is None:
         return numbers
     if isinstance(baseline, Robustness):
@@ -174,7 +178,7 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
     return numbers
 
 
-# ------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def path_of(run: Path, split: str, checkpoint: str, folder: Prepared | None = None) -> Path:
@@ -204,7 +208,7 @@ def write(path: Path, found: Robustness, figures: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- picture
+# -------------------------------------------------------------------------------------------------------------- picture
 
 
 def measure(runs: Sequence[RunFolder]) -> list[Robustness]:
@@ -255,7 +259,7 @@ def draw(found: Sequence[Robustness]) -> Figure:
     what = f"mean over {len(kinds)} kind{'s' * (len(kinds) > 1)}, {one.setting.images:,} images of {one.setting.split}"
     style.tidy(left, f"{style.plain(one.run, 50) if len(found) == 1 else 'Severity curves'}\n{style.plain(what, 70)}",
                "severity", "top-1 error (percent)", "y")  # fmt: skip
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
     for index, (panel, result) in enumerate(zip(right, found, strict=True)):
         title = f"{style.plain(result.run, 30)}: " if len(found) > 1 else ""
         mean = np.mean(list(result.errors.values()))
@@ -271,6 +275,8 @@ def _heat(panel: Axes, found: Robustness, title: str, names: bool) -> None:
                    color="white" if error > 60 else "black")  # fmt: skip
     style.tidy(panel, title, "severity", "")
     panel.set_xticks(range(len(SEVERITIES)), list(map(str, SEVERITIES)))
-    panel.set_yticks(range(len(errors)), [kind.replace("_", " ") for kind in found.errors] if names else [""] * len(errors))
+    panel.set_yticks(
+        range(len(errors)), [kind.replace("_", " ") for kind in found.errors] if names else [""] * len(errors)
+    )
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)

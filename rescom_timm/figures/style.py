@@ -69,7 +69,7 @@ def group_of(counts: npt.ArrayLike) -> npt.NDArray[np.str_]:
 
 
 def balanced(labels: npt.ArrayLike, most: int, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Up to `most` positions in labels (N,), rising, drawn in turn from every class: one of each, a second of each ..."""
+    """Up to `most` positions in labels (N,), rising, drawn in turn from every class: one of each, then a second ..."""
     labels = np.asarray(labels, dtype=np.int64)
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     by_class = np.argsort(labels[shuffled], kind="stable")

@@ -83,4 +83,3 @@ def draw(tsne: Tsne) -> Figure:
     axes.spines[:].set_visible(False)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return figure
-

@@ -60,19 +60,21 @@ def draw(views: Views) -> Figure:
     columns = max(1, min(n, 12 // v))
     rows = -(-n // columns)
     tile = 1.15  # inches of one view
-    figure = style.new_figure(columns * (v * tile + 0.15), rows * (tile * height / width + 0.36) + 0.45)
+    figure = style.new_figure(columns * (v * tile + 0.2), rows * (tile * height / width + 0.4) + 0.75)
+    figure.get_layout_engine().set(w_pad=0.08)  # type: ignore[union-attr, call-arg]
     groups = style.group_of(views.counts)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
     for panel, image, label in zip(panels, views.images, views.labels, strict=False):
-        gap = np.full((height, max(1, width // 32), 3), 255, dtype=np.uint8)
-        parts = [part for view in image for part in (view, gap)][:-1]
-        panel.imshow(np.concatenate(parts, axis=1), interpolation="nearest")
-        name = style.plain(views.class_names[label], 18 * v)
-        panel.set_title(f"{name}\n{views.counts[label]:,} images", fontsize=7, pad=2, loc="left",
-                        color=style.GROUP_COLORS[groups[label]])  # fmt: skip
+        panel.imshow(np.concatenate(list(image), axis=1), interpolation="nearest")
+        for border in range(1, v):
+            panel.axvline(border * width - 0.5, color="white", linewidth=2)
+        panel.axhline(height - 0.5, color=style.GROUP_COLORS[groups[label]], linewidth=4, clip_on=False)
+        name = style.plain(views.class_names[label], 15 * v)
+        panel.set_title(f"{name}: {views.counts[label]:,} images", fontsize=8, pad=3, loc="left")
     figure.suptitle(
         f"{style.plain(views.title, 80)}: {n} images, {v} view{'s' * (v > 1)} of each", fontsize=10, x=0.01, ha="left"
     )
+    style.group_legend(figure, groups, loc="outside lower left", columns=3)
     return figure

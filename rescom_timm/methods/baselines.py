@@ -157,18 +157,22 @@ def replace_classifier(net: Net, head: nn.Linear) -> None:
     net.classifier = head.to(net.classifier.weight)
 
 
+def full_precision(x: Tensor) -> Any:
+    """Mixed precision off: logits of norm 16 or 30 would keep two digits in bfloat16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class Cosine(nn.Linear):
-    """Cosines of features (N, F) and class vectors: (N, K). As logits they need a scale."""
+    """Scaled cosines of features (N, F) and class vectors: (N, K)."""
 
     def __init__(self, in_features: int, out_features: int, scale: float = 1.0) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.scale = scale
 
-    def cosines(self, x: Tensor) -> Tensor:
-        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.cosines(x)
+        with full_precision(x):
+            x = losses.at_least_float32(x)
+            return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
 class Adjusted(nn.Linear):
@@ -210,15 +214,17 @@ class CausalNorm(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
-        if self.training:
-            self.seen += x.detach().mean(dim=0).to(self.seen.dtype)
-        w = self.weight.unflatten(1, (config.heads, -1))  # (K, H, F / H)
-        w = w / (w.norm(dim=2, keepdim=True) + config.gamma)
-        x = F.normalize(x.unflatten(1, (config.heads, -1)), dim=2)  # (N, H, F / H)
-        if not self.training:
-            d = F.normalize(self.mean.to(x.dtype).unflatten(0, (config.heads, -1)), dim=1)
-            x = x - config.alpha * (x * d).sum(dim=2, keepdim=True) * d
-        return config.tau / config.heads * torch.einsum("nhf,khf->nk", x, w)
+        with full_precision(x):
+            x = losses.at_least_float32(x)
+            if self.training:
+                self.seen += x.detach().mean(dim=0)
+            w = self.weight.unflatten(1, (config.heads, -1))  # (K, H, F / H)
+            w = w / (w.norm(dim=2, keepdim=True) + config.gamma)
+            x = F.normalize(x.unflatten(1, (config.heads, -1)), dim=2)  # (N, H, F / H)
+            if not self.training:
+                d = F.normalize(self.mean.unflatten(0, (config.heads, -1)), dim=1)
+                x = x - config.alpha * (x * d).sum(dim=2, keepdim=True) * d
+            return config.tau / config.heads * torch.einsum("nhf,khf->nk", x, w)
 
     @torch.no_grad()
     def step(self) -> None:

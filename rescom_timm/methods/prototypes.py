@@ -41,9 +41,12 @@ class DroLtConfig:
     views: Literal[1, 2] = 1
     weight: float = 0.5
     """lambda: total loss = lambda * cross-entropy + (1 - lambda) * robust loss."""
-    temperature: float = 0.07
-    radius: Literal["shared", "by_count", "learned"] = "learned"
-    """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon."""
+    temperature: float = 1.0
+    """tau of the distances: 1 as in the paper's equations. The authors' code has 0.07, with which features collapsed in
+    our runs on the digits."""
+    radius: Literal["shared", "by_count", "learned"] = "by_count"
+    """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon and is
+    kept from going below 0 (below it, the loss would fall without any feature moving)."""
     epsilon: float = 1.0
     momentum: float = 0.99
     """By how much a centroid keeps its place when one image of its class is seen."""
@@ -127,8 +130,9 @@ class DroLt(nn.Module):
         features, logits, _ = self.net(stack_views(batch["image"]))
         labels, config = batch["label"].repeat(self.views), self.config
         classification = F.cross_entropy(at_least_float32(logits), labels)
+        radius = self.epsilon[0].clamp(min=0)
         robust = robust_centroids(
-            features, labels, self.centroids.clone(), self.known.clone(), self.epsilon[0], config.temperature
+            features, labels, self.centroids.clone(), self.known.clone(), radius, config.temperature
         )
         self.move_centroids(gather(features.detach()), gather(labels))
         return {

@@ -140,9 +140,11 @@ class Net(nn.Module):
                 own.weight.copy_(classifier.weight.view_as(own.weight))
                 own.bias.copy_(classifier.bias)
             model.load_state_dict({**model.state_dict(), **net.encoder.state_dict()})
-            images = torch.rand(2, *model.pretrained_cfg["input_size"])
+            channels, *default = model.pretrained_cfg["input_size"]
+            size = self.recreate.get("img_size") or default
+            images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
             agree = torch.allclose(model(images), net.classify(images), rtol=1e-3, atol=1e-4)
-        except (AttributeError, RuntimeError, TypeError) as error:
+        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(f"{name} cannot be exported as a plain timm model: {error}") from error
         if not agree:
             raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")

@@ -83,7 +83,7 @@ class Facts:
 def read_facts(
     run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
 ) -> Facts:  # fmt: skip
-    """Facts of a run's folder (or its staged copy) and the export of it."""
+    """Facts of a run's folder (or its staged copy) and the export of it, with environment.json as it may be told."""
     evaluations = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("evaluation/*.json"))
     }
@@ -91,7 +91,7 @@ def read_facts(
     return Facts(
         repo=repo,
         recipe=yaml.safe_load((export / "recipe.yaml").read_text(encoding="utf-8")),
-        environment=_json(run / "environment.json"),
+        environment=_json(export / "environment.json"),
         details=_json(export / "rescom.json"),
         evaluations=evaluations or _during_training(run / "metrics.jsonl"),
         figures=sorted(path.name for path in run.glob("figures/*.png")),

@@ -114,7 +114,7 @@ def export(
     for name in ("config.json", PLAIN):
         (folder / name).unlink(missing_ok=True)
     if model is not None:
-        head = _head(model)
+        head = _head(model, net)
         _save_plain(model, net, folder, class_names, input_size, eval_policy)
         own = ("projector.",) if type(net.classifier) is nn.Linear else ("projector.", "classifier.")
         tensors = {name: value for name, value in tensors.items() if name.startswith(own)}
@@ -183,13 +183,13 @@ def save_model(run: Path) -> str:
         return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
     except ValueError as error:
         reason = str(error)
-    except OSError as error:
-        return f"saved: {run}; the model could not be exported: {error}"
+    except Exception as error:  # the training is done and saved: nothing may end it with a traceback
+        return f"saved: {run}; the model could not be exported: {error!r}"
     try:
         export_run(run, run / "model", plain=False)
         return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {reason}'
-    except (ValueError, OSError) as error:
-        return f"saved: {run}; the model could not be exported: {error}"
+    except Exception as error:
+        return f"saved: {run}; the model could not be exported: {error!r}"
 
 
 def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -222,11 +222,14 @@ def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
     return model
 
 
-def _head(model: nn.Module) -> str:
-    """The name of the linear layer that holds the classifier."""
-    heads = model.get_classifier()  # type: ignore[operator]
-    head = heads[0] if isinstance(heads, tuple) else heads
-    return next(name for name, module in model.named_modules() if module is head)
+def _head(model: nn.Module, net: Net) -> str:
+    """The name of the layer of a plain model that holds the net's classifier."""
+    own: Any = net.classifier
+    weight = (own.as_linear() if hasattr(own, "as_linear") else own).weight.detach().cpu().float()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and torch.equal(module.weight.flatten(1), weight):
+            return name
+    raise ValueError("the plain timm model holds the classifier in no single layer; not exported")
 
 
 def _save_plain(

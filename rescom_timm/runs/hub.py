@@ -164,14 +164,10 @@ class Pusher:
             return
         print(f"waiting for the push to {self.config.repo} (log: {self.run / 'hub' / 'push.log'})")
         try:
-            for _ in range(2):
-                if self.process is not None:
-                    self.process.wait(60 * self.config.timeout_minutes)
-                    self.process = None
-                if staged(self.run):
-                    self._start()
             if self.process is not None:
                 self.process.wait(60 * self.config.timeout_minutes)
+            if staged(self.run):
+                self._start().wait(60 * self.config.timeout_minutes)
         except subprocess.TimeoutExpired:
             print(f"the push takes longer than hub.timeout_minutes; it goes on as process {self.process.pid}")  # type: ignore[union-attr]
         except KeyboardInterrupt:
@@ -187,15 +183,16 @@ class Pusher:
             self.process = None
         try:
             stage(self.run, self.config, newest, best, end)
-            surplus = staged(self.run)[: -WAITING if self.config.strategy == "all_checkpoints" or running else -1]
-            for folder in surplus if not running else []:
-                shutil.rmtree(folder, ignore_errors=True)
             if not running:
+                waiting = WAITING if self.config.strategy == "all_checkpoints" else 1
+                for overtaken in staged(self.run)[:-waiting]:
+                    shutil.rmtree(overtaken, ignore_errors=True)
                 self._start()
         except OSError as error:
             warnings.warn(f"nothing was pushed to the Hub: {error}; training goes on", RuntimeWarning, stacklevel=3)
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
+        (self.run / "hub" / "status.json").unlink(missing_ok=True)
         # Its own session: a Ctrl-C that stops the training does not cut an upload. No GPU, and no core for itself.
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         with (self.run / "hub" / "push.log").open("ab") as log:
@@ -203,6 +200,7 @@ class Pusher:
                 [sys.executable, "-m", "rescom_timm.runs.push", str(self.run.resolve())], env={**os.environ, **quiet},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        return self.process
 
     def _tell(self) -> None:
         told = status(self.run)
@@ -214,6 +212,8 @@ class Pusher:
             )
         elif "url" in told:
             print(f"pushed {told['what']}: {told['url']}")
+        else:
+            print(f"the push to {self.config.repo} ended without a word; see {self.run / 'hub' / 'push.log'}")
 
 
 def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:

@@ -103,14 +103,14 @@ def _upload(stage: Path, request: dict[str, Any]) -> str:
 def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> dict[str, Path]:
     """Export a staged folder (or a run's) into STAGE/upload and write its card over `readme`, the card that the
     repository has. Returns the files to push: name in the repository -> file."""
-    upload = stage / "upload"
-    reason = ""
+    upload, refusal = stage / "upload", stage / "refusal.txt"
     if not (upload / "hashes.json").is_file():
         try:
             export_run(stage, upload, request["export"])
         except ValueError as error:
-            reason = str(error)
+            refusal.write_text(str(error), encoding="utf-8")
             export_run(stage, upload, request["export"], plain=False)
+    reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("figures/*.png")}

@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as shards
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
 from rescom_timm.contrast.queue import Queue
@@ -43,6 +45,8 @@ from rescom_timm.runs.log import Log
 from rescom_timm.runs.recipe import Recipe, RecipeError, load_dict
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+WHOLE = shards.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 LAG = 2
 """Forward passes after which the host reads a loss."""
@@ -128,8 +132,8 @@ def train(recipe: Recipe, resume: bool | str = False, dry_run: bool = False) -> 
     if dry_run:
         trainer.dry_run()
         return trainer.folder
-    trainer.open(resume)
     try:
+        trainer.open(resume)
         trainer.fit()
         trainer.finish()
     finally:
@@ -148,6 +152,7 @@ class Trainer:
         self.log: Log | None = None
         self.stop_requested = False
         self.handlers: dict[signal.Signals, Any] = {}
+        refuse_what_cannot_be_sharded(accelerator, recipe, method)
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
         loader = train_loader(
             data.train, recipe.views, method.views, micro_batch, recipe.seed, recipe.train.epochs,
@@ -163,6 +168,9 @@ class Trainer:
         speed_up(self.net, recipe.speed)
         loader.worker_init_fn = own_group
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
+        self.sharded = accelerator.is_fsdp2
+        if self.sharded:
+            register_fsdp_forward_method(self.net, "classify")
         splits = {"test": data.test, "validation": data.validation}
         self.splits = {name: split for name, split in splits.items() if split is not None}
         batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
@@ -341,7 +349,7 @@ class Trainer:
         if best is not None and best != f"step-{progress.step:08d}":
             try:
                 net, _ = checkpoint.load(self.folder / "checkpoints" / best)
-                self.net.load_state_dict(net)
+                self._load(net)
                 chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
                 results |= self._final("best", chosen)
             except CheckpointError as error:
@@ -370,20 +378,22 @@ class Trainer:
         progress = self.progress
         own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in self._own_buffers()}}
         ranks = gather_object([own])
-        trouble = None
+        trouble: Exception | None = None
         with agreed_statistics(self.net):
-            weights = self.net.state_dict()
+            weights, optimizer = self._whole()
             broken = [k for k, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]
             if broken:
-                raise NonFiniteLoss(f"{', '.join(broken[:3])} is not finite after step {progress.step}: not saved")
-            if self.main:
+                what = ", ".join(broken[:3])
+                trouble = NonFiniteLoss(f"{what} is not finite after step {progress.step}: not saved")
+            elif self.main:
                 scaler = self.accelerator.scaler
                 state = {
                     "progress": asdict(progress),
                     "recipe": self.recipe.to_dict(),
                     "processes": self.accelerator.num_processes,
                     "method": {k: v for k, v in self.method.state_dict().items() if not k.startswith("net.")},
-                    "optimizer": self.optimizer.state_dict(),
+                    "sharded": self.sharded,
+                    "optimizer": optimizer,
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "ranks": ranks,
                 }
@@ -392,20 +402,36 @@ class Trainer:
                     checkpoint.prune(written, self.recipe.checkpoint.keep, progress.best_checkpoint)
                     self.pusher.saved(written.name, progress.best_checkpoint)
                 except CheckpointError as error:
-                    trouble = str(error)
+                    trouble = error
         trouble = broadcast_object_list([trouble])[0]  # so that no process waits for one that has left
         if trouble is not None:
-            raise CheckpointError(trouble)
+            raise trouble
+
+    def _whole(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and optimizer state, gathered by the main process where FSDP has cut them into shards."""
+        if not self.sharded:
+            return self.net.state_dict(), self.optimizer.state_dict()
+        weights: dict[str, Any] = shards.get_model_state_dict(self.net, options=WHOLE)
+        return weights, dict(shards.get_optimizer_state_dict(self.net, self.optimizer.optimizer, options=WHOLE))
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        if self.sharded:
+            shards.set_model_state_dict(self.net, dict[str, Any](weights), options=WHOLE)
+        else:
+            self.net.load_state_dict(weights)
 
     def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that each process has for itself (BatchNorm's, running means): all but the queues."""
-        queues = {id(buffer) for queue in self.method.modules() if isinstance(queue, Queue) for buffer in queue.buffers()}
+        queues = [queue for queue in self.method.modules() if isinstance(queue, Queue)]
+        shared = {id(buffer) for queue in queues for buffer in queue.buffers()}
         for name, buffer in self.method.named_buffers():
-            if id(buffer) not in queues:
+            if id(buffer) not in shared:
                 yield name.replace("net.module.", "net.", 1), buffer
 
     def open(self, resume: bool | str) -> None:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         self.folder = broadcast_object_list([self._choose_folder(bool(resume))])[0]
         self.pusher = Pusher(self.recipe.hub, self.folder)
         if isinstance(resume, str):
@@ -426,8 +452,6 @@ class Trainer:
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
             describe(self.folder, self.data, self.recipe.views)
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""), flush=True)
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _choose_folder(self, resume: bool) -> Path:
         """The first of name, name-2, name-3 ... that is free; to resume, the last that is not."""
@@ -441,12 +465,19 @@ class Trainer:
     def _restore(self, path: Path, net: dict[str, Tensor], state: dict[str, Any]) -> None:
         self._check_recipe(path, state["recipe"])
         accelerator = self.accelerator
-        self.net.load_state_dict(net)
+        if state.get("sharded", False) != self.sharded:
+            raise CheckpointError(
+                f"{path} was saved {'without' if self.sharded else 'with'} FSDP: go on with it the same"
+            )
+        self._load(net)
         keys = self.method.load_state_dict(state["method"], strict=False)
         wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.startswith("net."))]
         if wrong:
             raise CheckpointError(f"{path} does not fit the method: {', '.join(wrong)} missing or not known")
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            shards.set_optimizer_state_dict(self.net, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
@@ -560,6 +591,23 @@ class Pulses:
             copied.synchronize()
         *figures, stop = host.tolist()
         return Pulse(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)
+
+
+def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
+    """Raises RecipeError for a way of launching that this loop cannot train or save right."""
+    way = accelerator.distributed_type
+    if way in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        way == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise RecipeError(
+            f"{way.value} is not supported; use several processes (the default) or FSDP2 (--fsdp_version 2)"
+        )
+    if way == DistributedType.FSDP:
+        outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
+        if outside or recipe.train.nonfinite == "skip":
+            raise RecipeError(
+                f"FSDP2 shards the net alone: not with {outside[0] if outside else 'train.nonfinite: skip'}"
+            )
 
 
 def own_group(worker: int) -> None:

@@ -40,8 +40,12 @@ COUNTS = (20, 9, 4, 3)
 HERE = SpeedConfig(workers=0)
 PINNED = {
     "uniform": [
-        (3, 7481764827887823697), (5, 5238026173210942400), (2, 1863299695503478076),
-        (1, 3021479453666819396), (0, 6052553110335791546), (4, 3650494251030705096),
+        (3, 7481764827887823697),
+        (5, 5238026173210942400),
+        (2, 1863299695503478076),
+        (1, 3021479453666819396),
+        (0, 6052553110335791546),
+        (4, 3650494251030705096),
     ],
     "class_balanced": [5, 4, 1, 3, 2, 5],
 }
@@ -400,8 +404,12 @@ def test_two_processes_together_see_the_single_process_batches(split: Any, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     plain = train_loader(split, VIEWS, 2, 8, 1, config=LoaderConfig("class_balanced"), speed=HERE)
-    expected = {f"{epoch}/{step}/{key}": value for epoch in (0, 1)
-                for step, batch in enumerate(epoch_of(plain, epoch)) for key, value in batch.items()}
+    expected = {
+        f"{epoch}/{step}/{key}": value
+        for epoch in (0, 1)
+        for step, batch in enumerate(epoch_of(plain, epoch))
+        for key, value in batch.items()
+    }
     trained = {key: torch.cat([rank[key] for rank in ranks]) for key in ranks[0] if key[0] in "01"}
     assert trained.keys() == expected.keys() and len(expected) == 2 * 4 * 3
     assert all(torch.equal(trained[key], expected[key]) for key in expected)
@@ -449,4 +457,3 @@ def test_no_workers_or_open_files_are_left(split: Any) -> None:
         gc.collect()
         assert multiprocessing.active_children() == []
         assert open_files() <= files
-

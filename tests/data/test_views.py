@@ -127,9 +127,20 @@ def test_named_policies_give_eight_bit_views_decided_by_the_seed(name: str) -> N
 
 @pytest.mark.parametrize("step", sorted(STEPS))
 def test_every_step_runs_and_leaves_the_shared_image_alone(step: str) -> None:
-    required = {"crop": "20", "random_resized_crop": "20", "rotate": "15", "autoaugment": "svhn", "grayscale": "1",
-                "jitter": ".4,.4,.4,.1,.8", "cutout": "8", "resize": "20", "upscale": "20", "center_crop": "20",
-                "blur": "1", "flip": "1"}
+    required = {
+        "crop": "20",
+        "random_resized_crop": "20",
+        "rotate": "15",
+        "autoaugment": "svhn",
+        "grayscale": "1",
+        "jitter": ".4,.4,.4,.1,.8",
+        "cutout": "8",
+        "resize": "20",
+        "upscale": "20",
+        "center_crop": "20",
+        "blur": "1",
+        "flip": "1",
+    }
     policy, image = parse(f"{step}({required.get(step, '')})"), noise(36, 32)
     before, views = np.array(image), set()
     for seed in range(20):
@@ -187,12 +198,14 @@ def test_cifar_policy_on_real_images(cifar_images: list[Image.Image]) -> None:
         seeded(seed)
         ours = parse("crop(32,4) | flip | autoaugment(cifar10)")(image)
         seeded(seed)
-        plain = transforms.Compose([
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=128),  # type: ignore[arg-type]
-            transforms.PILToTensor(),
-        ])(image)
+        plain = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=128),  # type: ignore[arg-type]
+                transforms.PILToTensor(),
+            ]
+        )(image)
         assert torch.equal(ours, plain)
     seeded(0)
     policy = parse("cifar", NORMALISATIONS["cifar"][0])
@@ -208,14 +221,16 @@ def test_imagenet_policy_equals_its_parts() -> None:
 
     mean = NORMALISATIONS["inat"][0]
     image = noise(400, 300)
-    by_hand = transforms.Compose([
-        transforms.RandomResizedCrop(224, scale=(0.08, 1.0)),
-        transforms.RandomHorizontalFlip(),
-        transforms.ColorJitter(0.4, 0.4, 0.4, 0),
-        transforms.RandomGrayscale(0.2),
-        rand_augment_transform("rand-n2-m10-mstd0.5", {"img_mean": (119, 120, 97)}),
-        transforms.PILToTensor(),
-    ])
+    by_hand = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, scale=(0.08, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0),
+            transforms.RandomGrayscale(0.2),
+            rand_augment_transform("rand-n2-m10-mstd0.5", {"img_mean": (119, 120, 97)}),
+            transforms.PILToTensor(),
+        ]
+    )
     gray = 0
     for seed in range(12):
         seeded(seed)
@@ -224,6 +239,15 @@ def test_imagenet_policy_equals_its_parts() -> None:
         assert torch.equal(ours, by_hand(image))
         gray += torch.equal(ours[0], ours[1])
     assert gray < 12
+
+
+def test_posterize_to_no_bits_is_black() -> None:
+    """What randaugment(inc1) asks for at full magnitude, and Pillow refuses since its version 13."""
+    policy, black = parse("randaugment(n4,m10,p1,inc1)"), 0
+    for seed in range(60):
+        seeded(seed)
+        black += int(policy(noise()).sum() == 0)
+    assert black > 0
 
 
 def test_grayscale_fifth_and_random_resized_crop_area() -> None:
@@ -273,9 +297,16 @@ def test_decode_takes_bytes_mappings_paths_images_and_arrays(tmp_path: Path) -> 
     image = noise(5, 4)
     (tmp_path / "a b.png").write_bytes(encode(image))
     array = np.asarray(image)
-    for value in (encode(image), {"bytes": encode(image), "path": None}, {"bytes": encode(image), "path": "gone.png"},
-                  {"bytes": None, "path": str(tmp_path / "a b.png")}, {"path": str(tmp_path / "a b.png")}, image, array,
-                  array.tolist()):
+    for value in (
+        encode(image),
+        {"bytes": encode(image), "path": None},
+        {"bytes": encode(image), "path": "gone.png"},
+        {"bytes": None, "path": str(tmp_path / "a b.png")},
+        {"path": str(tmp_path / "a b.png")},
+        image,
+        array,
+        array.tolist(),
+    ):
         assert np.array_equal(np.asarray(decode(value)), array)
     gray = decode(np.full((4, 5), 7, np.uint8))
     assert gray.size == (5, 4) and pixel(gray) == (7, 7, 7)
@@ -310,8 +341,12 @@ def test_transparency_lies_on_white() -> None:
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     levels = np.array([[0, 257, 32768, 65535]], np.uint16)
-    for value in (encode(Image.fromarray(levels)), encode(Image.fromarray(levels), "TIFF"), levels,
-                  encode(Image.fromarray(levels.astype(np.int32)), "TIFF")):
+    for value in (
+        encode(Image.fromarray(levels)),
+        encode(Image.fromarray(levels), "TIFF"),
+        levels,
+        encode(Image.fromarray(levels.astype(np.int32)), "TIFF"),
+    ):
         assert [pixel(decode(value), x)[0] for x in range(4)] == [0, 1, 128, 255]
     with pytest.raises(BrokenImage, match="32-bit"):
         decode(Image.fromarray(levels.astype(np.int32) * 2))

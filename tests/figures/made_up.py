@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from rescom_timm.figures import robustness
+from rescom_timm.figures.robustness import Robustness, Setting
 from rescom_timm.metrics import Meter
 
 RECIPE = """\
@@ -52,7 +54,19 @@ def make_run(
                 row = {"epoch": epoch, "step": 10 * (epoch + 1), **{f"test/{name}": v for name, v in tested.items()}}
                 file.write(json.dumps(row) + "\n")
     add_evaluation(path, counts, class_names, per_class, seed, skill, evaluation)
+    robustness.write(robustness.path_of(path, "test", "last"), made_up_errors(path.name, 10.0 * seed), {})
     return path
+
+
+def made_up_errors(run: str = "run", more: float = 0.0, kinds: Sequence[str] = ("fog", "contrast")) -> Robustness:
+    """Errors that rise with the severity."""
+    errors = {
+        kind: [20.0 + 5 * severity + index + more for severity in range(1, 6)] for index, kind in enumerate(kinds)
+    }
+    groups = {"few": {kind: [value + 10 for value in values] for kind, values in errors.items()}}
+    setting = Setting("made up test", 160, "made up", 0)
+    clean = {"top1": 20.0 + more, "few": 30.0 + more}
+    return Robustness(run, "last", "the last epoch", "abc", setting, clean, errors, groups)
 
 
 def add_evaluation(

@@ -30,13 +30,13 @@ def test_every_figure_is_saved_with_its_numbers(run: RunFolder, tmp_path: Path) 
     before = dict(matplotlib.rcParams)
     for drawn in files.draw_all([run]):
         assert drawn.figure is not None and drawn.table is not None, drawn.missing
-        png, svg, numbers = style.save(drawn.figure, drawn.table, tmp_path / "new" / drawn.name)
+        png, svg, numbers = style.save(drawn.figure, drawn.table, tmp_path / "new" / drawn.name, dpi=40)
         assert png.read_bytes().startswith(b"\x89PNG") and "<svg" in svg.read_text()
         with numbers.open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert rows and all(None not in row.values() for row in rows)
     assert dict(matplotlib.rcParams) == before
-    assert len(list((tmp_path / "new").iterdir())) == 3 * len(files.NAMES)
+    assert len(list((tmp_path / "new").iterdir())) == 3 * len(files.FROM_FILES)
 
 
 def test_save_refuses_ragged_numbers(tmp_path: Path) -> None:
@@ -185,6 +185,18 @@ def test_runs_of_one_folder_name_get_names_of_their_own(tmp_path: Path) -> None:
     for name in ("a", "b"):
         _log(tmp_path / name / "seed0", ["{}"])
     assert [run.name for run in open_runs([p / "seed0" for p in paths])] == ["a/seed0", "b/seed0"]
+
+
+def test_a_run_without_a_checkpoint_says_so(run: RunFolder) -> None:
+    (drawn,) = files.draw_all([run], ["tsne"])
+    assert drawn.figure is None and "cannot be opened" in drawn.missing and "data is missing" in drawn.missing
+
+
+def test_balanced_takes_turns_and_keeps_order() -> None:
+    labels = [0] * 50 + [1] * 20 + [2] * 3
+    rows = style.balanced(labels, 24, seed=1)
+    assert (np.diff(rows) > 0).all() and np.bincount(np.array(labels)[rows]).tolist() == [11, 10, 3]
+    assert style.balanced(labels, 1000).tolist() == list(range(73))
 
 
 def test_unknown_figure_names_the_nearest(run: RunFolder) -> None:

@@ -65,7 +65,7 @@ def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -
     runs = open_runs(two_runs)
     page = _Page(report.write(runs, tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
     assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert len(page.addresses) == 2 + 2 * 3
+    assert len(page.addresses) == 3 + 2 * 3
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
     for expected in (
         "rescom",
@@ -89,6 +89,20 @@ def test_summary_reads_recipe_and_numbers(two_runs: list[Path]) -> None:
     assert report.summary(run, None)["all"] is None
 
 
+def test_mean_and_deviation_over_seeds(two_runs: list[Path], tmp_path: Path) -> None:
+    other = make_run(tmp_path / "third", COUNTS, seed=2, epochs=13)
+    again = make_run(tmp_path / "again", COUNTS, seed=1)
+    runs = open_runs([*two_runs, other, again])  # two seeds of one setting, one of them twice, and another setting
+    found = {run.name: run.evaluation() for run in runs}
+    ((members, numbers),) = report.over_seeds(runs, found)
+    assert members == ["rescom", "balanced_softmax"]
+    values = [found[name].numbers["few"] for name in members]
+    assert numbers["few"] == pytest.approx((sum(values) / 2, abs(values[0] - values[1]) / 2**0.5))
+    page = _Page(report.page(runs, drawn=[]))
+    assert f"{numbers['few'][0]:.2f} \N{PLUS-MINUS SIGN} {numbers['few'][1]:.2f}" in page.text
+    assert "Over seeds" not in _Page(report.page(runs[1:], drawn=[])).text
+
+
 def test_missing_pieces_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "half"
     (folder / "evaluation").mkdir(parents=True)
@@ -109,7 +123,7 @@ def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None
 
 def test_runs_of_other_classes_get_tables_of_their_own(two_runs: list[Path], tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", long_tail(4, 300, 30))
-    text = report.page(open_runs([*two_runs, other]), names=[])
+    text = report.page(open_runs([*two_runs, other]), drawn=[])
     assert text.count("<th>training images</th>") == 2
 
 

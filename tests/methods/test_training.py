@@ -20,7 +20,14 @@ from rescom_timm.runs.recipe import RecipeError, load
 from rescom_timm.runs.trainer import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-QUICK = ["train.epochs=1", "schedule.warmup_epochs=0", "net.projector.hidden=8", "net.projector.dim=8"]
+QUICK = [
+    "train.batch_size=182",
+    "checkpoint.every=1",
+    "train.epochs=1",
+    "schedule.warmup_epochs=0",
+    "net.projector.hidden=8",
+    "net.projector.dim=8",
+]
 
 
 def run(name, output, *words):
@@ -86,7 +93,7 @@ def test_experts_in_a_run_are_saved_and_read_back(tmp_path):
 
 
 def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_path):
-    words = ["method.queue_size=32", "method.momentum=0.9", "train.epochs=2", "checkpoint.every=1", "checkpoint.keep=9"]
+    words = ["method.queue_size=32", "method.momentum=0.9", "train.epochs=2", "checkpoint.keep=9"]
     whole = run("digits_lt_table6_1_moco", tmp_path, *words, "name=whole")
     halved = load(RECIPES / "digits_lt_table6_1_moco.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     middle, last = checkpoint.listed(whole / "checkpoints")

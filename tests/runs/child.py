@@ -18,6 +18,9 @@ from typing import Any
 import sklearn.datasets  # noqa: F401 (imported once, by the server)
 import timm
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from rescom_timm.methods.rescom import ResCom
@@ -164,7 +167,7 @@ def run(tree: dict[str, Any], ranks: int = 1, resume: bool = False, fault: Any =
 
 
 def together(function: Any, ranks: int, *arguments: Any) -> None:
-    """function(rank, *arguments) in each of `ranks` gloo processes. Raises AssertionError where one does not end well."""
+    """function(rank, *arguments) in each of `ranks` gloo processes. Raises AssertionError where one ends badly."""
     port = free_port()
     members = [SERVER.Process(target=_member, args=(function, rank, ranks, port, arguments)) for rank in range(ranks)]
     for member in members:
@@ -287,7 +290,7 @@ def at_disk_operation(n: int, what: str) -> None:
 
 
 def poison(passes: list[int], what: str = "loss", rank: int = 0) -> None:
-    """In these forward passes (counted in this process from 1) the loss, or only its gradient, is NaN, in one process."""
+    """In these forward passes (counted in a process from 1) the loss, or only its gradient, is NaN, in one process."""
     counter, forward = [0], ResCom.forward
 
     def poisoned(self: Any, batch: Any) -> Any:
@@ -342,4 +345,18 @@ def no_shared_disk() -> None:
         trainer.checkpoint.newest = lambda folder: None
 
 
-FAULTS = {f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, no_shared_disk)}
+def fsdp() -> None:
+    """FSDP2 by accelerate's own code on CPU processes, where accelerate itself passes it over."""
+    launch = trainer.launch
+
+    def launched(made: Any) -> Any:
+        accelerator = launch(made)
+        state = AcceleratorState()
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        return accelerator
+
+    trainer.launch = launched
+
+
+FAULTS = {f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, no_shared_disk, fsdp)}

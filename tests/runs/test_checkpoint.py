@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, damage is named, a full disk or a crash harms nothing, no pickle is ever read."""
+"""Checkpoints: what goes in comes out, damage is named, a full disk or a crash harms nothing, no pickle is read."""
 
 import ast
 import errno

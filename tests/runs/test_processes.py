@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from rescom_timm.nets.net import Net, ProjectorConfig
 from rescom_timm.runs import checkpoint, trainer
 from rescom_timm.runs.evaluate import agreed_statistics
 from rescom_timm.runs.recipe import RecipeError, load_dict
-from tests.runs.child import Launch, Tiny, recipe, run, together
+from tests.runs.child import Launch, Tiny, differences, figures, last, recipe, run, together
 
 COUNTS = torch.tensor([60, 25, 9, 4])
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,36 @@ def test_agreed_statistics(tmp_path):
     assert (tmp_path / "1").exists()
 
 
+# -------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
+    """Weights and optimizer in shards, projector included, the queue whole in each process. Accelerate passes FSDP over
+    on a CPU, so the test makes its state say otherwise; all else is its own code on two gloo processes."""
+    changes = {
+        "train__epochs": 2,
+        "net__options": {"drop": 0.0},
+        "method__gather_pairs": True,
+        "optimizer__clip_norm": 1.0,
+    }
+    plain, whole, killed = (recipe(tmp_path / name, **changes) for name in "abc")
+    run(plain, ranks=2)
+    run(whole, ranks=2, fault=("fsdp",))
+    assert Launch(killed, 2, fault=[("fsdp",), ("signal_at_pass", signal.SIGTERM, 14)]).wait() == [143, 143]
+    launch = run(killed, ranks=2, resume=True, fault=("fsdp",))
+    assert "resumed from step-000000" in launch.text
+    assert differences(last(whole), last(killed)) == []
+    assert last(whole)[1]["sharded"] and not last(plain)[1]["sharded"]
+    for one, other in zip(figures(plain), figures(whole), strict=True):
+        assert one.get("train/loss", 0) == pytest.approx(other.get("train/loss", 0), rel=1e-4)
+    (net, state), (sharded, parts) = last(plain), last(whole)
+    assert {name: value.shape for name, value in net.items()} == {name: value.shape for name, value in sharded.items()}
+    torch.testing.assert_close(sharded["projector.0.weight"], net["projector.0.weight"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(parts["method"]["queue.keys"], state["method"]["queue.keys"], rtol=1e-2, atol=1e-3)
+    launch = Launch(recipe(tmp_path / "a", **changes), 2, resume=True, fault=("fsdp",))
+    assert launch.wait() == [1, 1] and "was saved without FSDP" in launch.text
+
+
 # ------------------------------------------------------------------------------------------------------------ launch
 
 
@@ -166,7 +197,14 @@ def test_fp16_on_a_cpu_is_refused(alone, tmp_path):
 
 
 def command(words, tmp_path, **environment):
-    tree = ["recipes/digits_lt.yaml", f"output={tmp_path}", "name=run", "train.epochs=1", "schedule.warmup_epochs=0"]
+    tree = [
+        "recipes/digits_lt.yaml",
+        f"output={tmp_path}",
+        "name=run",
+        "train.epochs=1",
+        "schedule.warmup_epochs=0",
+        "speed.workers=1",
+    ]
     own = {name: value for name, value in os.environ.items() if name not in trainer.STARTED}
     return subprocess.Popen(
         [*words, "tools/train.py", *tree], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -219,7 +257,6 @@ def test_two_nodes_of_one_process(tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_leaves(tmp_path):
     """With loader workers, which are in torchrun's process group."""
-    import signal
     import time
 
     words = [*TORCHRUN, "--nproc_per_node", "2"]
@@ -228,6 +265,7 @@ def test_sigterm_to_torchrun_saves_and_leaves(tmp_path):
     folder = tmp_path / "run"
     while not folder.exists():
         time.sleep(0.1)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=300)
     found = checkpoint.newest(folder / "checkpoints")

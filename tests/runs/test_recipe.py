@@ -32,7 +32,7 @@ def test_every_recipe_is_valid_named_by_its_file_and_a_document(path):
         ("train.epochs=1.5", "train.epochs: .*integer, not 1.5"),
         ("optimizer.lr='0.1'", "optimizer.lr: .*number, not '0.1'"),
         ("optimizer.lr=-1", "optimizer: lr must be above 0"),
-        ("method.name=balanced", "unknown method 'balanced'; did you mean balanced_softmax"),
+        ("method.name=balancedsoftmax", "unknown method 'balancedsoftmax'; did you mean balanced_softmax"),
         ("method.positives=17", "Qp = 17.*Q = 16"),
         ("net.backbone=resnet33_cifar", "net: timm has no model 'resnet33_cifar'; did you mean resnet32_cifar"),
         ("schedule.warmup_epochs=30", "warmup_epochs is 30, which train.epochs = 30 never reaches"),

@@ -3,10 +3,12 @@ their own."""
 
 import json
 import math
+import re
 import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from rescom_timm.data.sources import load
@@ -43,11 +45,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
     tree = recipe(tmp_path, train__epochs=3)
     launch = Launch(tree, fault=[("poison", [15]), ("watch", str(tmp_path))])
     assert launch.wait() == [1]
-    assert "NonFiniteLoss: the loss is not finite in epoch 1, step 14 (learning rate 0.1, {'loss': nan" in launch.text
+    said = r"NonFiniteLoss: the loss is not finite in epoch 1, step 14 \(learning rate 0\.0750003, \{'loss': nan"
+    assert re.search(said, launch.text)
     assert "Traceback" not in launch.text
     record = json.loads((tmp_path / "run" / "nonfinite-step14-process0.json").read_text())
     rows = json.loads((tmp_path / "watch-0.jsonl").read_text().splitlines()[14])["rows"]
-    assert record == {"epoch": 1, "step": 14, "lr": 0.1, "rows": rows} and len(rows) == 32
+    assert record == {"epoch": 1, "step": 14, "lr": pytest.approx(0.075, rel=1e-3), "rows": rows} and len(rows) == 32
     assert [path.name for path in checkpoint.listed(tmp_path / "run" / "checkpoints")] == ["step-00000011"]
     tree = recipe(tmp_path, train__epochs=3, train__nonfinite="skip")
     run(tree, resume=True, fault=("poison", [4]))  # as its message says
@@ -122,6 +125,7 @@ def test_bf16_on_a_cpu_has_its_loss_in_float32(alone, tmp_path):
 
 def test_bf16_is_near_float32(alone, tmp_path):
     exact = losses(trainer_of(recipe(tmp_path, net__options={"drop": 0.0})), 3)
+    AcceleratorState._reset_state(True)
     rough = losses(trainer_of(recipe(tmp_path, net__options={"drop": 0.0}, train__precision="bf16")), 3)
     assert not torch.equal(exact, rough)
     torch.testing.assert_close(exact, rough, rtol=0.02, atol=0.02)
@@ -146,7 +150,8 @@ def test_accumulated_gradients_are_those_of_the_big_batch(alone, tmp_path):
         assert trainer.progress.step == 11
         weights.append(trainer.net.state_dict())
     for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-10, atol=1e-12)
+        if not name.startswith("projector."):  # not trained here, but its BatchNorm sees the images
+            torch.testing.assert_close(value, weights[1][name], rtol=1e-10, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedule
@@ -205,8 +210,9 @@ def test_speed_up_is_in_place(monkeypatch):
 
 
 def test_channels_last_trains_the_same(alone, tmp_path):
-    one = losses(trainer_of(recipe(tmp_path)), 3)
-    other = losses(trainer_of(recipe(tmp_path, speed__channels_last=True)), 3)
+    options = {"drop": 0.0}  # dropout draws in the order of memory
+    one = losses(trainer_of(recipe(tmp_path, net__options=options)), 3)
+    other = losses(trainer_of(recipe(tmp_path, net__options=options, speed__channels_last=True)), 3)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
