@@ -1,4 +1,4 @@
-"""Evaluate a run:  python tools/evaluate.py RUN [--checkpoint last|best|FOLDER] [--split test|validation] [key=value ...]
+"""Evaluate a run:  python tools/evaluate.py RUN [--checkpoint last|best|FOLDER] [--split test] [key=value ...]
 
 Prints and writes the figures with the split, the checkpoint and how it was chosen, and draws the confusion matrix.
 key=value changes the run's recipe, such as data.source=PATH for another place of the data.

@@ -1,11 +1,11 @@
 """Index files: which images are trained on.
 
-    python tools/index.py make uoft-cs/cifar10 "exponential(100)" -o cifar10_lt_if100.txt
-    python tools/index.py convert train2018.json -o inat18_train.txt
-    python tools/index.py check Places_LT_train.txt --source /data/places365
-    python tools/index.py describe Places_LT_train.txt --png places.png
-    python tools/index.py overlap Places_LT_train.txt Places_LT_val.txt
-    python tools/index.py init my_photos -o my_photos.yaml
+python tools/index.py make uoft-cs/cifar10 "exponential(100)" -o cifar10_lt_if100.txt
+python tools/index.py convert train2018.json -o inat18_train.txt
+python tools/index.py check Places_LT_train.txt --source /data/places365
+python tools/index.py describe Places_LT_train.txt --png places.png
+python tools/index.py overlap Places_LT_train.txt Places_LT_val.txt
+python tools/index.py init my_photos -o my_photos.yaml
 """
 
 import argparse

@@ -45,11 +45,12 @@ def mined_supcon(
     queries: (N, D) unit vectors. labels: (N,). positives, negatives: how many pairs of the queue are mined for each
     query, Qp at most Q and Qn at most (K-1)Q; None keeps all of that kind. weights: (N,) of each query's class.
     keys, key_labels: (M, D) and (M,) embeddings of the batch, never mined; query i is key `first + i`. Give the
-    queries themselves for the local batch, gathered ones for all processes, none for the queue alone.
+    queries themselves for the local batch, gathered ones for all processes, none for the queue alone; key_labels are
+    the queries' by default.
     chunk: queries that are compared at a time: bounds memory to about chunk x S x 4 bytes, for more launches.
     Returns the scalar mean over the N queries, in float32 or float64; gradients flow into queries and keys (once
     differentiable). No host synchronisation. FIFO and reversed queues take the readable path.
-    Raises ValueError where more is mined than the queue can hold.
+    Raises ValueError where more is mined than the queue can hold, or for a chunk below 1.
     """
     if not isinstance(queue, ClassBalancedQueue):
         return composed(queries, labels, queue, positives, negatives, temperature, weights, keys, key_labels, first)
@@ -59,8 +60,11 @@ def mined_supcon(
     qn = _checked(negatives, (classes - 1) * per_class, "negative", "(K-1)Q")
     # What is raised here is lowered again by autograd. Autocast would round similarities to eight bits.
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    if keys is None or key_labels is None:
+    if keys is None:
         keys, key_labels = queries.new_empty(0, queries.shape[1]), labels[:0]
+    key_labels = labels if key_labels is None else key_labels
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, or None for all queries at once, not {chunk}")
     weights = queries.new_ones(len(queries)) if weights is None else weights.to(queries.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         return _MinedSupcon.apply(

@@ -174,9 +174,7 @@ class _Rows:
     num_classes: int | None = None
 
 
-def read(
-    path: str | Path, num_classes: int | None = None, allow_empty: bool = False
-) -> tuple[Index | None, list[str]]:
+def read(path: str | Path, num_classes: int | None = None, allow_empty: bool = False) -> tuple[Index | None, list[str]]:
     """Read a file and say everything that is wrong with it.
 
     ``num_classes`` is the number of classes that the labels must fit (None: the header's, or largest label + 1).

@@ -165,9 +165,7 @@ class _Part:
 
     def split(self) -> Split:
         whole = np.array_equal(self.rows, np.arange(len(self.dataset)))
-        return Split(
-            self.name, self.dataset if whole else self.dataset.select(self.rows), self.index.labels, self.rows
-        )
+        return Split(self.name, self.dataset if whole else self.dataset.select(self.rows), self.index.labels, self.rows)
 
     def provenance(self) -> dict[str, Any]:
         finite = self.index.counts.min() > 0
@@ -498,9 +496,7 @@ def holds_tables(folder: Path) -> bool:
     return any(name.endswith((".parquet", ".arrow")) for name in islice(files, 1000))
 
 
-def _root_part(
-    root: Path, split: str, spec: str, num_classes: int | None = None, allow_empty: bool = False
-) -> _Part:
+def _root_part(root: Path, split: str, spec: str, num_classes: int | None = None, allow_empty: bool = False) -> _Part:
     """A list over an image root. ``split`` is not used: each list is a split of its own."""
     if spec == "all" or parse_call(spec, RULES):
         key = "index" if num_classes is None else "test_index"

@@ -237,7 +237,7 @@ def draw(found: Inference) -> Figure:
     axes.set_xlim(0, 1.5 * high.max())
     size = "x".join(map(str, found.image_size))
     device = found.machine["device"] if found.machine["device"] != "cpu" else found.machine["processor"]
-    where = f"{style.plain(device, 50)}, {found.machine['threads']} threads, torch {found.machine['torch']}"
+    where = f"{style.plain(device, 50)}, {found.machine['threads']} thread(s), torch {found.machine['torch']}"
     title = f"{style.plain(found.backbone, 40)}, {found.batch_size} images of {size}, {found.precision}"
     style.tidy(axes, f"{title}\n{where}",
                f"time of a batch (ms), median and quartiles of {found.seconds.shape[1]} rounds", "", "x")  # fmt: skip

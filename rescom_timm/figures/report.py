@@ -27,7 +27,7 @@ _NUMBERS = {
     "many": "many",
     "medium": "medium",
     "few": "few",
-    "mean_class": "mean of classes",
+    "mean_class": "class mean",
     "top5": "top-5",
     "ece": "ECE",
 }
@@ -49,10 +49,11 @@ _TITLES = {
 }
 _SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
 table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 9px; border-bottom: 1px solid #e4e4e4; }
-th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } .n { text-align: right; white-space: nowrap; }
+th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } .n { text-align: right; }
+td { min-width: 2em; } td.n { white-space: nowrap; } td.text { min-width: 9em; }
 td.best { font-weight: bold; } .scroll { overflow: auto; max-height: 36em; } img { max-width: 100%; height: auto; }
 pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .missing { color: #8a4b00; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
@@ -189,7 +190,7 @@ def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Iterat
         cells = [", ".join(members), *said, found[members[0]].name]
         line = "".join(_td(None if value is None else str(value)) for value in cells)
         for name in names:
-            both = f"{numbers[name][0]:.2f} &plusmn; {numbers[name][1]:.2f}" if name in numbers else "&ndash;"
+            both = f"{numbers[name][0]:.1f} &plusmn; {numbers[name][1]:.1f}" if name in numbers else "&ndash;"
             line += f'<td class="n">{both}</td>'
         body += f"<tr>{line}</tr>"
     yield "<h2>Over seeds</h2>"
@@ -287,7 +288,9 @@ def _th(name: str) -> str:
 
 def _td(value: str | float | None, best: bool = False) -> str:
     kind = "n best" if best else "n"
-    return f'<td class="{kind}">{_cell(value)}</td>' if isinstance(value, float) else f"<td>{_cell(value)}</td>"
+    if not isinstance(value, float):
+        kind = "text" if value is not None and " " in value else ""
+    return f'<td class="{kind}">{_cell(value)}</td>' if kind else f"<td>{_cell(value)}</td>"
 
 
 def _cell(value: str | float | None) -> str:

@@ -68,7 +68,7 @@ def draw(similarity: Similarity) -> Figure:
     axes = figure.subplots()
     for name, share in similarity.share.items():
         shade, median = style.GROUP_COLORS[name], similarity.median[name]
-        label = f"{style.GROUP_RULES[name]}: {similarity.pairs[name]:,} pairs, median {median:.2f}"
+        label = f"{style.GROUP_RULES[name]}: {similarity.pairs[name]:,} pairs, median {median:.3f}"
         axes.stairs(share, similarity.edges, color=shade, fill=True, alpha=0.25)
         axes.stairs(share, similarity.edges, color=shade, linewidth=1.4, label=label)
         axes.axvline(median, color=shade, linestyle="--", linewidth=1)

@@ -121,6 +121,7 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal[""
 def write(figure: Figure, to: Path | BinaryIO, dpi: int, **options: Any) -> None:
     """One picture, cropped to what is drawn: square pictures leave the layout margins."""
     figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, **options)
+    figure.set_layout_engine("none")  # the layout is found; to find it again for each format takes most of the time
 
 
 def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import WeightForm, balanced_softmax, class_weights, supcon
-from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
+from rescom_timm.contrast.losses import WeightForm, balanced_softmax, class_weights
+from rescom_timm.contrast.mined import mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue, gather, processes
 from rescom_timm.nets.net import Net
 
@@ -118,9 +118,9 @@ class ResCom(nn.Module):
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         labels = y.repeat(self.views)
+        contrast = self.contrast(embeddings, labels)  # first: its peak of memory comes before that of the logits
         classified = slice(None) if self.config.siamese else slice(len(y))
         classification = balanced_softmax(logits[classified], labels[classified], self.counts)
-        contrast = self.contrast(embeddings, labels)
         z1, z2 = embeddings.detach().chunk(2)
         key = z2 if self.config.mode == "paper" else z1
         self.queue.enqueue(gather(key), gather(y))
@@ -134,18 +134,14 @@ class ResCom(nn.Module):
 
     def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The contrastive loss (eq. 5) of the 2B stacked views. embeddings: (2B, D) unit vectors. labels: (2B,)."""
-        paper = self.config.mode == "paper"
-        z, y = (embeddings.chunk(2)[0], labels.chunk(2)[0]) if paper else (embeddings, labels)
-        mined = against_queue(z, y, self.queue).hardest(self.config.positives, self.config.negatives)
-        pairs = mined if paper else self._in_batch(z, y).join(mined)
-        return supcon(pairs, self.config.temperature, self.weights[y])
-
-    def _in_batch(self, z: Tensor, y: Tensor) -> Pairs:
-        if not self.config.gather_pairs:
-            return in_batch(z, y)
-        return in_batch(z, y, gather(z), gather(y), first=processes()[0] * len(z))
-
-
-def image_average(weights: Tensor, counts: Tensor) -> float:
-    """The mean weight of a training image, which scales the contrastive term: sum of w_k N_k / N."""
-    return float((weights * counts).sum() / torch.as_tensor(counts).sum())
+        config = self.config
+        z, y, first = embeddings, labels, 0
+        keys, key_labels = (z, y) if config.mode == "released" else (None, None)
+        if config.mode == "paper":
+            z, y = embeddings.chunk(2)[0], labels.chunk(2)[0]
+        elif config.gather_pairs:
+            keys, key_labels, first = gather(z), gather(y), processes()[0] * len(z)
+        return mined_supcon(
+            z, y, self.queue, config.positives, config.negatives, config.temperature, self.weights[y],
+            keys=keys, key_labels=key_labels, first=first,
+        )  # fmt: skip

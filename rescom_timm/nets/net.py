@@ -44,8 +44,8 @@ class NetConfig:
     """Passed on to timm.create_model: drop_path_rate, img_size, global_pool, ..."""
     projector: ProjectorConfig = ProjectorConfig()
     trainable: tuple[str, ...] = ("all",)
-    """Weights of the backbone that train: all, none, norms, last_block, or patterns such as layer4.2.*; the heads always
-    train."""
+    """Weights of the backbone that train: all, none, norms, last_block, or patterns such as layer4.2.*. The heads
+    always train."""
     frozen_statistics: bool = False
     """Keep the running statistics of BatchNorm as they are instead of updating them."""
 

@@ -82,7 +82,8 @@ class ScheduleConfig:
             raise ValueError("warmup_epochs must be at least 0")
         if (self.name == "steps") != bool(self.milestones):
             raise ValueError(
-                "milestones belong to schedule.name: steps, which needs at least one; for another schedule say milestones: []"
+                "milestones belong to schedule.name: steps, which needs at least one; "
+                "for another schedule say milestones: []"
             )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError("milestones must rise")

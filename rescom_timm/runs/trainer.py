@@ -28,7 +28,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as shards
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 
 from rescom_timm.contrast.queue import Queue
@@ -416,6 +416,9 @@ class Trainer:
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         if self.sharded:
+            for module in self.net.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # which an evaluation leaves undone
             shards.set_model_state_dict(self.net, dict[str, Any](weights), options=WHOLE)
         else:
             self.net.load_state_dict(weights)

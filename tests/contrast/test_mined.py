@@ -145,6 +145,19 @@ def test_no_positive_gives_zero_loss_and_zero_gradient(qp: int | None, qn: int |
     assert case.queries.grad is not None and (case.queries.grad == 0).all()
 
 
+def test_a_chunk_of_nothing_is_refused() -> None:
+    case = make_case(1, classes=3, per_class=2, dim=4, rows=2, entered=12, qp=1, qn=1, tau=0.2)
+    for chunk in (0, -1):
+        with pytest.raises(ValueError, match="chunk must be at least 1"):
+            fast(case, 1, 1, chunk=chunk)
+
+
+def test_keys_without_labels_have_those_of_the_queries() -> None:
+    case = make_case(2, classes=3, per_class=2, dim=4, rows=4, entered=12, qp=1, qn=2, tau=0.2)
+    explicit = fast(case, 1, 2, keys=case.queries, key_labels=case.labels)
+    assert torch.equal(fast(case, 1, 2, keys=case.queries), explicit) and not torch.equal(fast(case, 1, 2), explicit)
+
+
 def test_without_weights_they_are_ones() -> None:
     case = make_case(2, classes=3, per_class=2, dim=4, rows=4, entered=12, qp=1, qn=2, tau=0.2)
     plain = mined_supcon(case.queries, case.labels, case.queue, 1, 2, 0.2)

@@ -344,8 +344,9 @@ def test_holdout(parquet: Path) -> None:
     whole = load(DataConfig(str(parquet), index="exponential(5)"))
     assert set(data.train.rows) | set(data.validation.rows) == set(whole.train.rows)
     assert data.validation.name == "toy train, exponential(5), holdout(0.3)"
-    assert data.provenance["train"]["rows"] == 11 and data.provenance["train"]["sha256"] != (
-        whole.provenance["train"]["sha256"]
+    assert (
+        data.provenance["train"]["rows"] == 11
+        and data.provenance["train"]["sha256"] != (whole.provenance["train"]["sha256"])
     )
 
 
@@ -489,9 +490,7 @@ def test_inaturalist_json_over_a_root(tmp_path: Path) -> None:
         }
         (tmp_path / f"{name}2018.json").write_text(json.dumps(content))
     data = load(
-        DataConfig(
-            str(tmp_path / "inat"), index=f"{tmp_path}/train2018.json", test_index=f"{tmp_path}/val2018.json"
-        )
+        DataConfig(str(tmp_path / "inat"), index=f"{tmp_path}/train2018.json", test_index=f"{tmp_path}/val2018.json")
     )
     assert data.class_names == ["Apis mellifera", "Bufo bufo"] and data.counts.tolist() == [1, 1]
     assert data.test.labels.tolist() == [1]

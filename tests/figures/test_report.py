@@ -99,7 +99,7 @@ def test_mean_and_deviation_over_seeds(two_runs: list[Path], tmp_path: Path) -> 
     values = [found[name].numbers["few"] for name in members]
     assert numbers["few"] == pytest.approx((sum(values) / 2, abs(values[0] - values[1]) / 2**0.5))
     page = _Page(report.page(runs, drawn=[]))
-    assert f"{numbers['few'][0]:.2f} \N{PLUS-MINUS SIGN} {numbers['few'][1]:.2f}" in page.text
+    assert f"{numbers['few'][0]:.1f} \N{PLUS-MINUS SIGN} {numbers['few'][1]:.1f}" in page.text
     assert "Over seeds" not in _Page(report.page(runs[1:], drawn=[])).text
 
 

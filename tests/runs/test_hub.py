@@ -92,7 +92,7 @@ def test_what_is_a_repository(source, repo):
 
 @pytest.mark.slow
 def test_a_training_is_pushed_and_goes_on_on_another_machine(tmp_path):
-    """tools/train.py pushes each checkpoint; from the one after the second epoch another folder comes to the same end."""
+    """tools/train.py pushes each checkpoint; from the one after epoch 2 another folder comes to the same end."""
     token = "hf_TheSecretOfMe"
 
     def train(*words, home):

@@ -5,17 +5,19 @@ import json
 import math
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, speed_up
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, load_dict
-from rescom_timm.runs.trainer import Trainer, flat, launch, train
+from rescom_timm.runs.trainer import Trainer, flat, launch, refuse_what_cannot_be_sharded, train
 from tests.runs.child import Launch, figures, last, recipe, run
 
 
@@ -230,3 +232,26 @@ def test_compiled_losses_are_the_same_and_the_checkpoint_is_plain(tmp_path):
         if "train/loss" in one:
             assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
     assert list(last(plain)[0]) == list(last(compiled)[0])
+
+
+# ------------------------------------------------------------------------------------------------------- ways of launch
+
+
+def way(kind, fsdp2=False):
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=fsdp2)
+
+
+def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
+    made = load_dict(recipe(tmp_path))
+    inside, outside = nn.Module(), nn.Module()
+    inside.net, outside.net, outside.momentum_net = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        with pytest.raises(RecipeError, match=f"{kind.value} is not supported; use several processes"):
+            refuse_what_cannot_be_sharded(way(kind), made, inside)
+    with pytest.raises(RecipeError, match="FSDP2 shards the net alone: not with momentum_net.weight"):
+        refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, outside)
+    skipping = load_dict(recipe(tmp_path, train__nonfinite="skip"))
+    with pytest.raises(RecipeError, match="not with train.nonfinite: skip"):
+        refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
+    refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
+    refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
