@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from rescom_timm.contrast.losses import WeightForm, balanced_softmax, class_weights
