@@ -52,7 +52,7 @@ LAG = 2
 """Forward passes after which the host reads a loss."""
 
 FREE_KEYS = (
-    "name", "output", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed", "train.nonfinite", "hub",
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed", "train.nonfinite", "hub",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained."""
 
@@ -390,6 +390,7 @@ class Trainer:
                 state = {
                     "progress": asdict(progress),
                     "recipe": self.recipe.to_dict(),
+                    "index": self.data.provenance["train"]["sha256"],
                     "processes": self.accelerator.num_processes,
                     "method": {k: v for k, v in self.method.state_dict().items() if not k.startswith("net.")},
                     "sharded": self.sharded,
@@ -466,7 +467,7 @@ class Trainer:
         return before if resume else folder
 
     def _restore(self, path: Path, net: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self._check_recipe(path, state["recipe"])
+        self._check_recipe(path, state["recipe"], state["index"])
         accelerator = self.accelerator
         if state.get("sharded", False) != self.sharded:
             raise CheckpointError(
@@ -497,8 +498,9 @@ class Trainer:
                 stacklevel=2,
             )
 
-    def _check_recipe(self, path: Path, saved: dict[str, Any]) -> None:
-        """Raises RecipeError, naming the keys, where the checkpoint's recipe trains something else."""
+    def _check_recipe(self, path: Path, saved: dict[str, Any], index: str) -> None:
+        """Raises RecipeError, naming the keys, where the checkpoint's recipe trains something else,
+        or the same index now names other rows."""
         old, new = flat(load_dict(saved, f"the recipe in {path}").to_dict()), flat(self.recipe.to_dict())
         free = tuple(key for key in {**old, **new} for free in FREE_KEYS if key == free or key.startswith(f"{free}."))
         changed = [
@@ -511,6 +513,8 @@ class Trainer:
                 f"{path} was made by another recipe; different: {', '.join(changed)}. Resume with "
                 f"{self.folder / 'recipe.yaml'}, or start a new run without --resume"
             )
+        if index != self.data.provenance["train"]["sha256"]:
+            raise RecipeError(f"{path} was trained on other rows or labels than {self.data.train.name} has now")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = True

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,12 @@ from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, speed_up
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, load_dict
+from rescom_timm.runs.recipe import load as load_recipe
 from rescom_timm.runs.trainer import Trainer, flat, launch, refuse_what_cannot_be_sharded, train
 from tests.runs.child import Launch, figures, last, recipe, run
+
+
+DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
 
 
 def trainer_of(tree):
@@ -255,3 +260,14 @@ def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
+
+
+def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
+    saved = load_recipe(DIGITS)
+    moved = load_recipe(DIGITS, ["data.source=/elsewhere"])
+    split = SimpleNamespace(name="digits train")
+    data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=split)
+    trainer = SimpleNamespace(recipe=moved, data=data, folder=tmp_path)
+    Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
+    with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
+        Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "b")
