@@ -52,7 +52,8 @@ LAG = 2
 """Forward passes after which the host reads a loss."""
 
 FREE_KEYS = (
-    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed", "train.nonfinite", "hub",
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
+    "train.nonfinite", "hub",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained."""
 

@@ -22,7 +22,6 @@ from rescom_timm.runs.recipe import load as load_recipe
 from rescom_timm.runs.trainer import Trainer, flat, launch, refuse_what_cannot_be_sharded, train
 from tests.runs.child import Launch, figures, last, recipe, run
 
-
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
 
 
