@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 
 from rescom_timm.contrast.queue import Queue
-from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
+from rescom_timm.data.loaders import eval_loader, finish_views, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, hook
 from rescom_timm.runs import checkpoint
@@ -152,6 +152,7 @@ class Trainer:
         self.folder = Path(recipe.output) / recipe.name
         self.log: Log | None = None
         self.stop_requested = False
+        self.finish_views = finish_views(recipe.views, recipe.loader)
         self.handlers: dict[signal.Signals, Any] = {}
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
@@ -251,6 +252,7 @@ class Trainer:
 
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         accumulate = self.recipe.train.accumulate
+        batch = self.finish_views(batch)
         with nullcontext() if last else self.accelerator.no_sync(self.method.net):
             outputs = self.method(batch)
             self.accelerator.backward(outputs["loss"] / accumulate)

@@ -270,3 +270,10 @@ def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
     Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
     with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
         Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "b")
+
+
+def test_views_finished_on_the_device_are_the_same_where_nothing_is_warped(tmp_path):
+    changes = {"views__train": "crop(8,1) | flip"}
+    on_the_cpu = losses(trainer_of(recipe(tmp_path, **changes)), 3)
+    on_the_device = losses(trainer_of(recipe(tmp_path, loader__device_views=True, **changes)), 3)
+    assert torch.equal(on_the_cpu, on_the_device)
