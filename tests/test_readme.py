@@ -40,9 +40,9 @@ def test_commands_name_tools_recipes_and_keys_that_exist():
         tool = next(word for word in words if word.startswith("tools/"))
         assert (ROOT / tool).is_file(), tool
         if tool == "tools/train.py":
-            recipe = next(word for word in words if word.endswith(".yaml"))
-            overrides = [word for word in words if "=" in word and not word.startswith("-")]
-            load(ROOT / recipe, overrides)
+            words = words[words.index(tool) + 1 :]
+            recipe, *rest = [word for word in words if not word.startswith("-")]
+            load(ROOT / recipe, rest)
 
 
 def test_every_recipe_of_the_table_exists():
