@@ -50,8 +50,8 @@ from accelerate import PartialState
 from rescom_timm.figures import style
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.log import lines
-from rescom_timm.runs.recipe import Recipe, RecipeError, load, load_dict
-from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, Stopped, flat, train
+from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load, load_dict
+from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, Stopped, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece")
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -24,8 +22,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as shards
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -41,24 +39,20 @@ from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.export import describe, save_model
 from rescom_timm.runs.hub import Pusher, fetch_run
+from rescom_timm.runs.launch import launch, own_group, refuse_what_cannot_be_sharded
 from rescom_timm.runs.log import Log
-from rescom_timm.runs.recipe import Recipe, RecipeError, load_dict
+from rescom_timm.runs.pulse import LAG, Pulse, Pulses
+from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load_dict
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 WHOLE = shards.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-LAG = 2
-"""Forward passes after which the host reads a loss."""
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
     "train.nonfinite", "hub",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained."""
-
-STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where launchers tell how many processes they started."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -86,34 +80,6 @@ class Progress:
     """Forward passes counted in `sums`."""
     skipped: int = 0
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
-
-
-def launch(recipe: Recipe) -> Accelerator:
-    """An Accelerator for this recipe. Raises RecipeError where recipe and launch do not fit together."""
-    train = recipe.train
-    accelerator = Accelerator(
-        mixed_precision=train.precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    processes = accelerator.num_processes
-    name, started = max(((name, int(os.environ.get(name) or 1)) for name in STARTED), key=lambda pair: pair[1])
-    if started > processes:
-        raise RecipeError(
-            f"{started} processes were started ({name}), but each would train alone ({processes} seen by accelerate). "
-            f"Start them with: torchrun --nproc_per_node {started} tools/train.py ... "
-            "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)"
-        )
-    if train.precision == "fp16" and accelerator.device.type == "cpu":
-        raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
-    per_step = processes * train.accumulate
-    if train.batch_size % per_step:
-        lower = train.batch_size // per_step * per_step
-        raise RecipeError(
-            f"train.batch_size {train.batch_size} is for all processes together and is not divisible by {processes} "
-            f"processes x {train.accumulate} accumulated: the nearest that are: {lower or per_step}, {lower + per_step}"
-        )
-    return accelerator
 
 
 def train(recipe: Recipe, resume: bool | str = False, dry_run: bool = False) -> Path:
@@ -557,79 +523,3 @@ class Trainer:
                 f"{self.steps_per_epoch} steps an epoch, {self.recipe.train.epochs} epochs; evaluated on "
                 f"{', '.join(split.name for split in self.splits.values())}. Nothing was written."
             )
-
-
-@dataclass
-class Pulse:
-    """What the host reads of one forward pass."""
-
-    epoch: int
-    step: int
-    rows: Tensor
-    figures: dict[str, float]
-    stop: bool
-
-
-class Pulses:
-    """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read
-    `lag` passes late, so that the host never waits for the device."""
-
-    def __init__(self, accelerator: Accelerator, lag: int = LAG) -> None:
-        self.accelerator, self.lag = accelerator, lag
-        self.waiting: deque[tuple[int, int, Tensor, list[str], Tensor, Any]] = deque()
-
-    def push(self, outputs: dict[str, Tensor], rows: Tensor, stop: bool, epoch: int, step: int) -> None:
-        """outputs: scalars on the device."""
-        told = [*(value.detach().float() for value in outputs.values()), outputs["loss"].new_tensor(float(stop))]
-        host = self.accelerator.reduce(torch.stack(told), "mean").to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if rows.is_cuda else None
-        if copied is not None:
-            copied.record()
-        self.waiting.append((epoch, step, rows, list(outputs), host, copied))
-
-    def ready(self) -> list[Pulse]:
-        """Those that are `lag` passes old."""
-        return [self._read() for _ in range(len(self.waiting) - self.lag)]
-
-    def drain(self) -> list[Pulse]:
-        """All that are left."""
-        return [self._read() for _ in range(len(self.waiting))]
-
-    def _read(self) -> Pulse:
-        epoch, step, rows, names, host, copied = self.waiting.popleft()
-        if copied is not None:
-            copied.synchronize()
-        *figures, stop = host.tolist()
-        return Pulse(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)
-
-
-def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
-    """Raises RecipeError for a way of launching that this loop cannot train or save right."""
-    way = accelerator.distributed_type
-    if way in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        way == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise RecipeError(
-            f"{way.value} is not supported; use several processes (the default) or FSDP2 (--fsdp_version 2)"
-        )
-    if way == DistributedType.FSDP:
-        outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
-        if outside or recipe.train.nonfinite == "skip":
-            raise RecipeError(
-                f"FSDP2 shards the net alone: not with {outside[0] if outside else 'train.nonfinite: skip'}"
-            )
-
-
-def own_group(worker: int) -> None:
-    """Puts a loader's worker into a process group of its own, so that a signal to the group of its parent (Ctrl-C, or
-    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

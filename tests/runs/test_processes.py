@@ -17,7 +17,8 @@ from rescom_timm.contrast.queue import processes
 from rescom_timm.methods import RescomConfig, create_method
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
-from rescom_timm.runs import checkpoint, trainer
+from rescom_timm.runs import checkpoint
+from rescom_timm.runs import launch as launching
 from rescom_timm.runs.evaluate import agreed_statistics
 from rescom_timm.runs.recipe import RecipeError, load_dict
 from tests.runs.child import Launch, Tiny, differences, figures, last, recipe, run, together
@@ -176,9 +177,9 @@ def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_launch_that_became_single_runs_is_stopped(alone, tmp_path, name):
     alone.setenv(name, "4")
-    alone.setattr(trainer, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
+    alone.setattr(launching, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
     with pytest.raises(RecipeError, match=f"4 processes were started .{name}.*torchrun --nproc_per_node 4 tools"):
-        trainer.launch(load_dict(recipe(tmp_path)))
+        launching.launch(load_dict(recipe(tmp_path)))
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path):
@@ -190,7 +191,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path):
 
 def test_fp16_on_a_cpu_is_refused(alone, tmp_path):
     with pytest.raises(RecipeError, match="fp16 does nothing on a CPU; use bf16 or no"):
-        trainer.launch(load_dict(recipe(tmp_path, train__precision="fp16")))
+        launching.launch(load_dict(recipe(tmp_path, train__precision="fp16")))
 
 
 # ----------------------------------------------------------------------------------------------- by the real commands
@@ -205,7 +206,7 @@ def command(words, tmp_path, **environment):
         "schedule.warmup_epochs=0",
         "speed.workers=1",
     ]
-    own = {name: value for name, value in os.environ.items() if name not in trainer.STARTED}
+    own = {name: value for name, value in os.environ.items() if name not in launching.STARTED}
     return subprocess.Popen(
         [*words, "tools/train.py", *tree], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},

@@ -17,9 +17,10 @@ from torch import nn
 from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, speed_up
-from rescom_timm.runs.recipe import RecipeError, SpeedConfig, load_dict
+from rescom_timm.runs.launch import launch, refuse_what_cannot_be_sharded
+from rescom_timm.runs.recipe import RecipeError, SpeedConfig, flat, load_dict
 from rescom_timm.runs.recipe import load as load_recipe
-from rescom_timm.runs.trainer import Trainer, flat, launch, refuse_what_cannot_be_sharded, train
+from rescom_timm.runs.trainer import Trainer, train
 from tests.runs.child import Launch, figures, last, recipe, run
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
