@@ -3,7 +3,7 @@
 The floors; every import points down, and tests/test_architecture.py holds it so:
 
     figures/    attic      pictures and reports of runs: measure -> arrays, draw -> picture
-    runs/       second     recipe, launch, trainer, checkpoint, evaluate, export, hub, predict: one YAML file to a saved model
+    runs/       second     recipe, launch, trainer, checkpoint, evaluate, export, hub: one YAML file to a saved model
     methods/    first      ResCom, what it is compared with, and second stages: net + queue + loss
     contrast/   ground     pairs, queues and losses of the paper; torch alone
     nets/       ground     any timm backbone with classifier and projector; torch and timm
