@@ -33,6 +33,7 @@ from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import eval_loader, finish_views, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, hook
+from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.runs.checkpoint import CheckpointError
@@ -131,6 +132,8 @@ class Trainer:
             raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
         optimizer = build_optimizer(recipe.optimizer, method.net)
         self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
+        size = sum(parameter.numel() for parameter in method.net.parameters())
+        self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
         method.to(accelerator.device)
         self.net = method.net  # as it is under what prepare wraps around it
         speed_up(self.net, recipe.speed)
@@ -424,7 +427,8 @@ class Trainer:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
             describe(self.folder, self.data, self.recipe.views)
-            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""), flush=True)
+            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""))
+            print(self.trained, flush=True)
 
     def _choose_folder(self, resume: bool) -> Path:
         """The first of name, name-2, name-3 ... that is free; to resume, the last that is not."""
@@ -519,7 +523,7 @@ class Trainer:
             counts = self.data.counts
             print(
                 f"dry run: {self.data.train.name}: {len(self.data.train.labels)} images, {len(counts)} classes of "
-                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; "
+                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; {self.trained}; "
                 f"{self.steps_per_epoch} steps an epoch, {self.recipe.train.epochs} epochs; evaluated on "
                 f"{', '.join(split.name for split in self.splits.values())}. Nothing was written."
             )

@@ -278,3 +278,12 @@ def test_views_finished_on_the_device_are_the_same_where_nothing_is_warped(tmp_p
     on_the_cpu = losses(trainer_of(recipe(tmp_path, **changes)), 3)
     on_the_device = losses(trainer_of(recipe(tmp_path, loader__device_views=True, **changes)), 3)
     assert torch.equal(on_the_cpu, on_the_device)
+
+
+def test_the_share_of_trained_weights_is_told(tmp_path, capsys):
+    train(load_dict(recipe(tmp_path)), dry_run=True)
+    assert "; 100.0% of " in capsys.readouterr().out
+    train(load_dict(recipe(tmp_path, net__trainable=["none"])), dry_run=True)
+    told = re.search(r"; ([0-9.]+)% of ([0-9.]+) M weights train", capsys.readouterr().out)
+    assert told and 0 < float(told[1]) < 100
+    assert not any(tmp_path.iterdir())
