@@ -523,7 +523,8 @@ class Trainer:
             counts = self.data.counts
             print(
                 f"dry run: {self.data.train.name}: {len(self.data.train.labels)} images, {len(counts)} classes of "
-                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; {self.trained}; "
+                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; "
+                f"{self.trained}; "
                 f"{self.steps_per_epoch} steps an epoch, {self.recipe.train.epochs} epochs; evaluated on "
                 f"{', '.join(split.name for split in self.splits.values())}. Nothing was written."
             )
