@@ -1,4 +1,4 @@
-"""The CIFAR ResNets (He et al. 2016, section 4.2) in timm's registry: resnet20_cifar, resnet32_cifar, ...
+"""The CIFAR ResNets (He et al. 2016, section 4.2) in timm's registry: resnet8_cifar, resnet20_cifar, resnet32_cifar, ...
 
 Three stages of n basic blocks with 16, 32 and 64 channels for 32 x 32 images, depth 6n + 2; shortcuts without weights
 (option A: every second pixel, zero channels added).
@@ -58,9 +58,15 @@ default_cfgs = generate_default_cfgs(
             "interpolation": "bilinear", "mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010),
             "first_conv": "conv1", "classifier": "fc",
         }
-        for depth in (20, 32, 44, 56)
+        for depth in (8, 20, 32, 44, 56)
     }
 )  # fmt: skip
+
+
+@register_model
+def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-8, 0.07 M weights: for trials on a CPU."""
+    return _create("resnet8_cifar", 8, pretrained, **kwargs)
 
 
 @register_model

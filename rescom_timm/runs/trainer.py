@@ -284,7 +284,7 @@ class Trainer:
         progress.sums, progress.passes, progress.skipped = {}, 0, 0
         lr = self.optimizer.param_groups[0]["lr"]
         told = {f"train/{name}": value for name, value in means.items()}
-        self._write(told | skipped | {"lr": lr, "images_per_second": images_per_second})
+        self._write(told | skipped | {"lr": lr, "images_per_second": images_per_second, "seconds": progress.seconds})
         bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
         bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
 
