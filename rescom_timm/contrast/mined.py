@@ -100,23 +100,33 @@ class _MinedSupcon(torch.autograd.Function):
         ctx: Any, queries: Tensor, keys: Tensor, labels: Tensor, key_labels: Tensor, first: int, queue: Tensor,
         valid: Tensor, classes: int, qp: int, qn: int, temperature: float, scale: Tensor, chunk: int,
     ) -> Tensor:  # fmt: skip
-        grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
+        grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
         loss = queries.new_zeros(())
         queries = queries / temperature
         # Added by the product itself, so that no slot not yet filled is ever a pair.
         bias = (~valid * NEVER).to(queries.dtype)
         room = queries.new_empty(min(chunk, len(queries)), len(queue))
+        dense = qn > 0 and len(queue) < 3 * (qp + qn)  # most keys are wanted: keep all, each with its share
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             near, same = _of_batch(queries[rows], labels[rows], keys, key_labels, first + start)
             far = torch.addmm(bias, queries[rows], queue.T, out=room[: len(near)])
-            hard, slots = _mine(far, labels[rows], classes, qp, qn)
-            logits = torch.cat([near, hard], dim=1)
-            positive = torch.cat([same, hard[:, :qp] > NEVER / 2], dim=1)
-            part, gradient = _loss_and_gradient(logits, positive, scale[rows])
+            own, own_slots = _own(far, labels[rows], classes, qp)
+            positive = torch.cat([same, own > NEVER / 2], dim=1)
+            if dense:
+                logits, share = torch.cat([near, own, far], dim=1), share_of_largest(far, qn)
+            else:
+                values, slots = largest_(far, qn)
+                logits, share = torch.cat([near, own, values], dim=1), None
+            part, gradient = _loss_and_gradient(logits, positive, scale[rows], share)
             loss += part
-            grad_near, grad_hard = gradient.split([len(keys), slots.shape[1]], dim=1)
-            grad_queries[rows] = _weighted_sum(queue, slots, grad_hard, far).addmm_(grad_near, keys)
+            grad_near, grad_own, grad_far = gradient.split([len(keys), qp, logits.shape[1] - positive.shape[1]], dim=1)
+            if dense:
+                grad_queries[rows] = grad_far.scatter_(1, own_slots, grad_own) @ queue
+            elif qp + qn:
+                weights, slots = torch.cat([grad_own, grad_far], dim=1), torch.cat([own_slots, slots], dim=1)
+                grad_queries[rows] = F.embedding_bag(slots, queue, per_sample_weights=weights, mode="sum")
+            grad_queries[rows].addmm_(grad_near, keys)
             grad_keys.addmm_(grad_near.T, queries[rows])
         ctx.save_for_backward(grad_queries.div_(temperature), grad_keys)
         return loss
@@ -137,22 +147,35 @@ def _of_batch(queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor,
     return logits, same
 
 
-def _mine(logits: Tensor, labels: Tensor, classes: int, qp: int, qn: int) -> tuple[Tensor, Tensor]:
-    """The hardest of (n, S) similarities, which are overwritten: values and slots (n, qp + qn), positives first."""
+def _own(logits: Tensor, labels: Tensor, classes: int, qp: int) -> tuple[Tensor, Tensor]:
+    """The least similar of each query's own class, values and slots (n, qp). The own class leaves logits (n, S)."""
     per_class = logits.shape[1] // classes
-    own = labels[:, None] * per_class + torch.arange(per_class, device=labels.device)
-    positives = logits.gather(1, own)
-    logits.scatter_(1, own, NEVER)
-    if qp < per_class:
-        rank = positives.masked_fill(positives < NEVER / 2, -NEVER)
-        chosen = rank.topk(qp, dim=1, largest=False, sorted=False).indices
-        positives, own = positives.gather(1, chosen), own.gather(1, chosen)
-    if qn == logits.shape[1] - per_class:  # all: the own class stays among them as pairs that are not valid
-        negatives = logits
-        slots = torch.arange(logits.shape[1], device=labels.device).expand(len(labels), -1)
+    slots = labels[:, None] * per_class + torch.arange(per_class, device=labels.device)
+    values = logits.gather(1, slots)
+    logits.scatter_(1, slots, NEVER)
+    if qp == per_class:
+        return values, slots
+    rank = values.masked_fill(values < NEVER / 2, -NEVER)
+    chosen = rank.topk(qp, dim=1, largest=False, sorted=False).indices
+    return values.gather(1, chosen), slots.gather(1, chosen)
+
+
+def share_of_largest(values: Tensor, number: int) -> Tensor:
+    """1 for the `number` largest of (n, m), 0 for the others; ties for the last places share them evenly.
+
+    NumPy's partition is vectorised and needs no indices; the bound that it finds is the same as topk's.
+    """
+    m = values.shape[1]
+    if values.device.type == "cpu":
+        partitioned = values.clone()
+        partitioned.numpy().partition(m - number, axis=1)
+        bound = partitioned[:, m - number, None]
     else:
-        negatives, slots = largest_(logits, qn)
-    return torch.cat([positives, negatives], dim=1), torch.cat([own, slots], dim=1)
+        bound = values.topk(number, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above = torch.gt(values, bound, out=torch.empty_like(values))
+    tied = torch.eq(values, bound, out=torch.empty_like(values))
+    places = number - above.sum(dim=1, keepdim=True)
+    return above.addcmul_(tied, places / tied.sum(dim=1, keepdim=True))
 
 
 def largest_(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
@@ -190,27 +213,28 @@ def _ordered_bits_(values: Tensor) -> Tensor:
     return bits.bitwise_xor_(sign.bitwise_and_(torch.iinfo(integer).max))
 
 
-def _weighted_sum(queue: Tensor, slots: Tensor, weights: Tensor, room: Tensor) -> Tensor:
-    """Sum over m of weights (n, m) times the keys in slots (n, m): (n, D). room: (n, S), overwritten."""
-    picked = slots.shape[1]
-    if picked == 0 or 3 * picked > len(queue):  # a dense product is faster than picking so many of the keys
-        return room.zero_().scatter_add_(1, slots, weights) @ queue
-    return F.embedding_bag(slots, queue, per_sample_weights=weights.contiguous(), mode="sum")
+def _loss_and_gradient(logits: Tensor, positive: Tensor, scale: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to logits (n, m), which are
+    overwritten.
 
-
-def _loss_and_gradient(logits: Tensor, positive: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to logits (n, m).
-
-    logits: (n, m), NEVER where a pair is not valid. positive: (n, p) of the first p pairs, all valid.
+    logits: NEVER where a pair is not valid. positive: (n, p) of the first p pairs, all valid. share: (n, m - p), how
+    much of each other pair counts, 0 to 1, the largest of them more than 0; all of it by default.
     """
+    if logits.shape[1] == 0:
+        return logits.sum(), logits
     number = positive.sum(dim=1, keepdim=True, dtype=scale.dtype)
     scale = scale[:, None] * (number > 0)
-    share = positive * (scale / number.clamp(min=1))
-    kept = slice(0, positive.shape[1])
-    log_p = F.log_softmax(logits, dim=1)
-    loss = -(log_p[:, kept] * share).sum()
-    gradient = log_p.exp_().mul_(scale)
-    gradient[:, kept] -= share
+    target = positive * (scale / number.clamp(min=1))
+    kept = positive.shape[1]
+    of_positives = (logits[:, :kept] * target).sum()
+    top = logits.amax(dim=1, keepdim=True)
+    exp = logits.sub_(top).exp_()
+    if share is not None:
+        exp[:, kept:] *= share
+    total = exp.sum(dim=1, keepdim=True)
+    loss = (scale * (top + total.log())).sum() - of_positives
+    gradient = exp.mul_(scale / total)
+    gradient[:, :kept] -= target
     return loss, gradient
 
 

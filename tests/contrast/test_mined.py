@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rescom_timm.contrast.mined import composed, largest_, mined_supcon
+from rescom_timm.contrast.mined import composed, largest_, mined_supcon, share_of_largest
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from tests.contrast import reference
 from tests.contrast.cases import Case, cases, make_case, thrifty, unit
@@ -103,6 +103,22 @@ def test_largest_is_topk(
     assert torch.equal(found.sort(dim=1, descending=True).values, expected)
     assert torch.equal(values.gather(1, index), found)
     assert all(len(set(row)) == number for row in index.tolist())
+
+
+@pytest.mark.parametrize("number, expected", [(1, [1, 0, 0, 0, 0]), (3, [1, 2 / 3, 2 / 3, 0, 2 / 3]), (5, [1] * 5)])
+def test_ties_share_the_last_places(number: int, expected: list[float]) -> None:
+    values = torch.tensor([[3.0, 2.0, 2.0, -1e30, 2.0]], dtype=torch.float64)
+    before = values.clone()
+    assert share_of_largest(values, number).tolist() == [pytest.approx(expected)]
+    assert torch.equal(values, before)
+
+
+def test_equal_keys_at_the_border_give_the_mined_loss() -> None:
+    """Which of several equal keys is mined makes no difference to the loss, and none to the gradient."""
+    case = make_case(6, classes=4, per_class=5, dim=4, rows=6, entered=0, qp=2, qn=9, tau=0.2)
+    case.queue.enqueue(unit((4, 4), case.generator).repeat(5, 1), torch.arange(20) // 5)
+    simple = composed(case.queries, case.labels, case.queue, 2, 9, 0.2, case.weights[case.labels])
+    assert_same_loss_and_gradient(fast(case, 2, 9), simple, case.queries)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "reversed"])
