@@ -57,6 +57,7 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
         (row,) = csv.DictReader(file)
     assert row["run"] == "digits_lt_cross_entropy" and row["seeds"] == "2"
     assert float(row["top1"]) == pytest.approx(sum(tops) / 2)
+    assert float(row["minutes"]) == pytest.approx((minutes(first) + minutes(second)) / 2) and minutes(first) > 0
     assert float(row["top1_deviation"]) == pytest.approx(abs(tops[0] - tops[1]) / 2**0.5)
     assert all((tmp_path / f"sweep{ending}").stat().st_size > 1000 for ending in (".png", ".svg"))
 
@@ -69,6 +70,11 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
     assert (second / "metrics.jsonl").stat().st_mtime_ns == before
     assert top1(first) == tops[0]
 
+    # Checkpoints of finished cells can be dropped: they stay finished, with figures and model.
+    assert sweep.main([*words, "--lean"]) == 0
+    assert capsys.readouterr().out.count(": finished") == 2
+    assert not list(tmp_path.glob("*/checkpoints")) and len(list(tmp_path.glob("*/model/model.safetensors"))) == 2
+
     # The table can be made again, and a finished run of other settings is not taken for this one.
     (tmp_path / "sweep.md").unlink()
     assert sweep.main(["--table", "--output", str(tmp_path)]) == 0
@@ -79,6 +85,11 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
 
 def top1(folder):
     return json.loads((folder / "evaluation" / "test-last.json").read_text())["numbers"]["top1"]
+
+
+def minutes(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["seconds"] for line in lines if "seconds" in line][-1] / 60
 
 
 def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep):
@@ -100,7 +111,7 @@ def test_a_cell_that_does_not_fit_is_left_out_with_its_reason(sweep, tmp_path, c
 
 def test_shares_cut_the_cells(sweep, tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(sweep, "run", lambda todo, output: taken.append([cell.name for cell in todo]) or [])
+    monkeypatch.setattr(sweep, "run", lambda todo, output, lean: taken.append([cell.name for cell in todo]) or [])
     for share in ("1/2", "2/2"):
         sweep.main([DIGITS, "train.epochs=1,2,3", "--seeds", "0", "--share", share, "--output", str(tmp_path)])
     assert [len(names) for names in taken] == [2, 1] and not set(taken[0]) & set(taken[1])

@@ -6,10 +6,12 @@ Each cell is a normal run in FOLDER (runs/<recipe>_sweep by default), in a folde
 digits_lt-beta=0.9-seed=1. The same command again goes on: finished cells are skipped, broken ones resumed. Several
 commands with one FOLDER fill one table. --share 1/2 and --share 2/2 cut the cells between two machines or GPUs; under
 `accelerate launch` all processes train each cell together. {seed} in a value becomes the cell's seed. --table writes
-the table of what is there and trains nothing.
+the table of what is there and trains nothing. --lean keeps figures and exported model of a finished cell, but not its
+checkpoints. Where a machine is lent for minutes at a time, slices do: the same command under `timeout --signal TERM 9m`
+saves within the epoch and goes on there the next time.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and deviation (of the sample) over the seeds of the
-test figures at the last epoch.
+test figures at the last epoch, in percent, and of the minutes of training.
 
 The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imagenet_lt_r50.yaml):
 
@@ -38,6 +40,7 @@ import argparse
 import csv
 import itertools
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -53,7 +56,7 @@ from rescom_timm.runs.log import lines
 from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load, load_dict
 from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, Stopped, train
 
-FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece")
+FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ def finished(recipe: Recipe) -> bool:
     return epochs >= recipe.train.epochs and (folder / "evaluation" / "test-last.json").is_file()
 
 
-def run(todo: list[Cell], output: Path) -> list[str]:
-    """Train what is not finished; returns what went wrong, a sentence each."""
+def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
+    """Train what is not finished; returns what went wrong, a sentence each. lean: drop checkpoints of what is."""
     main, wrong = PartialState().is_main_process, []
     for number, cell in enumerate(todo, start=1):
         try:
@@ -127,6 +130,8 @@ def run(todo: list[Cell], output: Path) -> list[str]:
                 print(f"[{number}/{len(todo)}] {cell.name}{': finished' if done else ''}", flush=True)
             if not done:
                 train(recipe, resume=True)
+            if lean and main:
+                shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
         except (RecipeError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
             wrong.append(f"{cell.name}: {error}")
             if main:
@@ -146,12 +151,14 @@ def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str
 
 
 def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """The test figures of each row's finished runs, in percent."""
+    """The test figures of each row's finished runs, in percent, and their minutes of training."""
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
         if path.is_file():
-            rows.setdefault(row, []).append(json.loads(path.read_text(encoding="utf-8"))["numbers"])
+            numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+            seconds = [line["seconds"] for line in lines(output / name / "metrics.jsonl") if "seconds" in line]
+            rows.setdefault(row, []).append(numbers | {"minutes": s / 60 for s in seconds[-1:]})
     return rows
 
 
@@ -220,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
+    parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
     parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
     options = parser.parse_intermixed_args(arguments)
     recipes = [word for word in options.words if "=" not in word]
@@ -237,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = cells(recipes, grid, seeds)
     known = remember(found, output) if PartialState().is_main_process else []
     try:
-        wrong = [] if options.table else run(found[part - 1 :: parts], output)
+        wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
     except Stopped as error:
         print(f"{error}, or the sweep with the same command", file=sys.stderr)
         return 143

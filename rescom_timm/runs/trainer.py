@@ -210,6 +210,7 @@ class Trainer:
             if stop and progress.step_in_epoch < self.steps_per_epoch:
                 for pulse in pulses.drain():
                     self._heed(pulse)
+                progress.seconds += time.monotonic() - started
                 self.save()
                 raise self._stopped()
         for pulse in pulses.drain():
@@ -284,7 +285,8 @@ class Trainer:
         progress.sums, progress.passes, progress.skipped = {}, 0, 0
         lr = self.optimizer.param_groups[0]["lr"]
         told = {f"train/{name}": value for name, value in means.items()}
-        self._write(told | skipped | {"lr": lr, "images_per_second": images_per_second, "seconds": progress.seconds})
+        pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
+        self._write(told | skipped | {"lr": lr} | pace)
         bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
         bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
 

@@ -198,10 +198,10 @@ def last(tree: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def figures(tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without the speed."""
+    """The lines of metrics.jsonl without speed and time."""
     text = (Path(tree["output"]) / tree["name"] / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
