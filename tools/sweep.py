@@ -158,7 +158,7 @@ def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tupl
         if path.is_file():
             numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
             seconds = [line["seconds"] for line in lines(output / name / "metrics.jsonl") if "seconds" in line]
-            rows.setdefault(row, []).append(numbers | {"minutes": s / 60 for s in seconds[-1:]})
+            rows.setdefault(row, []).append(numbers | ({"minutes": seconds[-1] / 60} if seconds else {}))
     return rows
 
 

@@ -201,7 +201,8 @@ def figures(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without speed and time."""
     text = (Path(tree["output"]) / tree["name"] / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("images_per_second", "seconds")} for line in lines]
+    pace = ("images_per_second", "seconds")
+    return [{key: value for key, value in line.items() if key not in pace} for line in lines]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
