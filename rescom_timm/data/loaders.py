@@ -14,7 +14,7 @@ import dataclasses
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rescom_timm.data.fast_views import BatchedPolicy, Draws
+from rescom_timm.data.fast_views import BatchedPolicy, Draws, PlanePolicy, near_resized
 from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, seed_all, where
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class LoaderConfig:
     """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
     randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
     come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
+    near_resize: bool = False
+    """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 or
+    2 of 1000 numbers of a photograph, which later steps may widen."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -71,7 +74,8 @@ class SpeedConfig:
     """Page-locked batches, copied to a GPU in the background; without a GPU nothing is pinned."""
     batched: bool = True
     """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
-    policy is crop, flip, autoaugment, grayscale or cutout. Pixels are the same as without; see fast_views.py."""
+    policy is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow.
+    Pixels are the same as without; see fast_views.py."""
     cache: int = 256
     """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
     kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
@@ -110,6 +114,8 @@ def train_loader(
             f"choose a batch size from 1 to {len(split.labels)}"
         )
     policy = parse(views.train, views.mean)
+    if config.near_resize:
+        policy = near_resized(policy)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
         raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
     dataset = ViewsDataset(split, policy, num_views, config.broken, config.exif, speed, config.device_views)
@@ -282,6 +288,7 @@ class ViewsDataset(Dataset[Batch]):
     def policy(self, policy: Policy) -> None:
         self._policy = policy
         self.batched = BatchedPolicy(policy, near=self.device) if self.batch_policy else None
+        self.planes = PlanePolicy(policy) if self.batch_policy else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -291,22 +298,32 @@ class ViewsDataset(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([item]).items()}
 
     def __getitems__(self, items: list[Item]) -> Batch:
-        positions, images = zip(*self._read(items), strict=True)
+        rows: list[int] = []
+
+        def images() -> Iterator[Any]:
+            for position, image in self._read(items):
+                rows.append(position)
+                yield image
+
         with _random_state_kept():
-            views = (self._begin if self.device else self._augment)(list(images), [seed for _, seed in items])
-        rows = list(positions)
+            views = (self._begin if self.device else self._augment)(images(), [seed for _, seed in items])
         return {**views, "label": torch.from_numpy(self.labels[rows]), "row": torch.from_numpy(self.rows[rows])}
 
-    def _augment(self, images: list[Any], seeds: list[int]) -> Batch:
-        num_views = self.num_views or 1
-        size = _one_size(images)
+    def _augment(self, images: Iterable[Any], seeds: list[int]) -> Batch:
+        """`images` are read one by one where each can be forgotten before the next: memory is used again while warm."""
+        num_views, size = self.num_views or 1, None
+        if self.batched is not None and not self.batched.head:
+            images = list(images)
+            size = _one_size(images)
         if self.batched is not None and size and self.batched.serves(self.policy, size):
             views = self.batched(_stack(images, self.policy), self.batched.draw(seeds, num_views, size))
         else:
-            views = _stack(self._view_by_view(images, seeds, self.policy.augment), self.policy)
-        return {"image": views if self.num_views is None else views.unflatten(0, (len(images), num_views))}
+            serves = self.planes is not None and self.planes.serves(self.policy)
+            augment: Any = self.planes if serves else self.policy.augment
+            views = _stack(self._view_by_view(images, seeds, augment), self.policy)
+        return {"image": views if self.num_views is None else views.unflatten(0, (len(seeds), num_views))}
 
-    def _begin(self, images: list[Any], seeds: list[int]) -> Batch:
+    def _begin(self, images: Iterable[Any], seeds: list[int]) -> Batch:
         """The policy's first steps, and the draws of the others."""
         assert self.batched is not None and self.num_views is not None
         batched, drawn = self.batched, []
@@ -324,13 +341,13 @@ class ViewsDataset(Dataset[Batch]):
             views = _stack(self._view_by_view(images, seeds, begin), self.policy)
             draws = Draws(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
         return {
-            "image": views.unflatten(0, (len(images), -1)),
-            "words": cast(Any, draws.words.reshape(len(images), self.num_views, draws.words.shape[1])),
-            "notes": cast(Any, draws.notes.reshape(len(images), self.num_views, draws.notes.shape[1])),
+            "image": views.unflatten(0, (len(seeds), -1)),
+            "words": cast(Any, draws.words.reshape(len(seeds), self.num_views, draws.words.shape[1])),
+            "notes": cast(Any, draws.notes.reshape(len(seeds), self.num_views, draws.notes.shape[1])),
         }
 
     def _view_by_view(
-        self, images: list[Any], seeds: list[int], augment: Callable[[Image.Image], Image.Image]
+        self, images: Iterable[Any], seeds: list[int], augment: Callable[[Image.Image], Any]
     ) -> list[np.ndarray]:
         views = []
         for image, seed in zip(images, seeds, strict=True):
@@ -340,21 +357,19 @@ class ViewsDataset(Dataset[Batch]):
             views += [np.asarray(augment(image)) for _ in range(self.num_views or 1)]
         return views
 
-    def _read(self, items: list[Item]) -> list[tuple[int, Any]]:
+    def _read(self, items: list[Item]) -> Iterator[tuple[int, Any]]:
         """(position, image) of each item: a PIL image, or an array (H, W, 3) from the cache."""
         if self.cache is None:
             values = self.images.__getitems__([position for position, _ in items])
-            return [
-                self._decode(position, seed, value["image"])
-                for (position, seed), value in zip(items, values, strict=True)
-            ]
+            for (position, seed), value in zip(items, values, strict=True):
+                yield self._decode(position, seed, value["image"])
+            return
         pixels, readable = self.cache
-        return [
-            (position, pixels[position])
-            if readable[position]
-            else self._decode(position, seed, self.images.__getitems__([position])[0]["image"])
-            for position, seed in items
-        ]
+        for position, seed in items:
+            if readable[position]:
+                yield position, pixels[position]
+            else:
+                yield self._decode(position, seed, self.images.__getitems__([position])[0]["image"])
 
     def _decode_all(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The images (N, H, W, 3) and which of them could be read (N,), if they have one size and fit into `limit`
@@ -407,7 +422,7 @@ def _one_size(images: list[Any]) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _stack(views: list[Any], policy: Policy) -> torch.Tensor:
+def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
     """Images or arrays (H, W, 3) to uint8 (len(views), 3, H, W)."""
     arrays = [np.asarray(view) for view in views]
     sizes = {array.shape for array in arrays}
