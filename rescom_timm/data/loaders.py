@@ -52,8 +52,8 @@ class LoaderConfig:
     randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
     come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
     near_resize: bool = False
-    """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 or
-    2 of 1000 numbers of a photograph, which later steps may widen."""
+    """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 to
+    3 of 100 numbers of a photograph, which later steps may widen. For CPUs that cannot keep up."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
