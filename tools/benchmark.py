@@ -4,6 +4,10 @@
     python tools/benchmark.py head --sizes 1000x4 --views 64 --json head.json
     python tools/benchmark.py head --device cuda --json tools/benchmarks/
     python tools/benchmark.py loader --source ../shared/cifar10 -o tools/benchmarks/
+    python tools/benchmark.py step resnet50 --classes 1000 8142 --precision bf16 --channels-last --device cuda
+    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --compile reduce-overhead --device cuda
+    python tools/benchmark.py loop recipes/cifar10_lt_if100_r32.yaml speed.compile=reduce-overhead --steps 300
+    python tools/benchmark.py startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml
 
 `head` is the contrastive part of a step, embeddings given: pairs, mining, loss, backward, enqueue (released mode).
 yardstick    a straightforward dense form: index tensors, gathers, all similarities kept for backward, keys entering
@@ -26,7 +30,21 @@ plain                the same policy of torchvision and timm over PIL, ToTensor,
                      plain, eight bits: without ToTensor and Normalize, which we leave to the device
 image by image       ours with Pillow's steps, one image after the other (speed.batched=false, speed.cache=0)
 batched              ours over whole batches, Pillow's pixels; batched, cached: images decoded once, at the start
+planes               ours, one image after the other in NumPy where that is faster, Pillow's pixels; near resize, with
+                     torch's resize (loader.near_resize)
 for the device       decoding and the policy's first steps; the rest is done on the device (loader.device_views)
+
+`step` is a whole training step as the trainer does it: forward of two views, loss, backward, SGD, on eight-bit images
+that are on the device already.
+plain                Balanced Softmax on both views; our aims in its terms, on a GPU: ResCom at most 1.03 of its time
+                     and 1.05 of its memory with ResNet-50 at 224 (bf16, channels_last), 1.15 with a captured ResNet-32
+rescom               the released mode; dense, with the yardstick above in its place
+It ends with inference: the exported model against a plain timm model of the same weights (1.00, logits equal).
+
+`loop` runs the trainer's own steps of a recipe, with its loader and then without (one batch again and again): images a
+second, the share of time lost to loading, and how long the whole recipe would take.
+
+`startup` is the time from the start of a process to the end of its first training step.
 """
 
 from __future__ import annotations
@@ -34,9 +52,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
+import itertools
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -44,11 +64,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import Dataset as HuggingFaceDataset
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
@@ -63,6 +85,14 @@ from rescom_timm.contrast.queue import ClassBalancedQueue
 from rescom_timm.data.loaders import LoaderConfig, SpeedConfig, finish_views, train_loader
 from rescom_timm.data.sources import DataConfig, Split, load
 from rescom_timm.data.views import CIFAR_MEAN, CIFAR_STD, ViewsConfig, decode, parse
+from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
+from rescom_timm.methods.rescom import QueueConfig, ResCom, RescomConfig
+from rescom_timm.nets.net import Net, check_backbone, create_model
+from rescom_timm.runs.build import build_method, speed_up
+from rescom_timm.runs.launch import launch
+from rescom_timm.runs.recipe import SpeedConfig as TrainSpeed
+from rescom_timm.runs.recipe import load as load_recipe
+from rescom_timm.runs.trainer import Trainer
 
 SIZES = ["10x64", "100x8", "365x8", "1000x4", "1000x8", "8142x4", "8142x8"]
 TEMPERATURE, POSITIVES = 0.2, 1
@@ -444,6 +474,8 @@ def measure_loader(
     }
     if policy == "cifar":
         contenders |= {"batched": ours(cache=0), "batched, cached": ours()}
+    else:
+        contenders |= {"planes": ours(cache=0), "near resize": ours(LoaderConfig(near_resize=True), cache=0)}
     on_device = LoaderConfig(device_views=True)
     contenders["for the device"] = begin = ours(on_device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -489,6 +521,215 @@ def loader_command(options: argparse.Namespace) -> int:
     return 0
 
 
+# --------------------------------------------------------------------------------------------------------------- step
+
+
+class DenseResCom(ResCom):
+    """ResCom's released mode with the yardstick in the place of mining and queue."""
+
+    def __init__(self, net: Net, counts: Tensor, config: RescomConfig) -> None:
+        super().__init__(net, counts, config)
+        self.yardstick = Yardstick(len(counts), config.queue.per_class, self.queue.keys.shape[1])
+        self.queue.enqueue = self.yardstick.enqueue  # type: ignore[method-assign]
+
+    def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.yardstick.loss(embeddings, labels, self.weights[labels], cast(int, self.config.negatives))
+
+
+def measure_step(options: argparse.Namespace, classes: int) -> dict[str, Any]:
+    """One row: milliseconds of a step (medians), ratios to the plain one, memory, calls, and the same of inference."""
+    check_backbone(options.backbone)
+    size = options.size or timm.get_pretrained_cfg(options.backbone.split(".")[0]).input_size[-1]
+    negatives = min(options.negatives, (classes - 1) * options.per_class)
+    counts = torch.linspace(1000, 5, classes).long()
+    rescom = RescomConfig(negatives=negatives, queue=QueueConfig(per_class=options.per_class))
+    accelerator = Accelerator(mixed_precision=options.precision, cpu=options.device == "cpu")
+    images = torch.randint(0, 256, (options.batch, 2, 3, size, size), dtype=torch.uint8, device=accelerator.device)
+    batch = {"image": images, "label": torch.randint(classes, (options.batch,), device=accelerator.device)}
+    steps: dict[str, Callable[[], object]] = {}
+    methods: dict[str, Any] = {}
+    config: Any
+    for name, kind, config in (
+        ("plain", BalancedSoftmax, BalancedSoftmaxConfig(views=2)), ("rescom", ResCom, rescom),
+        ("dense", DenseResCom, rescom),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        method = kind(create_model(options.backbone, classes), counts, config).train()
+        keys = F.normalize(torch.randn(classes * options.per_class, 128), dim=1)
+        if isinstance(method, ResCom):
+            method.queue.enqueue(keys, torch.arange(classes).repeat_interleave(options.per_class))
+        methods[name] = method.to(accelerator.device)
+        speed_up(method.net, TrainSpeed(channels_last=options.channels_last, compile=options.compile))
+        optimizer = torch.optim.SGD(method.net.parameters(), 1e-3, momentum=0.9)
+        method.net, optimizer = accelerator.prepare(method.net, optimizer)
+        steps[name] = partial(_train_step, accelerator, method, optimizer, batch)
+    losses = {name: float(step()) for name, step in steps.items()}  # type: ignore[arg-type]
+    if abs(losses["rescom"] - losses["dense"]) > 1e-2 * abs(losses["dense"]):
+        raise RuntimeError(f"yardstick and package disagree: {losses}")
+    milliseconds = _in_turn(steps, options)
+    memory = {name: (_held(methods[name]) + peak(step, options.device)) / 1e6 for name, step in steps.items()}
+    counted = {name: calls(step, options.device) for name, step in steps.items()}
+    exported = accelerator.unwrap_model(methods["rescom"].net).to_timm().to(accelerator.device)
+    plain = timm.create_model(options.backbone, num_classes=classes).eval().to(accelerator.device)
+    plain.load_state_dict(exported.state_dict())
+    x = torch.randn(options.batch, 3, size, size, device=accelerator.device)
+    with torch.inference_mode():
+        difference = float((plain(x) - exported(x)).abs().max())
+        inference = _in_turn({"plain": lambda: plain(x), "exported": lambda: exported(x)}, options)
+    accelerator.free_memory()
+    return {
+        "backbone": options.backbone, "size": size, "classes": classes, "per_class": options.per_class,
+        "negatives": negatives, "batch": options.batch, "precision": options.precision,
+        "channels_last": options.channels_last, "compile": options.compile, "losses": losses,
+        "milliseconds": milliseconds, "over_plain": {k: v / milliseconds["plain"] for k, v in milliseconds.items()},
+        "megabytes": memory, "memory_over_plain": {k: v / memory["plain"] for k, v in memory.items()},
+        "calls": {name: both[0] for name, both in counted.items()},
+        "synchronisations": {name: both[1] for name, both in counted.items()},
+        "inference_milliseconds": inference, "inference_over_plain": inference["exported"] / inference["plain"],
+        "largest_difference_of_logits": difference,
+    }  # fmt: skip
+
+
+def _train_step(accelerator: Accelerator, method: Any, optimizer: Any, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = method(batch)["loss"]
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def _held(method: nn.Module) -> int:
+    """Bytes of weights, their momentum and buffers between two steps."""
+    weights = 2 * sum(weight.numel() * weight.element_size() for weight in method.parameters())
+    return weights + sum(buffer.numel() * buffer.element_size() for buffer in method.buffers())
+
+
+def _in_turn(steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of each, which take turns; the first three turns warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(options.repetitions + 3):
+        for name, step in steps.items():
+            taken = clocked(step, options.device)
+            if turn >= 3:
+                times[name].append(taken)
+    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+
+
+def step_command(options: argparse.Namespace) -> int:
+    if options.compile in ("true", "false"):
+        options.compile = options.compile == "true"
+    about = machine(options.device)
+    print(f"# {about['device']}, torch {about['torch']}, {about['date']}; {options.backbone}, {options.batch} images "
+          f"of two views, precision {options.precision}; milliseconds, medians of {options.repetitions}")  # fmt: skip
+    rows = []
+    for classes in options.classes:
+        row = measure_step(options, classes)
+        rows.append(row)
+        print(f"K = {classes}, Q = {row['per_class']}, Qn = {row['negatives']}")
+        for name, taken in row["milliseconds"].items():
+            print(f"    {name:<8} {taken:>9.1f} ms {row['over_plain'][name]:>6.3f} x {row['megabytes'][name]:>9.0f} MB "
+                  f"{row['memory_over_plain'][name]:>6.3f} x {row['calls'][name]:>7} calls "
+                  f"{row['synchronisations'][name]:>5} synchronisations")  # fmt: skip
+        print(f"    inference of the exported model {row['inference_over_plain']:.3f} x of timm's, largest difference "
+              f"of logits {row['largest_difference_of_logits']:g}", flush=True)  # fmt: skip
+    keep(options, "step", {**about, "rows": rows})
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- trainer and process
+
+
+def loop_command(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    accelerator = launch(recipe)
+    options.device = accelerator.device.type
+    data = load(recipe.data)
+    trainer = Trainer(recipe, accelerator, data, build_method(recipe, data))
+    trainer.method.train()
+    batches = itertools.chain.from_iterable(trainer.loader for _ in itertools.count())
+    for _ in range(3):  # compiles, starts the workers
+        _trainer_step(trainer, batch := next(batches))
+    fed = _seconds(lambda: _trainer_step(trainer, next(batches)), options)
+    unfed = _seconds(lambda: _trainer_step(trainer, batch), options)
+    steps = trainer.steps_per_epoch * recipe.train.epochs
+    row = {
+        "recipe": Path(options.recipe).stem, "overrides": options.overrides, "steps": options.steps,
+        "processes": accelerator.num_processes, "milliseconds": 1e3 * fed, "without_loading": 1e3 * unfed,
+        "images_per_second": recipe.train.batch_size / fed, "lost_to_loading": max(0.0, 1 - unfed / fed),
+        "steps_of_recipe": steps, "minutes_of_recipe": steps * fed / 60,
+    }  # fmt: skip
+    about = machine(options.device)
+    if accelerator.is_main_process:
+        print(f"# {about['device']}, torch {about['torch']}, {about['date']}, load {about['load']}\n"
+              f"{row['recipe']}: {row['milliseconds']:.1f} ms a step, {row['images_per_second']:.0f} images a second, "
+              f"{100 * row['lost_to_loading']:.1f}% lost to loading; {steps} steps, without evaluation: "
+              f"{row['minutes_of_recipe']:.1f} minutes")  # fmt: skip
+        keep(options, "loop", {**about, "rows": [row]})
+    trainer.close()
+    return 0
+
+
+def _trainer_step(trainer: Trainer, batch: dict[str, Tensor]) -> None:
+    trainer._forward_backward(batch, last=True)
+    trainer._update(sound=True)
+
+
+def _seconds(step: Callable[[], object], options: argparse.Namespace) -> float:
+    """Mean seconds of a step, the device's work included; the host may run ahead within."""
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else int
+    synchronize()
+    begun = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    synchronize()
+    return (time.perf_counter() - begun) / options.steps
+
+
+STARTUP = """
+import sys, time
+begun = [time.perf_counter()]
+from rescom_timm.runs import recipe, trainer
+begun.append(time.perf_counter())
+chosen = recipe.load(sys.argv[1], sys.argv[2:])
+accelerator, data = trainer.launch(chosen), trainer.load(chosen.data)
+begun.append(time.perf_counter())
+run = trainer.Trainer(chosen, accelerator, data, trainer.build_method(chosen, data))
+begun.append(time.perf_counter())
+run.method.train()
+run._forward_backward(next(iter(run.loader)), last=True)["loss"].item()
+run._update(sound=True)
+begun.append(time.perf_counter())
+print(*(after - before for before, after in zip(begun, begun[1:])))
+"""
+
+
+def startup_command(options: argparse.Namespace) -> int:
+    """Each recipe in processes of their own, medians."""
+    recipes = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    about = machine("cpu")
+    print(f"# {about['device']}, {about['cores']} cores, load {about['load']}, torch {about['torch']}, {about['date']}"
+          f"; seconds, medians of {options.repetitions}")  # fmt: skip
+    parts = ("imports", "data", "build", "first step")
+    print(f"{'':<32}" + "".join(f"{part:>12}" for part in (*parts, "process")))
+    rows = []
+    for recipe in recipes:
+        runs = []
+        for _ in range(options.repetitions):
+            begun = time.perf_counter()
+            child = subprocess.run([sys.executable, "-c", STARTUP, recipe, *overrides], capture_output=True, text=True)
+            if child.returncode:
+                print(f"{recipe}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                return 1
+            told = [float(word) for word in child.stdout.split()[-len(parts) :]]
+            runs.append([*told, time.perf_counter() - begun])
+        medians = [sorted(column)[len(column) // 2] for column in zip(*runs, strict=True)]
+        rows.append({"recipe": recipe, **dict(zip((*parts, "process"), medians, strict=True))})
+        print(f"{Path(recipe).stem:<32}" + "".join(f"{value:>12.2f}" for value in medians), flush=True)
+    keep(options, "startup", {**about, "rows": rows})
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -513,8 +754,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loader.add_argument("--device", default="cpu", help="cpu, cuda: where views are finished with loader.device_views")
     loader.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
     loader.set_defaults(run=loader_command)
+    step = commands.add_parser("step", help="a whole training step, and inference")
+    step.add_argument("backbone", help="any name of timm.list_models()")
+    step.add_argument("--size", type=int, help="pixels of the square images; the backbone's by default")
+    step.add_argument("--classes", nargs="+", type=int, default=[1000, 8142])
+    step.add_argument("--per-class", type=int, default=4, help="Q")
+    step.add_argument("--negatives", type=int, default=500, help="Qn, at most (K-1)Q")
+    step.add_argument("--batch", type=int, default=64, help="images, of two views each")
+    step.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    step.add_argument("--channels-last", action="store_true")
+    step.add_argument("--compile", default="false", help="true, false or a mode, as speed.compile")
+    step.add_argument("--repetitions", type=int, default=15)
+    step.add_argument("--device", default="cpu", help="cpu, cuda")
+    step.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
+    step.set_defaults(run=step_command)
+    loop = commands.add_parser("loop", help="the trainer's own loop over a recipe's data")
+    loop.add_argument("recipe")
+    loop.add_argument("overrides", nargs="*", metavar="key=value")
+    loop.add_argument("--steps", type=int, default=100)
+    loop.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
+    loop.set_defaults(run=loop_command)
+    startup = commands.add_parser("startup", help="from the start of a process to its first step")
+    startup.add_argument("words", nargs="+", metavar="RECIPE or key=value")
+    startup.add_argument("--repetitions", type=int, default=3)
+    startup.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
+    startup.set_defaults(run=startup_command, device="cpu")
     options = parser.parse_args(arguments)
-    return int(options.run(options))
+    try:
+        if getattr(options, "device", "cpu").startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
+        return int(options.run(options))
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
