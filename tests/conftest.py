@@ -1,10 +1,13 @@
 """Shared fixtures. Tests over real data skip, with the reason, where that data is absent."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+sys.path.append(str(ROOT / "tools"))  # where a tool finds its own parts, as in: python tools/benchmark.py
 
 
 def _folder(name: str) -> Path:

@@ -1,9 +1,5 @@
 """The fast path against the naive loops, against the readable composition at every size, and its promises."""
 
-import importlib.util
-import json
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarking.common import calls
 from rescom_timm.contrast.mined import composed, largest_, mined_supcon, share_of_largest
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from tests.contrast import reference
@@ -242,20 +239,7 @@ def test_the_queue_is_only_read() -> None:
     assert torch.equal(queries, case.queries)
 
 
-# --- tools/benchmark.py -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("tools_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_no_synchronisation_and_calls_that_do_not_grow_with_the_batch(benchmark: ModuleType) -> None:
+def test_no_synchronisation_and_calls_that_do_not_grow_with_the_batch() -> None:
     queue = ClassBalancedQueue(1000, 4, 8)
     numbers = []
     for views in (16, 128):
@@ -266,34 +250,6 @@ def test_no_synchronisation_and_calls_that_do_not_grow_with_the_batch(benchmark:
             mined_supcon(z, labels, queue, 1, 300, 0.2, keys=z, key_labels=labels).backward()
             queue.enqueue(z, labels)
 
-        numbers.append(benchmark.calls(step, "cpu"))
+        numbers.append(calls(step, "cpu"))
     assert numbers[0] == numbers[1]
     assert numbers[0][0] <= 150 and numbers[0][1] == 0
-
-
-def test_the_yardstick_computes_the_same_loss_and_gradient(benchmark: ModuleType) -> None:
-    head = benchmark.Head(20, 4, 8, 30, 4, "cpu")
-    z, labels = head.batch(10)
-    gradients = {}
-    for name in ("yardstick", "pairs", "mined", "mined/c"):
-        leaf = z.clone().requires_grad_()
-        head.queue.keys.copy_(head.yardstick.keys)
-        head.contenders[name](leaf, labels)
-        gradients[name] = leaf.grad
-        head = benchmark.Head(20, 4, 8, 30, 4, "cpu")
-    for name in ("pairs", "mined", "mined/c"):
-        torch.testing.assert_close(gradients[name], gradients["yardstick"], rtol=1e-4, atol=1e-6)
-
-
-def test_benchmark_writes_a_table_and_json(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "head.json"
-    small = ["--sizes", "6x2", "--views", "8", "--repetitions", "2", "--features", "4", "--dim", "8", "--chunk", "4"]
-    assert benchmark.main(["head", *small, "--json", str(file)]) == 0
-    result = json.loads(file.read_text())
-    assert {"date", "device", "torch", "threads", "rows"} <= result.keys()
-    row = result["rows"][0]
-    assert (row["classes"], row["per_class"], row["views"], row["negatives"]) == (6, 2, 8, 10)
-    assert row["synchronisations"]["mined"] == 0 < row["synchronisations"]["yardstick"]
-    assert "yardstick" in capsys.readouterr().out

@@ -1,14 +1,12 @@
 """Batched views: Pillow's pixels, bit for bit; near ones close to them; the same draws; the same batches."""
 
-import importlib.util
 import io
-import json
 import pickle
 import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -531,48 +529,3 @@ def test_near_resize_in_the_loader(device_views: bool) -> None:
     for line in ("cifar", "random_resized_crop(9,interpolation=bicubic) | flip"):
         with pytest.raises(ValueError, match="loader.near_resize: no bilinear random_resized_crop"):
             train_loader(make_split(), ViewsConfig(line), 2, 5, config=LoaderConfig(near_resize=True), speed=PLAIN)
-
-
-# ---------------------------------------------------------------------------------------------------------- benchmark
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("tools_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_benchmark_of_the_loader_writes_a_table_and_json(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    threads = torch.get_num_threads()
-    try:
-        command = ["loader", "--images", "6", "--batch", "3", "--repetitions", "1", "-o", f"{tmp_path}/results/"]
-        assert benchmark.main(command) == 0
-    finally:
-        torch.set_num_threads(threads)
-    (path,) = (tmp_path / "results").glob("*-loader-cpu.json")
-    record = json.loads(path.read_text())
-    assert {"date", "device", "load", "torch", "versions"} <= record.keys()
-    cifar, imagenet = record["rows"]
-    assert (
-        cifar["over_plain"]["plain"] == 1 and cifar["images_per_second"].keys() > imagenet["images_per_second"].keys()
-    )
-    assert all(rate > 0 for row in record["rows"] for rate in row["images_per_second"].values())
-    assert "batched, cached" in capsys.readouterr().out
-
-
-def test_the_plain_pipeline_of_the_benchmark_is_the_same_policy(benchmark: ModuleType) -> None:
-    (encoded,) = benchmark.photographs(1, 32, 32, "PNG")
-    plain = benchmark.PlainDataset([encoded], "cifar", floats=False)
-    seed_all(3)
-    views = plain[0][0]
-    seed_all(3)
-    policy = parse("cifar")
-    assert torch.equal(views, torch.stack([policy(decode(encoded)) for _ in range(2)]))
-    floats = benchmark.PlainDataset([encoded], "cifar", floats=True)
-    assert floats[0][0].dtype == torch.float32 and floats[0][0].shape == (2, 3, 32, 32)

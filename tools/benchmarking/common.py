@@ -1,0 +1,134 @@
+"""What the parts share: clocks, counts, peaks, the machine, results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells each start and stop on stderr otherwise
+
+
+def common_arguments(parser: argparse.ArgumentParser, repetitions: int, device: str = "cpu, cuda") -> None:
+    """What every part that takes turns is asked."""
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--device", default="cpu", help=device)
+    parser.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
+
+
+def clocked(step: Callable[[], object], device: str) -> float:
+    """Milliseconds of one step."""
+    if device.startswith("cuda"):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begun = clock()
+    step()
+    return 1e3 * (clock() - begun)
+
+
+class _Calls(TorchDispatchMode):
+    """Counts calls that compute (not views, not allocations) and those that give data to the host."""
+
+    to_host = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero", "item")
+    allocate = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "promote_types")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = self.synchronisations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.number += not (func.is_view or name in self.allocate)
+        self.synchronisations += name in self.to_host
+        return func(*args, **(kwargs or {}))
+
+
+def calls(step: Callable[[], object], device: str) -> tuple[int, int]:
+    """(launches, host synchronisations) of a step; on a CPU the calls of torch that would launch or synchronise."""
+    if not device.startswith("cuda"):
+        with _Calls() as counted:
+            step()
+        return counted.number, counted.synchronisations
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    launched = sum("LaunchKernel" in event.key and event.count or 0 for event in profiler.key_averages())
+    return launched, sum("synchroniz" in str(one.message) for one in heard)
+
+
+def peak(step: Callable[[], object], device: str) -> int:
+    """Bytes that a step holds at its peak above what is held before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def machine(device: str) -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "allocator": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+    }
+
+
+def keep(options: argparse.Namespace, command: str, record: dict[str, Any]) -> None:
+    """Write the record as --json says."""
+    if not options.json:
+        return
+    path = Path(options.json)
+    if options.json.endswith("/") or path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path = path / f"{record['date']}-{command}-{options.device}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
