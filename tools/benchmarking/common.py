@@ -22,9 +22,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells each st
 
 def common_arguments(parser: argparse.ArgumentParser, repetitions: int, device: str = "cpu, cuda") -> None:
     """What every part that takes turns is asked."""
-    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--repetitions", type=positive, default=repetitions)
     parser.add_argument("--device", default="cpu", help=device)
     parser.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
+
+
+def positive(word: str) -> int:
+    """A number of the command line that must be at least 1."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+    return int(word)
 
 
 def clocked(step: Callable[[], object], device: str) -> float:
@@ -78,7 +85,9 @@ def calls(step: Callable[[], object], device: str) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    launched = sum("LaunchKernel" in event.key and event.count or 0 for event in profiler.key_averages())
+    launched = sum(
+        event.count for event in profiler.key_averages() if "LaunchKernel" in event.key or "GraphLaunch" in event.key
+    )
     return launched, sum("synchroniz" in str(one.message) for one in heard)
 
 

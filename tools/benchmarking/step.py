@@ -1,19 +1,29 @@
-"""`step`: a whole training step and inference, against plain ones.
+"""`step`: a whole training step, and inference, against plain ones.
 
-    python tools/benchmark.py step resnet50 --classes 1000 8142 --precision bf16 --channels-last --device cuda
-    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --compile reduce-overhead --device cuda
+    python tools/benchmark.py step                                     # ResNet-50 at 224, 1000 and 8142 classes
+    python tools/benchmark.py step resnet50 --precision bf16 --channels-last --device cuda --json tools/benchmarks/
+    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --dim 32 --batch 128 \\
+        --compile reduce-overhead --device cuda
+    python tools/benchmark.py step resnet8_cifar --classes 10 100 --batch 32               # seconds on a CPU
 
-A step is the trainer's: forward of two views, loss, backward, SGD, on eight-bit images that are on the device already.
-plain                Balanced Softmax on both views; our aims in its terms, on a GPU: ResCom at most 1.03 of its time
-                     and 1.05 of its memory with ResNet-50 at 224 (bf16, channels_last), 1.15 with a captured ResNet-32
-rescom               the released mode
-dense                the same with the yardstick of `head` in the place of mining and queue
-It ends with inference: the exported model against a plain timm model of the same weights (1.00, logits equal).
+A step is the trainer's: forward of two views, loss, backward, SGD with momentum, on eight-bit images that are on the
+device already. All contenders start from the same weights and take turns; memory is what each holds at its peak, from
+nothing to its third step: weights, momentum, queue, activations.
+plain        Balanced Softmax on both views, the project's own (its frozen projector runs too)
+rescom       ResCom, released mode, queue full
+dense        the same with the yardstick of `head` in the place of mining and queue
+
+Aims, on a GPU: rescom at most 1.03 x the time and 1.05 x the memory of plain with ResNet-50 at 224 in bf16 and
+channels_last, and at most 1.15 x the time with ResNet-32 at 32 pixels captured as a graph (--compile reduce-overhead).
+
+Inference: a plain timm model with the trained weights against the one that timm reads from our export; aim 1.00 +-
+0.02 and the same logits. The difference from our own net's logits is given beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -22,15 +32,20 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarking.common import calls, clocked, common_arguments, keep, machine, peak
-from benchmarking.head import Yardstick
+from benchmarking.common import calls, clocked, common_arguments, keep, machine, peak, positive
+from benchmarking.head import POSITIVES, TEMPERATURE, Yardstick
 from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
 from rescom_timm.methods.rescom import QueueConfig, ResCom, RescomConfig
-from rescom_timm.nets.net import Net, check_backbone, create_model
-from rescom_timm.runs.build import speed_up
-from rescom_timm.runs.recipe import SpeedConfig
+from rescom_timm.nets.net import Net, ProjectorConfig, check_backbone, create_model
+from rescom_timm.runs.build import build_optimizer, speed_up
+from rescom_timm.runs.export import export
+from rescom_timm.runs.recipe import OptimizerConfig, SpeedConfig
+
+Step = Callable[[], Tensor]
+COMPILE = {"false": False, "true": True, "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
+WARM_UP = 3  # compiling, recording a graph, replaying it
 
 
 class DenseResCom(ResCom):
@@ -38,121 +53,184 @@ class DenseResCom(ResCom):
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig) -> None:
         super().__init__(net, counts, config)
-        self.yardstick = Yardstick(len(counts), config.queue.per_class, self.queue.keys.shape[1])
-        self.queue.enqueue = self.yardstick.enqueue  # type: ignore[method-assign]
+        self.queue = Yardstick(len(counts), config.queue.per_class, self.queue.keys.shape[1])  # type: ignore[assignment]
 
     def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self.yardstick.loss(embeddings, labels, self.weights[labels], cast(int, self.config.negatives))
+        yardstick = cast(Yardstick, self.queue)
+        return yardstick.loss(embeddings, labels, self.weights[labels], cast(int, self.config.negatives))
 
 
-def measure_step(options: argparse.Namespace, classes: int) -> dict[str, Any]:
-    """One row: milliseconds of a step (medians), ratios to the plain one, memory, calls, and the same of inference."""
-    check_backbone(options.backbone)
-    size = options.size or timm.get_pretrained_cfg(options.backbone.split(".")[0]).input_size[-1]
-    negatives = min(options.negatives, (classes - 1) * options.per_class)
+CONTENDERS: dict[str, type[Any]] = {"plain": BalancedSoftmax, "rescom": ResCom, "dense": DenseResCom}
+
+
+def contender(
+    name: str, options: argparse.Namespace, classes: int, accelerator: Accelerator, batch: dict[str, Tensor]
+) -> Step:
+    """A function that does one step and gives its loss, detached."""
+    torch.manual_seed(0)
     counts = torch.linspace(1000, 5, classes).long()
-    rescom = RescomConfig(negatives=negatives, queue=QueueConfig(per_class=options.per_class))
+    net = create_model(options.backbone, classes, projector=ProjectorConfig(dim=options.dim))
+    config = BalancedSoftmaxConfig(views=2) if name == "plain" else rescom_config(options, classes)
+    method = CONTENDERS[name](net, counts, config).train()
+    if name != "plain":
+        keys = F.normalize(torch.randn(classes * options.per_class, options.dim), dim=1)
+        method.queue.enqueue(keys, torch.arange(classes).repeat_interleave(options.per_class))
+    method.to(accelerator.device)
+    speed_up(net, SpeedConfig(channels_last=options.channels_last, compile=options.compile))
+    method.net, optimizer = accelerator.prepare(net, build_optimizer(OptimizerConfig(lr=1e-3), net))
+
+    def step() -> Tensor:
+        loss: Tensor = method(batch)["loss"]
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def rescom_config(options: argparse.Namespace, classes: int) -> RescomConfig:
+    """Raises ValueError where Q, Qn and K do not fit."""
+    default = min(400 if classes <= 100 else 500, (classes - 1) * options.per_class)
+    config = RescomConfig(
+        negatives=options.negatives or default, positives=POSITIVES, temperature=TEMPERATURE,
+        queue=QueueConfig(per_class=options.per_class),
+    )  # fmt: skip
+    config.check_classes(classes)
+    return config
+
+
+def measure_steps(options: argparse.Namespace, classes: int) -> dict[str, Any]:
+    """One row: milliseconds of a step (medians), megabytes, ratios to the plain one, calls, first losses."""
+    torch.compiler.reset()  # what was compiled for other numbers of classes counts as recompiling otherwise
     accelerator = Accelerator(mixed_precision=options.precision, cpu=options.device == "cpu")
-    images = torch.randint(0, 256, (options.batch, 2, 3, size, size), dtype=torch.uint8, device=accelerator.device)
-    batch = {"image": images, "label": torch.randint(classes, (options.batch,), device=accelerator.device)}
-    steps: dict[str, Callable[[], object]] = {}
-    methods: dict[str, Any] = {}
-    config: Any
-    for name, kind, config in (
-        ("plain", BalancedSoftmax, BalancedSoftmaxConfig(views=2)), ("rescom", ResCom, rescom),
-        ("dense", DenseResCom, rescom),
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        method = kind(create_model(options.backbone, classes), counts, config).train()
-        keys = F.normalize(torch.randn(classes * options.per_class, 128), dim=1)
-        if isinstance(method, ResCom):
-            method.queue.enqueue(keys, torch.arange(classes).repeat_interleave(options.per_class))
-        methods[name] = method.to(accelerator.device)
-        speed_up(method.net, SpeedConfig(channels_last=options.channels_last, compile=options.compile))
-        optimizer = torch.optim.SGD(method.net.parameters(), 1e-3, momentum=0.9)
-        method.net, optimizer = accelerator.prepare(method.net, optimizer)
-        steps[name] = partial(_train_step, accelerator, method, optimizer, batch)
-    losses = {name: float(step()) for name, step in steps.items()}  # type: ignore[arg-type]
+    shape = (options.batch, 2, 3, options.size, options.size)
+    batch = {
+        "image": torch.randint(0, 256, shape, dtype=torch.uint8, device=accelerator.device),
+        "label": torch.randint(classes, (options.batch,), device=accelerator.device),
+    }
+    steps: dict[str, Step] = {}
+    losses: dict[str, float] = {}
+    megabytes: dict[str, float] = {}
+
+    def begin(name: str) -> None:
+        steps[name] = contender(name, options, classes, accelerator, batch)
+        losses[name] = [float(steps[name]()) for _ in range(WARM_UP)][0]
+
+    for name in ("plain", *CONTENDERS):  # the first one meets what libraries allocate once and keep
+        steps.pop(name, None)
+        accelerator.free_memory()
+        megabytes[name] = peak(partial(begin, name), options.device) / 1e6
     if abs(losses["rescom"] - losses["dense"]) > 1e-2 * abs(losses["dense"]):
         raise RuntimeError(f"yardstick and package disagree: {losses}")
-    milliseconds = _in_turn(steps, options)
-    memory = {name: (_held(methods[name]) + peak(step, options.device)) / 1e6 for name, step in steps.items()}
+    milliseconds = in_turn(steps, options)
     counted = {name: calls(step, options.device) for name, step in steps.items()}
-    exported = accelerator.unwrap_model(methods["rescom"].net).to_timm().to(accelerator.device)
-    plain = timm.create_model(options.backbone, num_classes=classes).eval().to(accelerator.device)
-    plain.load_state_dict(exported.state_dict())
-    x = torch.randn(options.batch, 3, size, size, device=accelerator.device)
-    with torch.inference_mode():
-        difference = float((plain(x) - exported(x)).abs().max())
-        inference = _in_turn({"plain": lambda: plain(x), "exported": lambda: exported(x)}, options)
     accelerator.free_memory()
     return {
-        "backbone": options.backbone, "size": size, "classes": classes, "per_class": options.per_class,
-        "negatives": negatives, "batch": options.batch, "precision": options.precision,
-        "channels_last": options.channels_last, "compile": options.compile, "losses": losses,
-        "milliseconds": milliseconds, "over_plain": {k: v / milliseconds["plain"] for k, v in milliseconds.items()},
-        "megabytes": memory, "memory_over_plain": {k: v / memory["plain"] for k, v in memory.items()},
+        "classes": classes, "per_class": options.per_class, "negatives": rescom_config(options, classes).negatives,
+        "losses": losses,
+        "milliseconds": milliseconds, "over_plain": over(milliseconds, "plain"),
+        "megabytes": megabytes, "memory_over_plain": over(megabytes, "plain"),
         "calls": {name: both[0] for name, both in counted.items()},
         "synchronisations": {name: both[1] for name, both in counted.items()},
-        "inference_milliseconds": inference, "inference_over_plain": inference["exported"] / inference["plain"],
-        "largest_difference_of_logits": difference,
     }  # fmt: skip
 
 
-def _train_step(accelerator: Accelerator, method: Any, optimizer: Any, batch: dict[str, Tensor]) -> Tensor:
-    loss: Tensor = method(batch)["loss"]
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def measure_inference(options: argparse.Namespace, classes: int) -> dict[str, Any]:
+    """Milliseconds of a batch (medians) and the largest differences of logits. Raises ValueError for a backbone that
+    cannot be exported."""
+    device, size = torch.device(options.device), options.size
+    torch.manual_seed(0)
+    net = create_model(options.backbone, classes)
+    with torch.no_grad():
+        net.train()(torch.randn(4, 3, size, size))  # so that running statistics are no longer a fresh model's
+    plain = net.to_timm()
+    with tempfile.TemporaryDirectory() as folder:
+        export(net, folder, [str(k) for k in range(classes)], (3, size, size))
+        exported = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    x = torch.randn(options.batch, 3, size, size, device=device)
+    for model in (net, plain, exported):
+        model.to(device).eval()
+        if options.channels_last:
+            model.to(memory_format=torch.channels_last)
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.precision)
+    with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision is not None):
+        milliseconds = in_turn({"plain": partial(plain, x), "exported": partial(exported, x)}, options)
+        logits = exported(x)
+        difference, from_net = (float((logits - other).abs().max()) for other in (plain(x), net.classify(x)))
+    return {
+        "classes": classes, "milliseconds": milliseconds, "over_plain": over(milliseconds, "plain"),
+        "difference_of_logits": difference, "difference_from_net": from_net,
+    }  # fmt: skip
 
 
-def _held(method: nn.Module) -> int:
-    """Bytes of weights, their momentum and buffers between two steps."""
-    weights = 2 * sum(weight.numel() * weight.element_size() for weight in method.parameters())
-    return weights + sum(buffer.numel() * buffer.element_size() for buffer in method.buffers())
-
-
-def _in_turn(steps: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of each, which take turns; the first three turns warm up."""
+def in_turn(steps: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of each. A turn is --steps of them, so that the host may run ahead as in training."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.repetitions + 3):
+
+    def several(step: Step) -> None:
+        for _ in range(options.steps):
+            step()
+
+    for turn in range(options.repetitions + 1):
         for name, step in steps.items():
-            taken = clocked(step, options.device)
-            if turn >= 3:
+            taken = clocked(partial(several, step), options.device) / options.steps
+            if turn:  # the first warms up
                 times[name].append(taken)
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
+def over(values: dict[str, float], name: str) -> dict[str, float]:
+    return {key: value / values[name] for key, value in values.items()}
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("backbone", help="any name of timm.list_models()")
-    parser.add_argument("--size", type=int, help="pixels of the square images; the backbone's by default")
-    parser.add_argument("--classes", nargs="+", type=int, default=[1000, 8142])
-    parser.add_argument("--per-class", type=int, default=4, help="Q")
-    parser.add_argument("--negatives", type=int, default=500, help="Qn, at most (K-1)Q")
-    parser.add_argument("--batch", type=int, default=64, help="images, of two views each")
+    parser.add_argument("backbone", nargs="?", default="resnet50", help="any name of timm.list_models(); resnet50")
+    parser.add_argument("--size", type=positive, help="pixels of the square images; the backbone's by default")
+    parser.add_argument("--classes", nargs="+", type=positive, default=[1000, 8142], help="K")
+    parser.add_argument("--per-class", type=positive, default=4, help="Q")
+    parser.add_argument("--negatives", type=positive, help="Qn; default 400 up to 100 classes, 500 above")
+    parser.add_argument("--dim", type=positive, default=128, help="D")
+    parser.add_argument("--batch", type=positive, help="images, of two views each; default 128 on a GPU, 8 on a CPU")
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", default="false", help="true, false or a mode, as speed.compile")
+    parser.add_argument("--compile", default="false", choices=list(COMPILE), help="as speed.compile of a recipe")
+    parser.add_argument("--steps", type=positive, help="of one turn, in a row; default 10 on a GPU, 1 on a CPU")
     common_arguments(parser, repetitions=15)
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.compile in ("true", "false"):
-        options.compile = options.compile == "true"
-    about = machine(options.device)
-    print(f"# {about['device']}, torch {about['torch']}, {about['date']}; {options.backbone}, {options.batch} images "
-          f"of two views, precision {options.precision}; milliseconds, medians of {options.repetitions}")  # fmt: skip
-    rows = []
+    check_backbone(options.backbone)
+    gpu = options.device.startswith("cuda")
+    if options.precision == "fp16" and not gpu:
+        raise ValueError("--precision fp16 does nothing on a CPU; use bf16 or no")
+    options.size = options.size or timm.get_pretrained_cfg(options.backbone.split(".")[0]).input_size[-1]
+    options.batch = options.batch or (128 if gpu else 8)
+    options.compile = COMPILE[options.compile]
+    options.steps = options.steps or (10 if gpu else 1)
     for classes in options.classes:
-        row = measure_step(options, classes)
-        rows.append(row)
+        rescom_config(options, classes)  # what cannot be is told before minutes are spent
+    about = {
+        **machine(options.device),
+        **{key: getattr(options, key) for key in ("backbone", "size", "batch", "dim", "precision", "channels_last",
+                                                  "compile", "steps", "repetitions")},
+    }  # fmt: skip
+    print(f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, torch "
+          f"{about['torch']}, timm {about['timm']}, {about['date']}\n# {options.backbone}, {options.batch} images of "
+          f"{options.size} x {options.size} in two views, precision {options.precision}, channels_last "
+          f"{options.channels_last}, compile {options.compile}; medians of {options.repetitions} turns")  # fmt: skip
+    rows, inference = [], []
+    for classes in options.classes:
+        inference.append(exported := measure_inference(options, classes))
+        rows.append(row := measure_steps(options, classes))
         print(f"K = {classes}, Q = {row['per_class']}, Qn = {row['negatives']}")
+        print(f"    {'':<10}{'ms':>10}{'x plain':>9}{'MB':>10}{'x plain':>9}{'calls':>8}{'syncs':>7}")
         for name, taken in row["milliseconds"].items():
-            print(f"    {name:<8} {taken:>9.1f} ms {row['over_plain'][name]:>6.3f} x {row['megabytes'][name]:>9.0f} MB "
-                  f"{row['memory_over_plain'][name]:>6.3f} x {row['calls'][name]:>7} calls "
-                  f"{row['synchronisations'][name]:>5} synchronisations")  # fmt: skip
-        print(f"    inference of the exported model {row['inference_over_plain']:.3f} x of timm's, largest difference "
-              f"of logits {row['largest_difference_of_logits']:g}", flush=True)  # fmt: skip
-    keep(options, "step", {**about, "rows": rows})
+            print(f"    {name:<10}{taken:>10.2f}{row['over_plain'][name]:>9.3f}{row['megabytes'][name]:>10.1f}"
+                  f"{row['memory_over_plain'][name]:>9.3f}{row['calls'][name]:>8}"
+                  f"{row['synchronisations'][name]:>7}")  # fmt: skip
+        print(f"    inference {exported['milliseconds']['plain']:.2f} ms, of the exported model "
+              f"{exported['over_plain']['exported']:.3f} x; its logits differ by {exported['difference_of_logits']:g}, "
+              f"from our net's by {exported['difference_from_net']:g}", flush=True)  # fmt: skip
+    keep(options, "step", {**about, "rows": rows, "inference": inference})
     return 0
