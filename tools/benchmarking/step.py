@@ -124,7 +124,8 @@ def measure_steps(options: argparse.Namespace, classes: int) -> dict[str, Any]:
     if abs(losses["rescom"] - losses["dense"]) > 1e-2 * abs(losses["dense"]):
         raise RuntimeError(f"yardstick and package disagree: {losses}")
     milliseconds = in_turn(steps, options)
-    counted = {name: calls(step, options.device) for name, step in steps.items()}
+    countable = options.device != "cpu" or not options.compile  # a compiled net cannot be counted on a CPU
+    counted = {name: calls(step, options.device) for name, step in steps.items() if countable}
     accelerator.free_memory()
     return {
         "classes": classes, "per_class": options.per_class, "negatives": rescom_config(options, classes).negatives,
@@ -227,8 +228,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"    {'':<10}{'ms':>10}{'x plain':>9}{'MB':>10}{'x plain':>9}{'calls':>8}{'syncs':>7}")
         for name, taken in row["milliseconds"].items():
             print(f"    {name:<10}{taken:>10.2f}{row['over_plain'][name]:>9.3f}{row['megabytes'][name]:>10.1f}"
-                  f"{row['memory_over_plain'][name]:>9.3f}{row['calls'][name]:>8}"
-                  f"{row['synchronisations'][name]:>7}")  # fmt: skip
+                  f"{row['memory_over_plain'][name]:>9.3f}{row['calls'].get(name, '-'):>8}"
+                  f"{row['synchronisations'].get(name, '-'):>7}")  # fmt: skip
         print(f"    inference {exported['milliseconds']['plain']:.2f} ms, of the exported model "
               f"{exported['over_plain']['exported']:.3f} x; its logits differ by {exported['difference_of_logits']:g}, "
               f"from our net's by {exported['difference_from_net']:g}", flush=True)  # fmt: skip
