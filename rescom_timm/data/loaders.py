@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rescom_timm.data.fast_views import BatchedPolicy, Draws, PlanePolicy, near_resized
+from rescom_timm.data.fast_views import BatchedPolicy, Draws
+from rescom_timm.data.planes import PlanePolicy, near_resized
 from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, seed_all, where
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class SpeedConfig:
     batched: bool = True
     """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
     policy is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow.
-    Pixels are the same as without; see fast_views.py."""
+    Pixels are the same as without; see fast_views.py and planes.py."""
     cache: int = 256
     """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
     kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""

@@ -1,16 +1,10 @@
 """Batched views: Pillow's pixels, bit for bit; near ones close to them; the same draws; the same batches."""
 
-import io
 import pickle
-import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import accelerate
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,9 +15,10 @@ from torchvision import transforms
 from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
 from rescom_timm.data import fast_views
-from rescom_timm.data.fast_views import BatchedPolicy, Draws, PlanePolicy
+from rescom_timm.data.fast_views import BatchedPolicy, Draws
 from rescom_timm.data.loaders import LoaderConfig, SpeedConfig, ViewsDataset, finish_views, set_epoch, train_loader
 from rescom_timm.data.views import ViewsConfig, decode, magnitudes, parse, seed_all
+from tests.data.made_up import PLAIN, assert_equal, made_up, make_split, tensor
 
 EQUAL = [
     "cifar",
@@ -33,30 +28,11 @@ EQUAL = [
     "autoaugment(svhn) | crop(40,4)",
     "crop(40,4) | autoaugment(cifar10) | autoaugment(cifar10)",
 ]
-PLAIN = SpeedConfig(workers=0, batched=False, cache=0)
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 WARPS = list(fast_views._RandAugment.MATRICES)
 OTHERS = [name for name in fast_views._RandAugment.NAMES if name not in WARPS]
 
-
-@pytest.fixture(autouse=True)
-def random_states() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    yield
-    torch.set_rng_state(states[0]), np.random.set_state(states[1]), random.setstate(states[2])
-
-
-def made_up(height: int = 32, width: int = 32) -> np.ndarray:
-    """(16, H, W, 3): noise of every contrast, flat images, two levels, ramps, a single different pixel."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (16, height, width, 3))
-    images = images * np.arange(1, 17)[:, None, None, None] // 16
-    images[0], images[1], images[2] = 0, 255, 77
-    images[3] = np.where(images[3] > 5, 254, 3)
-    images[4] = (np.arange(width) * 255 // (width - 1))[None, :, None]
-    images[5], images[5, 1, 1] = 200, 40
-    images[6] = 100 + images[6] // 64
-    return images.astype(np.uint8)
+pytestmark = pytest.mark.usefixtures("random_states")
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +42,6 @@ def photos(shared_cifar10: Path) -> np.ndarray:
     table = next(pq.ParquetFile(next(shared_cifar10.rglob("test*.parquet"))).iter_batches(200))
     column = next(name for name in table.schema.names if name in ("img", "image"))
     return np.stack([np.asarray(decode(value.as_py())) for value in table.column(column)])
-
-
-def tensor(images: np.ndarray, device: str = "cpu") -> torch.Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 def array(views: torch.Tensor) -> np.ndarray:
@@ -241,25 +213,6 @@ def test_a_library_that_computes_otherwise_is_noticed(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------------------------------ loaders
 
 
-def make_split(sizes: tuple[tuple[int, int], ...] = ((32, 32),) * 20, broken: tuple[int, ...] = ()) -> Any:
-    rng, images = np.random.default_rng(3), []
-    for position, (height, width) in enumerate(sizes):
-        stream = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(stream, "PNG")
-        images.append({"bytes": stream.getvalue()[: 60 if position in broken else None], "path": f"{position}.png"})
-    labels = np.arange(len(sizes)) % 2
-    dataset = datasets.Dataset.from_dict({"image": images, "label": labels})
-    dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    return SimpleNamespace(name="noise", dataset=dataset, labels=labels, rows=np.arange(len(sizes)) + 7)
-
-
-def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys() == {"image", "label", "row"}
-        assert all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize(
     "speed",
     [
@@ -386,146 +339,3 @@ def test_device_views_need_a_step_that_the_device_can_do() -> None:
     for line in ("cifar | blur", "resize(40)", "flip | jitter(.4,.4,.4,.1)"):
         with pytest.raises(ValueError, match="device_views.*cannot be done on the device"):
             train_loader(make_split(), ViewsConfig(line), 2, 5, config=config, speed=PLAIN)
-
-
-# ------------------------------------------------------------------------------------------------------------- planes
-
-PLANED = [
-    "imagenet",
-    "places",
-    "random_resized_crop(48) | randaugment(n4,m9,p1,mstd0.5) | flip | jitter(1,1,1,0) | grayscale(0.5)",
-    "randaugment(n3,tweights,inc1)",
-    "randaugment(n4,m10,p1) | blur | jitter(2,0,2,0) | cutout(5)",
-]
-
-
-@pytest.mark.parametrize("line", PLANED)
-def test_planes_are_pillows_pixels(line: str) -> None:
-    policy, rng = parse(line), np.random.default_rng(6)
-    planes = pickle.loads(pickle.dumps(PlanePolicy(policy)))
-    images = [*made_up(40, 56)]
-    for height, width in ((1, 1), (1, 9), (2, 3), (3, 300), (260, 1), *rng.integers(2, 200, (15, 2))):
-        images.append(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    for seed, pixels in enumerate(images * 2):
-        image = Image.fromarray(pixels)
-        seed_all(seed)
-        expected = [np.asarray(policy.augment(image)) for _ in range(2)] + [torch.rand(1), random.random()]
-        seed_all(seed)
-        found = [planes(image), planes(image), torch.rand(1), random.random()]
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), (seed, pixels.shape)
-        assert np.array_equal(np.asarray(image), pixels), "the image is shared by all views"
-
-
-@pytest.mark.parametrize("name", fast_views._RandAugment.NAMES)
-def test_operations_on_planes_are_pillows(name: str) -> None:
-    images = [*made_up(20, 30), *made_up(31, 17)]
-    for magnitude, spread in ((3, 0.0), (5, 0.0), (8, 0.5), (10, 0.0)):
-        settings = {"img_mean": (10, 100, 200), "magnitude_std": spread}
-        reference = RandAugment([AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=settings)], num_layers=1)
-        step = fast_views._over_planes(reference)
-        for seed, image in enumerate(images):
-            seed_all(seed)
-            expected = np.asarray(reference(Image.fromarray(image)))
-            for view in (Image.fromarray(image), tensor(image[None])[0].numpy()):
-                seed_all(seed)
-                assert np.array_equal(fast_views._planes(step(view)).transpose(1, 2, 0), expected), (magnitude, seed)
-
-
-def test_gray_of_every_colour_and_blends_of_every_pair() -> None:
-    red, green = np.indices((256, 256), dtype=np.uint8)
-    for blue in range(256):
-        colours = np.stack([red, green, np.full_like(red, blue)])
-        expected = np.asarray(Image.fromarray(colours.transpose(1, 2, 0)).convert("L"))
-        assert np.array_equal(fast_views._gray(colours.astype(np.float32)), expected)
-    for factor in (0, 1e-3, 1 / 3, 0.6, 1 - 1e-7, 1, 1 + 1e-7, 1.25, 1.4, 1.9, 2, 7.7):
-        levels = red.astype(np.float32)
-        fast_views._blend_in(levels, green.astype(np.float32), factor)
-        expected = np.asarray(Image.blend(Image.fromarray(green), Image.fromarray(red), factor))
-        assert np.array_equal(levels, expected), factor
-
-
-@pytest.mark.parametrize("cubic", [False, True])
-def test_slides_of_many_slopes_and_offsets(cubic: bool) -> None:
-    image, method = (
-        Image.fromarray(made_up(23, 37)[15]),
-        Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR,
-    )
-    planes, left = fast_views._planes(image), 0
-    for slope in (0, 0.3, -0.3, 1e-4, 0.25, 1.7, -3):
-        for offset in (0, 0.5, -0.4, 1 / 3, 12, -12.3, 1e-13, 60):
-            matrix = (1, slope, offset, 0, 1, 0)
-            expected = image.transform(image.size, Image.Transform.AFFINE, matrix, method, fillcolor=(1, 2, 3))
-            found = fast_views.slide(planes, slope, offset, cubic, (1, 2, 3))
-            if found is None:
-                left += 1
-            else:
-                assert np.array_equal(found.transpose(1, 2, 0), np.asarray(expected)), (slope, offset)
-    assert 0 < left < 20, "only whole steps are left to Pillow"
-
-
-def test_planes_that_would_differ_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not PlanePolicy(parse("resize(40) | flip")).serves(parse("resize(40) | flip"))
-    line = "crop(300) | jitter(.4,.4,.4,0)"
-    assert not PlanePolicy(parse(line)).serves(parse(line)), "too small to try: left to Pillow"
-    assert PlanePolicy(parse("imagenet")).serves(parse("imagenet"))
-    original = fast_views._gray
-    monkeypatch.setattr(fast_views, "_gray", lambda levels: original(levels) + np.float32(1))
-    with pytest.warns(RuntimeWarning, match="differs from Pillow's"):
-        assert not PlanePolicy(parse("imagenet")).serves(parse("imagenet"))
-
-
-def odd_split() -> Any:
-    """Gray, transparent, CMYK, palette and tiny images, and two that are broken."""
-    images = []
-    for position, mode in enumerate(("L", "RGBA", "CMYK", "RGB", "P", "1", "RGB", "RGB") * 2):
-        image = Image.fromarray(made_up(50 + position, 70)[position])
-        image = image.resize((1, 1)) if position == 3 else image
-        stream = io.BytesIO()
-        image.convert(mode).save(stream, "JPEG" if mode == "CMYK" else "PNG")
-        images.append({"bytes": stream.getvalue()[: 60 if position in (6, 7) else None], "path": f"{position}"})
-    dataset = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image(decode=False))
-    return SimpleNamespace(name="odd", dataset=dataset, labels=np.arange(16) % 2, rows=np.arange(16))
-
-
-@pytest.mark.filterwarnings("ignore:cannot read the image:RuntimeWarning")
-def test_batches_by_planes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    views, config = ViewsConfig(parse("imagenet").text.replace("(224", "(40")), LoaderConfig(broken="skip")
-    plain = list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=PLAIN))
-    calls, original = [], PlanePolicy.__call__
-    monkeypatch.setattr(PlanePolicy, "__call__", lambda *a: calls.append(1) or original(*a))  # type: ignore[func-returns-value]
-    assert_equal(list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))), plain)
-    assert len(calls) > 30
-
-
-@pytest.mark.parametrize("kind", ["noise", "smooth", "edges"])
-def test_near_resize_is_within_a_level(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, rng = parse("random_resized_crop(64,0.05,1) | flip"), np.random.default_rng(7)
-    near, different = fast_views.near_resized(policy), []
-    assert near.text == policy.text
-    for seed in range(60):
-        noise = rng.integers(0, 2, (90, 120, 3)) * 255 if kind == "edges" else rng.integers(0, 256, (90, 120, 3))
-        image = Image.fromarray(noise.astype(np.uint8))
-        image = image.resize((9, 12)).resize((120, 90), Image.Resampling.BICUBIC) if kind == "smooth" else image
-        seed_all(seed)
-        expected = np.asarray(policy.augment(image)).astype(int)
-        for augment in (near.augment, PlanePolicy(near)):
-            seed_all(seed)
-            difference = np.abs(np.asarray(augment(image)) - expected)  # type: ignore[operator]
-            assert difference.max() <= 1
-            different.append((difference > 0).mean())
-    assert np.mean(different) < (0.005 if kind == "smooth" else 0.1)
-
-
-@pytest.mark.parametrize("device_views", [False, True])
-def test_near_resize_in_the_loader(device_views: bool) -> None:
-    line = "random_resized_crop(40) | flip | jitter(.4,.4,.4,0)"
-    views, config = ViewsConfig(line), LoaderConfig(near_resize=True, device_views=device_views)
-    plain = next(iter(train_loader(make_split(), views, 2, 20, 1, speed=PLAIN)))
-    for speed in (PLAIN, SpeedConfig(workers=0, cache=0)):
-        loader = train_loader(make_split(), views, 2, 20, 1, config=config, speed=speed)
-        found = finish_views(views, config)(next(iter(loader)))
-        difference = (found["image"].int() - plain["image"].int()).abs()
-        assert torch.equal(found["row"], plain["row"]) and difference.max() <= 4 and difference.float().mean() < 0.2
-    for line in ("cifar", "random_resized_crop(9,interpolation=bicubic) | flip"):
-        with pytest.raises(ValueError, match="loader.near_resize: no bilinear random_resized_crop"):
-            train_loader(make_split(), ViewsConfig(line), 2, 5, config=LoaderConfig(near_resize=True), speed=PLAIN)
