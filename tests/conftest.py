@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from rescom_timm.runs import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -30,3 +33,16 @@ def shared_cifar10() -> Path:
 @pytest.fixture(scope="session")
 def shared_lists() -> Path:
     return _folder("lists")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Accelerate's state as in a fresh process on the CPU, and again afterwards."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    for name in launch.STARTED:
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield monkeypatch
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

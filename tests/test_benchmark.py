@@ -9,6 +9,8 @@ import torch
 import benchmark
 from benchmarking.head import Head
 from benchmarking.loader import PlainDataset, photographs
+from benchmarking.loop import Watched
+from benchmarking.startup import on_digits
 from rescom_timm.data.views import decode, parse, seed_all
 
 ROOT = Path(__file__).parents[1]
@@ -70,32 +72,73 @@ def test_the_plain_pipeline_of_the_benchmark_is_the_same_policy():
     assert floats[0][0].dtype == torch.float32 and floats[0][0].shape == (2, 3, 32, 32)
 
 
-def test_step_compares_three_losses_of_one_net_and_the_exported_model(tmp_path, capsys):
+def test_step_compares_three_losses_of_one_net(alone, tmp_path, capsys):
     file = tmp_path / "step.json"
-    small = ["--classes", "6", "--per-class", "3", "--negatives", "4", "--batch", "4", "--repetitions", "1"]
+    small = ["--classes", "6", "8", "--per-class", "3", "--negatives", "4", "--batch", "4", "--repetitions", "1"]
+    assert benchmark.main(["step", "resnet8_cifar", *small, "--steps", "2", "-o", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert {"date", "device", "torch", "timm", "threads"} <= record.keys()
+    assert (record["backbone"], record["size"], record["batch"], record["compile"]) == ("resnet8_cifar", 32, 4, False)
+    assert [row["classes"] for row in record["rows"]] == [6, 8]
+    for row in record["rows"]:
+        assert row["negatives"] == 4
+        assert row["losses"]["rescom"] == pytest.approx(row["losses"]["dense"], rel=1e-4)
+        assert row["losses"]["plain"] < row["losses"]["rescom"], "plain, and half a contrastive loss"
+        for name in ("plain", "rescom", "dense"):
+            assert row["over_plain"][name] == row["milliseconds"][name] / row["milliseconds"]["plain"] > 0
+            assert row["memory_over_plain"][name] == row["megabytes"][name] / row["megabytes"]["plain"] > 0.9
+        assert row["calls"]["plain"] < row["calls"]["rescom"] < row["calls"]["dense"]
+        assert row["synchronisations"]["plain"] == row["synchronisations"]["rescom"] == 0
+        assert row["synchronisations"]["dense"] >= 4, "keys enter one by one"
+    out = capsys.readouterr()
+    assert "rescom" in out.out and "USDT" not in out.err
+
+
+def test_the_exported_model_is_a_plain_timm_model(alone, tmp_path):
+    file = tmp_path / "step.json"
+    small = ["--classes", "5", "--batch", "2", "--repetitions", "1", "--size", "32"]
+    assert benchmark.main(["step", "test_resnet", *small, "--precision", "bf16", "-o", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["inference"]
+    assert row["difference_of_logits"] == row["difference_from_net"] == 0
+    assert row["over_plain"]["exported"] == row["milliseconds"]["exported"] / row["milliseconds"]["plain"] > 0
+
+
+def test_memory_holds_what_a_large_queue_adds(alone, tmp_path):
+    file = tmp_path / "step.json"
+    small = ["--classes", "500", "--per-class", "8", "--batch", "2", "--repetitions", "1", "--negatives", "9"]
     assert benchmark.main(["step", "resnet8_cifar", *small, "-o", str(file)]) == 0
-    (row,) = json.loads(file.read_text())["rows"]
-    assert row["losses"]["rescom"] == pytest.approx(row["losses"]["dense"], rel=1e-3)
-    assert row["losses"]["plain"] < row["losses"]["rescom"]
-    assert row["over_plain"]["rescom"] == pytest.approx(row["milliseconds"]["rescom"] / row["milliseconds"]["plain"])
-    assert row["memory_over_plain"]["plain"] == 1 and 0.9 < row["memory_over_plain"]["rescom"] < 2
-    assert row["synchronisations"]["rescom"] == 0 < row["synchronisations"]["dense"]
-    assert row["largest_difference_of_logits"] == 0
-    assert "inference of the exported model" in capsys.readouterr().out
+    megabytes = json.loads(file.read_text())["rows"][0]["megabytes"]
+    assert megabytes["rescom"] - megabytes["plain"] > 500 * 8 * 128 * 4 / 1e6, "the keys"
+    assert megabytes["dense"] - megabytes["rescom"] > 0.9 * 500 * 499 * 8 * 8 / 1e6, "the index of other classes' keys"
 
 
-def test_loop_runs_the_recipes_own_steps(tmp_path, monkeypatch, capsys):
+def test_loop_runs_the_trainers_own_epochs(alone, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quick = ["net.backbone=resnet8_cifar", "train.batch_size=8", "train.epochs=5", "schedule.warmup_epochs=0"]
-    assert benchmark.main(["loop", DIGITS, *quick, "--steps", "2", "-o", "loop.json"]) == 0
+    quick = ["net.backbone=resnet8_cifar", "train.batch_size=80", "train.epochs=5", "schedule.warmup_epochs=0"]
+    quick += ["evaluation.every=2", "--evaluate"]
+    assert benchmark.main(["loop", DIGITS, *quick, "--steps", "9", "-o", "loop.json"]) == 0
     record = json.loads(Path("loop.json").read_text())
     (row,) = record["rows"]
-    assert row["steps_of_recipe"] == 5 * (364 // 8)
-    assert row["images_per_second"] == pytest.approx(8e3 / row["milliseconds"])
-    assert row["minutes_of_recipe"] == pytest.approx(row["steps_of_recipe"] * row["milliseconds"] / 6e4)
-    assert 0 <= row["lost_to_loading"] < 1
+    assert row["steps_of_recipe"] == 5 * (364 // 80) and row["evaluations_of_recipe"] == 3
+    assert row["images_per_second"] == pytest.approx(80e3 / row["milliseconds"])
+    seconds = row["steps_of_recipe"] * row["milliseconds"] / 1e3 + 3 * row["seconds_of_evaluation"]
+    assert row["minutes_of_recipe"] == pytest.approx(seconds / 60)
+    assert 0 <= row["lost_to_loading"] < 1 and 0 < row["waiting"] < 1
     assert [path.name for path in tmp_path.iterdir()] == ["loop.json"], "no run is written"
-    assert "lost to loading" in capsys.readouterr().out
+    assert "of the time lost" in capsys.readouterr().out
+
+
+def test_a_watched_loader_gives_as_many_batches_as_asked_over_any_number_of_epochs():
+    watched = Watched([{"row": 0}, {"row": 1}, {"row": 2}])
+    watched.left = 7
+    epochs = []
+    while watched.left:
+        epochs.append([batch["row"] for batch in watched])
+    assert epochs == [[0, 1, 2], [0, 1, 2], [0]]
+    watched.left = 3  # what is left of an epoch, then the next
+    assert [[batch["row"] for batch in watched] for _ in range(2)] == [[1, 2], [0]]
+    watched.left, watched.again, watched.iterator = 4, True, None
+    assert [[batch["row"] for batch in watched] for _ in range(2)] == [[0, 0, 0], [0]]
 
 
 def test_startup_is_cut_into_its_parts(tmp_path):
@@ -103,14 +146,22 @@ def test_startup_is_cut_into_its_parts(tmp_path):
     words = [DIGITS, "net.backbone=resnet8_cifar", "train.batch_size=8"]
     assert benchmark.main(["startup", *words, "--repetitions", "1", "-o", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
-    parts = [row[part] for part in ("imports", "data", "build", "first step")]
-    assert all(part > 0 for part in parts) and sum(parts) < row["process"]
+    *parts, whole = row["seconds"].values()
+    assert list(row["seconds"]) == ["interpreter", "imports", "data", "build", "first step", "in all"]
+    assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
+
+
+def test_startup_knows_the_recipes_that_need_nothing():
+    names = [path.stem for path in on_digits()]
+    assert "digits_lt" in names and "digits_lt_crt" not in names
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["step", "resnet8_cifr"], "did you mean resnet8_cifar"),
+        (["step", "resnet8_cifar", "--classes", "3", "--negatives", "9"], "lower negatives"),
+        (["step", "resnet8_cifar", "--precision", "fp16"], "use bf16 or no"),
         (["loop", DIGITS, "train.epoch=5"], "did you mean train.epochs"),
         (["loop", "nowhere.yaml"], "nowhere.yaml"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
@@ -120,6 +171,12 @@ def test_what_cannot_be_measured_is_one_clear_line(capsys, words, message):
     assert benchmark.main(words) == 1
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1 and message in told[0]
+
+
+def test_a_number_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["head", "--repetitions", "0"])
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -1,67 +1,90 @@
 """`startup`: the time from the start of a process to the end of its first training step.
 
-    python tools/benchmark.py startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml
+    python tools/benchmark.py startup                                  # the recipes of the embedded digits
+    python tools/benchmark.py startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10
 
-Seconds, in parts: imports, data, build (method, loaders), first step.
+Seconds, in parts: the interpreter, imports (those of tools/train.py), data (recipe, index), build (net, loaders), first
+step. Each recipe starts in processes of its own, which take turns; key=value changes all recipes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarking.common import keep, machine
+import torch
 
-STARTUP = """
-import sys, time
-begun = [time.perf_counter()]
+from benchmarking.common import keep, machine, positive
+from rescom_timm.methods import SECOND_STAGE
+from rescom_timm.runs.recipe import load
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+PARTS = ("interpreter", "imports", "data", "build", "first step")
+
+CHILD = """
+import time
+times = [time.monotonic()]
+import json, sys
 from rescom_timm.runs import recipe, trainer
-begun.append(time.perf_counter())
+times.append(time.monotonic())
 chosen = recipe.load(sys.argv[1], sys.argv[2:])
 accelerator, data = trainer.launch(chosen), trainer.load(chosen.data)
-begun.append(time.perf_counter())
-run = trainer.Trainer(chosen, accelerator, data, trainer.build_method(chosen, data))
-begun.append(time.perf_counter())
+times.append(time.monotonic())
+run = trainer.Trainer(chosen, accelerator, data, trainer.build_method(chosen, data, start=True))
+times.append(time.monotonic())
 run.method.train()
 run._forward_backward(next(iter(run.loader)), last=True)["loss"].item()
 run._update(sound=True)
-begun.append(time.perf_counter())
-print(*(after - before for before, after in zip(begun, begun[1:])))
+times.append(time.monotonic())
+print(json.dumps(times))
 """
 
 
+def start(recipe: Path, overrides: list[str]) -> list[float]:
+    """Seconds of each part in one child process. Raises ValueError with the last line that a child that fails says."""
+    begun = time.monotonic()  # the clock of all processes
+    child = subprocess.run([sys.executable, "-c", CHILD, str(recipe), *overrides], capture_output=True, text=True)
+    if child.returncode:
+        raise ValueError(f"{recipe}: {child.stderr.strip().splitlines()[-1]}")
+    times = [begun, *json.loads(child.stdout.splitlines()[-1])]
+    return [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
+
+
+def on_digits() -> list[Path]:
+    """The recipes that need neither a network nor another run."""
+    recipes = {path: load(path) for path in sorted(RECIPES.glob("digits*.yaml"))}
+    return [path for path, recipe in recipes.items() if recipe.method.name not in SECOND_STAGE]
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="RECIPE or key=value")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("words", nargs="*", metavar="RECIPE or key=value", help="default: the recipes of the digits")
+    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Each recipe in processes of their own, medians."""
-    recipes = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
-    about = machine("cpu")
+    recipes = [Path(word) for word in options.words if "=" not in word] or on_digits()
+    for recipe in recipes:
+        load(recipe, overrides)  # what is wrong is told before a process is started
+    about = machine(options.device)
     print(f"# {about['device']}, {about['cores']} cores, load {about['load']}, torch {about['torch']}, {about['date']}"
           f"; seconds, medians of {options.repetitions}")  # fmt: skip
-    parts = ("imports", "data", "build", "first step")
-    print(f"{'':<32}" + "".join(f"{part:>12}" for part in (*parts, "process")))
+    runs: dict[Path, list[list[float]]] = {recipe: [] for recipe in recipes}
+    for _ in range(options.repetitions):
+        for recipe in recipes:
+            runs[recipe].append(start(recipe, overrides))
+    print(f"{'':<40}" + "".join(f"{part:>12}" for part in (*PARTS, "in all")))
     rows = []
-    for recipe in recipes:
-        runs = []
-        for _ in range(options.repetitions):
-            begun = time.perf_counter()
-            child = subprocess.run([sys.executable, "-c", STARTUP, recipe, *overrides], capture_output=True, text=True)
-            if child.returncode:
-                print(f"{recipe}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                return 1
-            told = [float(word) for word in child.stdout.split()[-len(parts) :]]
-            runs.append([*told, time.perf_counter() - begun])
-        medians = [sorted(column)[len(column) // 2] for column in zip(*runs, strict=True)]
-        rows.append({"recipe": recipe, **dict(zip((*parts, "process"), medians, strict=True))})
-        print(f"{Path(recipe).stem:<32}" + "".join(f"{value:>12.2f}" for value in medians), flush=True)
-    keep(options, "startup", {**about, "rows": rows})
+    for recipe, taken in runs.items():
+        columns = [*zip(*taken, strict=True), [sum(parts) for parts in taken]]
+        medians = [sorted(column)[len(column) // 2] for column in columns]
+        rows.append({"recipe": recipe.stem, "seconds": dict(zip((*PARTS, "in all"), medians, strict=True))})
+        print(f"{recipe.stem:<40}" + "".join(f"{value:>12.2f}" for value in medians), flush=True)
+    keep(options, "startup", {**about, "overrides": overrides, "rows": rows})
     return 0
