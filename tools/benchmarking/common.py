@@ -131,13 +131,18 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def keep(options: argparse.Namespace, command: str, record: dict[str, Any]) -> None:
-    """Write the record as --json says."""
+def keep(options: argparse.Namespace, what: str, record: dict[str, Any]) -> None:
+    """Write the record as --json says. what: measured, part of the name of a dated file."""
     if not options.json:
         return
     path = Path(options.json)
     if options.json.endswith("/") or path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
-        path = path / f"{record['date']}-{command}-{options.device}.json"
+        path = path / f"{record['date']}-{what.replace('/', '-')}-{options.device}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
+
+
+def kept(overrides: list[str]) -> list[str]:
+    """What a record tells of key=value words: not where on this machine the data are."""
+    return [word for word in overrides if not word.startswith("data.source=")]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarking.common import keep, machine, positive
+from benchmarking.common import keep, kept, machine, positive
 from rescom_timm.data.sources import load
 from rescom_timm.runs.build import build_method
 from rescom_timm.runs.launch import launch
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     evaluation = now() - begun
     steps = trainer.steps_per_epoch * recipe.train.epochs
     row = {
-        "recipe": Path(options.recipe).stem, "overrides": options.overrides, "steps": options.steps,
+        "recipe": Path(options.recipe).stem, "overrides": kept(options.overrides), "steps": options.steps,
         "processes": accelerator.num_processes, "milliseconds": 1e3 * fed, "without_loading": 1e3 * unfed,
         "images_per_second": recipe.train.batch_size / fed, "lost_to_loading": max(0.0, 1 - unfed / fed),
         "waiting": waiting / fed,
@@ -123,6 +123,6 @@ def run(options: argparse.Namespace) -> int:
               f"loading: {100 * row['lost_to_loading']:.1f}% of the time lost, {100 * row['waiting']:.1f}% waiting\n"
               f"{recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, {evaluations} evaluations of "
               f"{evaluation:.1f} s: {row['minutes_of_recipe']:.1f} minutes")  # fmt: skip
-        keep(options, "loop", {**about, "rows": [row]})
+        keep(options, f"loop-{row['recipe']}", {**about, "rows": [row]})
     trainer.close()
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarking.common import keep, machine, positive
+from benchmarking.common import keep, kept, machine, positive
 from rescom_timm.methods import SECOND_STAGE
 from rescom_timm.runs.recipe import load
 
@@ -86,5 +86,5 @@ def run(options: argparse.Namespace) -> int:
         medians = [sorted(column)[len(column) // 2] for column in columns]
         rows.append({"recipe": recipe.stem, "seconds": dict(zip((*PARTS, "in all"), medians, strict=True))})
         print(f"{recipe.stem:<40}" + "".join(f"{value:>12.2f}" for value in medians), flush=True)
-    keep(options, "startup", {**about, "overrides": overrides, "rows": rows})
+    keep(options, "startup", {**about, "overrides": kept(overrides), "rows": rows})
     return 0

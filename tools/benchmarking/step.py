@@ -233,5 +233,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"    inference {exported['milliseconds']['plain']:.2f} ms, of the exported model "
               f"{exported['over_plain']['exported']:.3f} x; its logits differ by {exported['difference_of_logits']:g}, "
               f"from our net's by {exported['difference_from_net']:g}", flush=True)  # fmt: skip
-    keep(options, "step", {**about, "rows": rows, "inference": inference})
+    keep(options, f"step-{options.backbone}", {**about, "rows": rows, "inference": inference})
     return 0
