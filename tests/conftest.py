@@ -4,9 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-
-from rescom_timm.runs import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -38,6 +35,10 @@ def shared_lists() -> Path:
 @pytest.fixture
 def alone(monkeypatch):
     """Accelerate's state as in a fresh process on the CPU, and again afterwards."""
+    from accelerate.state import AcceleratorState, GradientState  # tests/hub_cases.py must come before huggingface_hub
+
+    from rescom_timm.runs import launch
+
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     for name in launch.STARTED:
         monkeypatch.delenv(name, raising=False)
