@@ -100,7 +100,7 @@ class _MinedSupcon(torch.autograd.Function):
         ctx: Any, queries: Tensor, keys: Tensor, labels: Tensor, key_labels: Tensor, first: int, queue: Tensor,
         valid: Tensor, classes: int, qp: int, qn: int, temperature: float, scale: Tensor, chunk: int,
     ) -> Tensor:  # fmt: skip
-        grad_queries, grad_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+        grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
         loss = queries.new_zeros(())
         queries = queries / temperature
         # Added by the product itself, so that no slot not yet filled is ever a pair.
@@ -121,12 +121,12 @@ class _MinedSupcon(torch.autograd.Function):
             part, gradient = _loss_and_gradient(logits, positive, scale[rows], share)
             loss += part
             grad_near, grad_own, grad_far = gradient.split([len(keys), qp, logits.shape[1] - positive.shape[1]], dim=1)
+            grad_queries[rows] = grad_near @ keys
             if dense:
-                grad_queries[rows] = grad_far.scatter_(1, own_slots, grad_own) @ queue
+                grad_queries[rows].addmm_(grad_far.scatter_(1, own_slots, grad_own), queue)
             elif qp + qn:
                 weights, slots = torch.cat([grad_own, grad_far], dim=1), torch.cat([own_slots, slots], dim=1)
-                grad_queries[rows] = F.embedding_bag(slots, queue, per_sample_weights=weights, mode="sum")
-            grad_queries[rows].addmm_(grad_near, keys)
+                grad_queries[rows] += F.embedding_bag(slots, queue, per_sample_weights=weights, mode="sum")
             grad_keys.addmm_(grad_near.T, queries[rows])
         ctx.save_for_backward(grad_queries.div_(temperature), grad_keys)
         return loss
