@@ -131,6 +131,14 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def heading(about: dict[str, Any]) -> str:
+    """The first words of a table: where it was measured."""
+    return (
+        f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, "
+        f"torch {about['torch']}"
+    )
+
+
 def keep(options: argparse.Namespace, what: str, record: dict[str, Any]) -> None:
     """Write the record as --json says. what: measured, part of the name of a dated file."""
     if not options.json:

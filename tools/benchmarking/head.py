@@ -24,13 +24,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from statistics import median_high
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarking.common import calls, clocked, common_arguments, keep, machine, peak
+from benchmarking.common import calls, clocked, common_arguments, heading, keep, machine, peak
 from rescom_timm.contrast.losses import balanced_softmax
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue
@@ -152,7 +153,7 @@ def measure_head(
         for name, step in head.contenders.items():
             leaf = z.clone().requires_grad_()
             times[name].append(clocked(partial(step, leaf, y), device))
-    milliseconds = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    milliseconds = {name: median_high(values) for name, values in times.items()}
     least = {name: min(values) for name, values in times.items()}
     leaf = z.clone().requires_grad_()
     complete = {name: step for name, step in head.contenders.items() if not name.startswith("floor")}
@@ -208,8 +209,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     about = machine(options.device)
-    print(f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, torch "
-          f"{about['torch']}, {about['date']}; milliseconds, medians of {options.repetitions}")  # fmt: skip
+    print(f"{heading(about)}, {about['date']}; milliseconds, medians of {options.repetitions}")
     names = ["yardstick", "pairs", "mined", "mined/c", "floor", "floor-u"]
     columns = [*names, "yard/mined", "mined/floor", "calls", "syncs", "MB", "MB/c", "MB yard"]
     print(f"{'K':>5} {'Q':>3} {'views':>5} {'Qn':>4} " + " ".join(f"{column:>11}" for column in columns))

@@ -17,6 +17,7 @@ import argparse
 import io
 from collections.abc import Callable
 from functools import partial
+from statistics import median_high
 from importlib.metadata import version
 from typing import Any
 
@@ -130,7 +131,7 @@ def measure_loader(
             taken = clocked(step, "cpu")
             if turn:  # the first warms up
                 seconds[name].append(taken / 1e3)
-    rate = {name: batch / sorted(values)[len(values) // 2] for name, values in seconds.items()}
+    rate = {name: batch / median_high(values) for name, values in seconds.items()}
     finish, begun = finish_views(views, on_device), begin()
     begun = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in begun.items()}
     turns = repetitions if device.startswith("cuda") else 1  # on a CPU it only has to run

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarking.common import keep, kept, machine, positive
+from benchmarking.common import heading, keep, kept, machine, positive
 from rescom_timm.data.sources import load
 from rescom_timm.runs.build import build_method
 from rescom_timm.runs.launch import launch
@@ -116,8 +116,7 @@ def run(options: argparse.Namespace) -> int:
     }  # fmt: skip
     if accelerator.is_main_process:
         about = machine(options.device)
-        print(f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, "
-              f"torch {about['torch']}, {about['date']}; {row['recipe']}, {row['processes']} process(es)\n"
+        print(f"{heading(about)}, {about['date']}; {row['recipe']}, {row['processes']} process(es)\n"
               f"{row['milliseconds']:.1f} ms a step of {recipe.train.batch_size} images, mean of {options.steps}: "
               f"{row['images_per_second']:.0f} images a second\n"
               f"loading: {100 * row['lost_to_loading']:.1f}% of the time lost, {100 * row['waiting']:.1f}% waiting\n"

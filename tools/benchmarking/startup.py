@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median_high
 
 import torch
 
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     rows = []
     for recipe, taken in runs.items():
         columns = [*zip(*taken, strict=True), [sum(parts) for parts in taken]]
-        medians = [sorted(column)[len(column) // 2] for column in columns]
+        medians = [median_high(column) for column in columns]
         rows.append({"recipe": recipe.stem, "seconds": dict(zip((*PARTS, "in all"), medians, strict=True))})
         print(f"{recipe.stem:<40}" + "".join(f"{value:>12.2f}" for value in medians), flush=True)
     keep(options, "startup", {**about, "overrides": kept(overrides), "rows": rows})

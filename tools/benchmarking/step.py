@@ -26,6 +26,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from statistics import median_high
 from typing import Any, cast
 
 import timm
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from benchmarking.common import calls, clocked, common_arguments, keep, machine, peak, positive
+from benchmarking.common import calls, clocked, common_arguments, heading, keep, machine, peak, positive
 from benchmarking.head import POSITIVES, TEMPERATURE, Yardstick
 from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
 from rescom_timm.methods.rescom import QueueConfig, ResCom, RescomConfig
@@ -178,7 +179,7 @@ def in_turn(steps: dict[str, Any], options: argparse.Namespace) -> dict[str, flo
             taken = clocked(partial(several, step), options.device) / options.steps
             if turn:  # the first warms up
                 times[name].append(taken)
-    return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    return {name: median_high(values) for name, values in times.items()}
 
 
 def over(values: dict[str, float], name: str) -> dict[str, float]:
@@ -216,8 +217,7 @@ def run(options: argparse.Namespace) -> int:
         **{key: getattr(options, key) for key in ("backbone", "size", "batch", "dim", "precision", "channels_last",
                                                   "compile", "steps", "repetitions")},
     }  # fmt: skip
-    print(f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, torch "
-          f"{about['torch']}, timm {about['timm']}, {about['date']}\n# {options.backbone}, {options.batch} images of "
+    print(f"{heading(about)}, timm {about['timm']}, {about['date']}\n# {options.backbone}, {options.batch} images of "
           f"{options.size} x {options.size} in two views, precision {options.precision}, channels_last "
           f"{options.channels_last}, compile {options.compile}; medians of {options.repetitions} turns")  # fmt: skip
     rows, inference = [], []
