@@ -17,8 +17,8 @@ import argparse
 import io
 from collections.abc import Callable
 from functools import partial
-from statistics import median_high
 from importlib.metadata import version
+from statistics import median_high
 from typing import Any
 
 import numpy as np
