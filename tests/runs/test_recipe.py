@@ -57,6 +57,15 @@ def test_numbers_in_yaml_are_what_people_mean(tmp_path):
     assert load(DIGITS, ["schedule={name: steps, milestones: [3, 5]}"]).schedule.milestones == (3, 5)
 
 
+def test_only_true_and_false_are_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {source: digits}\ntrain: {precision: no}\nspeed: {compile: false}\n")
+    recipe = load(tmp_path / "a.yaml", ["speed.channels_last=True"])
+    assert (recipe.train.precision, recipe.speed.compile, recipe.speed.channels_last) == ("no", False, True)
+    assert load(DIGITS, ["train.precision=bf16", "train.precision=no"]).train.precision == "no"
+    with pytest.raises(RecipeError, match="speed.channels_last: .*boolean, not 'yes'"):
+        load(DIGITS, ["speed.channels_last=yes"])
+
+
 def test_precedence_is_default_base_file_command_line(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {source: digits}\nseed: 1\ntrain: {epochs: 7, batch_size: 8}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
