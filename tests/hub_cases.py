@@ -40,7 +40,7 @@ from rescom_timm.runs.export import from_pretrained  # noqa: E402
 from rescom_timm.runs.hub import HubConfig, HubError, Pusher, fetch_recipe, fetch_run, stage, staged, status  # noqa: E402
 from rescom_timm.runs.push import build, push  # noqa: E402
 from rescom_timm.runs.recipe import load  # noqa: E402
-from tests.runs.made_up_run import NAMES, add_evaluation, make_run  # noqa: E402
+from tests.runs.made_up_run import HOME, NAMES, add_evaluation, make_run  # noqa: E402
 from tools import push as tool  # noqa: E402
 
 torch.set_num_threads(1)
@@ -377,10 +377,11 @@ def test_no_token_and_no_home_leaves_this_machine(tmp_path, monkeypatch):
     assert len(everything) > 20
     for name, content in everything.items():
         assert TOKEN.encode() not in content, name
-    private = (Path.home() / "photos").as_posix().encode()
+    private = HOME.as_posix().encode()
     assert private in (run / "environment.json").read_bytes()
-    for name in ("environment.json", "README.md"):
-        assert private not in SERVER.repos[REPO].files[name]
+    for name in ("environment.json", "recipe.yaml"):
+        assert b"~/photos/r" in SERVER.repos[REPO].files[name]
+    assert not [name for name, content in SERVER.repos[REPO].files.items() if private in content]
     environment = json.loads((run / "environment.json").read_text())
     environment["command"] += f" --token {TOKEN}"
     (run / "environment.json").write_text(json.dumps(environment))

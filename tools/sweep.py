@@ -107,7 +107,7 @@ def split(text: str) -> list[str]:
 
 def finished(recipe: Recipe) -> bool:
     """Whether this run was trained and evaluated to its end. Raises RecipeError where another recipe's is there."""
-    folder = Path(recipe.output) / recipe.name
+    folder = recipe.folder
     if not (folder / "recipe.yaml").is_file():
         return False
     saved = load_dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")), str(folder)).to_dict()

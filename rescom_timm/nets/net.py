@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -187,7 +188,7 @@ def create_model(
     options: passed on to timm.create_model. Raises ValueError for an unknown name.
     """
     check_backbone(backbone)
-    overlay = {"file": weights_file} if weights_file else None
+    overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None
     encoder = timm.create_model(
         backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
     )

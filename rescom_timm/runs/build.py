@@ -49,7 +49,7 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
     """
     net = build_net(recipe.net, recipe.views, len(data.counts))
     if start and recipe.init_from is not None:
-        load_weights(net, Path(recipe.init_from), heads=recipe.method.name != "crt")
+        load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
     elif start and recipe.method.name in SECOND_STAGE:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
     try:

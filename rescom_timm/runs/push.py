@@ -21,6 +21,7 @@ from rescom_timm.runs import card
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.export import DETAILS, export_run
 from rescom_timm.runs.hub import HubError, explain, staged, status
+from rescom_timm.runs.recipe import without_home
 
 OWN = (".gitattributes", "README.md", "LICENSE")
 """Files that a repository may hold besides a run of ours."""
@@ -119,7 +120,7 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
     if (stage / "environment.json").is_file():
         private = (stage / "environment.json").read_text(encoding="utf-8")
         files["environment.json"] = upload / "environment.json"
-        files["environment.json"].write_text(private.replace(str(Path.home()), "~"), encoding="utf-8")
+        files["environment.json"].write_text(without_home(private), encoding="utf-8")
     if request["checkpoints"]:
         files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("checkpoints/*/*")}
     facts = card.read_facts(stage, upload, request["repo"], request["license"], reason)

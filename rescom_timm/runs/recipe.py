@@ -181,12 +181,22 @@ class Recipe:
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
             raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder; a run of the same name that is there already makes it name-2, name-3 ..."""
+        return Path(self.output).expanduser() / self.name
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for JSON or YAML; load_dict makes the same recipe of it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. Home is told as ~."""
+        return json.loads(without_home(json.dumps(dataclasses.asdict(self))))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+
+def without_home(text: str) -> str:
+    """The text with paths below the home folder as ~/..., which can be read back and does not tell whose they are."""
+    return re.sub(rf"(?<![\w./-]){re.escape(str(Path.home()))}/", "~/", text)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -254,7 +264,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )

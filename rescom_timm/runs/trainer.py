@@ -116,7 +116,7 @@ class Trainer:
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
         self.main = accelerator.is_main_process
         self.progress = Progress()
-        self.folder = Path(recipe.output) / recipe.name
+        self.folder = recipe.folder
         self.log: Log | None = None
         self.stop_requested = False
         self.finish_views = finish_views(recipe.views, recipe.loader)
@@ -434,7 +434,7 @@ class Trainer:
 
     def _choose_folder(self, resume: bool) -> Path:
         """The first of name, name-2, name-3 ... that is free; to resume, the last that is not."""
-        first = Path(self.recipe.output) / self.recipe.name
+        first = self.recipe.folder
         number, folder, before = 1, first, first
         while folder.exists():
             number, before = number + 1, folder

@@ -18,6 +18,8 @@ from rescom_timm.runs.trainer import Progress
 
 COUNTS = [120, 40, 9, 3]
 NAMES = ["cat", "dog", "emu", "fox"]
+HOME = Path.home() / "photos"
+"""A path that no file handed on may tell; nothing is written there."""
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -25,6 +27,7 @@ def recipe(**sections: Any) -> Recipe:
     return load_dict(
         {
             "name": "tiny",
+            "output": str(HOME / "runs"),
             "data": {"source": "digits", "validation": "holdout(0.1)"},
             "views": {"train": "digits", "eval": "none", "mean": [0.5] * 3, "std": [0.25] * 3},
             "net": {"backbone": "resnet20_cifar", "projector": {"hidden": 8, "dim": 4}},
@@ -81,9 +84,8 @@ def make_run(
         "train": {"name": "digits train", "rows": sum(COUNTS), "imbalance": 40.0, "sha256": "ab" * 32},
         "test": {"name": "digits test", "rows": 500, "imbalance": 1.0, "sha256": "cd" * 32},
     }
-    home = str(Path.home() / "photos")
     environment = {
-        "command": f"accelerate launch tools/train.py {home}/recipe.yaml",
+        "command": f"accelerate launch tools/train.py {HOME}/recipe.yaml",
         "packages": {"torch": torch.__version__},
         "gpus": [],
         "git": None,

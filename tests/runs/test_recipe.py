@@ -66,6 +66,13 @@ def test_only_true_and_false_are_booleans(tmp_path):
         load(DIGITS, ["speed.channels_last=yes"])
 
 
+def test_home_is_told_as_a_tilde_that_can_be_read_back(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/al")
+    told = load(DIGITS, ["output=/home/al/x", "from=/mnt/home/al/x", "data.index=/home/alice/x"]).to_dict()
+    assert (told["output"], told["init_from"], told["data"]["index"]) == ("~/x", "/mnt/home/al/x", "/home/alice/x")
+    assert load_dict(told).folder == Path("/home/al/x/digits_lt")
+
+
 def test_precedence_is_default_base_file_command_line(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {source: digits}\nseed: 1\ntrain: {epochs: 7, batch_size: 8}\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
