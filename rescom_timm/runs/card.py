@@ -70,7 +70,7 @@ class Facts:
     def dataset(self) -> str | None:
         """The id on the Hub of the data set, None for anything else."""
         source = str(self.recipe["data"]["source"])
-        return source if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) else None
+        return source if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).is_dir() else None
 
     def accuracy(self) -> float | None:
         """Top-1 in percent on the test split, of the checkpoint exported where that was evaluated."""

@@ -62,12 +62,15 @@ def test_before_the_end_the_log_is_told(facts):
     assert "during training: epoch 4" in card.write(facts) and "| 40.00 |" in card.write(facts)
 
 
-def test_a_data_set_of_the_hub_is_linked(run, facts):
+def test_a_data_set_of_the_hub_is_linked_and_a_folder_is_not(run, facts, tmp_path, monkeypatch):
     record = {**facts.recipe, "data": {**facts.recipe["data"], "source": "uoft-cs/cifar10"}}
     record["net"] = {**record["net"], "backbone": "resnet50.a1_in1k", "pretrained": True}
     text = card.write(card.Facts(**{**vars(facts), "recipe": record}))
     assert header(text)["datasets"] == ["uoft-cs/cifar10"] and header(text)["base_model"] == "timm/resnet50.a1_in1k"
     assert "import rescom_timm\nfor" in text and "Unknown model" not in text
+    (tmp_path / "uoft-cs" / "cifar10").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "datasets" not in header(card.write(card.Facts(**{**vars(facts), "recipe": record})))
 
 
 def test_writing_twice_changes_nothing(facts):
