@@ -9,10 +9,12 @@ import math
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from rescom_timm.contrast.pairs import Pairs
+from rescom_timm.contrast.queue import processes
 
 WeightForm = Literal["normalized", "printed"]
 
@@ -110,8 +112,19 @@ def ldam(
     is then the weighted mean, as in the authors' training.
     """
     cosines = at_least_float32(cosines)
-    margin = F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype)
-    return F.cross_entropy(scale * (cosines - margin), labels, None if weights is None else weights.to(cosines.dtype))
+    logits = scale * (cosines - F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype))
+    return F.cross_entropy(logits, labels) if weights is None else weighted_cross_entropy(logits, labels, weights)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """sum w_y CE / sum w_y over the batch of all processes: each one's share, times their number, so that their mean
+    (which DistributedDataParallel takes) is that of one process with the whole batch. weights: (K,) of the classes."""
+    logits = at_least_float32(logits)
+    own = weights.to(logits.dtype)[labels]
+    total = own.sum()
+    if processes()[1] > 1:
+        dist.all_reduce(total)
+    return processes()[1] / total * (own * F.cross_entropy(logits, labels, reduction="none")).sum()
 
 
 def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:

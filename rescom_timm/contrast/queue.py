@@ -17,6 +17,7 @@ class Queue(nn.Module):
     """S slots cut into rings; a key enters the ring of its class, over that ring's oldest key.
 
     keys: (S, D). labels: (S,) class of each slot. valid: (S,) bool, False until the slot is first filled.
+    holding: while True, keys wait and enter with the first that come after, for the passes of one optimizer step.
     """
 
     keys: Tensor
@@ -38,6 +39,8 @@ class Queue(nn.Module):
         self.register_buffer("pointer", torch.zeros(len(ring_size), dtype=torch.long))
         self.register_buffer("ring_size", ring_size.long())
         self.register_buffer("ring_start", ring_size.cumsum(0).long() - ring_size.long(), persistent=False)
+        self.holding = False
+        self._held: list[tuple[Tensor, Tensor]] = []
 
     def ring(self, labels: Tensor) -> Tensor:
         """The ring of each class: (B,) -> (B,)."""
@@ -55,6 +58,12 @@ class Queue(nn.Module):
                 f"keys {tuple(keys.shape)} and labels {tuple(labels.shape)} do not fit a queue of width "
                 f"{self.keys.shape[1]}: give keys (B, {self.keys.shape[1]}) and labels (B,)"
             )
+        if self.holding:
+            self._held.append((keys.detach(), labels))
+            return
+        if self._held:
+            keys, labels = (torch.cat(parts) for parts in zip(*self._held, (keys, labels), strict=True))
+            self._held.clear()
         order = self.ring(labels).argsort(stable=True)
         ring = self.ring(labels)[order]
         start = torch.searchsorted(ring, ring)

@@ -111,9 +111,7 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
     """
     recipe = load_recipe(folder / "recipe.yaml", overrides)
-    # Whatever the net started from, its weights are the checkpoint's.
-    net = dataclasses.replace(recipe.net, pretrained=False, weights_file=None)
-    recipe = dataclasses.replace(recipe, net=net)
+    recipe = dataclasses.replace(recipe, net=recipe.net.untrained())
     path, weights, state = _checkpoint(folder / "checkpoints", which)
     chosen = f"after epoch {state['progress']['epoch']}, not selected"
     if which == "best":

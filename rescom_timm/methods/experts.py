@@ -20,6 +20,7 @@ from rescom_timm.contrast.losses import at_least_float32, diversity, ldam, ldam_
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
+from rescom_timm.nets.trainable import freeze_statistics
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ class ExpertsNet(Net):
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(net, name), persistent=False)
 
+    def train(self, mode: bool = True) -> ExpertsNet:
+        super().train(mode)
+        if self.frozen_statistics:
+            freeze_statistics(self.experts)
+        return self
+
     def forward(self, images: Tensor) -> ExpertOutputs:  # type: ignore[override]
         stem = self.encoder.forward_features(self.normalize(images))  # type: ignore[operator]
         features = torch.stack([expert(stem) for expert in self.experts])
@@ -162,6 +169,10 @@ class Experts(nn.Module):
         if config.fresh and net.recreate is not None:
             sources[1:] = [timm.create_model(**net.recreate, num_classes=0) for _ in sources[1:]]
         self.net = ExpertsNet(net, sources, config.branch, config.scale)
+        if config.fresh and not all(weight.requires_grad for weight in self.net.experts[0].parameters()):
+            raise ValueError(
+                "net.trainable freezes weights of the experts' own parts, which start at random: say fresh: false"
+            )
         self.config = config
         self.views: int = config.views
         self.reweighted = False

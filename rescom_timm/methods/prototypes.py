@@ -61,8 +61,8 @@ class DroLtConfig:
 class HybridPsc(nn.Module):
     """Prototypes at first, the classifier at last: alpha * PSC + (1 - alpha) * CE with alpha = 1 - (t / T)^2.
 
-    The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by 1 / N_y,
-    the same in expectation, so that one loader serves both branches.
+    The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by
+    N / (K N_y), the same in expectation, so that one loader serves both branches.
     """
 
     weights: Tensor
@@ -77,7 +77,7 @@ class HybridPsc(nn.Module):
         self.config = config
         self.views: int = config.views
         self.alpha = 1.0
-        self.register_buffer("weights", counts.double().reciprocal(), persistent=False)
+        self.register_buffer("weights", counts.double().reciprocal() * counts.sum() / len(counts), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch: the parabola."""
@@ -90,7 +90,8 @@ class HybridPsc(nn.Module):
         prototypes = F.normalize(self.prototypes[0], dim=1)
         contrast = prototype_contrast(embeddings, labels, prototypes, self.config.temperature)
         scores = at_least_float32(logits)
-        classification = F.cross_entropy(scores, labels, self.weights.to(scores.dtype))
+        weights = self.weights.to(scores.dtype)[labels]
+        classification = (weights * F.cross_entropy(scores, labels, reduction="none")).mean()
         return {
             "loss": self.alpha * contrast + (1 - self.alpha) * classification,
             "logits": logits,

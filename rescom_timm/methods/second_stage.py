@@ -215,5 +215,4 @@ class DisAlign(SecondStage):
         self.register_buffer("weights", losses.inverse_power_weights(counts, config.power), persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits = losses.at_least_float32(logits)
-        return F.cross_entropy(logits, labels, self.weights.to(logits.dtype))
+        return losses.weighted_cross_entropy(logits, labels, self.weights)

@@ -6,7 +6,7 @@ Shapes: N images of (3, H, W), F features of the backbone, K classes, D the widt
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,10 @@ class NetConfig:
         if self.weights_file is not None and not self.pretrained:
             raise ValueError("weights_file is only read with pretrained: true")
         check_backbone(self.backbone)
+
+    def untrained(self) -> NetConfig:
+        """The same net without the weights that it started from, for weights that are at hand."""
+        return replace(self, pretrained=False, weights_file=None)
 
 
 class Outputs(NamedTuple):
@@ -116,8 +120,11 @@ class Net(nn.Module):
         return Outputs(features, self.classifier(features), F.normalize(embeddings, dim=1))
 
     def classify(self, images: Tensor) -> Tensor:
-        """Logits only, (N, K): encoder and classifier, as at inference."""
-        return self.classifier(self.encoder(self.normalize(images)))
+        """Logits only, (N, K): encoder and classifier, as at inference. Mixed precision spares the classifier, for
+        bfloat16 makes equal what is not, and a tie goes to the lower class, which is often the more frequent one."""
+        features = self.encoder(self.normalize(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.classifier(features.to(next(self.classifier.parameters()).dtype))
 
     @torch.no_grad()
     def to_timm(self) -> Any:

@@ -112,11 +112,14 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
         raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others")
     spared: set[str] = getattr(net.encoder, "no_weight_decay", set)() if not config.decay_norm_and_bias else set()
     kept = {"weight_decay_exclude_1d": not config.decay_norm_and_bias, "no_weight_decay_list": spared}
-    heads = nn.ModuleList(module for name, module in net.named_children() if name != "encoder")
-    if config.layer_decay is not None:
-        groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
+    heads = nn.ModuleList(module for name, module in net.named_children() if name not in ("encoder", "experts"))
+    backbone: list[nn.Module] = [net.encoder, *getattr(net, "experts", [])]
+    if config.layer_decay is None:
+        groups = [group for part in backbone for group in param_groups_weight_decay(part, config.weight_decay, **kept)]
+    elif len(backbone) > 1:
+        raise RecipeError("optimizer.layer_decay is not for experts, which cut the backbone and so its order of layers")
     else:
-        groups = param_groups_weight_decay(net.encoder, config.weight_decay, **kept)
+        groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
     for group in groups:
         group["lr_scale"] = group.get("lr_scale", 1.0) * config.encoder_lr_scale
     groups += param_groups_weight_decay(heads, config.weight_decay, not config.decay_norm_and_bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def evaluate_run(
     if part is None:
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
-    method = build_method(recipe, data).to(accelerator.device)
+    method = build_method(replace(recipe, net=recipe.net.untrained()), data).to(accelerator.device)
     method.net.load_state_dict(weights)
     batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
     loader = accelerator.prepare(batches)

@@ -17,7 +17,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,7 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
             f"{run} holds no classes.json, so its class names are not known: go on with --resume once to write it"
         ) from None
     recipe = load_dict(state["recipe"], str(path))
-    untrained = replace(recipe.net, pretrained=False, weights_file=None)
-    net = build_net(untrained, recipe.views, len(classes["class_names"]))
+    net = build_net(recipe.net.untrained(), recipe.views, len(classes["class_names"]))
     net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
     net.load_state_dict(tensors)
     progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}

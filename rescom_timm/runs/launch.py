@@ -6,6 +6,7 @@ import os
 
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
+from torch import nn
 
 from rescom_timm.methods import Method
 from rescom_timm.runs.recipe import Recipe, RecipeError
@@ -53,6 +54,8 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         )
     if way == DistributedType.FSDP:
         outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
+        # Vectors that the method reads from the net outside of its forward pass, where they would be stale shards.
+        outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, nn.ParameterList)]
         if outside or recipe.train.nonfinite == "skip":
             raise RecipeError(
                 f"FSDP2 shards the net alone: not with {outside[0] if outside else 'train.nonfinite: skip'}"

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -121,6 +121,7 @@ class Trainer:
         self.stop_requested = False
         self.finish_views = finish_views(recipe.views, recipe.loader)
         self.handlers: dict[signal.Signals, Any] = {}
+        self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
         loader = train_loader(
@@ -139,6 +140,9 @@ class Trainer:
         speed_up(self.net, recipe.speed)
         loader.worker_init_fn = own_group
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
+        if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
+            speed_up(momentum.copy, replace(recipe.speed, compile=False))
+            momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
         self.sharded = accelerator.is_fsdp2
         if self.sharded:
             register_fsdp_forward_method(self.net, "classify")
@@ -223,6 +227,8 @@ class Trainer:
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         accumulate = self.recipe.train.accumulate
         batch = self.finish_views(batch)
+        for queue in self.queues:
+            queue.holding = not last  # keys of a step are never its own pairs
         with nullcontext() if last else self.accelerator.no_sync(self.method.net):
             outputs = self.method(batch)
             self.accelerator.backward(outputs["loss"] / accumulate)
@@ -400,8 +406,7 @@ class Trainer:
 
     def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that each process has for itself (BatchNorm's, running means): all but the queues."""
-        queues = [queue for queue in self.method.modules() if isinstance(queue, Queue)]
-        shared = {id(buffer) for queue in queues for buffer in queue.buffers()}
+        shared = {id(buffer) for queue in self.queues for buffer in queue.buffers()}
         for name, buffer in self.method.named_buffers():
             if id(buffer) not in shared:
                 yield name.replace("net.module.", "net.", 1), buffer

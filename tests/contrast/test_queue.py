@@ -104,6 +104,20 @@ def test_keys_enter_detached_and_in_the_type_of_the_queue() -> None:
     assert queue.keys.view(2, 2, 3)[1, 0].tolist() == [1, 1, 1]
 
 
+def test_held_keys_wait_and_enter_in_order_with_the_next() -> None:
+    parts = [([0, 1, 0], 0), ([1, 1], 3), ([2, 0], 5)]
+    held, whole = ClassBalancedQueue(3, 2, 1), ClassBalancedQueue(3, 2, 1)
+    empty = ClassBalancedQueue(3, 2, 1)
+    for labels, first in parts:
+        held.holding = labels != [2, 0]
+        held.enqueue(numbered(labels, first), torch.tensor(labels))
+        assert same_state(held, empty) == held.holding
+    whole.enqueue(numbered([0] * 7), torch.tensor([label for labels, _ in parts for label in labels]))
+    assert same_state(held, whole)
+    held.enqueue(numbered([2]), torch.tensor([2]))
+    assert held.keys[4:].flatten().tolist() == [5, 0]  # nothing enters twice
+
+
 def test_a_queue_has_no_weights_and_little_state() -> None:
     queue = ClassBalancedQueue(100, 8, 128)
     assert not list(queue.parameters())

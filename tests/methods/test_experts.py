@@ -7,6 +7,9 @@ import torch
 from rescom_timm.methods import ExpertsConfig, create_method
 from rescom_timm.methods.experts import cut
 from rescom_timm.nets.net import ProjectorConfig, create_model
+from rescom_timm.nets.trainable import set_trainable
+from rescom_timm.runs.build import build_optimizer
+from rescom_timm.runs.recipe import OptimizerConfig, RecipeError
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 
@@ -83,6 +86,26 @@ def test_fresh_experts_start_apart_and_copies_alike():
         net = make(experts=2, fresh=fresh).net
         first, second = (expert.layer3[0].conv1.weight for expert in net.experts)
         assert torch.equal(first, second) != fresh
+
+
+def test_settings_of_the_backbone_hold_for_the_experts_own_parts():
+    net = create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=4, dim=3))
+    set_trainable(net.encoder, ["layer3.2.*"])
+    with pytest.raises(ValueError, match=r"net.trainable freezes .* start at random: say fresh: false"):
+        create_method(net, COUNTS, ExpertsConfig(branch="layer3"))
+    net.frozen_statistics = True
+    method = create_method(net, COUNTS, ExpertsConfig(branch="layer3", fresh=False)).train()
+    trained = {name for name, weight in method.net.experts.named_parameters() if weight.requires_grad}
+    assert trained and all(".layer3.2." in name for name in trained)
+    norms = [m for m in method.net.experts.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    rates = {}
+    for group in build_optimizer(OptimizerConfig(lr=1.0, encoder_lr_scale=0.1), method.net).param_groups:
+        rates |= {id(weight): group.get("lr_scale", 1.0) for weight in group["params"]}
+    assert {rates[id(weight)] for weight in method.net.experts.parameters() if weight.requires_grad} == {0.1}
+    assert {rates[id(weight)] for weight in method.net.classifier.parameters()} == {1.0}
+    with pytest.raises(RecipeError, match="layer_decay is not for experts"):
+        build_optimizer(OptimizerConfig(layer_decay=0.5), method.net)
 
 
 def test_experts_are_no_plain_timm_model():

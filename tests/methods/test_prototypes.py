@@ -29,10 +29,10 @@ def test_hybrid_psc_goes_from_prototypes_to_the_classifier_on_a_parabola(epoch, 
     _, logits, embeddings = method.net(data["image"].transpose(0, 1).flatten(0, 1))
     vectors = F.normalize(method.net.prototypes[0], dim=1)
     contrast = reference.prototypes(embeddings, labels, vectors, 0.5)
-    # Class-balanced batches in expectation: an image counts 1 / N_y.
-    weights = [1 / COUNTS[y].item() for y in labels]
+    # Class-balanced batches in expectation: over the training images, the weights of each class sum to N / K.
+    weights = [COUNTS.sum().item() / (len(COUNTS) * COUNTS[y].item()) for y in labels]
     terms = [-torch.log(reference.softmax(row)[y]) * w for row, y, w in zip(logits, labels, weights, strict=True)]
-    check(method, alpha * contrast + (1 - alpha) * sum(terms) / sum(weights), data)
+    check(method, alpha * contrast + (1 - alpha) * sum(terms) / len(terms), data)
 
 
 def test_prototypes_and_radii_are_trained_as_part_of_the_net():

@@ -10,11 +10,15 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from rescom_timm.contrast.queue import ClassBalancedQueue
 from rescom_timm.data.sources import DataConfig
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.methods import METHODS, SECOND_STAGE
+from rescom_timm.methods.momentum import MomentumNet
+from rescom_timm.methods.rescom import ResCom
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer
+from rescom_timm.runs.evaluate import evaluate_run
 from rescom_timm.runs.export import from_pretrained
 from rescom_timm.runs.recipe import RecipeError, load
 from rescom_timm.runs.trainer import train
@@ -125,6 +129,42 @@ def test_hooks_are_called_once_an_epoch_and_once_an_optimizer_step(tmp_path, mon
     folder = run("digits_lt_cross_entropy", tmp_path, "train.accumulate=2", "method.views=1")
     assert epochs.calls == [(0, 1)]
     assert len(steps.calls) == int(checkpoint.listed(folder / "checkpoints")[-1].name.removeprefix("step-"))
+
+
+def test_keys_of_accumulated_passes_are_not_pairs_of_each_other(tmp_path, monkeypatch):
+    entered, passes = [], []
+    contrast, enqueue = ResCom.contrast, ClassBalancedQueue.enqueue
+    monkeypatch.setattr(
+        ResCom, "contrast", lambda self, *a: passes.append(int(self.queue.valid.sum())) or contrast(self, *a)
+    )
+    monkeypatch.setattr(
+        ClassBalancedQueue, "enqueue", lambda self, *a: enqueue(self, *a) or entered.append(int(self.valid.sum()))
+    )
+    run("digits_lt", tmp_path, "train.accumulate=2", "train.epochs=2")
+    assert passes[:2] == [0, 0] and entered[0] == 0 < entered[1]
+    assert passes[2:4] == [entered[1]] * 2 and entered[2] == entered[1]
+
+
+def test_momentum_keys_have_the_precision_of_the_queries(alone, tmp_path, monkeypatch):
+    seen = []
+
+    def forward(self, images):
+        hook = self.copy.encoder.conv1.register_forward_hook(
+            lambda module, inputs, output: seen.append((output.dtype, module.weight.stride()))
+        )
+        embeddings = original(self, images)
+        hook.remove()
+        return embeddings
+
+    original = MomentumNet.forward
+    monkeypatch.setattr(MomentumNet, "forward", forward)
+    run("digits_lt_paco", tmp_path, "train.precision=bf16", "speed.channels_last=true")
+    assert set(seen) == {(torch.bfloat16, (27, 1, 9, 3))}
+
+
+def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_path):
+    started = ["net.pretrained=true", f"net.weights_file={tmp_path / 'gone.safetensors'}"]
+    assert evaluate_run(first, overrides=started)[2].compute() == evaluate_run(first)[2].compute()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,10 @@ def test_eight_bit_images_are_normalised_and_floats_taken_as_they_are():
     assert torch.allclose(net.normalize(eight_bit), normalised.float(), atol=1e-6)
     assert torch.allclose(net.classify(eight_bit), net.classify(normalised.float()), atol=1e-5)
     assert torch.allclose(net.classify(eight_bit), net(eight_bit).logits)
+    with torch.autocast("cpu", torch.bfloat16):  # the classifier of an evaluation keeps its digits
+        features, logits = net(eight_bit)[:2], net.classify(eight_bit)
+    assert features[0].dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert torch.equal(logits, net.classifier(features[0].float()))
 
 
 def test_embeddings_of_a_half_precision_projector_are_float32():

@@ -6,15 +6,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rescom_timm.contrast.queue import processes
-from rescom_timm.methods import RescomConfig, create_method
+from rescom_timm.methods import (
+    DisAlignConfig,
+    HybridPscConfig,
+    LdamConfig,
+    MocoConfig,
+    RescomConfig,
+    create_method,
+    hook,
+)
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
 from rescom_timm.runs import checkpoint
@@ -38,6 +48,7 @@ def some_steps(rank, config, folder):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     method = create_method(net, COUNTS, config).double()
+    hook(method, "set_epoch", 9, 10)
     net.eval()
     if world > 1:
         method.net = DistributedDataParallel(net, broadcast_buffers=False)
@@ -48,16 +59,18 @@ def some_steps(rank, config, folder):
         labels = torch.randint(0, len(COUNTS), (64,), generator=generator)
         size = 64 // world
         own = slice(rank * size, (rank + 1) * size)
-        loss = method({"image": images[own], "label": labels[own]})["loss"]
+        loss = method({"image": images[own, : method.views], "label": labels[own]})["loss"]
         loss.backward()
         mean = loss.detach().clone()
         if world > 1:
             torch.distributed.all_reduce(mean)
         told[f"{step}.loss"] = mean / world
-        told |= {f"{step}.grad.{name}": p.grad.clone() for name, p in net.named_parameters()}
-        told |= {f"{step}.queue.{name}": value.clone() for name, value in method.queue.state_dict().items()}
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        told |= {f"{step}.grad.{name}": p.grad.clone() for name, p in trained.items()}
+        if hasattr(method, "queue"):
+            told |= {f"{step}.queue.{name}": value.clone() for name, value in method.queue.state_dict().items()}
         with torch.no_grad():
-            for parameter in net.parameters():
+            for parameter in trained.values():
                 parameter -= 0.1 * parameter.grad
                 parameter.grad = None
     save_file(told, Path(folder) / f"{rank}.safetensors")
@@ -79,6 +92,18 @@ def test_one_process_of_64_and_two_of_32_are_the_same(tmp_path, mode, positives)
         assert torch.equal(two[0][name], two[1][name]), name
         torch.testing.assert_close(two[0][name], value, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
     assert one["3.grad.encoder.body.0.weight"].abs().max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers`:FutureWarning")
+@pytest.mark.parametrize("config", [LdamConfig(views=2), HybridPscConfig(views=2), DisAlignConfig()])
+def test_weighted_means_are_those_of_one_process(tmp_path, config):
+    some_steps(0, config, tmp_path)
+    one = load_file(tmp_path / "0.safetensors")
+    together(some_steps, 2, config, str(tmp_path))
+    two = load_file(tmp_path / "0.safetensors")
+    assert len(one) >= 4 * 5 and one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def watched(folder, rank):
@@ -169,6 +194,16 @@ def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
     torch.testing.assert_close(parts["method"]["queue.keys"], state["method"]["queue.keys"], rtol=1e-2, atol=1e-3)
     launch = Launch(recipe(tmp_path / "a", **changes), 2, resume=True, fault=("fsdp",))
     assert launch.wait() == [1, 1] and "was saved without FSDP" in launch.text
+
+
+@pytest.mark.parametrize(
+    "config, part", [(HybridPscConfig(), "net.prototypes"), (MocoConfig(queue_size=8), "momentum_net.copy")]
+)
+def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pass(tmp_path, config, part):
+    method = create_method(Net(Tiny(), len(COUNTS)), COUNTS, config)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    with pytest.raises(RecipeError, match=f"FSDP2 shards the net alone: not with {part}"):
+        launching.refuse_what_cannot_be_sharded(accelerator, load_dict(recipe(tmp_path)), method)
 
 
 # ------------------------------------------------------------------------------------------------------------ launch
