@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part.arguments(commands.add_parser(name, help=summary, description=about, formatter_class=style))
     options = parser.parse_args(arguments)
     try:
-        if getattr(options, "device", "cpu").startswith("cuda") and not torch.cuda.is_available():
+        if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
         return PARTS[options.part].run(options)
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:

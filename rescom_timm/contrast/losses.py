@@ -223,7 +223,7 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
     logits = logits / temperature
     own = F.one_hot(labels, len(prototypes)).bool()
     others = logits.masked_fill(own, torch.finfo(logits.dtype).min)
-    return (others.logsumexp(dim=1) - logits[own]).mean()
+    return (others.logsumexp(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)).mean()
 
 
 def robust_centroids(

@@ -251,7 +251,10 @@ def _paint(views: Tensor, area: Tensor, colour: Tensor) -> Tensor:
 
 
 def _to(array: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if like.device.type == "cuda":
+        tensor = tensor.pin_memory()  # of memory that can be swapped, the device waits for the copy
+    return tensor.to(like.device, non_blocking=True)
 
 
 # -------------------------------------------------------------------------------------------------------- equal steps
@@ -642,12 +645,17 @@ class _RandAugment(Step):
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         for _ in range(self.notes // 3):
             operation, value, cubic = draws.note(), draws.note(), draws.note() == 1
-            for number, name in enumerate(self.NAMES):
+            matrices = np.zeros((len(views), 6))
+            for number, name in enumerate(self.MATRICES):
                 chosen = operation == number
-                if name in self.MATRICES:
-                    for taps, these in ((2, chosen & ~cubic), (4, chosen & cubic)):
-                        _change(views, these, functools.partial(self._warp, name, taps, value))
-                elif name in BLENDS or name == "Brightness":
+                entries = self.MATRICES[name](value[chosen], (views.shape[2], views.shape[3]))
+                matrices[chosen] = np.stack(np.broadcast_arrays(value[chosen], *entries)[1:], axis=1)
+            warped = (operation >= 0) & (operation < len(self.MATRICES))
+            for taps, these in ((2, warped & ~cubic), (4, warped & cubic)):
+                _change(views, these, functools.partial(self._warp, matrices, taps))
+            for number, name in enumerate(self.NAMES[len(self.MATRICES) :], start=len(self.MATRICES)):
+                chosen = operation == number
+                if name in BLENDS or name == "Brightness":
                     _change(views, chosen, functools.partial(_enhance, name, value))
                 elif name in self.LEVELS:
                     _change(views, chosen, functools.partial(self._replace, name, value))
@@ -655,10 +663,8 @@ class _RandAugment(Step):
                     _change(views, chosen, _autocontrast if name == "AutoContrast" else _equalize)
         return views
 
-    def _warp(self, name: str, taps: int, value: np.ndarray, views: Tensor, rows: np.ndarray) -> Tensor:
-        value = value[rows]
-        entries = self.MATRICES[name](value, (views.shape[2], views.shape[3]))
-        return warp(views, np.stack([np.broadcast_to(e, value.shape) for e in entries], axis=1), taps, self.fill)
+    def _warp(self, matrices: np.ndarray, taps: int, views: Tensor, rows: np.ndarray) -> Tensor:
+        return warp(views, matrices[rows], taps, self.fill)
 
     def _replace(self, name: str, value: np.ndarray, views: Tensor, rows: np.ndarray) -> Tensor:
         table = self.LEVELS[name](np.arange(256), value[rows, None].astype(np.int64))

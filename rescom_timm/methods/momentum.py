@@ -89,8 +89,7 @@ class MomentumNet(nn.Module):
     @torch.no_grad()
     def follow(self, net: nn.Module) -> None:
         """Move towards the net, plain or wrapped; call it once an optimizer step."""
-        for own, other in zip(self.copy.parameters(), net.parameters(), strict=True):
-            own.lerp_(other.detach().to(own.dtype), 1 - self.momentum)
+        torch._foreach_lerp_(list(self.copy.parameters()), list(net.parameters()), 1 - self.momentum)
 
 
 class Moco(nn.Module):

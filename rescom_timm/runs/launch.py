@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
+from typing import Any
 
+import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 
 from rescom_timm.methods import Method
@@ -33,6 +36,10 @@ def launch(recipe: Recipe) -> Accelerator:
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # all training batches have one shape
+        if train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            warnings.warn("this GPU computes bf16 without its tensor cores: fp16 is faster here", stacklevel=2)
     per_step = processes * train.accumulate
     if train.batch_size % per_step:
         lower = train.batch_size // per_step * per_step
@@ -60,6 +67,16 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
             raise RecipeError(
                 f"FSDP2 shards the net alone: not with {outside[0] if outside else 'train.nonfinite: skip'}"
             )
+
+
+def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:
+    """FSDP2 as without FSDP: autocast over weights in float32 (accelerate's policy would round the embeddings), and
+    every process starts from its own copy of the net (accelerate would send the buffers as shards, which they are not).
+    """
+    plugin: Any = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = None, False
+    if accelerator.native_amp:
+        net.forward = convert_outputs_to_fp32(accelerator.autocast()(net.forward))  # type: ignore[method-assign]
 
 
 def own_group(worker: int) -> None:

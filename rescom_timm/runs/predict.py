@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.data.sources import IMAGE_SUFFIXES, Split
 from rescom_timm.data.views import BrokenImage, decode, parse
+from rescom_timm.nets.net import Net
 from rescom_timm.runs.export import Pretrained, from_pretrained
 
 LONG_TAILED = ("cross_entropy", "focal")
@@ -75,15 +77,15 @@ def predictions(
     source = _Images(images)
     model = model if isinstance(model, Pretrained) else from_pretrained(model)
     shift = adjustment(model, prior)
-    return _run(model, source, min(top_k, model.net.classifier.out_features), shift, batch_size, workers, device)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    net = copy.deepcopy(model.net).to(device).eval()  # the caller's stays where and as it is
+    return _run(model, net, source, min(top_k, net.classifier.out_features), shift, batch_size, workers, device)
 
 
 @torch.inference_mode()
 def _run(
-    model: Pretrained, source: _Images, top_k: int, shift: Tensor, batch_size: int, workers: int, device: Any
+    model: Pretrained, net: Net, source: _Images, top_k: int, shift: Tensor, batch_size: int, workers: int, device: Any
 ) -> Iterator[Prediction]:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net = model.net.to(device).eval()
     names = model.class_names or [str(k) for k in range(net.classifier.out_features)]
     source.prepare(model)
     for batch in DataLoader(source, batch_size, num_workers=workers, collate_fn=list):

@@ -98,7 +98,8 @@ class TrainConfig:
     accumulate: int = 1
     """Forward and backward passes that share one optimizer step."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the net; the loss is always in float32."""
+    """Mixed precision of the net; the loss is always in float32. With fp16 the host waits for each step, whose scale
+    it must know; bf16 has none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss that is NaN or infinite stops the run, or its batch is left out: weights, BatchNorm statistics and queue
     stay as they were (the host then waits for each step)."""
@@ -143,7 +144,7 @@ class SpeedConfig(LoadingConfig):
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     """torch.compile of the net in training, true or a mode; needs a C++ compiler on the machine."""
     channels_last: bool = False
-    """Images and convolutions in NHWC, faster on GPUs with tensor cores."""
+    """Images and convolutions in NHWC, faster on GPUs with tensor cores; without effect under FSDP."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,11 @@ class Recipe:
         ):
             if epoch >= self.train.epochs > 0:
                 raise ValueError(f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches")
+        if self.train.accumulate > 1 and self.speed.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
+                "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
+            )
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
             raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
 

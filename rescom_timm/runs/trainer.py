@@ -40,7 +40,7 @@ from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.export import describe, save_model
 from rescom_timm.runs.hub import Pusher, fetch_run
-from rescom_timm.runs.launch import launch, own_group, refuse_what_cannot_be_sharded
+from rescom_timm.runs.launch import launch, own_group, prepare_to_shard, refuse_what_cannot_be_sharded
 from rescom_timm.runs.log import Log
 from rescom_timm.runs.pulse import LAG, Pulse, Pulses
 from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load_dict
@@ -137,13 +137,16 @@ class Trainer:
         self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
         method.to(accelerator.device)
         self.net = method.net  # as it is under what prepare wraps around it
-        speed_up(self.net, recipe.speed)
+        self.sharded = accelerator.is_fsdp2
+        if self.sharded:
+            prepare_to_shard(accelerator, self.net)
+        # FSDP takes no weights that are not contiguous.
+        speed_up(self.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not self.sharded))
         loader.worker_init_fn = own_group
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
-        self.sharded = accelerator.is_fsdp2
         if self.sharded:
             register_fsdp_forward_method(self.net, "classify")
         splits = {"test": data.test, "validation": data.validation}
@@ -242,7 +245,8 @@ class Trainer:
         if sound and self.recipe.optimizer.clip_norm is not None:
             self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
         if sound and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
-            sound = all(p.grad.isfinite().all() for p in parameters if p.grad is not None)
+            largest = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+            sound = math.isfinite(largest)  # one wait for the device
         if sound:
             self.optimizer.step()
             hook(self.method, "after_step")
@@ -462,6 +466,10 @@ class Trainer:
             shards.set_optimizer_state_dict(self.net, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
         else:
             self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, moments in self.optimizer.state.items():  # saved contiguous: back to the weights' own layout
+                for name, value in moments.items():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])

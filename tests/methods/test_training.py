@@ -21,7 +21,7 @@ from rescom_timm.runs.build import build_method, build_optimizer
 from rescom_timm.runs.evaluate import evaluate_run
 from rescom_timm.runs.export import from_pretrained
 from rescom_timm.runs.recipe import RecipeError, load
-from rescom_timm.runs.trainer import train
+from rescom_timm.runs.trainer import Trainer, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = [
@@ -160,6 +160,19 @@ def test_momentum_keys_have_the_precision_of_the_queries(alone, tmp_path, monkey
     monkeypatch.setattr(MomentumNet, "forward", forward)
     run("digits_lt_paco", tmp_path, "train.precision=bf16", "speed.channels_last=true")
     assert set(seen) == {(torch.bfloat16, (27, 1, 9, 3))}
+
+
+def test_resumed_moments_lie_in_memory_as_the_weights_do(tmp_path, monkeypatch):
+    words = ["speed.channels_last=true"]
+    folder = run("digits_lt_cross_entropy", tmp_path, *words)
+    strides = []
+
+    def fit(self):
+        strides.extend((p.stride(), moments["momentum_buffer"].stride()) for p, moments in self.optimizer.state.items())
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    train(load(folder / "recipe.yaml", [f"output={tmp_path}"]), resume=True)
+    assert (144, 1, 48, 16) in [weight for weight, _ in strides] and all(one == other for one, other in strides)
 
 
 def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_path):

@@ -347,14 +347,17 @@ def no_shared_disk() -> None:
 
 
 def fsdp() -> None:
-    """FSDP2 by accelerate's own code on CPU processes, where accelerate itself passes it over."""
+    """FSDP2 by accelerate's own code on CPU processes, where accelerate itself passes it over, with the settings of
+    `accelerate launch` on GPUs."""
     launch = trainer.launch
 
     def launched(made: Any) -> Any:
         accelerator = launch(made)
         state = AcceleratorState()
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+        if made.train.precision != "no":
+            state.fsdp_plugin.set_mixed_precision(made.train.precision)
         return accelerator
 
     trainer.launch = launched

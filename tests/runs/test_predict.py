@@ -48,11 +48,14 @@ def test_probabilities_are_the_nets(model):
     images = [pixels(seed) for seed in range(5)]
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     expected = model.net.classify(x).softmax(dim=1).topk(3)
+    model.net.train()
     for batch_size in (1, 2, 64):
         found = rescom_timm.predict(model, images, top_k=3, batch_size=batch_size)
         assert_close(torch.tensor([one.probabilities for one in found]), expected.values)
         assert [one.labels for one in found] == [[NAMES[k] for k in row] for row in expected.indices.tolist()]
         assert [one.image for one in found] == list("01234")
+    assert model.net.training, "the caller's net stays as it is"
+    model.net.eval()
 
 
 def test_files_and_folders(folder, model, photos):

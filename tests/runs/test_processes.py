@@ -196,6 +196,17 @@ def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
     assert launch.wait() == [1, 1] and "was saved without FSDP" in launch.text
 
 
+def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
+    changes = {"train__precision": "bf16", "speed__channels_last": True}
+    plain, whole = (recipe(tmp_path / name, net__options={"drop": 0.0}, **changes) for name in "ab")
+    run(plain, ranks=2)
+    run(whole, ranks=2, fault=("fsdp",))
+    for one, other in zip(figures(plain), figures(whole), strict=True):
+        assert one.get("train/loss", 0) == pytest.approx(other.get("train/loss", 0), rel=1e-2)
+    (net, _), (sharded, _) = last(plain), last(whole)
+    assert all(value.dtype == net[name].dtype for name, value in sharded.items())
+
+
 @pytest.mark.parametrize(
     "config, part", [(HybridPscConfig(), "net.prototypes"), (MocoConfig(queue_size=8), "momentum_net.copy")]
 )

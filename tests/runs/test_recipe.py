@@ -66,6 +66,13 @@ def test_only_true_and_false_are_booleans(tmp_path):
         load(DIGITS, ["speed.channels_last=yes"])
 
 
+def test_captured_graphs_and_accumulated_gradients_are_refused_together():
+    words = ["train.accumulate=2", "speed.compile=reduce-overhead"]
+    with pytest.raises(RecipeError, match=r"reduce-overhead captures CUDA graphs.*max-autotune-no-cudagraphs"):
+        load(DIGITS, words)
+    assert load(DIGITS, [words[0], "speed.compile=max-autotune-no-cudagraphs"]).train.accumulate == 2
+
+
 def test_home_is_told_as_a_tilde_that_can_be_read_back(monkeypatch):
     monkeypatch.setenv("HOME", "/home/al")
     told = load(DIGITS, ["output=/home/al/x", "from=/mnt/home/al/x", "data.index=/home/alice/x"]).to_dict()

@@ -23,7 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells each st
 def common_arguments(parser: argparse.ArgumentParser, repetitions: int, device: str = "cpu, cuda") -> None:
     """What every part that takes turns is asked."""
     parser.add_argument("--repetitions", type=positive, default=repetitions)
-    parser.add_argument("--device", default="cpu", help=device)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help=device)
     parser.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
 
 
@@ -36,7 +36,7 @@ def positive(word: str) -> int:
 
 def clocked(step: Callable[[], object], device: str) -> float:
     """Milliseconds of one step."""
-    if device.startswith("cuda"):
+    if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
@@ -69,7 +69,7 @@ class _Calls(TorchDispatchMode):
 
 def calls(step: Callable[[], object], device: str) -> tuple[int, int]:
     """(launches, host synchronisations) of a step; on a CPU the calls of torch that would launch or synchronise."""
-    if not device.startswith("cuda"):
+    if device != "cuda":
         with _Calls() as counted:
             step()
         return counted.number, counted.synchronisations
@@ -93,7 +93,7 @@ def calls(step: Callable[[], object], device: str) -> tuple[int, int]:
 
 def peak(step: Callable[[], object], device: str) -> int:
     """Bytes that a step holds at its peak above what is held before."""
-    if device.startswith("cuda"):
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -120,7 +120,7 @@ def machine(device: str) -> dict[str, Any]:
         name = models[0] if models else name
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(load, 1) for load in os.getloadavg()],

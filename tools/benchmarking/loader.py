@@ -134,7 +134,7 @@ def measure_loader(
     rate = {name: batch / median_high(values) for name, values in seconds.items()}
     finish, begun = finish_views(views, on_device), begin()
     begun = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in begun.items()}
-    turns = repetitions if device.startswith("cuda") else 1  # on a CPU it only has to run
+    turns = repetitions if device == "cuda" else 1  # on a CPU it only has to run
     finished = sorted(clocked(partial(finish, begun), device) for _ in range(turns + 1))[turns // 2]
     return {
         "policy": policy,

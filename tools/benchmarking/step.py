@@ -159,7 +159,7 @@ def measure_inference(options: argparse.Namespace, classes: int) -> dict[str, An
     with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision is not None):
         milliseconds = in_turn({"plain": partial(plain, x), "exported": partial(exported, x)}, options)
         logits = exported(x)
-        difference, from_net = (float((logits - other).abs().max()) for other in (plain(x), net.classify(x)))
+        difference, from_net = (float((logits - other).abs().max()) for other in (plain(x), net(x).logits))
     return {
         "classes": classes, "milliseconds": milliseconds, "over_plain": over(milliseconds, "plain"),
         "difference_of_logits": difference, "difference_from_net": from_net,
@@ -203,7 +203,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_backbone(options.backbone)
-    gpu = options.device.startswith("cuda")
+    gpu = options.device == "cuda"
     if options.precision == "fp16" and not gpu:
         raise ValueError("--precision fp16 does nothing on a CPU; use bf16 or no")
     options.size = options.size or timm.get_pretrained_cfg(options.backbone.split(".")[0]).input_size[-1]
