@@ -72,7 +72,7 @@ class SpeedConfig:
     prefetch: int = 4
     """Batches that each worker prepares ahead."""
     pin_memory: bool = True
-    """Page-locked batches, copied to a GPU in the background; without a GPU nothing is pinned."""
+    """Page-locked batches, for whose copy to a GPU the host does not wait; without a GPU nothing is pinned."""
     batched: bool = True
     """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
     policy is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow.
