@@ -40,6 +40,15 @@ def test_zero_padding_shortcut_halves_the_map_and_doubles_the_channels():
     assert not y[:, :8].any() and not y[:, 24:].any()
 
 
+def test_images_are_normalised_as_the_backbones_weights_want_them_unless_told_otherwise():
+    net = create_model("resnet20_cifar", 4)
+    assert torch.equal(net.mean.flatten(), torch.tensor([0.4914, 0.4822, 0.4465]))
+    assert torch.equal(net.std.flatten(), torch.tensor([0.2023, 0.1994, 0.2010]))
+    net = create_model("resnet20_cifar", 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert torch.equal(net.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    assert torch.equal(net.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+
+
 def test_one_forward_gives_features_logits_and_unit_embeddings():
     net = Net(Tiny(), 5, ProjectorConfig(hidden=7, dim=4))
     calls = []

@@ -28,6 +28,13 @@ def test_last_block_is_a_small_part_with_a_matrix(name):
     assert 0 < trained_fraction(encoder) < 0.8
 
 
+def test_what_follows_the_last_block_trains_with_it():
+    encoder = timm.create_model("test_convnext", num_classes=0)
+    set_trainable(encoder, ("last_block",))
+    others = {n for n in trained(encoder) if not n.startswith("stages.3.blocks.1.")}
+    assert others == {"head.norm.weight", "head.norm.bias"} < trained(encoder)
+
+
 def test_words_and_patterns():
     net = create_model("test_resnet", 4)
     set_trainable(net.encoder, ("all",))

@@ -85,6 +85,7 @@ print(model.pretrained_cfg["label_names"])
     [
         ("resize(20) | center_crop(16)", 16, (33, 57)),
         ("resize(36,bicubic) | center_crop(32)", 32, (50, 41)),
+        ("resize(53) | center_crop(40)", 40, (60, 70)),  # 40 / (40 / 53) is a little less than 53
         ("upscale(24)", 24, (30, 50)),
         ("none", 32, (32, 32)),
     ],
@@ -118,6 +119,14 @@ def test_a_run_is_exported_with_its_best_checkpoint_and_its_queue(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="there: step-00000002, step-00000004"):
         export_run(run, tmp_path / "none", "step-00000007")
+
+
+def test_a_run_is_exported_with_the_views_of_its_recipe(tmp_path):
+    views = {"train": "digits", "eval": "resize(9) | center_crop(8)", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    model = from_pretrained(export_run(make_run(tmp_path / "run", steps=(2,), views=views), tmp_path / "out"))
+    assert model.eval_policy == "resize(9,bilinear) | center_crop(8)"
+    assert_close(model.net.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    assert_close(model.net.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
 
 
 def test_a_run_that_is_not_finished_is_read_from_its_checkpoint(tmp_path):

@@ -110,8 +110,9 @@ def test_a_prior_is_bayes_rule(model):
     assert dict(zip(never.labels, never.probabilities, strict=True))["emu"] == 0
 
 
-def test_of_a_model_of_plain_cross_entropy_the_training_prior_is_taken_off(tmp_path):
-    run = make_run(tmp_path / "run", steps=(2,), method={"name": "cross_entropy"})
+@pytest.mark.parametrize("method", ["cross_entropy", "focal"])
+def test_of_a_model_of_plain_cross_entropy_the_training_prior_is_taken_off(tmp_path, method):
+    run = make_run(tmp_path / "run", steps=(2,), method={"name": method})
     biased = from_pretrained(run)
     log_train = (torch.tensor(COUNTS) / sum(COUNTS)).log()
     assert_close(adjustment(biased, "train"), torch.zeros(4), atol=1e-6, rtol=0)
