@@ -68,6 +68,14 @@ def test_draws_come_from_place_and_seed_alone(kind: str, package: None) -> None:
     assert (first != corrupted(image, kind, 3, place=5, seed=2)).any()
 
 
+def test_every_kind_and_severity_has_draws_of_its_own(package: None) -> None:
+    grey = Image.new("RGB", (32, 32), (128, 128, 128))
+    noise = [
+        corrupted(grey, *one).ravel() for one in (("gaussian_noise", 1), ("gaussian_noise", 2), ("speckle_noise", 1))
+    ]
+    assert np.abs(np.corrcoef(noise) - np.eye(3)).max() < 0.1  # with the same draws they would be copies, scaled
+
+
 def test_contrast_by_its_formula(package: None) -> None:
     image = photo(40)
     x = np.asarray(image) / 255

@@ -308,15 +308,30 @@ def test_evaluation_never_skips(split: Any) -> None:
         list(eval_loader(damaged, VIEWS, 36, LoaderConfig(broken="skip"), HERE))
 
 
-def test_exif_is_followed_on_request_only() -> None:
+def turned(broken: int = 0) -> Any:
+    """One image of 16 rows and 32 columns that EXIF turns upright, and some of its class that cannot be read."""
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.new("RGB", (32, 16)).save(stream, "JPEG", exif=exif)
-    dataset = datasets.Dataset.from_dict({"image": [{"bytes": stream.getvalue(), "path": None}]})
-    split: Any = SimpleNamespace(name="turned", dataset=dataset, labels=np.zeros(1, np.int64), rows=np.arange(1))
+    images = [{"bytes": content, "path": None} for content in [stream.getvalue()] + [b"no image"] * broken]
+    dataset = datasets.Dataset.from_dict({"image": images})
+    rows = np.arange(len(images))
+    return SimpleNamespace(name="turned", dataset=dataset, labels=np.zeros_like(rows), rows=rows)
+
+
+def test_exif_is_followed_on_request_only() -> None:
     for turn, shape in ((False, (1, 3, 16, 32)), (True, (1, 3, 32, 16))):
-        batch = next(iter(eval_loader(split, ViewsConfig(), 1, LoaderConfig(exif=turn), HERE)))
+        batch = next(iter(eval_loader(turned(), ViewsConfig(), 1, LoaderConfig(exif=turn), HERE)))
         assert batch["image"].shape == shape
+
+
+@pytest.mark.parametrize("cache", [0, 1])
+def test_exif_is_followed_in_the_cache_and_for_what_replaces_a_broken_image(cache: int) -> None:
+    config, speed = LoaderConfig(exif=True, broken="skip"), SpeedConfig(workers=0, cache=cache)
+    loader = train_loader(turned(broken=1), ViewsConfig(train="none"), 1, 2, config=config, speed=speed)
+    assert (loader.dataset.cache is not None) == bool(cache)
+    with pytest.warns(RuntimeWarning, match="another image of its class takes its place"):
+        assert next(iter(loader))["image"].shape == (2, 1, 3, 32, 16)
 
 
 # ------------------------------------------------------------------------------------------- accelerate and processes

@@ -89,6 +89,16 @@ def test_digits_split_is_fixed_and_complete() -> None:
     assert again.train.dataset[5] == data.train.dataset[5] and again.provenance == data.provenance
 
 
+def test_digits_rows_never_change_between_versions() -> None:
+    """Written down once: figures are only comparable over the same images."""
+    data = load(DataConfig("digits", validation="holdout(0.1)"))
+    assert {name: data.provenance[name]["sha256"][:16] for name in ("train", "validation", "test")} == {
+        "train": "7a3449effc429558",
+        "validation": "2090c7c0f3091642",
+        "test": "2eac91192db97542",
+    }
+
+
 def test_digits_images_are_the_real_ones() -> None:
     from sklearn.datasets import load_digits
 
@@ -378,6 +388,11 @@ def test_validation_from_a_split_or_a_file(parquet: Path, tmp_path: Path) -> Non
 def test_testing_on_training_images_is_refused(parquet: Path) -> None:
     with pytest.raises(ValueError, match="30 images stand both in train .toy train. and test"):
         load(DataConfig(str(parquet), test="train"))
+
+
+def test_choosing_the_best_checkpoint_on_test_images_is_refused(parquet: Path) -> None:
+    with pytest.raises(ValueError, match="6 images stand both in validation .toy test. and test .toy test."):
+        load(DataConfig(str(parquet), validation="split(test)"))
 
 
 # --------------------------------------------------------------------------------------------------------- image roots

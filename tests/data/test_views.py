@@ -241,6 +241,18 @@ def test_imagenet_policy_equals_its_parts() -> None:
     assert gray < 12
 
 
+@pytest.mark.parametrize("place, name", list(enumerate(["brightness", "contrast", "saturation", "hue"])))
+def test_jitter_takes_its_values_in_this_order(place: int, name: str) -> None:
+    values = ["0"] * 4
+    values[place] = "0.5"
+    seeded(1)
+    ours = parse(f"jitter({','.join(values)})")(noise())
+    seeded(1)
+    theirs = transforms.ColorJitter(**{name: 0.5})(noise())
+    assert torch.equal(ours, transforms.functional.pil_to_tensor(theirs))
+    assert not torch.equal(ours, parse("none")(noise()))
+
+
 def test_posterize_to_no_bits_is_black() -> None:
     """What randaugment(inc1) asks for at full magnitude, and Pillow refuses since its version 13."""
     policy, black = parse("randaugment(n4,m10,p1,inc1)"), 0
