@@ -6,6 +6,7 @@ The addresses must stand in the environment before huggingface_hub is imported; 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -170,6 +171,22 @@ def test_only_the_newest_checkpoints_stay_unless_all_are_wanted(tmp_path):
         "checkpoint": ["step-00000006"],
         "all_checkpoints": ["step-00000004", "step-00000006"],
     }
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("checkpoint", [6]), ("all_checkpoints", [4, 6])])
+def test_of_several_that_wait_the_newest_is_pushed_or_all_are(tmp_path, strategy, kept):
+    run = make_run(tmp_path / "run", steps=(4, 6), best=None)
+    for step in (4, 6):
+        stage_all(run, strategy, best=None, newest=f"step-{step:08d}", end=False)
+    push(run)
+    repo = SERVER.repos[REPO]
+    assert [json.loads(files["rescom.json"])["checkpoint"] for _, files in repo.commits[1:]] == [
+        f"step-{step:08d}" for step in kept
+    ]
+    assert {name.split("/")[1] for name in repo.files if name.startswith("checkpoints/")} == {
+        f"step-{step:08d}" for step in kept
+    }
+    assert not staged(run)
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
@@ -392,6 +409,14 @@ def test_no_token_and_no_home_leaves_this_machine(tmp_path, monkeypatch):
     assert TOKEN not in str(caught.value) and len(SERVER.repos[REPO].commits) == commits
 
 
+def test_a_token_in_a_recipe_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", output=f"/data/{TOKEN}/runs")
+    stage_all(run, "end")
+    with pytest.raises(HubError, match=r"recipe\.yaml holds your Hub token: nothing is pushed"):
+        push(run)
+    assert TOKEN.encode() not in b"".join(SERVER.repos[REPO].files.values())
+
+
 # ---------------------------------------------------------------------------------------------------------- background
 
 
@@ -419,7 +444,7 @@ class Here:
         self.work()
 
 
-def train(run, config, bests=(2, 2, 6)):
+def train(run, config, bests):
     """The calls of a training of three checkpoints and its end; returns what each commit exports."""
     pusher = Pusher(config, run)
     for step, best in zip((2, 4, 6), bests, strict=True):
@@ -433,19 +458,20 @@ def train(run, config, bests=(2, 2, 6)):
 @pytest.mark.parametrize(
     ("strategy", "exported"),
     [
-        ("end", [6]),
-        ("best", [2, 6, 6]),
-        ("checkpoint", [2, 4, 6, 6]),
-        ("all_checkpoints", [2, 4, 6, 6]),
+        ("end", [4]),
+        ("best", [2, 4]),
+        ("checkpoint", [2, 4, 6, 4]),
+        ("all_checkpoints", [2, 4, 6, 4]),
     ],
 )
 def test_strategies(tmp_path, monkeypatch, strategy, exported):
     monkeypatch.setattr(hub.subprocess, "Popen", Here)
-    run = make_run(tmp_path / "run", steps=(2, 4, 6), best=(2, 2, 6))
-    found = train(run, HubConfig(repo=REPO, strategy=strategy))
-    assert found in ([f"step-{step:08d}" for step in exported], [f"step-{step:08d}" for step in exported[:-1]])
+    run = make_run(tmp_path / "run", steps=(2, 4, 6), best=(2, 4, 4))
+    found = train(run, HubConfig(repo=REPO, strategy=strategy), (2, 4, 4))
+    # The best one is pushed again at the end, where some versions of the client make an empty commit.
+    assert [name for name, _ in itertools.groupby(found)] == [f"step-{step:08d}" for step in exported]
     assert not staged(run)
-    assert train(run, HubConfig()) == found, "without a repository nothing more is pushed"
+    assert train(run, HubConfig(), (2, 4, 4)) == found, "without a repository nothing more is pushed"
 
 
 def test_while_one_is_under_way_the_newest_waits(tmp_path, monkeypatch):

@@ -92,6 +92,14 @@ def minutes(folder):
     return [line["seconds"] for line in lines if "seconds" in line][-1] / 60
 
 
+def test_the_minutes_are_those_of_the_whole_training(sweep, tmp_path):
+    (tmp_path / "a-seed=0" / "evaluation").mkdir(parents=True)
+    (tmp_path / "a-seed=0" / "evaluation" / "test-last.json").write_text('{"numbers": {"top1": 50.0}}')
+    lines = [{"epoch": epoch, "seconds": 90.0 * epoch} for epoch in (1, 2, 3)] + [{"epoch": 3, "test/top1": 50.0}]
+    (tmp_path / "a-seed=0" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert sweep.measure([(("a",), "a-seed=0")], tmp_path) == {("a",): [{"top1": 50.0, "minutes": 4.5}]}
+
+
 def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep):
     rows = {
         ("a", "beta=0"): [{"top1": 50.0, "many": 80.0}, {"top1": 54.0, "many": 82.0}],

@@ -92,7 +92,8 @@ def test_longtail_is_ordered_and_agrees_with_the_record(run: RunFolder) -> None:
     assert np.average(found.accuracy[many], weights=found.tested[many]) == pytest.approx(evaluation.numbers["many"])
     untested = longtail.measure(_evaluation([0, 1], [0, 0], [1, 30, 200]))
     assert np.isnan(untested.accuracy[0]) and untested.accuracy[1:].tolist() == [0, 100]
-    assert longtail.draw(untested).axes
+    means = longtail.draw(untested).axes[1].lines
+    assert [line.get_ydata()[0] for line in means] == [0, 100]  # of medium and of few; no class of many was tested
     with pytest.raises(Missing, match="training counts"):
         longtail.measure(_evaluation([0], [0], None))
 
@@ -116,7 +117,8 @@ def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:
     lines = [json.dumps({"epoch": e // 2, "step": e, "loss": 1.0, "test/top1": 5}) for e in range(4)]
     run = _log(tmp_path / "a", lines)
     assert {curve.axis for curve in curves.measure([run])} == {"step"}
-    assert curves.draw(curves.measure([run], ["test/top1"])).axes
+    (line,) = curves.draw(curves.measure([run], ["test/top1"])).axes[0].lines
+    assert list(line.get_xdata()) == [0, 1, 2, 3] and list(line.get_ydata()) == [5] * 4
     with pytest.raises(Missing, match="accuracy"):
         curves.measure([run], ["accuracy"])
 
@@ -125,7 +127,10 @@ def test_schedule_logged_planned_and_missing(run: RunFolder, tmp_path: Path) -> 
     (curve,) = schedule.measure([run])
     assert curve.y[0] == pytest.approx(0.1) and len(curve.y) == 12
     planned = schedule.planned({"steps": [0.1, 0.01], "warm-up": [0.0, 0.1]})
-    assert planned[1].y.tolist() == [0.0, 0.1] and schedule.draw(planned).axes
+    assert planned[1].y.tolist() == [0.0, 0.1]
+    linear, logarithmic = schedule.draw(planned).axes
+    assert [line.get_ydata().tolist() for line in linear.lines] == [[0.1, 0.01], [0.0, 0.1]]
+    assert logarithmic.get_yscale() == "log" and np.isnan(logarithmic.lines[1].get_ydata()[0])
     with pytest.raises(Missing, match="no learning rate"):
         schedule.measure([_log(tmp_path / "a", ['{"epoch": 0, "loss": 1}'])])
 

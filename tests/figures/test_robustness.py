@@ -2,18 +2,21 @@
 
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from rescom_timm import metrics
 from rescom_timm.data.corruptions import COMMON, prepared
 from rescom_timm.figures import robustness, style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import open_run
+from rescom_timm.runs import checkpoint
 from tests.figures.made_up import made_up_errors
 from tests.figures.test_opened import save_run
 
@@ -135,12 +138,32 @@ def test_results_are_read_compared_and_drawn(tmp_path: Path) -> None:
         robustness.measure([one])
 
 
-def test_tool_measures_a_run_over_a_baseline(folder: Path, digits_c: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(folder), "--prepared", str(digits_c), "--limit", "30", "--baseline", str(folder), "data.test=test"]
+def taught(folder: Path, path: Path) -> Path:
+    """A copy of the run whose classifier is fitted to the test images by least squares."""
+    run = open_run(folder)
+    seen = run.look(run.data.test)
+    features = torch.nn.functional.pad(seen.features, (0, 1), value=1.0)
+    solution = torch.linalg.lstsq(features, torch.nn.functional.one_hot(torch.as_tensor(seen.labels)).float()).solution
+    _, weights, state = checkpoint.newest(shutil.copytree(folder, path) / "checkpoints") or pytest.fail("no checkpoint")
+    weights |= {"classifier.weight": solution[:-1].T.contiguous(), "classifier.bias": solution[-1].contiguous()}
+    checkpoint.save(path / "checkpoints", 8, weights, state)
+    return path
+
+
+def test_tool_measures_a_run_over_a_baseline(
+    folder: Path, digits_c: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = taught(folder, tmp_path / "base")
+    words = [str(folder), "--prepared", str(digits_c), "--limit", "30", "--baseline", str(other), "data.test=test"]
     assert _tool().main(words) == 0
     written = folder / "robustness" / "test-last-digits-c.json"
     record = json.loads(written.read_text())
-    assert record["figures"]["mCE"] == pytest.approx(100) and set(record["errors"]) == {"fog", "contrast"}
+    base = open_run(other)
+    source = prepared(digits_c, base.data.class_names)
+    errors = robustness.corrupted(base, base.data.test, source.kinds, source, limit=30).errors
+    expected = metrics.mean_corruption_error(record["errors"], {kind: np.mean(errors[kind]) for kind in errors})
+    assert record["figures"]["mCE"] == pytest.approx(expected) and expected > 150
+    assert record["figures"]["baseline"] == "base" and set(record["errors"]) == {"fog", "contrast"}
     assert all(written.with_suffix(end).is_file() for end in (".csv", ".png", ".svg"))
     out = capsys.readouterr().out
     assert "30 images" in out and "as it is" in out and "mCE" in out

@@ -201,6 +201,6 @@ def test_training_lowers_the_loss_and_leaves_the_projector():
     ):
         method = make(config)
         before = [p.clone() for p in method.net.projector.parameters()]
-        first = train(method, steps=1)["loss"]
-        assert train(method, steps=20)["loss"] < first + 1
+        losses = [train(method, steps=1)["loss"].item() for _ in range(20)]  # always the same batch
+        assert losses[-1] < 0.8 * losses[0], config
         assert all(torch.equal(a, b) for a, b in zip(before, method.net.projector.parameters(), strict=True))

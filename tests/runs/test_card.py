@@ -53,9 +53,16 @@ def test_the_results_are_those_of_the_run(tmp_path, facts):
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     assert results["top-1 (best)"].metric_value == 63.25 and results["top-1 (last)"].metric_value == 61.5
     assert all(result.metric_value != 99.0 for result in results.values()), "validation is no result"
-    assert {result.dataset_type for result in results.values()} == {"custom"}
+    assert {(result.dataset_type, result.dataset_split) for result in results.values()} == {("custom", "test")}
     assert facts.accuracy() == 63.25
     assert "license" not in header(text) and "No licence was named" in text
+
+
+def test_groups_have_the_literatures_borders(facts):
+    details = {**facts.details, "counts": [101, 100, 20, 19]}
+    text = card.write(card.Facts(**{**vars(facts), "details": details}))
+    assert "many (more than 100 images): 1 class; medium (20 to 100 images): 2 classes;" in text
+    assert "; few (fewer than 20 images): 1 class." in text
 
 
 def test_before_the_end_the_log_is_told(facts):
@@ -109,11 +116,19 @@ def test_the_header_keeps_what_others_wrote(facts):
     assert header(card.write(facts, before))["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("before", ["", "# Only text\n", "---\n- a list\n---\ntext\n", "---\nbad: [\n---\ntext\n"])
-def test_any_card_can_be_there_before(facts, before):
+@pytest.mark.parametrize(
+    ("before", "body"),
+    [
+        ("", "# rescom-tiny\n"),
+        ("# Only text\n", "# Only text\n"),
+        ("---\n- a list\n---\ntext\n", "text\n"),
+        ("---\nbad: [\n---\ntext\n", "text\n"),
+    ],
+)
+def test_any_card_can_be_there_before(facts, before, body):
     text = card.write(facts, before)
     assert header(text)["library_name"] == "timm" and "## Use" in text
-    assert "text" in text if "text" in before else True
+    assert text.split("---\n", 2)[2].startswith(body)
 
 
 def test_what_plain_timm_cannot_read_is_said(facts):

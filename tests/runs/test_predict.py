@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from PIL import Image
 from torch.testing import assert_close
 
@@ -180,6 +181,21 @@ def test_the_tool_on_a_data_set(tmp_path, capsys):
     rows = table(out)
     right = 100 * sum(row["label_1"] == row["true_label"] for row in rows) / len(rows)
     assert f"top-1 {right:.2f} % of 500" in told
+
+
+def test_the_tool_takes_the_split_that_it_is_told(tmp_path):
+    data = load(DataConfig("digits"))
+    splits = {"train": data.train, "test": data.test, "more": data.test}
+    rows = {"train": range(40), "test": range(9), "more": range(20, 24)}
+    DatasetDict({name: split.dataset.select(rows[name]) for name, split in splits.items()}).save_to_disk(
+        tmp_path / "few"
+    )
+    export(rescom_timm.create_model("resnet20_cifar", 10), tmp_path / "model", data.class_names, (3, 8, 8))
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "few"), "-o", str(tmp_path / "labels.csv")]
+    for name, numbers in (("test", range(9)), ("more", range(20, 24))):
+        assert tool.main([*words, "--split", name]) == 0
+        expected = [data.test.dataset[number]["image"]["path"] for number in numbers]
+        assert [row["image"] for row in table(tmp_path / "labels.csv")] == expected
 
 
 def test_write_csv_counts(tmp_path, model):
