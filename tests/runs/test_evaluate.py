@@ -1,6 +1,7 @@
 """Evaluation: every image once, on any number of processes; what is written and printed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +11,35 @@ from safetensors.torch import load_file
 
 from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
-from rescom_timm.runs.evaluate import table
+from rescom_timm.runs.evaluate import evaluate_run, table
 from rescom_timm.runs.recipe import load_dict
-from tests.runs.child import recipe, run
+from tests.runs.child import differences, recipe, run
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def finished(request, tmp_path_factory):
     """(recipe, folder) of a run; its test split has 500 images, which no batch of 64 divides."""
-    tree = recipe(tmp_path_factory.mktemp("run"), train__epochs=1, schedule__warmup_epochs=0, evaluation__batch_size=64)
+    tree = recipe(tmp_path_factory.mktemp("run"), train__epochs=2, evaluation__batch_size=64)
     run(tree, ranks=request.param)
     return load_dict(tree), Path(tree["output"]) / "run"
 
 
-def test_every_image_is_evaluated_once_in_order(finished):
+@pytest.mark.parametrize(("split", "images"), [("test", 500), ("validation", 90)])
+def test_every_image_is_evaluated_once_in_order(finished, split, images):
     made, folder = finished
     data = load(made.data)
-    found = load_file(folder / "evaluation" / "test-last.safetensors")
-    assert found["labels"].tolist() == data.test.labels.tolist()
-    assert found["predicted"].shape == found["confidence"].shape == (500,)
-    record = json.loads((folder / "evaluation" / "test-last.json").read_text())
-    assert record["images"] == 500 and record["split"] == "digits test" and record["checkpoint"] == "last"
+    part = getattr(data, split)
+    found = load_file(folder / "evaluation" / f"{split}-last.safetensors")
+    assert found["labels"].tolist() == part.labels.tolist()
+    assert found["predicted"].shape == found["confidence"].shape == (images,)
+    record = json.loads((folder / "evaluation" / f"{split}-last.json").read_text())
+    assert record["images"] == images and record["split"] == part.name and record["checkpoint"] == "last"
     assert "not selected" in record["chosen"]
-    right = 100 * (found["predicted"] == found["labels"]).double().mean().item()
-    assert json.dumps(record).count(f"{right:.3f}".rstrip("0")) >= 1 or right in json.dumps(record)
+    assert record["per_class"]["count"] == data.counts.tolist()
+    right, counts = (found["predicted"] == found["labels"]).numpy(), data.counts[part.labels]
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    told = {"top1": right.mean(), **{name: right[inside].mean() for name, inside in groups.items()}}
+    assert {name: record["numbers"][name] for name in told} == pytest.approx({k: 100 * v for k, v in told.items()})
 
 
 def test_it_is_the_saved_net_that_was_evaluated(finished):
@@ -51,6 +57,41 @@ def test_it_is_the_saved_net_that_was_evaluated(finished):
     found = load_file(folder / "evaluation" / "test-last.safetensors")
     assert (logits.argmax(dim=1) == found["predicted"]).float().mean() > 0.995  # ties of rounding aside
     np.testing.assert_allclose(logits.softmax(dim=1).amax(dim=1), found["confidence"], rtol=1e-4)
+
+
+def copied(folder, tmp_path):
+    """A run's folder without its evaluations."""
+    return Path(shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation")))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_saved_run_is_evaluated_as_its_training_did(finished, alone, tmp_path, split):
+    folder = copied(finished[1], tmp_path)
+    name, title, meter = evaluate_run(folder, split=split)
+    assert name == f"{split}-last"
+    then, now = (json.loads((run / "evaluation" / f"{name}.json").read_text()) for run in (finished[1], folder))
+    assert title.startswith(f"{then['split']}, {then['images']} images, checkpoint last: after epoch 2, not selected")
+    assert now["per_class"]["count"] == then["per_class"]["count"] and now["class_names"] == then["class_names"]
+    assert now["numbers"] == meter.compute() and now["numbers"].keys() == then["numbers"].keys()
+    assert now["numbers"]["top1"] == pytest.approx(then["numbers"]["top1"], abs=1.2)  # a tie of rounding aside
+    then, now = (load_file(run / "evaluation" / f"{name}.safetensors") for run in (finished[1], folder))
+    assert torch.equal(now["labels"], then["labels"])
+    np.testing.assert_allclose(now["confidence"], then["confidence"], rtol=1e-4)
+
+
+def test_best_is_the_checkpoint_that_the_newest_one_names(finished, alone, tmp_path):
+    folder = copied(finished[1], tmp_path)
+    first, second = checkpoint.listed(folder / "checkpoints")
+    net, state = checkpoint.load(second)
+    state["progress"] |= {"best_checkpoint": first.name, "best_epoch": 1}
+    shutil.rmtree(second)
+    checkpoint.save(folder / "checkpoints", 22, net, state)
+    name, title, _ = evaluate_run(folder, "best")
+    assert name == "test-best" and title.endswith("checkpoint best: epoch 1, best top1 on validation")
+    names = (name, evaluate_run(folder, str(first))[0], evaluate_run(folder)[0])
+    best, same, last = (load_file(folder / "evaluation" / f"{name}.safetensors") for name in names)
+    assert differences(best, same) == []
+    assert not torch.equal(best["confidence"], last["confidence"])
 
 
 def test_table_lines_up_with_long_names_and_gaps():

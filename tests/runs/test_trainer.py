@@ -1,27 +1,32 @@
-"""The loop: what is not finite, precision, accumulation, the schedule, compilation. Resume and processes have files of
-their own."""
+"""The loop: learning, the best epoch, what is not finite, precision, accumulation, the schedule, compilation.
+Resume and processes have files of their own."""
 
 import json
 import math
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch import nn
 
 from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
+from rescom_timm.runs import trainer as training
 from rescom_timm.runs.build import build_method, speed_up
+from rescom_timm.runs.evaluate import evaluate, evaluate_run
 from rescom_timm.runs.launch import launch, refuse_what_cannot_be_sharded
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, flat, load_dict
 from rescom_timm.runs.recipe import load as load_recipe
 from rescom_timm.runs.trainer import Trainer, train
-from tests.runs.child import Launch, figures, last, recipe, run
+from tests.runs.child import Launch, differences, figures, last, recipe, run
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
 
@@ -43,6 +48,124 @@ def losses(trainer, steps):
         told.append(trainer._forward_backward(batch, last=True)["loss"])
         trainer._update(sound=True)
     return torch.stack(told)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def test_a_run_learns(alone, tmp_path):
+    tree = recipe(
+        tmp_path, net__backbone="resnet20_cifar", method={"name": "balanced_softmax"}, train__epochs=4,
+        evaluation__every=4, data__validation="none",
+    )  # fmt: skip
+    train(load_dict(tree))
+    first, *_, trained, evaluated = figures(tree)
+    assert trained["train/loss"] < 0.6 * first["train/loss"]
+    assert trained["train/top1"] > 30 and evaluated["test/top1"] > 40, "chance is 10"
+
+
+def test_the_figures_of_an_epoch_are_the_means_of_its_forward_passes(alone, tmp_path):
+    tree = recipe(tmp_path, train__accumulate=2, train__epochs=1, schedule__warmup_epochs=0)
+    trainer, seen = trainer_of(tree), []
+
+    def note(method, args, outputs):
+        right = outputs["logits"].argmax(dim=1) == args[0]["label"].repeat(method.views)
+        seen.append((outputs["loss"].item(), 100 * right.float().mean().item()))
+
+    trainer.method.register_forward_hook(note)
+    trainer.open(resume=False)
+    trainer.fit()
+    trainer.close()
+    assert len(seen) == 22
+    told = figures(tree)[0]
+    assert [told["train/loss"], told["train/top1"]] == pytest.approx(np.mean(seen, axis=0), rel=1e-5)
+
+
+def test_the_seed_decides_weights_noise_and_rows(alone, tmp_path):
+    """As they are at the start, which a run of no epochs saves."""
+    weights, noise, rows = [], [], []
+    for number, seed in enumerate((0, 0, 1)):
+        tree = recipe(tmp_path / str(number), seed=seed, train__epochs=0)
+        train(load_dict(tree))
+        net, state = last(tree)
+        weights.append(net["classifier.weight"])
+        noise.append(state["ranks"][0]["random"])
+        rows.append(next(iter(trainer_of(recipe(tmp_path, seed=seed)).loader))["row"])
+    for told in (weights, noise, rows):
+        assert differences(told[0], told[1]) == [] != differences(told[0], told[2])
+
+
+def test_processes_draw_noise_of_their_own(tmp_path):
+    tree = recipe(tmp_path, train__epochs=0)
+    run(tree, ranks=2)
+    first, second = (rank["random"] for rank in last(tree)[1]["ranks"])
+    assert all(differences(first[kind], second[kind]) for kind in ("python", "numpy", "torch"))
+
+
+def test_the_gradient_is_clipped(alone, tmp_path):
+    moved = []
+    for norm in (None, 1e-6):
+        trainer = trainer_of(recipe(tmp_path, optimizer__clip_norm=norm, optimizer__weight_decay=0.0))
+        before = nn.utils.parameters_to_vector(trainer.net.parameters()).clone()
+        losses(trainer, 1)
+        moved.append((nn.utils.parameters_to_vector(trainer.net.parameters()) - before).norm().item())
+    assert moved[0] > 0.01
+    assert moved[1] < 1.01e-7  # at a learning rate of 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------ the best
+
+SCORES = {
+    "validation": {"top1": (30.0, 20.0, 10.0), "few": (10.0, 30.0, 20.0)},
+    "test": {"top1": (30.0, 20.0, 10.0), "few": (30.0, 20.0, 10.0)},
+}
+"""Of three epochs."""
+
+
+def scripted(seen):
+    """evaluate, whose figures in the n-th evaluation of a split are the n-th of SCORES, whatever the net."""
+
+    def told(accelerator, net, loader, counts):
+        meter = evaluate(accelerator, net, loader, counts)
+        split = "test" if len(loader.dataset) == 500 else "validation"
+        epoch = min(seen[split], 2)
+        seen[split] += 1
+        meter.compute = lambda: {name: scores[epoch] for name, scores in SCORES[split].items()}
+        return meter
+
+    return told
+
+
+def test_the_best_epoch_is_chosen_by_the_figure_on_validation_saved_and_evaluated(alone, tmp_path):
+    alone.setattr(training, "evaluate", scripted(Counter()))
+    tree = recipe(tmp_path, evaluation__select="few", checkpoint={"every": 5, "keep": 1})
+    folder = train(load_dict(tree))
+    progress = last(tree)[1]["progress"]
+    assert (progress["best"], progress["best_epoch"], progress["best_checkpoint"]) == (30.0, 2, "step-00000022")
+    saved = checkpoint.listed(folder / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000022", "step-00000033"]
+    evaluate_run(folder, which=str(saved[0]))
+    names = ("best", "last", "step-00000022")
+    best, final, anew = (load_file(folder / "evaluation" / f"test-{name}.safetensors") for name in names)
+    assert differences(best, anew) == []
+    assert not torch.equal(best["confidence"], final["confidence"])
+
+
+def test_the_hub_is_offered_every_checkpoint_and_at_the_end_the_best(alone, tmp_path):
+    offered = []
+
+    class Recorder:
+        def __init__(self, config, folder):
+            self.saved = lambda *names: offered.append(("saved", *names))
+            self.finished = lambda *names: offered.append(("finished", *names))
+            self.wait = lambda: offered.append(("wait",))
+
+    alone.setattr(training, "evaluate", scripted(Counter()))
+    alone.setattr(training, "Pusher", Recorder)
+    train(load_dict(recipe(tmp_path, evaluation__select="few")))
+    first, second, third = "step-00000011", "step-00000022", "step-00000033"
+    saved = [("saved", first, first), ("saved", second, second), ("saved", third, second)]
+    assert offered == [*saved, ("finished", third, second), ("wait",)]
 
 
 # ---------------------------------------------------------------------------------------------------------- not finite
@@ -271,6 +394,29 @@ def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
     Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
     with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
         Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "b")
+
+
+WORDS = {
+    True: "name=a output=b data.source=c evaluation.every=3 evaluation.batch_size=9 checkpoint.keep=9 speed.workers=3 "
+    "train.nonfinite=skip hub.strategy=every_save",
+    False: "seed=1 data.index=all views.train=none loader.sampler=class_balanced net.backbone=resnet56_cifar "
+    "method.temperature=0.3 optimizer.lr=0.01 schedule.warmup_epochs=9 train.batch_size=8 train.epochs=99 "
+    "evaluation.select=few",
+}
+"""Whether a run goes on with them: they do not change what is trained."""
+
+
+@pytest.mark.parametrize(("free", "word"), [(free, word) for free, words in WORDS.items() for word in words.split()])
+def test_a_run_goes_on_with_what_changes_nothing_that_is_trained(tmp_path, free, word):
+    saved, changed = load_recipe(DIGITS), load_recipe(DIGITS, [word])
+    assert changed != saved
+    data = SimpleNamespace(provenance={"train": {"sha256": "a"}})
+    trainer = SimpleNamespace(recipe=changed, data=data, folder=tmp_path)
+    if free:
+        Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
+    else:
+        with pytest.raises(RecipeError, match=re.escape(f"different: {word.split('=')[0]} (")):
+            Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
 
 
 def test_views_finished_on_the_device_are_the_same_where_nothing_is_warped(tmp_path):
