@@ -10,9 +10,12 @@ python tools/index.py init my_photos -o my_photos.yaml
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import yaml
@@ -20,7 +23,8 @@ import yaml
 from rescom_timm.data import index as rows
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import Data, DataConfig, class_folders, holds_tables, load, training_index
-from rescom_timm.data.views import decode
+from rescom_timm.data.views import BrokenImage, decode
+from rescom_timm.runs.recipe import without_home
 
 
 def make(options: argparse.Namespace) -> int:
@@ -92,37 +96,57 @@ def overlap(options: argparse.Namespace) -> int:
 def init(options: argparse.Namespace) -> int:
     """Write a recipe for one's own images: a folder of class folders, or a local or Hub data set."""
     recipe = Path(options.output)
-    lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test")}
+    lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test", "validation")}
     if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
         if not options.force:
             raise ValueError(f"{', '.join(taken)} would be written over: choose another -o, or say --force")
+    if options.source != "digits" and Path(options.source).expanduser().exists():
+        options.source = _place(options.source)
     indexes, config = _parts(options)
+    with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
+        for part, index in indexes.items():
+            index.save(Path(folder) / lists[part].name)
+        data = load(_with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
+        config = _with_lists(config, {part: _place(lists[part]) for part in indexes})
+        try:
+            text = recipe_for(data, config, options.source)
+        except BrokenImage as error:
+            raise ValueError(f"{error}; mend it or take it away") from None
     for part, index in indexes.items():
         index.save(lists[part])
-        config = replace(config, **{"index" if part == "train" else "test_index": str(lists[part])})
         print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")
-    data = load(config)
-    rows.write_aside(recipe, [recipe_for(data, config, options.source)])
+    rows.write_aside(recipe, [text])
     print(rows.describe(data.counts))
-    print(f"{recipe}: train with  accelerate launch tools/train.py {recipe}")
+    print(f"{recipe}: train with  accelerate launch tools/train.py {shlex.quote(str(recipe))}")
     return 0
+
+
+def _place(path: str | Path) -> str:
+    """The path such that it is right from every working directory: absolute, or below the home folder as ~/..."""
+    return without_home(os.path.abspath(os.path.expanduser(path)))
+
+
+def _with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
+    if "validation" in lists:
+        config = replace(config, validation=f"index({lists['validation']})")
+    return replace(config, index=lists.get("train", config.index), test_index=lists.get("test", config.test_index))
 
 
 def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     """The index files to write and the data section that uses them."""
     root = Path(options.source).expanduser()
     folders = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    validation = options.validation or "holdout(0.1)"
     if root.is_dir() and not holds_tables(root):
-        config = DataConfig(str(root), validation=options.validation)
+        config = DataConfig(options.source, validation=validation)
         if (root / "train").is_dir() and folders:
-            train, test = (_under(root, part) for part in (root / "train", folders[0]))
-            if train.class_names != test.class_names:
-                odd = ", ".join(sorted(set(train.class_names or []) ^ set(test.class_names or []))[:5])
-                raise ValueError(f"{root / 'train'} and {folders[0]} have different class folders: {odd}")
-        else:
-            train, test = _part_test(_under(root, root))
+            train = _under(root, root / "train")
+            names = ["test", "validation"] if options.validation is None else ["test"]
+            parts = {part: _as_in(train, _under(root, at), at) for part, at in zip(names, folders, strict=False)}
+            return {"train": _cut(train, options.imbalance), **parts}, config
+        train, test = _part_test(_under(root, root))
     else:
-        config = replace(_config(options, options.split), test=options.test_split, validation=options.validation)
+        config = replace(_config(options, options.split), test=options.test_split, validation=validation)
         whole = training_index(config)
         if options.test_split != options.split:
             return ({"train": _cut(whole, options.imbalance)} if options.imbalance else {}), config
@@ -136,8 +160,17 @@ def _under(root: Path, folder: Path) -> Index:
     if others:
         print(f"{len(others):,} files under {folder} are no images and left out: {', '.join(others[:3])}")
     lead = "" if folder == root else folder.name + "/"
-    info = {"source": str(root), "split": folder.name, "rule": "all images of the class folders"}
+    info = {"source": _place(root), "split": folder.name, "rule": "all images of the class folders"}
     return replace(index, keys=[lead + str(key) for key in index.keys], info=info)
+
+
+def _as_in(train: Index, part: Index, folder: Path) -> Index:
+    """The part with its classes numbered as those of training, of which it may lack some."""
+    known, names = train.class_names or [], part.class_names or []
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"{folder} has class folders that train lacks: {', '.join(odd[:5])}")
+    labels = np.array([known.index(name) for name in names])[part.labels]
+    return replace(part, labels=labels, num_classes=len(known), class_names=known)
 
 
 def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
@@ -150,7 +183,8 @@ def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
 def _cut(index: Index, factor: float | None) -> Index:
     if factor is None:
         return index
-    return index.take(rows.exponential(index.labels, index.num_classes, factor), f"exponential({factor:g})")
+    kept = rows.exponential(index.labels, index.num_classes, factor, by_count=True)
+    return index.take(kept, f"exponential({factor:g}) by count")
 
 
 def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
@@ -176,7 +210,8 @@ def recipe_for(data: Data, config: DataConfig, source: str) -> str:
     chosen = settings(data.counts)
     sample = data.train.dataset.select(range(min(32, len(data.train.rows))))
     side = int(np.median([min(decode(row["image"]).size) for row in sample]))
-    batch = 128 if data.counts.sum() >= 1024 else 32
+    images = int(data.counts.sum())
+    batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
     few, many = (len(rows.groups(data.counts)[name]) for name in ("few", "many"))
     line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
     if side <= 64:
@@ -276,11 +311,11 @@ def parser() -> argparse.ArgumentParser:
     data = ("source", "digits, a Hub id, a folder of parquet or arrow files, or a list")
     file = ("file", "an index, an official list or an iNaturalist JSON")
     one = verb(make, data, ("rule", "exponential(IF), step(IF), or with a seed: exponential(100, seed=1)"))
-    one.add_argument("-o", "--output", required=True)
+    one.add_argument("-o", "--output", required=True, type=os.path.expanduser)
     one.add_argument("--labels", metavar="FILE", help="read labels from here, one a line, instead of the data set")
     data_options(one)
     one = verb(convert, file)
-    one.add_argument("-o", "--output", required=True)
+    one.add_argument("-o", "--output", required=True, type=os.path.expanduser)
     one.add_argument("--names", metavar="FILE", help="class names, one a line")
     list_options(one)
     one = verb(check, file)
@@ -294,9 +329,9 @@ def parser() -> argparse.ArgumentParser:
     one = verb(overlap, file, ("other", "another"))
     one.add_argument("--lines", type=int, default=10, help="most images named (default: 10)")
     one = verb(init, ("source", "a folder of class folders, or a local or Hub data set"))
-    one.add_argument("-o", "--output", required=True, metavar="RECIPE.yaml")
-    one.add_argument("--imbalance", type=float, metavar="IF", help="cut the training images to exponential(IF)")
-    one.add_argument("--validation", default="holdout(0.1)", help="to choose the best checkpoint (holdout(0.1))")
+    one.add_argument("-o", "--output", required=True, type=os.path.expanduser, metavar="RECIPE.yaml")
+    one.add_argument("--imbalance", type=float, metavar="IF", help="cut the training images to this imbalance")
+    one.add_argument("--validation", help="to choose the best checkpoint (the folder val where it is, or holdout(0.1))")
     one.add_argument("--test-split", default="test", help="a data set's; the name of --split parts a fifth of it off")
     one.add_argument("--force", action="store_true", help="write over files that exist")
     data_options(one)
@@ -306,7 +341,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -383,17 +383,22 @@ def _first(things: Sequence[Any], n: int = 5) -> str:
 # Long-tail profiles
 
 
-def exponential(labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0) -> np.ndarray:
+def exponential(
+    labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0, by_count: bool = False
+) -> np.ndarray:
     """The literature's long-tailed draw (Cui et al. 2019, Cao et al. 2019): class k keeps n_max * IF^(-k / (K-1)) rows.
 
     ``labels`` (N,) of the whole split; ``imbalance`` is IF, the largest class over the smallest. n_max is the size of
     the largest class; where a class has fewer rows than its place in the profile asks for, all of them are taken.
+    ``by_count``: k is the class's place by count, the most frequent first, instead of its number, for classes of
+    different sizes; equal ones keep their order.
     Returns the rows kept, ascending, (M,) int64. One random stream, RandomState(seed), shuffles the classes one after
     another, so that draws of different IF are nested, and those of CIFAR with seed 0 are the literature's own.
     Raises ValueError where a class would be left without a row.
     """
     counts = _counts(labels, num_classes, imbalance)
-    sizes = [int(counts.max() * (1 / imbalance) ** (k / (num_classes - 1))) for k in range(num_classes)]
+    places = np.argsort(np.argsort(-counts, kind="stable")).tolist() if by_count else range(num_classes)
+    sizes = [int(counts.max() * (1 / imbalance) ** (k / (num_classes - 1))) for k in places]
     return _draw(labels, sizes, imbalance, seed)
 
 
@@ -460,7 +465,7 @@ def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> 
     for k, size in enumerate(sizes):
         rows = np.flatnonzero(labels == k).astype(np.int64)
         if size < 1 or not rows.size:
-            reason = "it has none to draw from" if not rows.size else f"{sizes[0]} rows at most, over {imbalance:g}"
+            reason = "it has none to draw from" if not rows.size else f"{max(sizes)} rows at most, over {imbalance:g}"
             raise ValueError(f"an imbalance of {imbalance:g} leaves class {k} without a row ({reason})")
         random.shuffle(rows)
         kept.append(rows[:size])
@@ -487,7 +492,9 @@ def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: 
     by_class = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     chosen = np.sort(np.concatenate([random.permutation(rows)[: size(len(rows))] for rows in by_class]))
     if not chosen.size:
-        raise ValueError(f"{rule} takes no row at all: the classes are too small for it")
+        raise ValueError(
+            f"{rule} takes no row at all: the classes are too small for it; take a larger part, or validation none"
+        )
     return chosen.astype(np.int64)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -492,8 +492,14 @@ def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str
 
 def holds_tables(folder: Path) -> bool:
     """True for a folder of parquet, arrow or save_to_disk. Looks at no more than the first thousand files."""
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    return any(name.endswith((".parquet", ".arrow")) for name in islice(files, 1000))
+    return any(path.endswith((".parquet", ".arrow")) for path in islice(files_under(folder), 1000))
+
+
+def files_under(folder: str | Path) -> Iterator[str]:
+    """Paths of the files in and below a folder, but for hidden ones: in their name or a folder's a dot comes first."""
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (f"{path}/{name}" for name in files if not name.startswith("."))
 
 
 def _root_part(root: Path, split: str, spec: str, num_classes: int | None = None, allow_empty: bool = False) -> _Part:
@@ -593,7 +599,7 @@ def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
 
 
 def class_folders(root: str | Path) -> tuple[Index, list[str]]:
-    """An index of a folder of class folders, and the files in it that are no images.
+    """An index of a folder of class folders, and the files in it that are no images. Hidden files count as neither.
 
     Classes are numbered by sorted folder name, by value where all names are whole numbers (2 before 10).
     Raises ValueError where there are fewer than two class folders, or one without an image.
@@ -607,7 +613,7 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
     others: list[str] = []
     for k, name in enumerate(names):
         before = len(paths)
-        for path in sorted(f"{folder}/{file}" for folder, _, files in os.walk(root / name) for file in files):
+        for path in sorted(files_under(root / name)):
             relative = Path(path).relative_to(root).as_posix()
             (paths if Path(path).suffix.lower() in IMAGE_SUFFIXES else others).append(relative)
         labels += [k] * (len(paths) - before)

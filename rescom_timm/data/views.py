@@ -420,9 +420,11 @@ def decode(value: Any, row: int | None = None, exif: bool = False) -> Image.Imag
 
 
 def where(value: Any, row: int | None) -> str:
-    """For messages: row 7 (path)."""
+    """For messages: row 7 (path), or what of the two is known."""
     path = value.get("path") if isinstance(value, Mapping) else None
-    return f"row {row if row is not None else 'unknown'}" + (f" ({path})" if path else "")
+    if row is None:
+        return path or "row unknown"
+    return f"row {row}" + (f" ({path})" if path else "")
 
 
 def _open(value: Any) -> Image.Image:

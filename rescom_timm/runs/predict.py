@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rescom_timm.data.sources import IMAGE_SUFFIXES, Split
+from rescom_timm.data.sources import IMAGE_SUFFIXES, Split, files_under
 from rescom_timm.data.views import BrokenImage, decode, parse
 from rescom_timm.nets.net import Net
 from rescom_timm.runs.export import Pretrained, from_pretrained
@@ -186,9 +186,11 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or all images in and below the folder. Raises FileNotFoundError, ValueError for a folder without."""
+    """The file, or all images in and below the folder, but for hidden ones. Raises FileNotFoundError, ValueError for a
+    folder without."""
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files = map(Path, files_under(path))
+        found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not found:
             raise ValueError(f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
         return found

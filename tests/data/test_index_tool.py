@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
     photos(tmp_path / "my photos", {"10": 30, "9": 12, "2": 5})
     write("my photos/9/readme.txt", "x")
     code, said = run("init", "my photos", "-o", "mine.yaml")
-    assert code == 0 and "1 files under my photos are no images and left out: 9/readme.txt" in said
+    assert code == 0 and "my photos are no images and left out: 9/readme.txt" in said
     made = recipe.load("mine.yaml")
     data = load(made.data)
     assert data.class_names == ["2", "9", "10"]
@@ -182,7 +183,56 @@ def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
     assert code == 2 and "mine.yaml, mine_train.txt, mine_test.txt would be written over" in said
     assert Path("mine.yaml").read_text() == before
     assert run("init", "my photos", "-o", "mine.yaml", "--force", "--imbalance", 4)[0] == 0
-    assert Index.load("mine_train.txt").info["rule"].endswith("exponential(4)")
+    assert Index.load("mine_train.txt").info["rule"].endswith("exponential(4) by count")
+
+
+def test_init_leaves_hidden_files_out_and_asks_for_no_larger_batch_than_there_are_images(
+    run: Run, tmp_path: Path
+) -> None:
+    photos(tmp_path / "p", {"a": 20, "b": 16})
+    for hidden in ("a/._000.png", "b/.cache/000.png", ".thumbnails/000.png"):
+        (tmp_path / "p" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "p" / hidden).write_bytes(b"no image")
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 0 and "no images" not in said
+    made = recipe.load("p.yaml")
+    assert load(made.data).counts.tolist() == [14, 12] and made.train.batch_size == 16
+    assert not any("/." in key for key in Index.load("p_train.txt").keys)
+
+
+def test_init_writes_nothing_where_it_fails(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"a": 6, "b": 6})
+    for broken in (tmp_path / "p" / "a").iterdir():
+        broken.write_bytes(broken.read_bytes()[:60])
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 2 and f"cannot read the image of {broken.parent}/00" in said and "mend it or take it away" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["p"], "nothing is written, so a repeat is not refused"
+    shutil.rmtree(broken.parent)
+    photos(tmp_path / "p", {"a": 6})
+    assert run("init", "p", "-o", "p.yaml")[0] == 0
+
+
+def test_init_keeps_the_frequent_classes_frequent(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p" / "train", {"cat": 5, "cow": 13, "dog": 24})
+    photos(tmp_path / "p" / "test", {"cat": 1, "dog": 1})
+    assert run("init", "p", "-o", "p.yaml", "--imbalance", 4, "--validation", "none")[0] == 0
+    assert Index.load("p_train.txt").counts.tolist() == [5, 12, 24]
+    code, said = run("init", "p", "-o", "q.yaml", "--imbalance", 30)
+    assert code == 2 and "leaves class 0 without a row (24 rows at most, over 30)" in said
+
+
+def test_a_made_recipe_runs_from_anywhere(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    photos(home / "photos", {"a": 6, "b": 6})
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    code, said = run("init", "photos", "-o", "~/my recipes/p.yaml")
+    assert code == 0 and f"train.py '{home}/my recipes/p.yaml'" in said and not Path("~").exists()
+    text = Path("my recipes/p.yaml").read_text() + Path("my recipes/p_train.txt").read_text()
+    assert str(home) not in text and "~/photos" in text
+    monkeypatch.chdir(tmp_path)
+    made = recipe.load(home / "my recipes" / "p.yaml")
+    assert made.data.index == "~/my recipes/p_train.txt" and load(made.data).counts.tolist() == [4, 4]
 
 
 def test_init_from_train_and_val_folders(run: Run, tmp_path: Path) -> None:
@@ -195,13 +245,27 @@ def test_init_from_train_and_val_folders(run: Run, tmp_path: Path) -> None:
     assert Index.load("p_test.txt").keys[0] == "val/cat/000.png" and made.net.backbone == "resnet32_cifar"
     photos(tmp_path / "p" / "val", {"cow": 1})
     code, said = run("init", "p", "-o", "q.yaml")
-    assert code == 2 and "have different class folders: cow" in said and not Path("q.yaml").exists()
+    assert code == 2 and "p/val has class folders that train lacks: cow" in said and not Path("q.yaml").exists()
 
 
-def test_init_from_a_data_set(run: Run) -> None:
+def test_init_from_train_val_and_test_folders(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p" / "train", {"cat": 6, "cow": 5, "dog": 4})
+    photos(tmp_path / "p" / "val", {"cow": 1, "dog": 2})
+    photos(tmp_path / "p" / "test", {"cat": 2, "dog": 2})
+    assert run("init", "p", "-o", "p.yaml")[0] == 0
+    data = load(recipe.load("p.yaml").data)
+    assert data.validation is not None and np.bincount(data.validation.labels).tolist() == [0, 1, 2]
+    assert data.counts.tolist() == [6, 5, 4] and np.bincount(data.test.labels).tolist() == [2, 0, 2]
+    assert Index.load("p_validation.txt", allow_empty=True).keys[0] == "val/cow/000.png"
+    assert run("init", "p", "-o", "q.yaml", "--validation", "none")[0] == 0
+    assert load(recipe.load("q.yaml").data).validation is None and not Path("q_validation.txt").exists()
+
+
+def test_init_from_a_data_set(run: Run, tmp_path: Path) -> None:
     assert run("init", "digits", "-o", "d.yaml", "--imbalance", 20, "--validation", "unused(20)")[0] == 0
     made = recipe.load("d.yaml")
-    assert made.data.source == "digits" and made.data.index == "d_train.txt" and made.data.test_index == "all"
+    assert made.data.source == "digits" and made.data.index == f"{tmp_path}/d_train.txt"
+    assert made.data.test_index == "all"
     data = load(made.data)
     assert data.counts.tolist() == Index.load("d_train.txt").counts.tolist() and len(data.test.rows) == 500
     assert not Path("d_test.txt").exists()

@@ -19,7 +19,17 @@ from PIL import Image as PillowImage
 
 from rescom_timm.data import sources
 from rescom_timm.data.index import Index
-from rescom_timm.data.sources import Data, DataConfig, class_folders, fit_layout, load, missing_files, training_index
+from rescom_timm.data.sources import (
+    Data,
+    DataConfig,
+    class_folders,
+    fit_layout,
+    holds_tables,
+    load,
+    missing_files,
+    training_index,
+)
+from rescom_timm.runs.predict import _files
 
 
 @pytest.fixture(autouse=True)
@@ -576,6 +586,9 @@ def test_joins_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_class_folders(tmp_path: Path) -> None:
     files(tmp_path, ["10/a.png", "2/b.PNG", "2/deep/c.jpeg", ".git/d.png", "__MACOSX/e.png"])
+    files(tmp_path, ["10/._a.png", "2/deep/.thumbs/c.jpeg", "2/.DS_Store", ".cache/old.parquet"])  # hidden ones
+    assert not holds_tables(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in _files(tmp_path / "2")] == ["2/b.PNG", "2/deep/c.jpeg"]
     (tmp_path / "2" / "notes.txt").write_text("x")
     index, others = class_folders(tmp_path)
     assert index.class_names == ["2", "10"]  # by value, not as text
