@@ -5,7 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
-from rescom_timm.runs.trainer import Trainer
+from rescom_timm.data.views import BrokenImage
+from rescom_timm.runs.trainer import Trainer, last_words
 from tools import train as tool
 
 DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits_lt_cross_entropy.yaml")
@@ -35,3 +36,28 @@ def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
     assert train() == 143 and "Stopped: " in capsys.readouterr().err
     assert train("--resume") == 0 and len(passes) == 14
     assert train("--resume", "optimizer.lr=0.3") == 1 and "RecipeError: " in capsys.readouterr().err
+    assert train("train.batch_size=4000") == 1
+    assert "ValueError: a batch of 4000 images cannot be drawn" in capsys.readouterr().err
+
+
+def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):
+    def train(*words):
+        alone.setattr(sys, "argv", ["tools/train.py", *words])
+        assert tool.main() == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("run folder"))
+
+    first, second = (tmp_path / f"digits_lt_cross_entropy{end}" for end in ("", "-2"))
+    assert train(DIGITS, *QUICK, f"output={tmp_path}") == f"run folder: {first}"
+    assert train(DIGITS, *QUICK, f"output={tmp_path}") == f"run folder: {second}"
+    assert train(DIGITS, *QUICK, f"output={tmp_path}", "--resume").startswith(f"run folder: {second}, resumed from")
+    assert train(str(first / "recipe.yaml"), "--resume").startswith(f"run folder: {first}, resumed from step-")
+    moved = first.rename(tmp_path / "moved")
+    assert train(str(moved / "recipe.yaml"), "--resume").startswith(f"run folder: {moved}, resumed from step-")
+    told = train(DIGITS, *QUICK, f"output={tmp_path / 'new'}", "--resume")
+    assert told.endswith("no checkpoint to resume from: starting anew")
+
+
+def test_of_a_workers_error_its_own_words_are_told():
+    sent = "Caught BrokenImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+    assert last_words(BrokenImage(f"{sent}BrokenImage: row 3\n")) == "BrokenImage: row 3"
+    assert last_words(OSError(28, "No space left on device")) == "OSError: [Errno 28] No space left on device"

@@ -33,7 +33,9 @@ def main(words: list[str] | None = None) -> int:
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data SOURCE")
     try:
-        images = load(DataConfig(arguments.data, test=arguments.split)).test if arguments.data else arguments.images
+        other = "test" if arguments.split == "train" else "train"  # so that the split is not its own training images
+        data = load(DataConfig(arguments.data, train=other, test=arguments.split)) if arguments.data else None
+        images = data.test if data else arguments.images
         found = predictions(
             arguments.model, images, arguments.top_k, read_prior(arguments.prior), arguments.batch_size,
             arguments.workers, arguments.device,

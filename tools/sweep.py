@@ -51,10 +51,9 @@ import yaml
 from accelerate import PartialState
 
 from rescom_timm.figures import style
-from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.log import lines
 from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load, load_dict
-from rescom_timm.runs.trainer import FREE_KEYS, NonFiniteLoss, Stopped, train
+from rescom_timm.runs.trainer import FAILURES, FREE_KEYS, Stopped, last_words, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
 
@@ -132,8 +131,8 @@ def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
                 train(recipe, resume=True)
             if lean and main:
                 shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
-        except (RecipeError, CheckpointError, NonFiniteLoss, FileNotFoundError) as error:
-            wrong.append(f"{cell.name}: {error}")
+        except FAILURES as error:
+            wrong.append(f"{cell.name}: {last_words(error)}")
             if main:
                 print(f"left out: {wrong[-1]}", file=sys.stderr, flush=True)
     return wrong

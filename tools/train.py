@@ -1,5 +1,6 @@
 """Train a recipe:  accelerate launch tools/train.py RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run]
 
+--resume goes on with the last run of the recipe's name, or, where RECIPE is RUN/recipe.yaml, with that run.
 --resume hf://owner/name goes on with a run that was pushed with its checkpoint, on another machine perhaps; without a
 RECIPE, by the recipe that it was pushed with.
 """
@@ -8,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from rescom_timm.runs.checkpoint import CheckpointError
-from rescom_timm.runs.hub import HubError, fetch_recipe
-from rescom_timm.runs.recipe import RecipeError, load
-from rescom_timm.runs.trainer import NonFiniteLoss, Stopped, train
+from rescom_timm.runs.hub import fetch_recipe
+from rescom_timm.runs.recipe import load
+from rescom_timm.runs.trainer import FAILURES, Stopped, last_words, train
 
 
 def main() -> int:
@@ -29,13 +30,15 @@ def main() -> int:
         parser.error(f"{address} is only read with --resume")
     words = [word for word in words if word != address]
     try:
-        recipe = load(words.pop(0) if words and "=" not in words[0] else fetch_recipe(address), words)
+        path = Path(words.pop(0) if words and "=" not in words[0] else fetch_recipe(address))
+        recipe = load(path, words)
         if arguments.print:
             print(recipe.to_yaml())
             return 0
-        train(recipe, resume=address or arguments.resume, dry_run=arguments.dry_run)
-    except (RecipeError, CheckpointError, HubError, NonFiniteLoss, Stopped, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        this = path.parent if arguments.resume and (path.parent / "checkpoints").is_dir() else None
+        train(recipe, resume=address or this or arguments.resume, dry_run=arguments.dry_run)
+    except (*FAILURES, Stopped) as error:
+        print(last_words(error), file=sys.stderr)
         return 143 if isinstance(error, Stopped) else 1
     return 0
 

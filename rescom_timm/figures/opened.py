@@ -138,7 +138,8 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
 
 def _checkpoint(folder: Path, which: str) -> tuple[Path, dict[str, Tensor], dict]:
     if which not in ("last", "best"):
-        return (Path(which), *checkpoint.load(Path(which)))
+        path = folder / which if (folder / which).is_dir() else Path(which)
+        return (path, *checkpoint.load(path))
     found = checkpoint.newest(folder)
     if found is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")

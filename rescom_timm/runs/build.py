@@ -70,6 +70,11 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
         if newest is None:
             raise RecipeError(f"from: {source} holds no checkpoint; train it first")
         source, weights = newest[0], newest[1]
+    elif (source / "rescom.json").is_file():
+        raise RecipeError(
+            f"from: {source} is an exported model: name the run's folder, or, for other classes too, start from its "
+            f"backbone: net.backbone=local-dir:{source} net.pretrained=true"
+        )
     elif source.is_dir():
         weights = checkpoint.load(source)[0]
     elif source.is_file():
@@ -82,7 +87,8 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
     if wrong:
         raise RecipeError(
             f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net and "
-            "data.index, from a run whose classifier is one linear layer"
+            "data.index, from a run whose classifier is one linear layer; for other classes start from its export: "
+            "net.backbone=local-dir:RUN/model net.pretrained=true"
         )
     net.load_state_dict({name: weights[name] for name in own}, strict=False)
 

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from rescom_timm.runs.log import lines
+from rescom_timm.runs.predict import LONG_TAILED
 
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
 TITLES = {
@@ -306,8 +307,9 @@ def _table_of_results(facts: Facts) -> str:
 
 def _limits(facts: Facts) -> str:
     few = sum(count < 20 for count in facts.counts)
-    weak = f" {few} classes had fewer than 20 training images; expect most errors there." if few else ""
-    balanced = facts.recipe["method"]["name"] != "cross_entropy"
+    rare = f"{few} class{'es' * (few != 1)} had fewer than 20 training images"
+    weak = f" {rare}; expect most errors there." if few else ""
+    balanced = facts.recipe["method"]["name"] not in LONG_TAILED
     prior = (
         "Its probabilities are those of evenly frequent classes; where the classes' frequencies are known, give them "
         "to `rescom_timm.predict(..., prior=[...])`."

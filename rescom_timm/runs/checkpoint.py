@@ -105,6 +105,8 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(net, state) of a checkpoint folder. Raises CheckpointError, naming the file, where it is damaged."""
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint {path}")
     try:
         hashes = json.loads((path / "hashes.json").read_text())
         for name in FILES:

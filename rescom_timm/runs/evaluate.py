@@ -111,7 +111,8 @@ def evaluate_run(
     """
     recipe = load_recipe(run / "recipe.yaml", overrides)
     folder = run / "checkpoints"
-    found = checkpoint.newest(folder) if which in ("last", "best") else (Path(which), *checkpoint.load(Path(which)))
+    named = folder / which if (folder / which).is_dir() else Path(which)
+    found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
     if found is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
     path, weights, state = found

@@ -296,7 +296,10 @@ def from_pretrained(source: str | Path, num_classes: int | None = None) -> Pretr
     local = Path(source).expanduser()
     repo = as_repo(source)
     if repo is not None and (not local.is_dir() or str(source) != str(local)):
-        return _read(_download(repo), num_classes)
+        try:
+            return _read(_download(repo), num_classes)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; and there is no folder {local} here") from error
     if (local / DETAILS).is_file():
         return _read(local, num_classes)
     if (local / "model" / DETAILS).is_file():

@@ -66,13 +66,22 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "command": shlex.join([*_launcher(), *sys.argv]),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "gpus": gpus,
         "git": _git(),
     }
+
+
+def _launcher() -> list[str]:
+    """How this process was started, as the launchers' own variables tell."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1")]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return ["python"]
 
 
 def _git() -> dict[str, str] | None:

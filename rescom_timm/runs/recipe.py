@@ -117,8 +117,8 @@ class EvaluationConfig:
     every: int = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: int = 256
-    select: str = "top1"
-    """Figure by which the best checkpoint is chosen on the validation split: top1, many, medium, few, mean_class."""
+    select: Literal["top1", "many", "medium", "few", "mean_class"] = "top1"
+    """Figure by which the best checkpoint is chosen on the validation split."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.batch_size < 1:
@@ -318,11 +318,16 @@ def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
     if problem["type"] == "unexpected_keyword_argument":
         known = sorted(set(keys()))
-        same = [key for key in known if key.split(".")[-1] == where.split(".")[-1]]
-        near = same or get_close_matches(where, known, n=3, cutoff=0.6) or [
-            key for last in get_close_matches(where.split(".")[-1], {key.split(".")[-1] for key in known}, n=1)
-            for key in known if key.split(".")[-1] == last
-        ]  # fmt: skip
+        named: dict[str, list[str]] = {}  # keys by their last part
+        for key in known:
+            named.setdefault(key.split(".")[-1], []).append(key)
+        last = where.split(".")[-1]
+        near = (
+            named.get(last)
+            or get_close_matches(where, known, n=1, cutoff=0.9)  # as good as certain
+            or get_close_matches(where, known, n=3, cutoff=0.6)
+            or [key for close in get_close_matches(last, named, n=1) for key in named[close]]
+        )
         hint = f"; did you mean {', '.join(near[:3])}?" if near else f"; there are: {', '.join(known)}"
         return f"unknown key {where}{hint}"
     if problem["type"] == "union_tag_invalid":

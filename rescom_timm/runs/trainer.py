@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
@@ -30,16 +31,18 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 
 from rescom_timm.contrast.queue import Queue
-from rescom_timm.data.loaders import eval_loader, finish_views, set_epoch, train_loader
+from rescom_timm.data.loaders import ViewsDataset, eval_loader, finish_views, set_epoch, train_loader
 from rescom_timm.data.sources import Data, load
+from rescom_timm.data.views import parse
 from rescom_timm.methods import Method, hook
+from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.export import describe, save_model
-from rescom_timm.runs.hub import Pusher, fetch_run
+from rescom_timm.runs.hub import HubError, Pusher, fetch_run
 from rescom_timm.runs.launch import launch, own_group, prepare_to_shard, refuse_what_cannot_be_sharded
 from rescom_timm.runs.log import Log
 from rescom_timm.runs.pulse import LAG, Pulse, Pulses
@@ -64,6 +67,16 @@ class Stopped(RuntimeError):
     """A signal asked the run to stop; its state is saved."""
 
 
+FAILURES = (CheckpointError, HubError, NonFiniteLoss, ValueError, OSError)
+"""What a run may fail with whose message is enough: recipe, data, disk, network or numbers."""
+
+
+def last_words(error: BaseException) -> str:
+    """An error's name and message; of one that a loader's worker sends, without the worker's traceback."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
+
+
 @dataclass
 class Progress:
     """Where a run stands: `step` optimizer steps done in all, of which `step_in_epoch` in the current epoch."""
@@ -83,11 +96,11 @@ class Progress:
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
 
-def train(recipe: Recipe, resume: bool | str = False, dry_run: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool | str | Path = False, dry_run: bool = False) -> Path:
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
-    resume: go on from the newest whole checkpoint of the run's folder, or start where there is none; hf://owner/name
-    first brings the checkpoint of a run that was pushed there.
+    resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
+    name; start where there is none. hf://owner/name first brings the checkpoint of a run that was pushed there.
     dry_run: build everything, do one step and one evaluation batch, write nothing.
     Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped.
     """
@@ -142,6 +155,7 @@ class Trainer:
             prepare_to_shard(accelerator, self.net)
         # FSDP takes no weights that are not contiguous.
         speed_up(self.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not self.sharded))
+        self._refuse_size(ViewsDataset(data.train, parse(recipe.views.train), 1, recipe.loader.broken)[0, 0]["image"])
         loader.worker_init_fn = own_group
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
@@ -151,12 +165,29 @@ class Trainer:
             register_fsdp_forward_method(self.net, "classify")
         splits = {"test": data.test, "validation": data.validation}
         self.splits = {name: split for name, split in splits.items() if split is not None}
+        select = recipe.evaluation.select
+        if data.validation is not None and select in GROUPS:
+            chosen = groups(torch.as_tensor(data.counts)).get(select, torch.empty(0))
+            if not np.isin(data.validation.labels, chosen).any():
+                raise RecipeError(f"evaluation.select: {data.validation.name} has no image of a class of {select}")
         batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
         self.eval_loaders = {}
         for name, split in self.splits.items():
             loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
             loader.worker_init_fn = own_group
             self.eval_loaders[name] = accelerator.prepare(loader)
+
+    @torch.no_grad()
+    def _refuse_size(self, view: Tensor) -> None:
+        """Raises RecipeError where the net takes no images of a view's size, as a ViT made for another."""
+        height, width = view.shape[-2:]
+        try:
+            self.net.eval().classify(torch.zeros(1, 3, height, width, device=self.accelerator.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"net.backbone: {self.recipe.net.backbone} takes no images of {height} x {width} pixels, which "
+                f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
+            ) from error
 
     # ---------------------------------------------------------------- the loop
 
@@ -315,10 +346,7 @@ class Trainer:
         self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
         progress = self.progress
         if "validation" in figures:
-            select = self.recipe.evaluation.select
-            if select not in figures["validation"]:
-                raise RecipeError(f"evaluation.select: no figure {select!r}; there are: {list(figures['validation'])}")
-            score = figures["validation"][select]
+            score = figures["validation"][self.recipe.evaluation.select]
             if progress.best is None or score > progress.best:
                 progress.best, progress.best_epoch = score, progress.epoch
                 progress.best_checkpoint = f"step-{progress.step:08d}"
@@ -415,11 +443,11 @@ class Trainer:
             if id(buffer) not in shared:
                 yield name.replace("net.module.", "net.", 1), buffer
 
-    def open(self, resume: bool | str) -> None:
+    def open(self, resume: bool | str | Path) -> None:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self.folder = broadcast_object_list([self._choose_folder(bool(resume))])[0]
+        self.folder = broadcast_object_list([self._choose_folder(resume)])[0]
         self.pusher = Pusher(self.recipe.hub, self.folder)
         if isinstance(resume, str):
             if self.main:
@@ -438,11 +466,14 @@ class Trainer:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
             describe(self.folder, self.data, self.recipe.views)
-            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else ""))
+            nothing = ", no checkpoint to resume from: starting anew" if resume else ""
+            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
             print(self.trained, flush=True)
 
-    def _choose_folder(self, resume: bool) -> Path:
-        """The first of name, name-2, name-3 ... that is free; to resume, the last that is not."""
+    def _choose_folder(self, resume: bool | str | Path) -> Path:
+        """The first of name, name-2, name-3 ... that is free; to resume, the last that is not, or the one told."""
+        if isinstance(resume, Path):
+            return resume
         first = self.recipe.folder
         number, folder, before = 1, first, first
         while folder.exists():

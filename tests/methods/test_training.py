@@ -186,6 +186,7 @@ def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_
         ("digits_lt_lws", [], "lws is a second stage: name the run to start from, from=RUN"),
         ("digits_lt_lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
         ("digits_lt_lws", ["from={tmp}"], "holds no checkpoint; train it first"),
+        ("digits_lt_lws", ["from={first}/model"], "is an exported model: name the run's folder"),
         ("digits_lt_crt", ["from={first}", "net.backbone=resnet32_cifar"], "of another net .*encoder.layer1.3"),
     ],
 )

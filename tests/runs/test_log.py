@@ -47,6 +47,19 @@ def test_environment_names_versions_and_code():
     assert about["git"] is None or len(about["git"]["commit"]) == 40
 
 
+def test_the_command_is_that_of_the_launcher(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tools/train.py", "my recipe.yaml"])
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment()["command"] == "python tools/train.py 'my recipe.yaml'"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert environment()["command"].startswith("torchrun --nproc_per_node 4 tools/train.py ")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert environment()["command"].startswith("accelerate launch --num_processes 2 tools/train.py ")
+
+
 def test_a_full_disk_is_an_error_of_the_write(tmp_path, monkeypatch):
     log = Log(tmp_path, load_dict(recipe(tmp_path)), {})
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))

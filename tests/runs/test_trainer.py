@@ -144,11 +144,27 @@ def test_the_best_epoch_is_chosen_by_the_figure_on_validation_saved_and_evaluate
     assert (progress["best"], progress["best_epoch"], progress["best_checkpoint"]) == (30.0, 2, "step-00000022")
     saved = checkpoint.listed(folder / "checkpoints")
     assert [path.name for path in saved] == ["step-00000022", "step-00000033"]
-    evaluate_run(folder, which=str(saved[0]))
+    evaluate_run(folder, which=saved[0].name)
     names = ("best", "last", "step-00000022")
     best, final, anew = (load_file(folder / "evaluation" / f"test-{name}.safetensors") for name in names)
     assert differences(best, anew) == []
     assert not torch.equal(best["confidence"], final["confidence"])
+
+
+def test_a_figure_that_validation_does_not_have_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(RecipeError, match=r"evaluation.select: digits .* has no image of a class of few"):
+        train(load_dict(recipe(tmp_path, data__index="step(1)", evaluation__select="few")))
+    with pytest.raises(RecipeError, match="evaluation.select: .*'top1', 'many', 'medium', 'few' or 'mean_class'"):
+        load_dict(recipe(tmp_path, evaluation__select="topl"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_images_of_a_size_that_the_net_does_not_take_are_refused_before_anything_is_trained(tmp_path):
+    words = [f"output={tmp_path}", "net.backbone=test_vit", "net.projector.hidden=8"]
+    with pytest.raises(RecipeError, match=r"test_vit takes no images of 8 x 8 pixels, .*net.options.img_size=8"):
+        train(load_recipe(DIGITS, words))
+    assert not any(tmp_path.iterdir())
+    train(load_recipe(DIGITS, [*words, "net.options={img_size: 8, patch_size: 4}"]), dry_run=True)
 
 
 def test_the_hub_is_offered_every_checkpoint_and_at_the_end_the_best(alone, tmp_path):
