@@ -2,7 +2,7 @@
 
 python tools/index.py make uoft-cs/cifar10 "exponential(100)" -o cifar10_lt_if100.txt
 python tools/index.py convert train2018.json -o inat18_train.txt
-python tools/index.py check Places_LT_train.txt --source /data/places365
+python tools/index.py check Places_LT_train.txt --source /data/places365 [--decode]
 python tools/index.py describe Places_LT_train.txt --png places.png
 python tools/index.py overlap Places_LT_train.txt Places_LT_val.txt
 python tools/index.py init my_photos -o my_photos.yaml
@@ -13,6 +13,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +24,16 @@ import yaml
 
 from rescom_timm.data import index as rows
 from rescom_timm.data.index import Index
-from rescom_timm.data.sources import Data, DataConfig, class_folders, holds_tables, load, training_index
+from rescom_timm.data.sources import (
+    Data,
+    DataConfig,
+    Split,
+    class_folders,
+    holds_tables,
+    load,
+    training_index,
+    training_split,
+)
 from rescom_timm.data.views import BrokenImage, decode
 from rescom_timm.runs.recipe import without_home
 
@@ -54,19 +65,43 @@ def convert(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Say everything that is wrong with an index; with --source, also against the images or the data set."""
+    if options.decode and not options.source:
+        raise ValueError("--decode reads the images: say where they are with --source")
     index, problems = rows.read(options.file, options.classes, options.allow_empty)
+    images = "its images not looked for"
     if index and options.source:
+        images = "its images there, but not decoded"
         try:
-            training_index(_config(options, options.split, options.file), allow_empty=options.allow_empty)
+            split = training_split(_config(options, options.split, options.file), allow_empty=options.allow_empty)
         except (ValueError, FileNotFoundError) as error:
             problems = [str(error)]
+        else:
+            if options.decode:
+                images, problems = "all its images decoded", list(_broken(split))
     for problem in problems[: options.lines]:
         print(f"{options.file}: {problem}")
     if len(problems) > options.lines:
         print(f"{options.file}: and {len(problems) - options.lines:,} more problems")
     if index and not problems:
-        print(f"{options.file}: good, {len(index):,} rows of {index.num_classes:,} classes, sha256 {index.sha256}")
+        told = f"{len(index):,} rows of {index.num_classes:,} classes, {images}, sha256 {index.sha256}"
+        print(f"{options.file}: good, {told}")
     return int(bool(problems))
+
+
+def _broken(split: Split) -> Iterator[str]:
+    """What is wrong with each image that cannot be decoded."""
+
+    def wrong(row: int, image: object) -> str:
+        try:
+            decode(image, row)
+        except BrokenImage as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(split.rows), 1024):
+            images = split.dataset[start : start + 1024]["image"]
+            yield from filter(None, pool.map(wrong, split.rows[start : start + 1024].tolist(), images))
 
 
 def describe(options: argparse.Namespace) -> int:
@@ -320,6 +355,7 @@ def parser() -> argparse.ArgumentParser:
     list_options(one)
     one = verb(check, file)
     one.add_argument("--source", help="image root or data set to check against")
+    one.add_argument("--decode", action="store_true", help="decode every image of --source")
     one.add_argument("--lines", type=int, default=20, help="most problems told (default: 20)")
     data_options(one)
     list_options(one)

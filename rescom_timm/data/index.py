@@ -14,8 +14,9 @@ An index file is text that a person can read and diff::
     29 0
 
 The last header line names the columns: ``row label`` (row numbers of the split) or ``path label`` (paths under an
-image root). The reader also takes the official lists as published (``relative/path label`` a line, no header) and
-iNaturalist's annotations (a ``.json`` file). In this file N counts rows and K counts classes.
+image root), with a blank or a tab between. The reader also takes the official lists as published (``relative/path
+label`` a line, no header) and iNaturalist's annotations (a ``.json`` file). In this file N counts rows and K counts
+classes.
 """
 
 import difflib
@@ -92,7 +93,7 @@ class Index:
     def sha256(self) -> str:
         """Digest of the lines ``key label`` alone, whatever the header says.
 
-        For an official list with plain line ends this is what ``sha256sum`` prints of the file.
+        For an official list with blanks and plain line ends this is what ``sha256sum`` prints of the file.
         """
         digest = hashlib.sha256()
         for start in range(0, len(self), 65536):
@@ -216,7 +217,8 @@ def _read_lines(path: Path, problems: list[str]) -> _Rows:
             return rows
         rows.keys = [] if by_path else array("q")
         for number, line in lines:
-            key, _, label = line.rstrip("\n").rpartition(" ")
+            text = line.rstrip("\n")
+            key, _, label = text.rpartition("\t" if "\t" in text.rpartition(" ")[2] else " ")
             if not key and not label.strip():
                 blank = blank or number  # blank lines are fine at the end of the file only
                 continue
@@ -237,7 +239,9 @@ def _wrong(key: str, label: str, by_path: bool) -> str:
     if not _is_label(label):
         return f"label {label!r} is not a whole number from 0"
     if not key:
-        return f"a line reads '{'path' if by_path else 'row'} label', with a blank between; this one is {label!r}"
+        return (
+            f"a line reads '{'path' if by_path else 'row'} label', with a blank or a tab between; this one is {label!r}"
+        )
     if by_path and key.startswith("/"):
         return f"{key!r} is not a path relative to the image root"
     if not by_path and not (key.isascii() and key.isdigit() and len(key) < 19):
@@ -354,7 +358,8 @@ def _judge_classes(
         problems.append(f"{len(outside) - 20:,} more labels are outside 0 .. {classes - 1}")
     counts = np.bincount(labels[labels < classes], minlength=classes)
     if not allow_empty and (empty := np.flatnonzero(counts == 0)).size:
-        problems.append(f"{len(empty):,} of {classes:,} classes have no image: {_first(empty.tolist())}")
+        hint = "; labels count from 0" if empty.tolist() == [0] else ""
+        problems.append(f"{len(empty):,} of {classes:,} classes have no image: {_first(empty.tolist())}{hint}")
     if header.get("rows", "").isdigit() and int(header["rows"]) != len(labels):
         problems.append(f"the header says {header['rows']} rows, the file has {len(labels)}")
     for k in range(classes if header else 0):

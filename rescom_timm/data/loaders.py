@@ -399,7 +399,8 @@ class ViewsDataset(Dataset[Batch]):
             return position, decode(value, int(self.rows[position]), self.exif)
         except BrokenImage as error:
             if self.replaced is None:
-                raise
+                or_skip = "" if self.num_views is None else ", or say loader.broken=skip"
+                raise BrokenImage(f"{error}; mend it or leave it out of the index{or_skip}") from error
             self._note(position, error)
         others = np.flatnonzero(self.labels == self.labels[position])
         for other in np.roll(others, -(seed % len(others))).tolist():  # from a place that the sample's seed decides

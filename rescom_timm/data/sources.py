@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
 from datasets.table import InMemoryTable
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rescom_timm.data.index import RULES, Index, at_most, draw, holdout, parse_call, parse_rule
 
@@ -146,6 +146,11 @@ def training_index(config: DataConfig, cache: str | Path | None = None, allow_em
     return _opener(config, cache)(config.train, config.index, allow_empty=allow_empty).index
 
 
+def training_split(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Split:
+    """The rows of ``training_index``, to read their images."""
+    return _opener(config, cache)(config.train, config.index, allow_empty=allow_empty).split()
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """An opened split or list, and the rows of it that are used."""
@@ -185,11 +190,11 @@ _Opened = Callable[..., _Part]  # (split, index, num_classes=None, allow_empty=F
 def _opener(config: DataConfig, cache: str | Path | None) -> _Opened:
     """How this source opens a split or a list: tables of rows, or a root of image files."""
     folder = Path(config.source).expanduser()
-    looks_local = config.source.startswith((".", "/", "~")) or config.source.count("/") > 1
+    looks_local = config.source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)
     if config.source != "digits" and folder.is_dir() and not holds_tables(folder):
         return functools.partial(_root_part, folder)
     if looks_local and not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: data.source is a folder, a Hub id such as owner/name, or digits")
+        raise _no_source(config.source)
     tables = functools.cache(functools.partial(_table, config, folder))  # one reading of a split for several parts
     return functools.partial(_table_part, config, tables, Path(cache) if cache else cache_folder())
 
@@ -339,14 +344,23 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
         ) from None
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
-            f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms; "
-            f"set data.source to its right name or to a local folder ({_line(error)})"
+            f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms, and no "
+            f"such folder here; set data.source to its right name or to a local folder ({_line(error)})"
         ) from None
+    except HFValidationError:
+        raise _no_source(source) from None
     except ValueError as error:
         if "Unknown split" in str(error):
             has = str(error).partition("one of ")[2].rstrip(".")
             raise ValueError(f"{source} has no split {split!r}, only {has}: set data.train and data.test") from None
         raise
+
+
+def _no_source(source: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no folder {source} here (relative paths are relative to the working directory), and it is no id of the Hub, "
+        "such as owner/name"
+    )
 
 
 def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:

@@ -115,6 +115,8 @@ def test_official_list(tmp_path: Path) -> None:
     index = Index.load(write(tmp_path / "l.txt", text))
     assert index.keys == ["train/zen garden/1 2.jpg", "train/a/#1.jpg"] and index.labels.tolist() == [1, 0]
     assert index.by_path and index.num_classes == 2 and index.info == {}
+    tabs = Index.load(write(tmp_path / "t.txt", "zen garden/1 2.jpg\t1\na/\t 3.jpg 0\n"))
+    assert tabs.keys == ["zen garden/1 2.jpg", "a/\t 3.jpg"] and tabs.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,9 @@ def test_official_list(tmp_path: Path) -> None:
         ("a.jpg 0\nb.jpg 1.0\n", ["line 2: label '1.0'"]),
         ("a.jpg 0\nb.jpg 99999999999999999999\n", ["line 2: label '99999999999999999999'"]),
         ("a.jpg 0\nb.jpg ١\n", ["line 2: label"]),
-        ("a.jpg 0\nb.jpg\t1\n", ["line 2: label 'b.jpg\\t1'"]),
+        ("a.jpg 0\nb.jpg\tx\n", ["line 2: label 'x'"]),
+        ("a.jpg 1\nb.jpg 2\n", ["1 of 3 classes have no image: 0; labels count from 0"]),
+        ("a.jpg 0\nb.jpg 3\n", ["2 of 4 classes have no image: 1, 2"]),
         ("a.jpg 0\n1\n", ["line 2: a line reads 'path label'"]),
         ("a.jpg 0\n\nb.jpg 1\n", ["line 2 is empty"]),
         ("/a.jpg 0\n", ["line 1: '/a.jpg' is not a path relative"]),

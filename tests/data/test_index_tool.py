@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,42 @@ def test_check_against_images_and_data(run: Run, tmp_path: Path) -> None:
     Index(np.arange(10), np.roll(np.arange(10), 1), 10).save("rows.txt")
     code, said = run("check", "rows.txt", "--source", "digits")
     assert code == 1 and "disagree on" in said
+
+
+def test_check_decodes_the_images(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"a": 3, "b": 2}, side=8)
+    write("l.txt", "a/000.png 0\na/001.png 0\na/002.png 0\nb/000.png 1\nb/001.png 1\n")
+    assert "2 classes, its images not looked for, sha256" in run("check", "l.txt")[1]
+    code, said = run("check", "l.txt", "--source", "p", "--decode")
+    assert code == 0 and "2 classes, all its images decoded, sha256" in said
+    for name, content in (
+        ("a/001", b""),
+        ("a/002", b"some text"),
+        ("b/000", (tmp_path / "p/b/000.png").read_bytes()[:50]),
+    ):
+        (tmp_path / "p" / f"{name}.png").write_bytes(content)
+    assert "its images there, but not decoded" in run("check", "l.txt", "--source", "p")[1]
+    code, said = run("check", "l.txt", "--source", "p", "--decode")
+    assert code == 1 and said.count("l.txt: cannot read the image of row") == 3 and "good" not in said
+    assert "row 1 (p/a/001.png)" in said and "row 2 (p/a/002.png)" in said and "row 3 (p/b/000.png)" in said
+    assert run("check", "l.txt", "--decode") == (
+        2,
+        "error: --decode reads the images: say where they are with --source\n",
+    )
+    assert (
+        "all its images decoded"
+        in run("make", "digits", "step(2)", "-o", "d.txt")[1]
+        + run("check", "d.txt", "--source", "digits", "--decode")[1]
+    )
+
+
+def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
+    write(str(tmp_path / "l.txt"), "".join(f"a/{i}.jpg {i % 2}\n" for i in range(40)))
+    command = [sys.executable, str(FILE), "describe", str(tmp_path / "l.txt")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_describe(run: Run, tmp_path: Path) -> None:

@@ -200,6 +200,12 @@ def test_no_such_folder(tmp_path: Path) -> None:
         load(DataConfig(str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("source", ["my photos", "photos/cats/", "a/b/c", "a--b"])
+def test_a_folder_of_another_working_directory(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"^no folder {source} here .relative paths are .* no id of the Hub"):
+        load(DataConfig(source))
+
+
 def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
