@@ -42,7 +42,8 @@ def test_commands_name_tools_recipes_and_keys_that_exist():
         if tool == "tools/train.py":
             words = words[words.index(tool) + 1 :]
             recipe, *rest = [word for word in words if not word.startswith("-")]
-            load(ROOT / recipe, rest)
+            run = re.fullmatch(r"runs/(\w+)/recipe\.yaml", recipe)  # of a run of the recipe of that name
+            load(ROOT / (f"recipes/{run[1]}.yaml" if run else recipe), rest)
 
 
 def test_every_recipe_of_the_table_exists():

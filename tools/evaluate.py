@@ -15,6 +15,7 @@ from rescom_timm.figures.folder import RunFolder
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import evaluate_run, table
 from rescom_timm.runs.recipe import RecipeError
+from rescom_timm.runs.trainer import last_words
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
     try:
         name, title, meter = evaluate_run(arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
     except (RecipeError, CheckpointError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(last_words(error), file=sys.stderr)
         return 1
     print(table({title: meter.compute()}))
     measured = confusion.measure(RunFolder(arguments.run).evaluation(name))

@@ -178,7 +178,9 @@ class Recipe:
             ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
         ):
             if epoch >= self.train.epochs > 0:
-                raise ValueError(f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches")
+                raise ValueError(
+                    f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
+                )
         if self.train.accumulate > 1 and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
