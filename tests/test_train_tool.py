@@ -5,8 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
+from rescom_timm.data.loaders import last_words
 from rescom_timm.data.views import BrokenImage
-from rescom_timm.runs.trainer import Trainer, last_words
+from rescom_timm.runs.trainer import Trainer
 from tools import train as tool
 
 DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits_lt_cross_entropy.yaml")

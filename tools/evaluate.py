@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from rescom_timm.data.loaders import last_words
 from rescom_timm.figures import confusion, style
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import evaluate_run, table
 from rescom_timm.runs.recipe import RecipeError
-from rescom_timm.runs.trainer import last_words
 
 
 def main() -> int:

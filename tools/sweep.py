@@ -50,10 +50,11 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
+from rescom_timm.data.loaders import last_words
 from rescom_timm.figures import style
 from rescom_timm.runs.log import lines
 from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load, load_dict
-from rescom_timm.runs.trainer import FAILURES, FREE_KEYS, Stopped, last_words, train
+from rescom_timm.runs.trainer import FAILURES, FREE_KEYS, Stopped, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
 

@@ -11,9 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from rescom_timm.data.loaders import last_words
 from rescom_timm.runs.hub import fetch_recipe
 from rescom_timm.runs.recipe import load
-from rescom_timm.runs.trainer import FAILURES, Stopped, last_words, train
+from rescom_timm.runs.trainer import FAILURES, Stopped, train
 
 
 def main() -> int:

@@ -158,6 +158,12 @@ def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], 
     return finish
 
 
+def last_words(error: BaseException) -> str:
+    """An error's name and message; of one that a loader's worker sends, without the worker's traceback."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell a training loader, plain or prepared by accelerate, which epoch comes next."""
     if hasattr(loader, "set_epoch"):  # accelerate's wrapper, which otherwise sets the epoch by its own count

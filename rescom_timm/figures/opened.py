@@ -26,8 +26,8 @@ from rescom_timm.data.sources import Data, Split
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.figures.folder import Missing
 from rescom_timm.methods import Method
-from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method
+from rescom_timm.runs.evaluate import open_checkpoint
 from rescom_timm.runs.recipe import Recipe
 from rescom_timm.runs.recipe import load as load_recipe
 
@@ -105,22 +105,14 @@ def take(split: Split, positions: npt.NDArray[np.int64]) -> Split:
 
 
 def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), name: str = "") -> Opened:
-    """A run with the net and the queue of a checkpoint: "last", "best" (on validation) or a checkpoint's folder.
+    """A run with the net and the queue of a checkpoint: "last", "best" (on validation), its name or folder.
 
     overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
     network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
     """
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     recipe = dataclasses.replace(recipe, net=recipe.net.untrained())
-    path, weights, state = _checkpoint(folder / "checkpoints", which)
-    chosen = f"after epoch {state['progress']['epoch']}, not selected"
-    if which == "best":
-        best = state["progress"]["best_checkpoint"]
-        if best is None:
-            raise ValueError(f"{folder} has no best checkpoint: its recipe names no data.validation to choose it on")
-        chosen = f"epoch {state['progress']['best_epoch']}, best {recipe.evaluation.select} on validation"
-        path = folder / "checkpoints" / best
-        weights, state = checkpoint.load(path)
+    path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
     accelerator = Accelerator(mixed_precision="no")  # one for all runs; precision is each one's own (autocast)
     data = load_data(recipe.data)
     method = build_method(recipe, data)
@@ -134,13 +126,3 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     sha256 = json.loads((path / "hashes.json").read_text(encoding="utf-8"))["net.safetensors"]
     name = name or folder.resolve().name
     return Opened(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)
-
-
-def _checkpoint(folder: Path, which: str) -> tuple[Path, dict[str, Tensor], dict]:
-    if which not in ("last", "best"):
-        path = folder / which if (folder / which).is_dir() else Path(which)
-        return (path, *checkpoint.load(path))
-    found = checkpoint.newest(folder)
-    if found is None:
-        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
-    return found

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, prototype_contrast, robust_centroids
+from rescom_timm.contrast.losses import at_least_float32, focal, prototype_contrast, robust_centroids
 from rescom_timm.contrast.queue import gather
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
@@ -89,9 +89,7 @@ class HybridPsc(nn.Module):
         labels = batch["label"].repeat(self.views)
         prototypes = F.normalize(self.prototypes[0], dim=1)
         contrast = prototype_contrast(embeddings, labels, prototypes, self.config.temperature)
-        scores = at_least_float32(logits)
-        weights = self.weights.to(scores.dtype)[labels]
-        classification = (weights * F.cross_entropy(scores, labels, reduction="none")).mean()
+        classification = focal(logits, labels, 0.0, self.weights)  # gamma 0: weighted cross-entropy, the mean over N
         return {
             "loss": self.alpha * contrast + (1 - self.alpha) * classification,
             "logits": logits,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import processes
@@ -101,28 +101,33 @@ def title(about: dict[str, Any]) -> str:
     return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
 
 
-def evaluate_run(
-    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
-) -> tuple[str, str, Meter]:
-    """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
-
-    which: "last", "best" (on validation), or the folder of a checkpoint. split: "test" or "validation".
-    overrides: key=value words over the run's own recipe. Raises RecipeError, CheckpointError or ValueError.
-    """
-    recipe = load_recipe(run / "recipe.yaml", overrides)
+def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+    """(path, net, state, how it was chosen) of a run's checkpoint: "last", "best" (by `select` on validation), its name
+    or its folder. Raises CheckpointError where it is damaged or not there, ValueError where none is the best."""
     folder = run / "checkpoints"
     named = folder / which if (folder / which).is_dir() else Path(which)
     found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
     if found is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
-    path, weights, state = found
-    chosen = f"after epoch {state['progress']['epoch']}, not selected"
-    if which == "best":
-        if state["progress"]["best_checkpoint"] is None:
-            raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation to choose it on")
-        path = folder / state["progress"]["best_checkpoint"]
-        weights, _ = checkpoint.load(path)
-        chosen = f"epoch {state['progress']['best_epoch']}, best {recipe.evaluation.select} on validation"
+    progress = found[2]["progress"]
+    if which != "best":
+        return *found, f"after epoch {progress['epoch']}, not selected"
+    if progress["best_checkpoint"] is None:
+        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation to choose it on")
+    best = folder / progress["best_checkpoint"]
+    return best, *checkpoint.load(best), f"epoch {progress['best_epoch']}, best {select} on validation"
+
+
+def evaluate_run(
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
+) -> tuple[str, str, Meter]:
+    """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
+
+    which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
+    overrides: key=value words over the run's own recipe. Raises RecipeError, CheckpointError or ValueError.
+    """
+    recipe = load_recipe(run / "recipe.yaml", overrides)
+    path, weights, _, chosen = open_checkpoint(run, which, recipe.evaluation.select)
     data = load_data(recipe.data)
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:

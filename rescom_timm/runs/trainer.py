@@ -71,12 +71,6 @@ FAILURES = (CheckpointError, HubError, NonFiniteLoss, ValueError, OSError)
 """What a run may fail with whose message is enough: recipe, data, disk, network or numbers."""
 
 
-def last_words(error: BaseException) -> str:
-    """An error's name and message; of one that a loader's worker sends, without the worker's traceback."""
-    text = str(error)
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
-
-
 @dataclass
 class Progress:
     """Where a run stands: `step` optimizer steps done in all, of which `step_in_epoch` in the current epoch."""
