@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 FLOORS: dict[str, set[str]] = {
+    "files": set(),
     "contrast": set(),
     "nets": set(),
-    "data": set(),
+    "data": {"files"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
-    "runs": {"contrast", "nets", "data", "metrics", "methods"},
-    "figures": {"contrast", "nets", "data", "metrics", "methods", "runs"},
+    "runs": {"files", "contrast", "nets", "data", "metrics", "methods"},
+    "figures": {"files", "contrast", "nets", "data", "metrics", "methods", "runs"},
 }
 """Room: the rooms below it that it may import."""
 

@@ -35,6 +35,7 @@ from rescom_timm.data.sources import (
     training_split,
 )
 from rescom_timm.data.views import BrokenImage, decode
+from rescom_timm.files import write_text
 from rescom_timm.runs.recipe import without_home
 
 
@@ -150,7 +151,7 @@ def init(options: argparse.Namespace) -> int:
     for part, index in indexes.items():
         index.save(lists[part])
         print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")
-    rows.write_aside(recipe, [text])
+    write_text(recipe, text)
     print(rows.describe(data.counts))
     print(f"{recipe}: train with  accelerate launch tools/train.py {shlex.quote(str(recipe))}")
     return 0

@@ -22,9 +22,7 @@ classes.
 import difflib
 import hashlib
 import json
-import os
 import re
-import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rescom_timm.files import write_text
 
 _FORMAT = "# rescom_timm index: "
 _VERSION = "1"
@@ -130,7 +130,7 @@ class Index:
             raise ValueError(f"an index cannot hold the path {bad!r}: it has a line break")
         top = [_FORMAT + _VERSION, *(f"# {key}: {value}" for key, value in header.items())]
         top.append("# path label" if self.by_path else "# row label")
-        write_aside(path, chain((line + "\n" for line in top), self._lines(0, len(self))))
+        write_text(path, chain((line + "\n" for line in top), self._lines(0, len(self))))
 
     @classmethod
     def load(cls, path: str | Path, num_classes: int | None = None, allow_empty: bool = False) -> "Index":
@@ -143,19 +143,6 @@ class Index:
             more = f"; and {len(problems) - 5:,} more problems" if len(problems) > 5 else ""
             raise ValueError(f"{path}: {'; '.join(problems[:5])}{more}")
         return index
-
-
-def write_aside(path: str | Path, lines: Iterable[str]) -> None:
-    """Write text beside ``path`` and rename it, so that no one ever sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

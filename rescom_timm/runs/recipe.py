@@ -24,6 +24,7 @@ from rescom_timm.data.loaders import LoaderConfig
 from rescom_timm.data.loaders import SpeedConfig as LoadingConfig
 from rescom_timm.data.sources import DataConfig
 from rescom_timm.data.views import ViewsConfig
+from rescom_timm.files import parse_yaml, read_yaml
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig
 from rescom_timm.nets.net import NetConfig
 from rescom_timm.runs.hub import HubConfig
@@ -244,38 +245,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        tree = read_yaml(path)
     except FileNotFoundError:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         raise RecipeError(f"no recipe {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise RecipeError(f"{path}: not a YAML file: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from None
     base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where people expect it: 1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 reads
-    no, off, yes, on as such, and train.precision may be `no`). A key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: given twice: {', '.join(map(str, twice))}")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _override(word: str) -> dict[str, Any]:
@@ -283,8 +262,8 @@ def _override(word: str) -> dict[str, Any]:
     if not equals or not key:
         raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
     try:
-        tree: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+        tree: Any = parse_yaml(value)
+    except ValueError as error:
         raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}

@@ -1,0 +1,178 @@
+"""Files written whole and read within bounds.
+
+A reader of what we write sees the old file or the whole new one, whenever a process is killed or a disk is full. What
+we read may come from a stranger: its size, depth and growth are bounded, and whatever is wrong with it is one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+MAX_RECIPE = 2**20
+"""Bytes of the largest YAML file that is read."""
+MAX_JSON = 2**28
+"""Bytes of the largest JSON file of a run, an export or a checkpoint that is read."""
+MAX_DEPTH = 50
+"""Sections within sections of a YAML file; a recipe has five."""
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to. It is renamed to `path` where the block ends well, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str | Iterable[str]) -> None:
+    """Write text (or pieces of it) as UTF-8, whole or not at all. Raises OSError, which names `path`."""
+    with naming(path), aside(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+    """Write plain values as JSON, whole or not at all. Raises OSError, which names `path`."""
+    write_text(path, json.dumps(value, indent=indent))
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all, with the rights that the umask gives, which safetensors does
+    not ask. Raises OSError, which names `path`."""
+    with naming(path), aside(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, beside, metadata)
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(None, str(error)) from error
+        beside.chmod(mode)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError of the block names this file: a full disk tells none, and an aside name helps nobody."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The value of a JSON file, which must be of this kind: an object by default.
+
+    Raises FileNotFoundError, or ValueError, naming the file, where it is no JSON, too large, too deep or of another
+    kind.
+    """
+    path = Path(path)
+    text = _read(path, MAX_JSON)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not read: its JSON is nested too deep") from None
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise ValueError(f"{path} holds {found}, not {kind.__name__}: it was not written by rescom_timm")
+    return value
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping of a YAML file; an empty file is an empty mapping.
+
+    Raises FileNotFoundError, or ValueError, naming the file, where it is no YAML, too large, too deep, holds aliases or
+    is no mapping.
+    """
+    path = Path(path)
+    text = _read(path, MAX_RECIPE)
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{path}: a recipe is a mapping of keys, not {type(value).__name__}")
+    return value or {}
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise ValueError(str(error) or "nested too deep") from None
+
+
+def _read(path: Path, most: int) -> str:
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(
+            f"{path} is not read: it has {size / 2**20:,.0f} MiB, and at most {most / 2**20:,.0f} are read"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where people expect it: 1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 reads
+    no, off, yes, on as such, and train.precision may be `no`). A key given twice is an error, and so are aliases, by
+    which a short file grows to gigabytes."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read: write the value out"
+            )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if odd := next((name for name in names if isinstance(name, list | dict)), None):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {odd!r} is no name of a key")
+        seen: set[Any] = set()
+        twice = {name for name in names if name in seen or seen.add(name)}  # type: ignore[func-returns-value]
+        if twice:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: given twice: {', '.join(map(str, twice))}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
