@@ -63,7 +63,7 @@ def test_tensors_that_cannot_be_written_are_an_oserror_that_names_the_file(tmp_p
         ("a: !!python/object/apply:os.system [true]", "not a YAML file"),
         ("a: 1\na: 2\n", "given twice: a"),
         ("[1]", "a recipe is a mapping of keys, not list"),
-        ("x" * (files.MAX_RECIPE + 1), "is not read: it has 1 MiB, at most 1 are read"),
+        ("x" * (files.MAX_RECIPE + 1), "is not read: it has 1 MiB; at most 1 are read"),
     ],
     ids=["laughs", "alias", "deep-list", "deep-map", "digits", "date", "key", "tag", "twice", "list", "large"],
 )
