@@ -128,9 +128,7 @@ def parse_yaml(text: str) -> Any:
 def _read(path: Path, most: int) -> str:
     size = path.stat().st_size
     if size > most:
-        raise ValueError(
-            f"{path} is not read: it has {size / 2**20:,.0f} MiB, and at most {most / 2**20:,.0f} are read"
-        )
+        raise ValueError(f"{path} is not read: it has {size / 2**20:,.0f} MiB; at most {most / 2**20:,.0f} are read")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import shutil
@@ -47,14 +48,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
+from filelock import FileLock
 
 from rescom_timm.data.loaders import last_words
 from rescom_timm.figures import style
-from rescom_timm.runs.log import lines
-from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load, load_dict
-from rescom_timm.runs.trainer import FAILURES, FREE_KEYS, Stopped, train
+from rescom_timm.files import aside, read_json, write_json, write_text
+from rescom_timm.runs.export import DETAILS
+from rescom_timm.runs.folder import lines, run_recipe
+from rescom_timm.runs.recipe import Recipe, RecipeError, differences, load
+from rescom_timm.runs.trainer import FAILURES, Stopped, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
 
@@ -106,17 +109,15 @@ def split(text: str) -> list[str]:
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether this run was trained and evaluated to its end. Raises RecipeError where another recipe's is there."""
+    """Whether this run was trained, evaluated and exported. Raises RecipeError where another recipe's is there."""
     folder = recipe.folder
     if not (folder / "recipe.yaml").is_file():
         return False
-    saved = load_dict(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")), str(folder)).to_dict()
-    old, new = flat(saved), flat(recipe.to_dict())
-    differ = [key for key in new if not key.startswith(FREE_KEYS) and old.get(key) != new[key]]
-    if differ:
+    if differ := differences(run_recipe(folder).to_dict(), recipe.to_dict()):
         raise RecipeError(f"{folder} was made with another {', '.join(differ)}: name another folder with --output")
-    epochs = max((line["epoch"] for line in lines(folder / "metrics.jsonl")), default=0)
-    return epochs >= recipe.train.epochs and (folder / "evaluation" / "test-last.json").is_file()
+    epochs = max((line.get("epoch", 0) for line in lines(folder / "metrics.jsonl")), default=0)
+    there = (folder / "evaluation" / "test-last.json", folder / "model" / DETAILS)
+    return epochs >= recipe.train.epochs and all(path.is_file() for path in there)
 
 
 def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
@@ -140,13 +141,14 @@ def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
 
 
 def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str]]:
-    """The cells of every command so far, (row, name) each, kept in sweep.json."""
+    """The cells of every command so far, (row, name) each, kept in sweep.json, which several commands may add to."""
     path = output / "sweep.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    known = {name: tuple(row) for row, name in before} | {cell.name: cell.row for cell in found}
-    if found:
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([[row, name] for name, row in known.items()], indent=0), encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / ".sweep.lock"):
+        before = read_json(path, list) if path.is_file() else []
+        known = {name: tuple(row) for row, name in before} | {cell.name: cell.row for cell in found}
+        if found:
+            write_json(path, [[row, name] for name, row in known.items()], indent=0)
     return [(row, name) for name, row in known.items()]
 
 
@@ -156,7 +158,7 @@ def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tupl
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
         if path.is_file():
-            numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+            numbers = read_json(path)["numbers"]
             seconds = [line["seconds"] for line in lines(output / name / "metrics.jsonl") if "seconds" in line]
             rows.setdefault(row, []).append(numbers | ({"minutes": seconds[-1] / 60} if seconds else {}))
     return rows
@@ -199,15 +201,17 @@ def draw(table: list[dict[str, Any]], title: str) -> Any:
 
 def write(table: list[dict[str, Any]], output: Path) -> None:
     text = markdown(table)
-    (output / "sweep.md").write_text(text, encoding="utf-8")
-    with (output / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_text(output / "sweep.md", text)
+    rows = io.StringIO()
+    writer = csv.DictWriter(rows, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(output / "sweep.csv", rows.getvalue())
     seeds = sorted({line["seeds"] for line in table})
     figure = draw(table, f"mean and deviation of {' or '.join(map(str, seeds))} seeds")
     for ending in (".png", ".svg"):
-        figure.savefig(output / f"sweep{ending}")
+        with aside(output / f"sweep{ending}") as path:
+            figure.savefig(path, format=ending[1:])
     print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
 
 

@@ -164,6 +164,10 @@ def last_words(error: BaseException) -> str:
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
 
 
+def worker_was_lost(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell a training loader, plain or prepared by accelerate, which epoch comes next."""
     if hasattr(loader, "set_epoch"):  # accelerate's wrapper, which otherwise sets the epoch by its own count

@@ -88,6 +88,8 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in net.items()}, aside / FILES[0])
         save_file(tensors, aside / FILES[1])
         (aside / FILES[2]).write_text(text, encoding="utf-8")
+        for name in FILES[:2]:  # as the umask says, which safetensors does not ask
+            (aside / name).chmod((aside / FILES[2]).stat().st_mode)
         (aside / "hashes.json").write_text(json.dumps({name: _sha256(aside / name) for name in FILES}))
         for path in (*aside.iterdir(), aside):
             _sync(path)
@@ -175,6 +177,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,11 +20,13 @@ from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import Split
 from rescom_timm.data.sources import load as load_data
+from rescom_timm.files import write_json, write_tensors
 from rescom_timm.metrics import Meter
-from rescom_timm.nets.net import Net
+from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method
-from rescom_timm.runs.recipe import load as load_recipe
+from rescom_timm.runs.folder import run_recipe
+from rescom_timm.runs.recipe import differences, flat
 
 
 @torch.no_grad()
@@ -69,20 +70,21 @@ def agreed_statistics(net: nn.Module) -> Iterator[None]:
 def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
     """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
     folder = folder / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**about, **meter.record()}, indent=1), encoding="utf-8")
-    save_file({key: value.contiguous() for key, value in meter.predictions().items()}, folder / f"{name}.safetensors")
+    write_tensors(folder / f"{name}.safetensors", meter.predictions())
+    write_json(folder / f"{name}.json", {**about, **meter.record()})
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Figures in percent, one line an evaluation, ready to print."""
+    """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
+    of its own above its figures, so that all fits a terminal."""
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
-    width = max(len(row) for row in rows) + 2
-    lines = [" " * width + "".join(f"{name:>{max(12, len(name) + 2)}}" for name in names)]
+    widths = {name: max(9, len(name) + 2) for name in names}
+    longest = max(map(len, rows))
+    first, above = (longest + 2, "") if longest <= 24 else (2, "\n" + " " * 2)
+    lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
     for row, figures in rows.items():
         texts = {name: f"{figures[name]:.2f}" if name in figures else "-" for name in names}
-        cells = (f"{text:>{max(12, len(name) + 2)}}" for name, text in texts.items())
-        lines.append(f"{row:<{width}}" + "".join(cells))
+        lines.append(f"{row + above:<{first}}" + "".join(f"{text:>{widths[name]}}" for name, text in texts.items()))
     return "\n".join(lines)
 
 
@@ -124,9 +126,12 @@ def evaluate_run(
     """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
 
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
-    overrides: key=value words over the run's own recipe. Raises RecipeError, CheckpointError or ValueError.
+    overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
+    whose name ends in -changed- and a digest of them, so that the run's own figures stay. Raises RecipeError,
+    CheckpointError or ValueError.
     """
-    recipe = load_recipe(run / "recipe.yaml", overrides)
+    own = run_recipe(run)
+    recipe = run_recipe(run, overrides) if overrides else own
     path, weights, _, chosen = open_checkpoint(run, which, recipe.evaluation.select)
     data = load_data(recipe.data)
     part = {"test": data.test, "validation": data.validation}[split]
@@ -134,12 +139,27 @@ def evaluate_run(
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
     accelerator = Accelerator(mixed_precision=recipe.train.precision)
     method = build_method(replace(recipe, net=recipe.net.untrained()), data).to(accelerator.device)
-    method.net.load_state_dict(weights)
+    load_net(method.net, weights, path)
     batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
     loader = accelerator.prepare(batches)
     meter = evaluate(accelerator, method.net, loader, data.counts)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names)
     name = f"{split}-{label}"
+    now = flat(recipe.to_dict())
+    if changed := {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict())}:
+        told = " ".join(f"{key}={value}" for key, value in changed.items())
+        record |= {"overrides": changed, "chosen": f"{chosen}; evaluated with {told}"}
+        name += f"-changed-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     write(run, name, meter, record)
     return name, title(record), meter
+
+
+def load_net(net: Net, weights: Mapping[str, Tensor], path: Path) -> None:
+    """The weights of a checkpoint into a net. Raises CheckpointError, naming them, where they are another net's or not
+    numbers."""
+    try:
+        check_weights(weights, net.state_dict(), str(path))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{error}; is it the net that the recipe says?") from None
+    net.load_state_dict(dict(weights))

@@ -176,19 +176,14 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
 
 
 def save_model(run: Path) -> str:
-    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it."""
+    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it. Raises
+    what export_run does where no model could be written."""
     try:
         folder = export_run(run, run / "model")
         return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
     except ValueError as error:
-        reason = str(error)
-    except Exception as error:  # the training is done and saved: nothing may end it with a traceback
-        return f"saved: {run}; the model could not be exported: {error!r}"
-    try:
         export_run(run, run / "model", plain=False)
-        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {reason}'
-    except Exception as error:
-        return f"saved: {run}; the model could not be exported: {error!r}"
+        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
 
 
 def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

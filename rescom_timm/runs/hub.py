@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
+from rescom_timm.files import write_text
 from rescom_timm.runs import checkpoint
 
 Strategy = Literal["end", "best", "every_save", "checkpoint", "all_checkpoints"]
@@ -312,6 +313,17 @@ def _parts(address: str | None) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def fetch_log(address: str) -> Path | None:
+    """metrics.jsonl of a run on the Hub, in the Hub's cache; None where it has none. Raises HubError."""
+    name, revision = _parts(address)
+    try:
+        return Path(hf_hub_download(name, "metrics.jsonl", revision=revision))
+    except _NETWORK as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise explain(error, name, "reading the log of") from error
+
+
 def fetch_run(address: str, run: Path) -> None:
     """Bring the newest checkpoint of a run on the Hub (and its best one) into a run's folder, with the log up to it.
 
@@ -334,13 +346,12 @@ def fetch_run(address: str, run: Path) -> None:
     if here and here[-1] >= there[-1]:
         print(f"{run} is as far as {repo} ({here[-1]}): going on from the folder")
         return
+    if (log := fetch_log(address)) is not None:  # first, for by its log the run is known again
+        write_text(run / "metrics.jsonl", log.read_text(encoding="utf-8", errors="replace"))
     state = _fetch_checkpoint(repo, there[-1], run)
     best = state["progress"].get("best_checkpoint")
     if best in there and best not in (*here, there[-1]):
         _fetch_checkpoint(repo, best, run)
-    snapshot = download(repo, ["metrics.jsonl", "recipe.yaml"], needed="recipe.yaml")
-    if (snapshot / "metrics.jsonl").is_file():
-        shutil.copyfile(snapshot / "metrics.jsonl", run / "metrics.jsonl")
 
 
 def _fetch_checkpoint(repo: str, name: str, run: Path) -> dict[str, Any]:

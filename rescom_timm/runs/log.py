@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from rescom_timm.files import naming, write_json, write_text
+from rescom_timm.runs.folder import lines
 from rescom_timm.runs.recipe import Recipe
 
 PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
@@ -28,18 +31,16 @@ class Log:
         """Opens the log of a run that has done `step` steps; lines of later steps (of a run that was killed after
         its last checkpoint) are dropped, for they will come again. about: what else environment.json should hold."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps({**environment(), **about}, indent=1), encoding="utf-8")
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_json(folder / "environment.json", {**environment(), **about})
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in lines(self.path) if line["step"] <= step]
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
+        kept = [line for line in lines(self.path) if line.get("step", 0) <= step]
+        write_text(self.path, (json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
         """epoch: epochs done. step: optimizer steps done."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
@@ -47,18 +48,10 @@ class Log:
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.board.close()
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The figures of a metrics.jsonl; a last line cut off by a crash is left out. Empty where there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
+            self.board.close()
+        except OSError as error:
+            warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
 
 
 def environment() -> dict[str, Any]:

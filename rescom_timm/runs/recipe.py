@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -28,6 +31,18 @@ from rescom_timm.files import parse_yaml, read_yaml
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig
 from rescom_timm.nets.net import NetConfig
 from rescom_timm.runs.hub import HubConfig
+
+MAX_NAME = 200
+"""Bytes of a run's name; file systems take 255, and run, figures and pushes add to it."""
+MAX_SEED = 2**32 - 2**20
+"""NumPy takes 32 bits, and each process adds its number."""
+FREE_KEYS = (
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
+    "train.nonfinite", "hub",
+)  # fmt: skip
+"""Keys and sections that may change when a run goes on: they do not change what is trained."""
+FETCHED_KEYS = ("output", "hub")
+"""What of a recipe from the Hub is not followed: where is written and pushed is for the command line to say."""
 
 
 class RecipeError(ValueError):
@@ -57,6 +72,10 @@ class OptimizerConfig:
             raise ValueError("lr must be above 0")
         if self.weight_decay < 0:
             raise ValueError("weight_decay must be at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {self.momentum:g}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError("clip_norm must be above 0, or null for none")
         if self.encoder_lr_scale <= 0:
@@ -86,8 +105,12 @@ class ScheduleConfig:
                 "milestones belong to schedule.name: steps, which needs at least one; "
                 "for another schedule say milestones: []"
             )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError("milestones must rise")
+        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            raise ValueError("milestones must rise, from epoch 1 on")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], not {self.gamma:g}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must be in [0, 1], as a fraction of lr, not {self.final:g}")
 
 
 @dataclass(frozen=True)
@@ -174,6 +197,14 @@ class Recipe:
     speed: SpeedConfig = SpeedConfig()
 
     def __post_init__(self) -> None:
+        if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
+            raise ValueError(f"name names one folder, without / and no hidden one, not {self.name!r}")
+        if len(os.fsencode(self.name)) > MAX_NAME:
+            raise ValueError(f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
+        if not self.output or "\0" in self.output:
+            raise ValueError(f"output must be a folder, not {self.output!r}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1:,}, not {self.seed}")
         for name, epoch in (
             ("schedule.warmup_epochs", self.schedule.warmup_epochs),
             ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
@@ -193,7 +224,7 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """The run's folder; a run of the same name that is there already makes it name-2, name-3 ..."""
-        return Path(self.output).expanduser() / self.name
+        return Path(self.output).expanduser() / (self.name or "run")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. Home is told as ~."""
@@ -215,27 +246,80 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     impossible combination.
     """
     path = Path(path)
-    tree = _read(path, ())
+    return load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+
+
+def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run on the Hub, which somebody else may have written: what it says of output and hub is left out
+    with a warning, and its name is a plain folder's. Raises RecipeError as load does, and for one with a base."""
+    tree = _yaml(Path(path))
+    if "base" in tree:
+        raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")
+    said = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
+    usual = flat(Recipe(data=DataConfig("digits")).to_dict())
+    ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
+    if ignored:
+        warnings.warn(
+            f"of the fetched recipe is not followed: {' '.join(ignored)} (say it anew where wanted)", stacklevel=2
+        )
+    return load_dict(tree, str(path), overrides)
+
+
+def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    before, said = tree, [word.partition("=")[0].strip() for word in overrides]
     for word in overrides:
         tree = _merge(tree, _override(word))
-    return load_dict({"name": path.stem, **tree}, str(path))
-
-
-def load_dict(tree: dict[str, Any], source: str = "recipe") -> Recipe:
-    """The recipe of plain types. Raises RecipeError as load does."""
+    if "train.epochs" in said and not any(key.startswith("schedule") for key in said):
+        tree = _shortened(tree, before, source)
     if "from" in tree:
         tree = {**tree, "init_from": tree["from"]}
         del tree["from"]
     method = tree.get("method")
     if isinstance(method, dict):
         tree = {**tree, "method": {"name": "rescom", **method}}
+    if odd := [f"{key}: must be a finite number, not {value}" for key, value in _numbers(tree) if not isfinite(value)]:
+        raise RecipeError(f"{source}: " + "\n  ".join(odd))
     try:
         return _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
         raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
+
+
+def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The floats of a tree with their dotted keys."""
+    if isinstance(tree, float):
+        yield key, tree
+    elif isinstance(tree, dict | list):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
+
+
+def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
+    """The tree, of which the command line says train.epochs and not the schedule. Where so few epochs never reach what
+    the schedule of the tree before has, the first thing that people try, the schedule is shortened as much."""
+    try:
+        whole, epochs = load_dict(before, source), tree["train"]["epochs"]
+    except (RecipeError, KeyError, TypeError):
+        return tree  # what is wrong is told of the tree with all its words
+    schedule = whole.schedule
+    if type(epochs) is not int or not 0 < epochs <= max(schedule.warmup_epochs, *schedule.milestones, 0):
+        return tree
+    shorter: dict[str, Any] = {"warmup_epochs": schedule.warmup_epochs * epochs // whole.train.epochs}
+    if schedule.milestones:
+        moved = {round(epoch * epochs / whole.train.epochs) for epoch in schedule.milestones}
+        shorter["milestones"] = sorted(epoch for epoch in moved if 0 < epoch < epochs)
+        shorter["name"] = "steps" if shorter["milestones"] else "constant"
+    told = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
+    warnings.warn(
+        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {told}", stacklevel=4
+    )
+    return _merge(tree, {"schedule": shorter})
 
 
 _ADAPTER = pydantic.TypeAdapter(Recipe)
@@ -244,17 +328,22 @@ _ADAPTER = pydantic.TypeAdapter(Recipe)
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
-    try:
-        tree = read_yaml(path)
-    except FileNotFoundError:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        raise RecipeError(f"no recipe {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
-    except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from None
+    tree = _yaml(path)
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
     return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except FileNotFoundError:
+        there = {found.name: found for folder in (Path("recipes"), path.parent) for found in folder.glob("*.yaml")}
+        near = get_close_matches(f"{path.name.removesuffix('.yaml')}.yaml", there, n=1)
+        raise RecipeError(f"no recipe {path}" + (f"; did you mean {there[near[0]]}?" if near else "")) from None
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from None
 
 
 def _override(word: str) -> dict[str, Any]:
@@ -315,6 +404,8 @@ def _explain(problem: dict[str, Any]) -> str:
         given = problem["input"].get("name")
         near = get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
         return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"{where.rpartition('.')[0]}: has too few values: {problem['input']!r}"
     if problem["type"] == "missing":
         return f"{where} is missing: every recipe names it"
     message = problem["msg"].removeprefix("Value error, ")
@@ -328,3 +419,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS."""
+    one, other = flat(old), flat(new)
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    changed = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [key for key in changed if not f"{key}.".startswith(free)]

@@ -7,6 +7,7 @@ epoch; so a resumed run is the uninterrupted one, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import signal
@@ -15,8 +16,9 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,32 +33,37 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm import tqdm
 
 from rescom_timm.contrast.queue import Queue
-from rescom_timm.data.loaders import ViewsDataset, eval_loader, finish_views, set_epoch, train_loader
+from rescom_timm.data.loaders import (
+    ViewsDataset,
+    eval_loader,
+    finish_views,
+    last_words,
+    set_epoch,
+    train_loader,
+    worker_was_lost,
+)
 from rescom_timm.data.sources import Data, load
 from rescom_timm.data.views import parse
 from rescom_timm.methods import Method, hook
 from rescom_timm.metrics import GROUPS, groups
+from rescom_timm.nets.net import check_weights
 from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.export import describe, save_model
-from rescom_timm.runs.hub import HubError, Pusher, fetch_run
+from rescom_timm.runs.folder import check_place, existing, held, lines, same_run
+from rescom_timm.runs.folder import make as make_folder
+from rescom_timm.runs.hub import HubError, Pusher, fetch_log, fetch_run
 from rescom_timm.runs.launch import launch, own_group, prepare_to_shard, refuse_what_cannot_be_sharded
 from rescom_timm.runs.log import Log
 from rescom_timm.runs.pulse import LAG, Pulse, Pulses
-from rescom_timm.runs.recipe import Recipe, RecipeError, flat, load_dict
+from rescom_timm.runs.recipe import Recipe, RecipeError, differences, flat, load_dict
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 WHOLE = shards.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-FREE_KEYS = (
-    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
-    "train.nonfinite", "hub",
-)  # fmt: skip
-"""Keys and sections that may change when a run goes on: they do not change what is trained."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -98,6 +105,11 @@ def train(recipe: Recipe, resume: bool | str | Path = False, dry_run: bool = Fal
     dry_run: build everything, do one step and one evaluation batch, write nothing.
     Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped.
     """
+    with told_to_users():
+        return _train(recipe, resume, dry_run)
+
+
+def _train(recipe: Recipe, resume: bool | str | Path, dry_run: bool) -> Path:
     accelerator = launch(recipe)
     set_seed(recipe.seed)
     data = load(recipe.data)
@@ -118,6 +130,27 @@ def train(recipe: Recipe, resume: bool | str | Path = False, dry_run: bool = Fal
     return trainer.folder
 
 
+@contextmanager
+def told_to_users() -> Iterator[None]:
+    """What the machine lacks, as an error that says what to do."""
+    again = "then go on with --resume, from the last checkpoint"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
+            f"batch into parts, or lower evaluation.batch_size; {again}"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(f"{error}: make room (or name another folder with output=...), {again}") from error
+    except RuntimeError as error:
+        if not worker_was_lost(error):
+            raise
+        raise CheckpointError(f"{last_words(error)}; {again}") from error
+
+
 class Trainer:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method) -> None:
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
@@ -128,6 +161,7 @@ class Trainer:
         self.stop_requested = False
         self.finish_views = finish_views(recipe.views, recipe.loader)
         self.handlers: dict[signal.Signals, Any] = {}
+        self.held = ExitStack()
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         micro_batch = recipe.train.batch_size // recipe.train.accumulate
@@ -190,7 +224,7 @@ class Trainer:
         images = recipe.train.batch_size
         bar = tqdm(
             total=recipe.train.epochs * self.steps_per_epoch * images, initial=progress.step * images, unit="img",
-            unit_scale=True, smoothing=0.05, disable=not self.main, mininterval=0.5 if sys.stderr.isatty() else 30,
+            unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
         )  # fmt: skip
         with bar:
             while progress.epoch < recipe.train.epochs:
@@ -322,8 +356,17 @@ class Trainer:
         told = {f"train/{name}": value for name, value in means.items()}
         pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
         self._write(told | skipped | {"lr": lr} | pace)
-        bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
         bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+        bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
+        if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
+            left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
+            print(
+                f"epoch {progress.epoch}/{self.recipe.train.epochs}: "
+                + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+                + f", {images_per_second:,.0f} images/s, {timedelta(seconds=round(progress.seconds))} trained, "
+                f"{timedelta(seconds=round(left))} left",
+                flush=True,
+            )
 
     def _stopped(self) -> Stopped:
         return Stopped(
@@ -349,7 +392,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint, write the figures, and export a plain timm model."""
-        progress = self.progress
+        progress, trouble = self.progress, None
         results = self._final("last", f"last epoch ({progress.epoch}), not selected")
         best = progress.best_checkpoint
         if best is not None and best != f"step-{progress.step:08d}":
@@ -362,9 +405,19 @@ class Trainer:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
-            print(save_model(self.folder))
-            self.pusher.finished(f"step-{progress.step:08d}", best)
-        self.accelerator.wait_for_everyone()
+            try:
+                print(save_model(self.folder))
+                self.pusher.finished(f"step-{progress.step:08d}", best)
+            except (
+                Exception
+            ) as error:  # whatever it is, the training is done and saved, and must not end in a traceback
+                trouble = CheckpointError(
+                    f"{self.folder} is trained and saved, but its model could not be exported: {last_words(error)}. "
+                    "Mend that (make room?), then finish with --resume"
+                )
+        trouble = broadcast_object_list([trouble])[0]
+        if trouble is not None:
+            raise trouble
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
         rows = {}
@@ -441,12 +494,20 @@ class Trainer:
         """Choose the run's folder, read its newest checkpoint if asked to, and start the log and the signals."""
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self.folder = broadcast_object_list([self._choose_folder(resume)])[0]
+        folder: Path | None = None
+        trouble: Exception | None = None
+        if self.main:
+            try:
+                folder = self._take_folder(resume)
+                self.held.enter_context(held(folder))
+                if isinstance(resume, str):
+                    fetch_run(resume, folder)
+            except FAILURES as error:
+                trouble = error
+        self.folder, trouble = broadcast_object_list([folder, trouble])
+        if trouble is not None:
+            raise trouble
         self.pusher = Pusher(self.recipe.hub, self.folder)
-        if isinstance(resume, str):
-            if self.main:
-                fetch_run(resume, self.folder)
-            self.accelerator.wait_for_everyone()
         before = checkpoint.newest(self.folder / "checkpoints") if resume else None
         seen = gather_object([before[0].name if before else "none"])
         if len(set(seen)) > 1:
@@ -464,16 +525,22 @@ class Trainer:
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
             print(self.trained, flush=True)
 
-    def _choose_folder(self, resume: bool | str | Path) -> Path:
-        """The first of name, name-2, name-3 ... that is free; to resume, the last that is not, or the one told."""
+    def _take_folder(self, resume: bool | str | Path) -> Path:
+        """A new folder; to resume, the last of the recipe's name, the one told, or the one of the run on the Hub."""
+        there = existing(self.recipe)
         if isinstance(resume, Path):
+            if not resume.is_dir():
+                raise CheckpointError(f"no run's folder {resume} to go on with")
             return resume
-        first = self.recipe.folder
-        number, folder, before = 1, first, first
-        while folder.exists():
-            number, before = number + 1, folder
-            folder = first.with_name(f"{first.name}-{number}")
-        return before if resume else folder
+        if isinstance(resume, str):
+            log = fetch_log(resume)
+            theirs = lines(log) if log is not None else []
+            same = [folder for folder in there if same_run(folder, theirs)]
+            folder = same[-1] if same else make_folder(self.recipe)
+            if there and not same:
+                print(f"{there[-1]} is another run than {resume}, which is brought into {folder}")
+            return folder
+        return there[-1] if resume and there else make_folder(self.recipe)
 
     def _restore(self, path: Path, net: dict[str, Tensor], state: dict[str, Any]) -> None:
         self._check_recipe(path, state["recipe"], state["index"])
@@ -482,11 +549,14 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was saved {'without' if self.sharded else 'with'} FSDP: go on with it the same"
             )
+        own = {k: v for k, v in self.method.state_dict().items() if not k.startswith("net.")}
+        try:
+            check_weights(net, self.net.state_dict(), str(path))
+            check_weights(state["method"], own, f"the method in {path}")
+        except ValueError as error:
+            raise CheckpointError(f"{error}; it cannot be gone on with") from None
         self._load(net)
-        keys = self.method.load_state_dict(state["method"], strict=False)
-        wrong = [*keys.unexpected_keys, *(key for key in keys.missing_keys if not key.startswith("net."))]
-        if wrong:
-            raise CheckpointError(f"{path} does not fit the method: {', '.join(wrong)} missing or not known")
+        self.method.load_state_dict(state["method"], strict=False)
         if self.sharded:
             shards.set_optimizer_state_dict(self.net, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
         else:
@@ -514,13 +584,9 @@ class Trainer:
     def _check_recipe(self, path: Path, saved: dict[str, Any], index: str) -> None:
         """Raises RecipeError, naming the keys, where the checkpoint's recipe trains something else,
         or the same index now names other rows."""
-        old, new = flat(load_dict(saved, f"the recipe in {path}").to_dict()), flat(self.recipe.to_dict())
-        free = tuple(key for key in {**old, **new} for free in FREE_KEYS if key == free or key.startswith(f"{free}."))
-        changed = [
-            f"{key} ({old.get(key)!r} then, {new.get(key)!r} now)"
-            for key in {**old, **new}
-            if key not in free and old.get(key) != new.get(key)
-        ]
+        old, new = load_dict(saved, f"the recipe in {path}").to_dict(), self.recipe.to_dict()
+        one, other = flat(old), flat(new)
+        changed = [f"{key} ({one.get(key)!r} then, {other.get(key)!r} now)" for key in differences(old, new)]
         if changed:
             raise RecipeError(
                 f"{path} was made by another recipe; different: {', '.join(changed)}. Resume with "
@@ -539,17 +605,21 @@ class Trainer:
         try:
             self.log.write(self.progress.epoch, self.progress.step, figures)
         except OSError as error:
-            raise CheckpointError(f"{self.log.path}: {error}. Make room, then go on with --resume") from error
+            raise CheckpointError(
+                f"the log could not be written: {error}. Make room, then go on with --resume"
+            ) from error
 
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.held.close()
         self.accelerator.end_training()
 
     def dry_run(self) -> None:
         """One step and one evaluation batch of each split; writes nothing."""
+        check_place(self.recipe)
         self.method.train()
         batch = next(iter(self.loader))
         loss = self._forward_backward(batch, last=True)["loss"].item()
