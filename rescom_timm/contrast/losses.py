@@ -52,6 +52,12 @@ def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels)
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError for a temperature at which every softmax over similarities is one-hot or flat."""
+    if not 1e-3 <= temperature <= 1e3:
+        raise ValueError(f"temperature must be in [0.001, 1000], not {temperature:g}")
+
+
 def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> Tensor:
     """Class-balanced supervised contrastive loss (paper eqs. 3 and 5) over any pairs.
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, diversity, ldam, ldam_margins
+from rescom_timm.contrast.losses import at_least_float32, check_temperature, diversity, ldam, ldam_margins
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
@@ -50,8 +50,9 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         if self.experts < 2:
             raise ValueError("experts must be at least 2")
-        if min(self.diversity, self.margin) < 0 or min(self.temperature, self.scale) <= 0:
-            raise ValueError("diversity and margin must be at least 0, temperature and scale above 0")
+        check_temperature(self.temperature)
+        if min(self.diversity, self.margin) < 0 or self.scale <= 0:
+            raise ValueError("diversity and margin must be at least 0, and scale above 0")
         if not 0 <= self.temperature_by_count < 1 or not 0 <= self.reweight_from <= 1 or not 0 <= self.beta < 1:
             raise ValueError("temperature_by_count and beta must be in [0, 1), reweight_from in [0, 1]")
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import balanced_softmax, log_prior, paco, supcon
+from rescom_timm.contrast.losses import balanced_softmax, check_temperature, log_prior, paco, supcon
 from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
 from rescom_timm.contrast.queue import FifoQueue, gather
 from rescom_timm.methods.rescom import stack_views
@@ -62,8 +62,7 @@ class PacoConfig:
 
 
 def _check(temperature: float, momentum: float | None, queue_size: int) -> None:
-    if temperature <= 0:
-        raise ValueError("temperature must be above 0")
+    check_temperature(temperature)
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError("momentum must be in [0, 1)")
     if queue_size < 1:

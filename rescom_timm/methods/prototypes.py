@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, focal, prototype_contrast, robust_centroids
+from rescom_timm.contrast.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
 from rescom_timm.contrast.queue import gather
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
@@ -29,8 +29,7 @@ class HybridPscConfig:
     """tau of the prototypes; the paper: 1 for CIFAR-10, 0.1 for the others."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError("temperature must be above 0")
+        check_temperature(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ class DroLtConfig:
     """By how much a centroid keeps its place when one image of its class is seen."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.epsilon < 0:
-            raise ValueError("temperature must be above 0 and epsilon at least 0")
+        check_temperature(self.temperature)
+        if self.epsilon < 0:
+            raise ValueError("epsilon must be at least 0")
         if not 0 <= self.weight <= 1 or not 0 <= self.momentum < 1:
             raise ValueError("weight must be in [0, 1] and momentum in [0, 1)")
 

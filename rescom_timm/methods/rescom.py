@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import WeightForm, balanced_softmax, class_weights
+from rescom_timm.contrast.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.contrast.mined import mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue, gather, processes
 from rescom_timm.nets.net import Net
@@ -62,8 +62,7 @@ class RescomConfig:
     """In-batch pairs from all processes instead of the local batch (released mode)."""
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError("temperature must be above 0")
+        check_temperature(self.temperature)
         if not 0 <= self.beta < 1:
             raise ValueError("beta must be in [0, 1)")
         if self.contrast_weight < 0:

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from rescom_timm.nets.trainable import freeze_statistics
 
+MAX_WIDTH = 65_536
+"""Of a projector's layers: more is a slip of the pen, which would ask for gigabytes."""
+
 
 @dataclass(frozen=True)
 class ProjectorConfig:
@@ -29,8 +32,8 @@ class ProjectorConfig:
     """D, the width of an embedding and of a queue's keys."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or (self.hidden is not None and self.hidden < 1):
-            raise ValueError("projector widths must be at least 1")
+        if not all(1 <= width <= MAX_WIDTH for width in (self.dim, self.hidden or 1)) or self.hidden == 0:
+            raise ValueError(f"projector widths must be from 1 to {MAX_WIDTH:,}")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import timm.optim
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -24,16 +26,31 @@ from rescom_timm.runs.recipe import OptimizerConfig, Recipe, RecipeError, Schedu
 
 
 def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
-    net = create_model(
-        config.backbone,
-        num_classes,
-        pretrained=config.pretrained,
-        weights_file=config.weights_file,
-        projector=config.projector,
-        mean=views.mean,
-        std=views.std,
-        **config.options,
-    )
+    """The net of a recipe. Raises RecipeError where it cannot be made or its pretrained weights cannot be read."""
+    if config.weights_file is not None and not Path(config.weights_file).expanduser().is_file():
+        raise RecipeError(f"net.weights_file: no file {config.weights_file}")
+    try:
+        net = create_model(
+            config.backbone,
+            num_classes,
+            pretrained=config.pretrained,
+            weights_file=config.weights_file,
+            projector=config.projector,
+            mean=views.mean,
+            std=views.std,
+            **config.options,
+        )
+    except ValueError as error:
+        raise RecipeError(f"net: {error}") from error
+    except Exception as error:  # of timm, its downloads and its readers of weights, whatever they raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        if not config.pretrained:
+            raise RecipeError(f"net: timm cannot make {config.backbone}: {told[:300]}") from error
+        where = config.weights_file or "the Hub (or its cache here)"
+        raise RecipeError(
+            f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {told[:300]}. Name a file of "
+            "them in net.weights_file, or say net.pretrained=false"
+        ) from error
     try:
         set_trainable(net.encoder, config.trainable)
     except ValueError as error:
@@ -47,7 +64,12 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
 
     Raises RecipeError where the method's settings do not fit the data's classes, or that run's weights the net.
     """
-    net = build_net(recipe.net, recipe.views, len(data.counts))
+    classes = len(data.counts)
+    if (queue := getattr(recipe.method, "queue", None)) is not None:
+        refuse_size("method.queue.per_class", classes * queue.per_class * recipe.net.projector.dim)
+    if (size := getattr(recipe.method, "queue_size", None)) is not None:
+        refuse_size("method.queue_size", size * recipe.net.projector.dim)
+    net = build_net(recipe.net, recipe.views, classes)
     if start and recipe.init_from is not None:
         load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
     elif start and recipe.method.name in SECOND_STAGE:
@@ -56,6 +78,16 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
         return create_method(net, torch.as_tensor(data.counts), recipe.method)
     except ValueError as error:
         raise RecipeError(f"method: {error}") from error
+
+
+def refuse_size(key: str, numbers: int) -> None:
+    """Raises RecipeError where so many float32 numbers are more than half of the machine's memory."""
+    memory, needed = psutil.virtual_memory().total, 4 * numbers
+    if needed > memory / 2:
+        raise RecipeError(
+            f"{key}: the queue's keys would take {needed / 2**30:,.0f} GiB of this machine's {memory / 2**30:,.0f}: "
+            "lower it"
+        )
 
 
 def load_weights(net: Net, source: Path, heads: bool = True) -> None:
@@ -78,7 +110,10 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
     elif source.is_dir():
         weights = checkpoint.load(source)[0]
     elif source.is_file():
-        weights = load_file(source)
+        try:
+            weights = load_file(source)
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"from: {source} is no file of weights in safetensors: {error}") from error
     else:
         raise RecipeError(f"from: no run, checkpoint or file of weights {source}")
     own = {name: value for name, value in net.state_dict().items() if heads or name.startswith("encoder.")}

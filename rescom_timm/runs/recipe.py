@@ -280,24 +280,32 @@ def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[
     method = tree.get("method")
     if isinstance(method, dict):
         tree = {**tree, "method": {"name": "rescom", **method}}
-    if odd := [f"{key}: must be a finite number, not {value}" for key, value in _numbers(tree) if not isfinite(value)]:
+    if odd := [f"{key}: {wrong}" for key, value in _numbers(tree) if (wrong := _absurd(value))]:
         raise RecipeError(f"{source}: " + "\n  ".join(odd))
     try:
         return _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
         raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
 
 
 def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """The floats of a tree with their dotted keys."""
-    if isinstance(tree, float):
+    """The numbers of a tree with their dotted keys."""
+    if isinstance(tree, int | float):
         yield key, tree
     elif isinstance(tree, dict | list):
         for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _numbers(value, f"{key}.{name}" if key else str(name))
+
+
+def _absurd(number: float) -> str:
+    """What is wrong with a number whatever it is for; it stands above any that a setting has."""
+    if not isfinite(number):
+        return f"must be a finite number, not {number}"
+    largest = MAX_SEED if isinstance(number, int) else 1e6
+    return f"must be at most {largest:g} in size, not {number:g}" if abs(number) > largest else ""
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
