@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -159,13 +160,20 @@ def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], 
 
 
 def last_words(error: BaseException) -> str:
-    """An error's name and message; of one that a loader's worker sends, without the worker's traceback."""
+    """An error's name and message, in one line; of one that a loader's worker sends, without the worker's traceback."""
     text = str(error)
+    if worker_was_lost(error):
+        return (
+            f"{type(error).__name__}: a worker of the loader was ended from outside, most likely for want of memory "
+            f"({text.splitlines()[0]}): use fewer speed.workers, or less speed.prefetch or speed.cache"
+        )
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
 
 
 def worker_was_lost(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    """Whether torch says that a worker process of a loader is gone."""
+    lost = r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)"
+    return isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -6,6 +6,7 @@ Shapes: N images of (3, H, W), F features of the backbone, K classes, D the widt
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -170,8 +171,22 @@ def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
     return [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.flatten(1).shape == shape]
 
 
-def check_weights(weights: Any, own: Any, where: str) -> None:
-    pass
+def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError, naming the first few, where weights are not those of `own`: in name, shape or kind of number
+    (floats of any width are one kind), or where one is NaN or infinite. where: what they were read from."""
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    for name, value in weights.items():
+        if name not in own:
+            wrong.append(f"{name} is not known")
+        elif value.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        elif value.is_floating_point() != own[name].is_floating_point():
+            wrong.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}")
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{where} does not fit: {', '.join(wrong[:3])}{more}")
 
 
 def check_backbone(name: str) -> None:

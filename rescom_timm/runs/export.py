@@ -32,7 +32,7 @@ from rescom_timm.data.loaders import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
 from rescom_timm.methods import Method, create_method
-from rescom_timm.nets.net import Net, ProjectorConfig, create_model
+from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_net
 from rescom_timm.runs.hub import as_repo, download, sha256
@@ -359,7 +359,10 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         elif recipe is not None and counts is not None:
             trained = create_method(net, counts, recipe.method)
             net = trained.net
+            own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
+            check_weights(state, own, f"the method in {folder}")
             trained.load_state_dict(state, strict=False)
+        check_weights(tensors, net.state_dict(), str(folder))
         net.load_state_dict(tensors)
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         fresh = " with a fresh classifier" if num_classes is not None else ""

@@ -302,10 +302,10 @@ def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 def _absurd(number: float) -> str:
     """What is wrong with a number whatever it is for; it stands above any that a setting has."""
-    if not isfinite(number):
+    if isinstance(number, float) and not isfinite(number):
         return f"must be a finite number, not {number}"
-    largest = MAX_SEED if isinstance(number, int) else 1e6
-    return f"must be at most {largest:g} in size, not {number:g}" if abs(number) > largest else ""
+    largest = MAX_SEED if isinstance(number, int) else 10**6
+    return f"must be at most {largest:,} in size, not {number}" if abs(number) > largest else ""
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import rescom_timm
 from rescom_timm.data.views import parse
 from rescom_timm.nets.net import ProjectorConfig
 from rescom_timm.runs.export import export, export_onnx, export_run, from_pretrained, save_model
+from rescom_timm.runs.hub import sha256
 from tests.runs.made_up_run import COUNTS, NAMES, make_run, randomize
 
 SOURCE = ("tag", "license", "paper_ids", "paper_name", "origin_url", "notes", "description", "url", "hf_hub_id", "file")
@@ -164,10 +166,33 @@ def test_a_net_that_timm_has_no_place_for(tmp_path, method):
             from_pretrained(run, num_classes=5)
 
 
-def test_the_end_of_a_training_survives_its_export(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda w: w.fill_(float("nan")), "is not finite"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "is not finite"),
+        (lambda w: w.to(torch.int64), "holds int64"),
+    ],
+    ids=["nan", "inf", "int64"],
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, change, expected):
+    folder = export_run(make_run(tmp_path / "run"), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors["conv1.weight"])
+    save_file({**tensors, "conv1.weight": changed}, folder / "model.safetensors")
+    hashes = json.loads((folder / "hashes.json").read_text())
+    (folder / "hashes.json").write_text(
+        json.dumps({**hashes, "model.safetensors": sha256(folder / "model.safetensors")})
+    )
+    with pytest.raises(ValueError, match=f"out does not fit: encoder.conv1.weight {expected}"):
+        from_pretrained(folder)
+
+
+def test_a_model_that_cannot_be_written_is_an_error(tmp_path):
     run = make_run(tmp_path / "run", steps=(2,), best=None)
     (run / "model").write_text("in the way")
-    assert "could not be exported: FileExistsError" in save_model(run)
+    with pytest.raises(FileExistsError):
+        save_model(run)
 
 
 def test_fine_tuning_on_other_classes(tmp_path):

@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from rescom_timm.runs.recipe import RecipeError, keys, load, load_dict
+from rescom_timm.runs.recipe import RecipeError, differences, keys, load, load_dict, load_fetched
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DIGITS = RECIPES / "digits_lt.yaml"
@@ -119,3 +120,99 @@ def test_a_missing_file_names_its_neighbour():
 
 def test_keys_are_dotted_and_cover_nested_sections():
     assert {"train.epochs", "method.queue.per_class", "net.projector.dim", "seed", "method.views"} <= set(keys())
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optimizer.lr=.nan", "optimizer.lr: must be a finite number, not nan"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, not inf"),
+        ("optimizer.lr=1e300", r"optimizer.lr: must be at most 1,000,000 in size, not 1e\+300"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay: must be a finite number"),
+        ("optimizer.momentum=.nan", "optimizer.momentum: must be a finite number"),
+        ("optimizer.momentum=5", r"momentum must be in \[0, 1\), not 5"),
+        ("optimizer={nesterov: true, momentum: 0}", "nesterov needs a momentum above 0"),
+        ("optimizer.clip_norm=.nan", "optimizer.clip_norm: must be a finite number"),
+        ("schedule.gamma=.nan", "schedule.gamma: must be a finite number"),
+        ("schedule.gamma=-1", r"gamma must be in \(0, 1\], not -1"),
+        ("schedule.final=.nan", "schedule.final: must be a finite number"),
+        ("schedule.final=5", r"final must be in \[0, 1\].*not 5"),
+        ("schedule={name: steps, milestones: [0, 3]}", "milestones must rise, from epoch 1 on"),
+        ("method.temperature=1e-30", r"temperature must be in \[0.001, 1000\], not 1e-30"),
+        ("method.beta=.nan", "method.beta: must be a finite number"),
+        ("views.mean=[0.5]", r"views.mean: has too few values: \[0.5\]"),
+        ("views.mean=[0.5, .nan, 1]", "views.mean.1: must be a finite number"),
+        ("net.options={drop_rate: .inf}", "net.options.drop_rate: must be a finite number"),
+        ("net.projector.dim=1000000000000", "net.projector"),
+        ("net.projector.dim=70000", "projector widths must be from 1 to 65,536"),
+        ("evaluation.batch_size=100000000000000000000", "evaluation.batch_size: must be at most"),
+        (f"train.epochs={'9' * 400}", "train.epochs: must be at most"),
+        ("seed=-1", "seed must be from 0 to"),
+        ("seed=4294967290", "seed: must be at most 4,293,918,720 in size"),
+        ("name=.ssh", "name names one folder, without / and no hidden one, not '.ssh'"),
+        ("name=../../x", "name names one folder"),
+        ("name=a/b", "name names one folder"),
+        (f"name={'x' * 300}", "name is longer than the 200 bytes"),
+        (f"name={'ü' * 101}", "name is longer than the 200 bytes"),
+        ('name="a\\0b"', "name names one folder"),
+        ('output="a\\0b"', "output must be a folder"),
+        ("output=''", "output must be a folder"),
+    ],
+)
+def test_values_beyond_all_reason_are_refused_before_anything_is_loaded(word, expected):
+    with pytest.raises(RecipeError, match=expected):
+        load(DIGITS, [word])
+
+
+def test_a_base_that_is_no_name_is_told(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: [b]\n")
+    with pytest.raises(RecipeError, match=r"a.yaml: base: the name of one other recipe, not \['b'\]"):
+        load(tmp_path / "a.yaml")
+
+
+def test_a_name_without_its_folder_is_pointed_to_the_recipe():
+    with pytest.raises(RecipeError, match="no recipe digits_lt; did you mean recipes/digits_lt.yaml?"):
+        load("digits_lt")
+
+
+def test_fewer_epochs_alone_shorten_the_schedule_as_much():
+    cifar = DIGITS.with_name("cifar10_lt_if100_r32.yaml")
+    with pytest.warns(UserWarning, match=r"train.epochs=1 instead of 30 .*schedule.warmup_epochs=0"):
+        assert load(DIGITS, ["train.epochs=1"]).schedule.warmup_epochs == 0
+    with pytest.warns(UserWarning, match=r"milestones=\[160, 180\]"):
+        half = load(cifar, ["train.epochs=200"]).schedule
+    assert (half.warmup_epochs, half.milestones) == (5, (160, 180))
+    with pytest.warns(UserWarning, match="name=constant"):
+        assert load(cifar, ["train.epochs=2"]).schedule.name == "constant"
+    whole = load(cifar)
+    assert load(cifar, ["train.epochs=361"]).schedule == whole.schedule  # they reach all of it: nothing is changed
+    for said in ("schedule.warmup_epochs=10", "schedule.name=steps"):
+        with pytest.raises(RecipeError, match="which train.epochs = 20 never reaches: lower both"):
+            load(cifar, ["train.epochs=20", said])
+
+
+def test_of_a_fetched_recipe_folder_and_push_are_not_followed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    tree = {"name": "kept", "output": "/anywhere", "data": {"source": "digits"}, "train": {"epochs": 7}}
+    tree["hub"] = {"repo": "me/public", "private": False, "strategy": "end"}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.warns(UserWarning, match="not followed: output=/anywhere hub.repo=me/public hub.private=False"):
+        made = load_fetched(path)
+    assert (made.output, made.hub.repo, made.hub.private) == ("runs", None, True)
+    assert (made.name, made.train.epochs) == ("kept", 7)
+    with pytest.warns(UserWarning, match="not followed"):
+        made = load_fetched(path, ["output=mine", "hub.repo=me/mine"])
+    assert (made.output, made.hub.repo, made.hub.private) == ("mine", "me/mine", True)
+    path.write_text(yaml.safe_dump({**tree, "base": "../../secret.yaml"}))
+    with pytest.raises(RecipeError, match="must be whole: base: '../../secret.yaml' is not followed"):
+        load_fetched(path)
+    path.write_text(yaml.safe_dump({**tree, "name": "../.ssh"}))
+    with pytest.raises(RecipeError, match="name names one folder"), pytest.warns(UserWarning):
+        load_fetched(path)
+
+
+def test_recipes_differ_by_what_trains_something_else():
+    one = load(DIGITS).to_dict()
+    other = load(DIGITS, ["speed.workers=1", "output=x", "data.source=y", "hub.repo=a/b", "data.index=all"]).to_dict()
+    assert differences(one, other) == ["data.index"]
+    assert differences({"evaluation": {"every": 1}}, {"evaluation": {"everything": 1}}) == ["evaluation.everything"]
