@@ -40,7 +40,8 @@ from rescom_timm.runs import checkpoint, hub  # noqa: E402
 from rescom_timm.runs.export import from_pretrained  # noqa: E402
 from rescom_timm.runs.hub import HubConfig, HubError, Pusher, fetch_recipe, fetch_run, stage, staged, status  # noqa: E402
 from rescom_timm.runs.push import build, push  # noqa: E402
-from rescom_timm.runs.recipe import load  # noqa: E402
+from rescom_timm.runs.recipe import load, load_fetched  # noqa: E402
+from rescom_timm.runs.trainer import Trainer  # noqa: E402
 from tests.runs.made_up_run import HOME, NAMES, add_evaluation, make_run  # noqa: E402
 from tools import push as tool  # noqa: E402
 
@@ -144,6 +145,23 @@ def test_a_folder_that_is_further_is_left_alone(ready, capsys):
     fetch_run(f"hf://{REPO}", run)
     assert "going on from the folder" in capsys.readouterr().out
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_another_local_run_of_the_name_stays_as_it_is(ready, tmp_path, monkeypatch):
+    """--resume hf:// takes the folder of that run, or a new one; a recipe from the Hub decides no folder."""
+    push(ready)
+    address, home = f"hf://{REPO}", tmp_path / "runs"
+    other = make_run(home / "tiny")
+    lines = (ready / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(lines.replace('"test/top1": ', '"test/top1": 9'))
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    trainer = Trainer.__new__(Trainer)
+    with pytest.warns(UserWarning, match="not followed: output="):
+        trainer.recipe = load_fetched(fetch_recipe(address), [f"output={home}"])
+    assert trainer._take_folder(address) == home / "tiny-2"
+    fetch_run(address, home / "tiny-2")
+    assert trainer._take_folder(address) == home / "tiny-2"  # known again, by its log
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
 
 
 def test_no_checkpoint_to_go_on_from(tmp_path):

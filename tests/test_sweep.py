@@ -3,7 +3,9 @@
 import csv
 import importlib.util
 import json
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,11 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
     assert capsys.readouterr().out.count(": finished") == 2
     assert not list(tmp_path.glob("*/checkpoints")) and len(list(tmp_path.glob("*/model/model.safetensors"))) == 2
 
+    # A cell whose model could not be written, for the disk was full, is not finished.
+    shutil.rmtree(first / "model")
+    assert sweep.main(words) == 0
+    assert capsys.readouterr().out.count(": finished") == 1 and (first / "model" / "rescom.json").is_file()
+
     # The table can be made again, and a finished run of other settings is not taken for this one.
     (tmp_path / "sweep.md").unlink()
     assert sweep.main(["--table", "--output", str(tmp_path)]) == 0
@@ -143,3 +150,10 @@ def test_the_commands_of_its_docstring_name_recipes_and_keys_that_exist(sweep):
             grid = [word.partition("=") for word in words if "=" in word]
             load(path, [f"{key}={sweep.split(values)[0]}" for key, _, values in grid])
         assert all(list(ROOT.glob(word)) for word in recipes)
+
+
+def test_several_commands_remember_their_cells_in_one_file(sweep, tmp_path):
+    found = sweep.cells(["recipes/a.yaml"], {"x": [str(n) for n in range(8)]}, [0])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda cell: sweep.remember([cell], tmp_path), found))
+    assert sorted(name for _, name in sweep.remember([], tmp_path)) == sorted(cell.name for cell in found)

@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from rescom_timm.data.loaders import last_words
 from rescom_timm.data.views import BrokenImage
 from rescom_timm.runs.trainer import Trainer
@@ -62,3 +64,47 @@ def test_of_a_workers_error_its_own_words_are_told():
     sent = "Caught BrokenImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
     assert last_words(BrokenImage(f"{sent}BrokenImage: row 3\n")) == "BrokenImage: row 3"
     assert last_words(OSError(28, "No space left on device")) == "OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "name a recipe, such as recipes/digits_lt.yaml"),
+        (
+            [DIGITS, "--epochs", "3"],
+            "option --epochs: keys of the recipe are said without dashes, train.epochs=3",
+        ),
+        ([DIGITS, "--train.epochs=3"], "train.epochs=3"),
+        ([DIGITS, "--lr", "0.3"], "optimizer.lr=0.3"),
+        ([DIGITS, "--zzz"], "unknown option --zzz"),
+        ([DIGITS, DIGITS], "one run is trained at a time"),
+        (["hf://me/x"], "is only read with --resume"),
+    ],
+)
+def test_a_command_that_cannot_be_is_told_how_it_is_written(alone, capsys, words, expected):
+    alone.setattr(sys, "argv", ["tools/train.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("method.queue.per_class=1000000000", "method.queue.per_class: the queue's keys would take 1,192 GiB"),
+        ("net.options={nonsense: 1}", "RecipeError: net: options: resnet20_cifar has no option 'nonsense'"),
+        ("net.options={num_classes: 5}", "has no option 'num_classes'"),
+        ("net.options={checkpoint_path: /x}", "has no option 'checkpoint_path'"),
+        ("from={junk}", "junk is no file of weights in safetensors"),
+        ("net={pretrained: true, weights_file: /none}", "net.weights_file: no file /none"),
+        ("net={pretrained: true, weights_file: {junk}}", "cannot be read from {junk}"),
+        ("output={junk}", "output: {junk} is no folder"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_before_training(alone, capsys, tmp_path, word, expected):
+    (tmp_path / "junk").write_bytes(b"junk" * 100)
+    recipe, junk = DIGITS.replace("_cross_entropy", ""), str(tmp_path / "junk")
+    alone.setattr(sys, "argv", ["tools/train.py", recipe, "--dry-run", word.replace("{junk}", junk)])
+    assert tool.main() == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and expected.replace("{junk}", junk) in told[0]

@@ -288,18 +288,30 @@ def _read_json(path: Path, problems: list[str]) -> _Rows:
     except json.JSONDecodeError as error:
         problems.append(f"line {error.lineno}: is not JSON ({error.msg})")
         return rows
+    except RecursionError:
+        problems.append("is JSON nested too deep: iNaturalist's files are flat")
+        return rows
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        problems.append(f"is not JSON ({error})")
+        return rows
     if not isinstance(content, dict) or not content.get("images") or not content.get("annotations"):
         problems.append("is JSON without 'images' and 'annotations': iNaturalist's train and val files have both")
         return rows
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key, []), list | None):
+            problems.append(f"{key!r} is not a list of objects, as iNaturalist's is")
+            return rows
     files, bad = _pairs(content["images"])
     if bad:
         problems.append(f"{bad:,} of the 'images' have no 'id' or no 'file_name'")
     seen = set()
     for number, annotation in enumerate(content["annotations"], 1):
         image, label = annotation if isinstance(annotation, tuple) else (None, None)
-        if image not in files:
+        if not isinstance(image, int | str) or image not in files:
             problems.append(f"annotation {number}: its image {image!r} is not among the images")
-        elif not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
+        elif type(label) is not int or not 0 <= label < MAX_CLASSES:
             problems.append(f"annotation {number}: category_id {label!r} is not a whole number from 0")
         else:
             seen.add(image)
@@ -309,7 +321,7 @@ def _read_json(path: Path, problems: list[str]) -> _Rows:
     if without := [name for image, name in files.items() if image not in seen]:
         problems.append(f"{len(without):,} images have no annotation: {_first(without)}")
     names, _ = _pairs(content.get("categories") or [])
-    if names and all(isinstance(k, int) and 0 <= k < MAX_CLASSES for k in names):
+    if names and all(type(k) is int and 0 <= k < MAX_CLASSES for k in names):
         rows.num_classes = max(names) + 1
         if len(names) == rows.num_classes:
             rows.class_names = [str(names[k]) for k in range(rows.num_classes)]
@@ -324,9 +336,11 @@ def _slim(node: dict[str, Any]) -> Any:
     return node
 
 
-def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, Any], int]:
-    good = [node for node in nodes if isinstance(node, tuple)]
-    return dict(good), len(nodes) - len(good)
+def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, str], int]:
+    """The nodes as id -> name, and how many are none: ids are numbers or text, names text."""
+    pairs = [node for node in nodes if isinstance(node, tuple)]
+    good = {key: name for key, name in pairs if isinstance(key, int | str) and isinstance(name, str)}
+    return good, len(nodes) - sum(isinstance(key, int | str) and isinstance(name, str) for key, name in pairs)
 
 
 def _judge_classes(
@@ -535,6 +549,8 @@ def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
     start = 1
     for run in np.array_split(ordered, min(lines, len(ordered))):
         bar = "█" * round(width * np.log1p(run.mean()) / max(np.log1p(ordered[0]), 1e-9))
-        told.append(f"{start:>6}-{start + len(run) - 1:<6}{run.mean():>9,.1f} {bar}".rstrip())
+        ranks = f"{start}-{start + len(run) - 1}" if len(run) > 1 else f"{start}"
+        mean = f"{run.mean():,.1f}".removesuffix(".0")
+        told.append(f"{ranks:>13}{mean:>9} {bar}".rstrip())
         start += len(run)
     return "\n".join(told)

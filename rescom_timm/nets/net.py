@@ -6,6 +6,7 @@ Shapes: N images of (3, H, W), F features of the backbone, K classes, D the widt
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -34,7 +35,7 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if not all(1 <= width <= MAX_WIDTH for width in (self.dim, self.hidden or 1)) or self.hidden == 0:
-            raise ValueError(f"projector widths must be from 1 to {MAX_WIDTH:,}")
+            raise ValueError(f"projector widths must be at least 1 and at most {MAX_WIDTH:,}")
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,33 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"timm has no model {name!r}{hint}")
 
 
+CONTROL = (
+    "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "features_only", "kwargs_filter", "model_name",
+    "no_jit", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn",
+    "pretrained_strict", "scriptable",
+)  # fmt: skip
+"""Arguments of timm's builders that are no options of a model: they load weights, name files or cut the net."""
+
+
+def check_options(backbone: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the nearest, for an option that is no argument of the backbone's class: what a recipe
+    or an export says reaches none of timm's other arguments, of which some read files."""
+    if not options:
+        return
+    taken: set[str] = set()
+    anything = False
+    for kind in type(timm.create_model(backbone, num_classes=0)).__mro__[:-2]:  # all but nn.Module and object
+        parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+        taken |= {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+        anything |= any(one.kind is one.VAR_KEYWORD for one in parameters)
+    known = sorted(taken - {"self", *CONTROL})
+    for name in options:
+        if name in CONTROL or not (name in known or anything):
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"options: {backbone} has no option {name!r}; {hint}")
+
+
 def create_model(
     backbone: str,
     num_classes: int,
@@ -214,9 +242,10 @@ def create_model(
     """A Net over any timm backbone by name.
 
     mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by default.
-    options: passed on to timm.create_model. Raises ValueError for an unknown name.
+    options: of the backbone's class, passed on to timm.create_model. Raises ValueError for an unknown name.
     """
     check_backbone(backbone)
+    check_options(backbone, options)
     overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None
     encoder = timm.create_model(
         backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -31,13 +30,16 @@ from torch import Tensor, nn
 from rescom_timm.data.loaders import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.files import read_json, read_yaml, write_json
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_net
 from rescom_timm.runs.hub import as_repo, download, sha256
-from rescom_timm.runs.recipe import Recipe, RecipeError, load_dict
+from rescom_timm.runs.recipe import Recipe, load_dict
 
+MAX_SIDE = 8192
+"""Pixels of the largest side of an image that an export may ask for."""
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 KEPT = (
     "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
@@ -147,7 +149,7 @@ def describe(run: Path, data: Data, views: ViewsConfig) -> None:
         "counts": [int(count) for count in data.counts],
         "input_size": list(image.shape),
     }
-    (run / "classes.json").write_text(json.dumps(record), encoding="utf-8")
+    write_json(run / "classes.json", record, indent=None)
 
 
 def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: bool = True) -> Path:
@@ -333,13 +335,22 @@ def damaged(folder: Path) -> list[str]:
 
 
 def _read(folder: Path, num_classes: int | None) -> Pretrained:
-    if wrong := damaged(folder):
+    wrong = damaged(folder)
+    if hard := [name for name in wrong if name.endswith(".safetensors")]:
         raise ValueError(
-            f"{', '.join(wrong)} in {folder} is not what was written (another sha256): the copy or the download is "
+            f"{', '.join(hard)} in {folder} is not what was written (another sha256): the copy or the download is "
             "damaged, or somebody changed it; fetch it again"
         )
+    if wrong:  # a repaired config must lock nobody out
+        warnings.warn(f"{', '.join(wrong)} in {folder} was changed since it was written; read as it is", stacklevel=4)
     try:
-        details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
+        details = read_json(folder / DETAILS)
+        size = tuple(int(side) for side in details["input_size"])
+        if len(size) != 3 or not all(1 <= side <= MAX_SIDE for side in size):
+            raise ValueError(f"input_size in {DETAILS} must be three numbers from 1 to {MAX_SIDE}, not {size}")
+        for name in ("mean", "std"):
+            if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
+                raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         net = create_model(
@@ -360,15 +371,15 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             trained = create_method(net, counts, recipe.method)
             net = trained.net
             own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
-            check_weights(state, own, f"the method in {folder}")
+            check_weights(state, own, "the method")
             trained.load_state_dict(state, strict=False)
-        check_weights(tensors, net.state_dict(), str(folder))
+        check_weights(tensors, net.state_dict(), "the model")
         net.load_state_dict(tensors)
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         fresh = " with a fresh classifier" if num_classes is not None else ""
-        raise ValueError(f"{folder} cannot be read{fresh}: {error}") from error
-    size = details["input_size"]
-    return Pretrained(net.eval(), names, counts, tuple(size), details["eval_policy"], recipe, trained)
+        what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
+    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained)
 
 
 def _from_plain(net: Net, path: Path, head: str) -> dict[str, Tensor]:
@@ -384,8 +395,8 @@ def _recipe(path: Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        return load_dict(yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
-    except RecipeError as error:  # a net is of use even where its recipe is of another version
+        return load_dict(read_yaml(path), path.name)
+    except ValueError as error:  # a net is of use even where its recipe is of another version
         warnings.warn(f"the recipe of this model cannot be read and is left out: {error}", stacklevel=4)
         return None
 

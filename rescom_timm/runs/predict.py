@@ -77,8 +77,11 @@ def predictions(
     source = _Images(images)
     model = model if isinstance(model, Pretrained) else from_pretrained(model)
     shift = adjustment(model, prior)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    net = copy.deepcopy(model.net).to(device).eval()  # the caller's stays where and as it is
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        net = copy.deepcopy(model.net).to(device).eval()  # the caller's stays where and as it is
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
     return _run(model, net, source, min(top_k, net.classifier.out_features), shift, batch_size, workers, device)
 
 

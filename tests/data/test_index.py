@@ -227,6 +227,20 @@ def test_inaturalist_json(tmp_path: Path) -> None:
         (lambda a: a["annotations"][1].update(image_id=99), "annotation 2: its image 99 is not among the images"),
         (lambda a: a["annotations"][1].update(category_id=-1), "annotation 2: category_id -1"),
         (lambda a: a["annotations"][1].update(category_id="1"), "annotation 2: category_id '1'"),
+        (
+            lambda a: a["annotations"][1].update(category_id=1e20),
+            "annotation 2: category_id 1e+20 is not a whole number",
+        ),
+        (
+            lambda a: a["annotations"][1].update(category_id=True),
+            "annotation 2: category_id True is not a whole number",
+        ),
+        (lambda a: a["annotations"][1].update(image_id=[10]), "annotation 2: its image [10] is not among the images"),
+        (lambda a: a["images"][1].update(id=[10]), "1 of the 'images' have no 'id' or no 'file_name'"),
+        (lambda a: a["images"][1].update(file_name=7), "1 of the 'images' have no 'id' or no 'file_name'"),
+        (lambda a: a.update(images={"a": 1}), "'images' is not a list of objects"),
+        (lambda a: a.update(annotations="text"), "'annotations' is not a list of objects"),
+        (lambda a: a.update(categories=7), "'categories' is not a list of objects"),
         (lambda a: a["annotations"][1].update(category_id=5), "annotation 2: label 5 is outside 0 .. 1"),
         (lambda a: a["annotations"].append({"image_id": 10, "category_id": 1}), "3: 'x/a.jpg' stands already"),
         (lambda a: a["images"][0].pop("file_name"), "1 of the 'images' have no 'id' or no 'file_name'"),
@@ -403,7 +417,7 @@ def test_describe_shows_every_class_once() -> None:
     text = rows.describe(np.array([5, 500, 30]), lines=2)
     assert "535 rows, 3 classes, 500 to 5 a class, imbalance 100" in text
     assert "many: 1 classes, 500 rows" in text and "few: 1 classes, 5 rows" in text
-    assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1-2", "3-3"]
+    assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1-2", "3"]
     assert "inf" in rows.describe(np.array([3, 0]))
 
 
@@ -411,3 +425,16 @@ def test_take() -> None:
     taken = an_index().take(np.array([2, 0]), "two of them")
     assert list(taken.keys) == [9, 7] and taken.info["rule"] == "all, two of them" and taken.counts.tolist() == [2, 0]
     assert Index(["a", "b"], np.array([0, 1]), 2).take(np.array([1])).keys == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("[" * 100_000, "nested too deep|is not JSON"), ("9" * 5000, "is not JSON")]
+)
+def test_json_of_a_stranger_is_told_in_a_line(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Index.load(write(tmp_path / "train2018.json", text))
+
+
+def test_a_run_of_one_class_has_one_rank_and_a_whole_number_no_fraction() -> None:
+    *_, first, second = rows.describe(np.array([86, 5, 6]), lines=2).splitlines()
+    assert first.split()[:2] == ["1-2", "46"] and second.split()[:2] == ["3", "5"]

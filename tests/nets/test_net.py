@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from rescom_timm.nets.net import Net, NetConfig, ProjectorConfig, create_model
+from rescom_timm.nets.net import Net, NetConfig, ProjectorConfig, check_weights, create_model
 
 
 class Tiny(nn.Module):
@@ -118,3 +118,54 @@ def test_local_weights_file_starts_the_encoder(tmp_path):
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     net = create_model("resnet20_cifar", 4, pretrained=True, weights_file=str(tmp_path / "w.safetensors"))
     assert torch.equal(net.encoder.conv1.weight, source.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("resnet18", {"drop_path_rate": 0.1, "global_pool": "max"}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "drop_path_rate": 0.1, "class_token": True}),
+        ("convnext_atto", {"drop_path_rate": 0.1}),
+        ("efficientnet_b0", {"drop_rate": 0.1, "drop_path_rate": 0.1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}),
+        ("resnet20_cifar", {"drop_rate": 0.1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_options_of_the_backbones_class_are_passed_on(backbone, options):
+    assert create_model(backbone, 3, **options).recreate == {"model_name": backbone, **options}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"drop_path_rat": 0.1}, "resnet18 has no option 'drop_path_rat'; did you mean drop_path_rate?"),
+        ({"nonsense": 1}, "resnet18 has no option 'nonsense'; it has aa_layer, act_layer, .*zero_init_last"),
+        ({"checkpoint_path": "x"}, "has no option 'checkpoint_path'"),
+        ({"pretrained_cfg": {"file": "x"}}, "has no option 'pretrained_cfg'"),
+        ({"cache_dir": "x"}, "has no option 'cache_dir'"),
+    ],
+)
+def test_other_arguments_of_timm_are_no_options(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        create_model("resnet18", 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("classifier.bias", torch.full((3,), torch.nan), "classifier.bias is not finite"),
+        ("classifier.bias", torch.zeros(3, dtype=torch.int64), "classifier.bias holds int64"),
+        ("classifier.bias", torch.zeros(4), r"classifier.bias is \(4,\), not \(3,\)"),
+        ("classifier.bias", None, "classifier.bias is missing"),
+        ("other", torch.zeros(1), "other is not known"),
+    ],
+)
+def test_weights_are_checked_by_name_shape_kind_and_value(name, value, expected):
+    own = create_model("resnet20_cifar", 3).state_dict()
+    check_weights(
+        {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in own.items()}, own, ""
+    )
+    changed = {key: tensor for key, tensor in {**own, name: value}.items() if tensor is not None}
+    with pytest.raises(ValueError, match=f"the file does not fit: {expected}"):
+        check_weights(changed, own, "the file")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
+from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import evaluate_run, table
 from rescom_timm.runs.recipe import load_dict
 from tests.runs.child import differences, recipe, run
@@ -100,3 +101,26 @@ def test_table_lines_up_with_long_names_and_gaps():
     assert text[0].split() == ["top1", "medium_mean_class"]
     assert text[1].split() == ["test", "12.35", "1.00"] or text[1].split() == ["test", "12.34", "1.00"]
     assert text[2].split() == ["validation", "100.00", "-"]
+
+
+def test_what_is_evaluated_otherwise_does_not_pass_for_the_runs_own(finished, alone, tmp_path):
+    folder = Path(shutil.copytree(finished[1], tmp_path / "run"))
+    own = (folder / "evaluation" / "test-last.json").read_bytes()
+    name, title, _ = evaluate_run(folder, overrides=["data.index=all", "evaluation.batch_size=100"])
+    assert name.startswith("test-last-changed-") and title.endswith("not selected; evaluated with data.index=all")
+    record = json.loads((folder / "evaluation" / f"{name}.json").read_text())
+    assert record["overrides"] == {"data.index": "all"}
+    assert (folder / "evaluation" / "test-last.json").read_bytes() == own
+    assert evaluate_run(folder, overrides=["evaluation.batch_size=100"])[0] == "test-last"  # which changes nothing
+
+
+def test_another_net_than_the_checkpoints_is_told(finished, alone):
+    with pytest.raises(CheckpointError, match=r"does not fit: .* is missing.*is it the net that the recipe says"):
+        evaluate_run(finished[1], overrides=["net.backbone=resnet8_cifar"])
+
+
+def test_long_names_stand_above_their_figures_so_that_the_table_fits_a_terminal():
+    rows = {f"{'a very long split' * 4} {n}": {"top1": 12.5, "mean_class": 1.0} for n in (1, 2)}
+    text = table(rows).splitlines()
+    assert text[0].split() == ["top1", "mean_class"] and text[1::2] == list(rows)
+    assert all(line.split() == ["12.50", "1.00"] and len(line) == len(text[0]) for line in text[2::2])

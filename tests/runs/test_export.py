@@ -184,7 +184,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, change, expected):
     (folder / "hashes.json").write_text(
         json.dumps({**hashes, "model.safetensors": sha256(folder / "model.safetensors")})
     )
-    with pytest.raises(ValueError, match=f"out does not fit: encoder.conv1.weight {expected}"):
+    with pytest.raises(ValueError, match=f"the model does not fit: encoder.conv1.weight {expected}"):
         from_pretrained(folder)
 
 
@@ -219,7 +219,46 @@ def test_plain_timm_starts_from_an_export_by_recipe(tmp_path):
     assert torch.equal(net.encoder.conv1.weight, from_pretrained(folder).net.encoder.conv1.weight)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "rescom.safetensors", "rescom.json", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["config.json", "rescom.json", "recipe.yaml"])
+def test_a_text_that_was_changed_is_told_and_read(tmp_path, name):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    with pytest.warns(UserWarning, match=f"{name} in .* was changed since it was written"):
+        assert from_pretrained(folder).class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"input_size": None}, "cannot be read: 'NoneType' object is not iterable"),
+        ({"input_size": [3, 8, 10**9]}, "input_size in rescom.json must be three numbers from 1 to 8192"),
+        ({"options": {"checkpoint_path": "/tmp/x"}}, "resnet20_cifar has no option 'checkpoint_path'"),
+        ({"options": {"pretrained_cfg_overlay": {"file": "/tmp/x"}}}, "has no option 'pretrained_cfg_overlay'"),
+        ({"options": [1]}, "cannot be read"),
+        ({"class_names": None}, "cannot be read"),
+        ({"mean": [0.5]}, "mean in rescom.json must be three finite numbers, not"),
+        ({"backbone": "nothing"}, "timm has no model 'nothing'"),
+        (None, "rescom.json holds list, not dict"),
+    ],
+)
+def test_details_that_cannot_be_are_told_in_a_line(tmp_path, change, expected):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    details = json.loads((folder / "rescom.json").read_text())
+    (folder / "rescom.json").write_text(json.dumps([details] if change is None else {**details, **change}))
+    with pytest.raises(ValueError, match=expected), pytest.warns(UserWarning, match="rescom.json in"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n", "a: &x 1\nb: *x\n", "data: {source: 1}\n"])
+def test_a_recipe_that_cannot_be_read_is_left_out(tmp_path, text):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.warns(UserWarning) as told:
+        assert from_pretrained(folder).recipe is None
+    assert any("cannot be read and is left out" in str(one.message) for one in told)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rescom.safetensors"])
 def test_damage_is_seen(tmp_path, name):
     folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
     content = bytearray((folder / name).read_bytes())

@@ -144,7 +144,7 @@ def test_keys_are_dotted_and_cover_nested_sections():
         ("views.mean=[0.5, .nan, 1]", "views.mean.1: must be a finite number"),
         ("net.options={drop_rate: .inf}", "net.options.drop_rate: must be a finite number"),
         ("net.projector.dim=1000000000000", "net.projector"),
-        ("net.projector.dim=70000", "projector widths must be from 1 to 65,536"),
+        ("net.projector.dim=70000", "projector widths must be at least 1 and at most 65,536"),
         ("evaluation.batch_size=100000000000000000000", "evaluation.batch_size: must be at most"),
         (f"train.epochs={'9' * 400}", "train.epochs: must be at most"),
         ("seed=-1", "seed must be from 0 to"),
@@ -196,7 +196,7 @@ def test_of_a_fetched_recipe_folder_and_push_are_not_followed(tmp_path):
     tree = {"name": "kept", "output": "/anywhere", "data": {"source": "digits"}, "train": {"epochs": 7}}
     tree["hub"] = {"repo": "me/public", "private": False, "strategy": "end"}
     path.write_text(yaml.safe_dump(tree))
-    with pytest.warns(UserWarning, match="not followed: output=/anywhere hub.repo=me/public hub.private=False"):
+    with pytest.warns(UserWarning, match="not followed: output=/anywhere hub.private=False hub.repo=me/public"):
         made = load_fetched(path)
     assert (made.output, made.hub.repo, made.hub.private) == ("runs", None, True)
     assert (made.name, made.train.epochs) == ("kept", 7)

@@ -3,7 +3,9 @@ Resume and processes have files of their own."""
 
 import json
 import math
+import os
 import re
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -22,6 +24,7 @@ from rescom_timm.runs import checkpoint
 from rescom_timm.runs import trainer as training
 from rescom_timm.runs.build import build_method, speed_up
 from rescom_timm.runs.evaluate import evaluate, evaluate_run
+from rescom_timm.runs.folder import held
 from rescom_timm.runs.launch import launch, refuse_what_cannot_be_sharded
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, flat, load_dict
 from rescom_timm.runs.recipe import load as load_recipe
@@ -245,6 +248,66 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert launch.wait() == [1]
     assert "is not finite after step 11: not saved" in launch.text
     assert checkpoint.listed(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_finished_run_whose_weights_are_no_numbers_is_not_gone_on_with(alone, tmp_path):
+    tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
+    folder = train(load_dict(tree))
+    (path,) = checkpoint.listed(folder / "checkpoints")
+    net, state = checkpoint.load(path)
+    shutil.rmtree(path)
+    checkpoint.save(
+        path.parent, state["progress"]["step"], {**net, "classifier.bias": net["classifier.bias"] * math.nan}, state
+    )
+    with pytest.raises(checkpoint.CheckpointError, match="classifier.bias is not finite; it cannot be gone on with"):
+        train(load_dict(tree), resume=True)
+
+
+def test_a_model_that_cannot_be_written_fails_the_run_which_then_is_finished(alone, tmp_path, monkeypatch):
+    def full(*arguments, **words):
+        raise OSError(28, "No space left on device")
+
+    tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_model", full)
+        with pytest.raises(checkpoint.CheckpointError, match="is trained and saved, but .*No space left.*--resume"):
+            train(load_dict(tree))
+    assert not (tmp_path / "run" / "model").exists()
+    assert train(load_dict(tree), resume=True) == tmp_path / "run" and (tmp_path / "run" / "model").is_dir()
+
+
+def test_two_trainings_of_one_folder_are_refused(alone, tmp_path):
+    tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
+    folder = train(load_dict(tree))
+    before = (folder / "metrics.jsonl").read_bytes()
+    with held(folder):
+        launch = Launch(tree, resume=True)
+        assert launch.wait() == [1]
+    assert f"CheckpointError: {folder} is being trained by process {os.getpid()} on" in launch.text
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_log_has_a_line_an_epoch_and_nothing_drawn_over(alone, tmp_path, capsys):
+    train(load_dict(recipe(tmp_path, train__epochs=2)))
+    told = capsys.readouterr()
+    first, second = [line for line in told.out.splitlines() if re.match(r"epoch \d/2: ", line)]
+    assert re.fullmatch(r"epoch 1/2: loss [\d.]+, .*top1 [\d.]+, [\d,]+ images/s, 0:\d\d:\d\d trained, .* left", first)
+    assert second.endswith("trained, 0:00:00 left") and "\r" not in told.out + told.err
+
+
+def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
+    lost = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    with pytest.raises(checkpoint.CheckpointError, match="want of memory .*fewer speed.workers.*go on with --resume"):
+        with training.told_to_users():
+            raise RuntimeError(lost)
+    with pytest.raises(RecipeError, match="GPU's memory is full .*raise train.accumulate"):
+        with training.told_to_users():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device: 'x'.*make room"):
+        with training.told_to_users():
+            raise OSError(28, "No space left on device", "x")
+    with pytest.raises(RuntimeError, match="^another$"), training.told_to_users():
+        raise RuntimeError("another")
 
 
 def test_an_epoch_without_one_finite_loss_ends_the_run(tmp_path):
