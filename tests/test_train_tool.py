@@ -92,8 +92,8 @@ def test_a_command_that_cannot_be_is_told_how_it_is_written(alone, capsys, words
     ("word", "expected"),
     [
         ("method.queue.per_class=1000000000", "method.queue.per_class: the queue's keys would take 1,192 GiB"),
-        ("net.options={nonsense: 1}", "RecipeError: net: options: resnet20_cifar has no option 'nonsense'"),
-        ("net.options={num_classes: 5}", "has no option 'num_classes'"),
+        ("net.options={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
+        ("net.options={num_classes: 5}", "multiple values for argument 'num_classes'"),
         ("net.options={checkpoint_path: /x}", "has no option 'checkpoint_path'"),
         ("from={junk}", "junk is no file of weights in safetensors"),
         ("net={pretrained: true, weights_file: /none}", "net.weights_file: no file /none"),

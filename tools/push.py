@@ -17,9 +17,9 @@ from pathlib import Path
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.export import export_onnx
+from rescom_timm.runs.folder import run_recipe
 from rescom_timm.runs.hub import HubConfig, HubError, stage, staged
 from rescom_timm.runs.push import build, push
-from rescom_timm.runs.recipe import load
 
 
 def main(words: list[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> int:
             print(export_onnx(arguments.run, arguments.onnx))
             return 0
         overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
-        config = load(arguments.run / "recipe.yaml", overrides).hub
+        config = run_recipe(arguments.run, overrides).hub
         if arguments.export:
             return write(arguments.run, config, arguments.export)
         if overrides or not staged(arguments.run):

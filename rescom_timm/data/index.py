@@ -336,7 +336,7 @@ def _slim(node: dict[str, Any]) -> Any:
     return node
 
 
-def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, str], int]:
+def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, Any], int]:
     """The nodes as id -> name, and how many are none: ids are numbers or text, names text."""
     pairs = [node for node in nodes if isinstance(node, tuple)]
     good = {key: name for key, name in pairs if isinstance(key, int | str) and isinstance(name, str)}

@@ -28,8 +28,8 @@ from rescom_timm.figures.folder import Missing
 from rescom_timm.methods import Method
 from rescom_timm.runs.build import build_method
 from rescom_timm.runs.evaluate import open_checkpoint
+from rescom_timm.runs.folder import run_recipe
 from rescom_timm.runs.recipe import Recipe
-from rescom_timm.runs.recipe import load as load_recipe
 
 
 class Seen(NamedTuple):
@@ -110,7 +110,7 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
     network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
     """
-    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    recipe = run_recipe(folder, overrides)
     recipe = dataclasses.replace(recipe, net=recipe.net.untrained())
     path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
     accelerator = Accelerator(mixed_precision="no")  # one for all runs; precision is each one's own (autocast)
