@@ -10,6 +10,15 @@ SHARED = ROOT.parent / "shared"
 sys.path.append(str(ROOT / "tools"))  # where a tool finds its own parts, as in: python tools/benchmark.py
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
 def _folder(name: str) -> Path:
     path = SHARED / name
     if not path.is_dir():

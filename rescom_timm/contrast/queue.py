@@ -76,7 +76,7 @@ class Queue(nn.Module):
         winner = order[start + turn + (count - 1 - turn) // size * size]
         self.keys[slot] = keys[winner].to(self.keys.dtype)
         self.labels[slot] = labels[winner]
-        self.valid[slot] = True
+        self.valid.index_fill_(0, slot, True)  # by index, the host would send a True and wait for it
         self.pointer[ring] = (self.pointer[ring] + count) % size
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

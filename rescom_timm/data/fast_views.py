@@ -252,8 +252,8 @@ def _paint(views: Tensor, area: Tensor, colour: Tensor) -> Tensor:
 
 def _to(array: np.ndarray, like: Tensor) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if like.device.type == "cuda":
-        tensor = tensor.pin_memory()  # of memory that can be swapped, the device waits for the copy
+    if like.device.type == "cuda" and tensor.nbytes > 2**16:
+        tensor = tensor.pin_memory()  # so much of memory that can be swapped is only sent when the device is idle
     return tensor.to(like.device, non_blocking=True)
 
 
@@ -282,8 +282,8 @@ class _Crop(Step):
         views = F.pad(views, [self.pad] * 4)
         height, width = views.shape[2:]
         top, left = draws.below(height - self.side + 1), draws.below(width - self.side + 1)
-        square = np.arange(self.side)[:, None] * width + np.arange(self.side)
-        source = _to((top * width + left)[:, None] + square.ravel(), views)
+        side = torch.arange(self.side, device=views.device)
+        source = _to(top * width + left, views)[:, None] + (side[:, None] * width + side).flatten()
         return _gather(views, source).unflatten(2, (self.side, self.side))
 
 
@@ -332,8 +332,8 @@ class _Cutout(Step):
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         height, width = views.shape[2:]
-        column, row = (self._inside(draws.below(side), side) for side in (width, height))
-        square = _to(row[:, None, :, None] & column[:, None, None, :], views).to(torch.uint8)
+        column, row = (_to(self._inside(draws.below(side), side), views) for side in (width, height))
+        square = (row[:, None, :, None] & column[:, None, None, :]).to(torch.uint8)
         return _paint(views, square, _to(np.array(self.colour, np.uint8)[:, None, None], views))
 
     def _inside(self, centre: np.ndarray, side: int) -> np.ndarray:

@@ -11,6 +11,8 @@ image is (B, 3, H, W). `row` is the row of the source.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
 import random
 import re
@@ -24,7 +26,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rescom_timm.data.fast_views import BatchedPolicy, Draws
+from rescom_timm.data.fast_views import BatchedPolicy, Draws, Size
 from rescom_timm.data.planes import PlanePolicy, near_resized
 from rescom_timm.data.views import BrokenImage, Policy, ViewsConfig, decode, parse, seed_all, where
 
@@ -81,6 +83,9 @@ class SpeedConfig:
     cache: int = 256
     """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
     kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
+    resident: bool = False
+    """Training images of one size (within `cache`) stay on the device and are augmented there, some batches at once;
+    the workers only draw. For small images on a GPU, which is done with a batch before a CPU has made the next."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -105,8 +110,9 @@ def train_loader(
 
     `batch_size` counts the images of all processes together. `epochs`, the length of the run, is needed by the
     progressive sampler. Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and
-    before `skip_first_batches`. With config.device_views `finish_views` completes a batch, on its device. Raises
-    ValueError if the split has fewer images than one batch, or no step of the policy can be done on the device.
+    before `skip_first_batches`. `finish` completes the batches, on their device. Raises ValueError if the split has
+    fewer images than one batch, no step of the policy can be done on the device (config.device_views), or its images
+    and policy are none for speed.resident.
     """
     if num_views < 1:
         raise ValueError(f"an image needs at least 1 view, not {num_views}")
@@ -136,10 +142,18 @@ def eval_loader(
     With several processes accelerate fills up the last batch, and its `gather_for_metrics` drops the filling."""
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, not {batch_size}")
-    speed = dataclasses.replace(speed, cache=0)
+    speed = dataclasses.replace(speed, cache=0, resident=False)
     dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif, speed)
     items = [(position, position) for position in range(len(dataset))]
     return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
+
+
+def finish(
+    loader: DataLoader[Batch], views: ViewsConfig, config: LoaderConfig, device: torch.device
+) -> Callable[[Iterable[Batch]], Iterable[Batch]]:
+    """What completes the batches of a training loader on the device that they were moved to."""
+    dataset = cast(ViewsDataset, loader.dataset)
+    return Resident(dataset, device) if dataset.resident else functools.partial(map, finish_views(views, config))
 
 
 def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], Batch]:
@@ -275,7 +289,8 @@ class ViewsDataset(Dataset[Batch]):
     `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
     its place to another (None with broken="stop"). With device=True a batch holds, for `finish_views`, the images
     (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and the draws of the rest as
-    NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m).
+    NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m). With speed.resident it
+    holds, for `Resident`, the draws alone. Raises ValueError where images and policy are none for that.
     """
 
     def __init__(
@@ -298,6 +313,33 @@ class ViewsDataset(Dataset[Batch]):
         self.policy = policy
         self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
         self.cache = self._decode_all(speed.cache * 2**20)
+        self.resident = speed.resident
+        if self.resident:
+            self.size = self._refuse_residence(speed)
+
+    def _refuse_residence(self, speed: SpeedConfig) -> Size:
+        """The one size (H, W) of all images. Raises ValueError where they cannot stay on the device."""
+        if self.cache is None:
+            raise ValueError(
+                f"speed.resident is for training images of one size that fit into speed.cache ({speed.cache} MB), "
+                "which these do not; turn it off, or raise speed.cache"
+            )
+        pixels, readable = self.cache
+        if not readable.all():
+            row = int(self.rows[np.flatnonzero(~readable)[0]])
+            raise ValueError(f"speed.resident: the image of row {row} cannot be read; leave it out of the index")
+        size = (pixels.shape[1], pixels.shape[2])
+        if not self.device and (self.batched is None or not self.batched.serves(self.policy, size)):
+            raise ValueError(
+                f"speed.resident: {self.policy.text!r} has a step that a device does not do as Pillow does; turn it "
+                "off, or let such steps come out a level or two away (loader.device_views=true)"
+            )
+        assert self.batched is not None
+        if self.batched.head:
+            raise ValueError(
+                f"speed.resident: {self.policy.text!r} begins with a step that a device cannot do; turn it off"
+            )
+        return size
 
     @property
     def policy(self) -> Policy:
@@ -318,6 +360,9 @@ class ViewsDataset(Dataset[Batch]):
 
     def __getitems__(self, items: list[Item]) -> Batch:
         rows: list[int] = []
+        if self.resident:
+            rows = [position for position, _ in items]
+            return self._draw([seed for _, seed in items]) | self._about(rows)
 
         def images() -> Iterator[Any]:
             for position, image in self._read(items):
@@ -326,7 +371,17 @@ class ViewsDataset(Dataset[Batch]):
 
         with _random_state_kept():
             views = (self._begin if self.device else self._augment)(images(), [seed for _, seed in items])
-        return {**views, "label": torch.from_numpy(self.labels[rows]), "row": torch.from_numpy(self.rows[rows])}
+        return views | self._about(rows)
+
+    def _about(self, positions: list[int]) -> Batch:
+        labels, rows = torch.from_numpy(self.labels[positions]), torch.from_numpy(self.rows[positions])
+        return {"label": labels, "row": rows} | ({"position": torch.tensor(positions)} if self.resident else {})
+
+    def _draw(self, seeds: list[int]) -> Batch:
+        """The draws of all views of a batch whose images are on the device."""
+        assert self.batched is not None and self.num_views is not None
+        with _random_state_kept():
+            return _drawn(self.batched.draw(seeds, self.num_views, self.size), self.num_views)
 
     def _augment(self, images: Iterable[Any], seeds: list[int]) -> Batch:
         """`images` are read one by one where each can be forgotten before the next: memory is used again while warm."""
@@ -359,11 +414,7 @@ class ViewsDataset(Dataset[Batch]):
 
             views = _stack(self._view_by_view(images, seeds, begin), self.policy)
             draws = Draws(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
-        return {
-            "image": views.unflatten(0, (len(seeds), -1)),
-            "words": cast(Any, draws.words.reshape(len(seeds), self.num_views, draws.words.shape[1])),
-            "notes": cast(Any, draws.notes.reshape(len(seeds), self.num_views, draws.notes.shape[1])),
-        }
+        return {"image": views.unflatten(0, (len(seeds), -1)), **_drawn(draws, self.num_views)}
 
     def _view_by_view(
         self, images: Iterable[Any], seeds: list[int], augment: Callable[[Image.Image], Any]
@@ -434,6 +485,37 @@ class ViewsDataset(Dataset[Batch]):
         if self.replaced[position] == 0:
             warnings.warn(f"{error}; another image of its class takes its place", RuntimeWarning, stacklevel=2)
         self.replaced[position] += 1
+
+
+class Resident:
+    """The images of a training split on a device, and what makes views of them there: some batches at once, up to so
+    many `views`, for a policy's many small calls take as long for one."""
+
+    def __init__(self, dataset: ViewsDataset, device: torch.device, views: int = 4096) -> None:
+        """dataset: with speed.resident; it gives its decoded images away."""
+        assert dataset.num_views is not None
+        assert dataset.cache is not None and dataset.batched is not None
+        pixels, dataset.cache = dataset.cache[0], None
+        self.images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device)
+        self.policy, self.at_once = dataset.batched, views // dataset.num_views
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        waiting = iter(batches)
+        for first in waiting:
+            more = itertools.islice(waiting, max(0, self.at_once // len(first["label"]) - 1))
+            group = [first, *more]
+            drawn = [np.concatenate([cast(Any, b[name]) for b in group]) for name in ("words", "notes")]
+            draws = Draws(*(array.reshape(array.shape[0] * array.shape[1], array.shape[2]) for array in drawn))
+            images = self.images[torch.cat([batch["position"] for batch in group])]
+            views = self.policy(images, draws).unflatten(0, (len(images), -1))
+            for batch, image in zip(group, views.split([len(b["label"]) for b in group]), strict=True):
+                yield {"image": image, "label": batch["label"], "row": batch["row"]}
+
+
+def _drawn(draws: Draws, num_views: int) -> Batch:
+    """Draws by image, (B, num_views, ...), in a batch."""
+    both = {"words": draws.words, "notes": draws.notes}
+    return {n: cast(Any, a.reshape(len(a) // num_views, num_views, a.shape[1])) for n, a in both.items()}
 
 
 def _one_size(images: list[Any]) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,19 @@ def environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([*_launcher(), *sys.argv]),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "gpus": gpus,
         "git": _git(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as of a checkout that runs as it is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _launcher() -> list[str]:

@@ -36,7 +36,7 @@ from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import (
     ViewsDataset,
     eval_loader,
-    finish_views,
+    finish,
     last_words,
     set_epoch,
     train_loader,
@@ -50,6 +50,7 @@ from rescom_timm.nets.net import check_weights
 from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method, build_optimizer, build_schedule, speed_up
+from rescom_timm.runs.capture import CapturedStep
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.evaluate import about, agreed_statistics, evaluate, table, title, write
 from rescom_timm.runs.export import describe, save_model
@@ -159,7 +160,6 @@ class Trainer:
         self.folder = recipe.folder
         self.log: Log | None = None
         self.stop_requested = False
-        self.finish_views = finish_views(recipe.views, recipe.loader)
         self.handlers: dict[signal.Signals, Any] = {}
         self.held = ExitStack()
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
@@ -169,6 +169,7 @@ class Trainer:
             data.train, recipe.views, method.views, micro_batch, recipe.seed, recipe.train.epochs,
             recipe.loader, recipe.speed,
         )  # fmt: skip
+        self.finished = finish(loader, recipe.views, recipe.loader, accelerator.device)
         self.steps_per_epoch = len(loader) // recipe.train.accumulate
         if self.steps_per_epoch == 0:
             raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
@@ -189,6 +190,11 @@ class Trainer:
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
+        self.captured: CapturedStep | None = None
+        if recipe.speed.capture:
+            if accelerator.num_processes > 1 or self.sharded:
+                raise RecipeError("speed.capture is for one process that is not sharded; turn it off")
+            self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
         if self.sharded:
             register_fsdp_forward_method(self.net, "classify")
         splits = {"test": data.test, "validation": data.validation}
@@ -247,6 +253,8 @@ class Trainer:
         self.schedule.step(progress.epoch)
         self.method.train()
         hook(self.method, "set_epoch", progress.epoch, recipe.train.epochs)
+        if self.captured is not None and hasattr(self.method, "set_epoch"):
+            self.captured.forget()
         accumulate, careful = recipe.train.accumulate, recipe.train.nonfinite == "skip"
         set_epoch(self.loader, progress.epoch)
         skip = progress.step_in_epoch * accumulate
@@ -254,20 +262,20 @@ class Trainer:
         started, first_step = time.monotonic(), progress.step
         pulses = Pulses(self.accelerator, lag=0 if careful else LAG)
         stop, sound, before = False, True, {}
-        for index, batch in enumerate(loader, start=skip):
+        for index, batch in enumerate(self.finished(loader), start=skip):
             if index >= self.steps_per_epoch * accumulate:
                 continue  # the rest of the epoch is less than one batch of the recipe
             if careful and index % accumulate == 0:
                 before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
             last = (index + 1) % accumulate == 0
-            outputs = self._forward_backward(batch, last)
+            outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             pulses.push(outputs, batch["row"], self.stop_requested, progress.epoch, progress.step)
             for pulse in pulses.ready():
                 sound &= self._heed(pulse)
                 stop |= pulse.stop
             if not last:
                 continue
-            if not self._update(sound):
+            if self.captured is None and not self._update(sound):
                 self._undo(before)
             sound = True
             progress.step += 1
@@ -288,7 +296,6 @@ class Trainer:
 
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         accumulate = self.recipe.train.accumulate
-        batch = self.finish_views(batch)
         for queue in self.queues:
             queue.holding = not last  # keys of a step are never its own pairs
         with nullcontext() if last else self.accelerator.no_sync(self.method.net):
@@ -296,6 +303,12 @@ class Trainer:
             self.accelerator.backward(outputs["loss"] / accumulate)
         labels = batch["label"].repeat(len(outputs["logits"]) // len(batch["label"]))
         outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
+        return outputs
+
+    def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A whole step that the host need not look into."""
+        outputs = self._forward_backward(batch, last=True)
+        self._update(sound=True)
         return outputs
 
     def _update(self, sound: bool) -> bool:
@@ -621,7 +634,7 @@ class Trainer:
         """One step and one evaluation batch of each split; writes nothing."""
         check_place(self.recipe)
         self.method.train()
-        batch = next(iter(self.loader))
+        batch = next(iter(self.finished(self.loader)))
         loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")

@@ -16,7 +16,16 @@ from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
 from rescom_timm.data import fast_views
 from rescom_timm.data.fast_views import BatchedPolicy, Draws
-from rescom_timm.data.loaders import LoaderConfig, SpeedConfig, ViewsDataset, finish_views, set_epoch, train_loader
+from rescom_timm.data.loaders import (
+    LoaderConfig,
+    Resident,
+    SpeedConfig,
+    ViewsDataset,
+    finish,
+    finish_views,
+    set_epoch,
+    train_loader,
+)
 from rescom_timm.data.views import ViewsConfig, decode, magnitudes, parse, seed_all
 from tests.data.made_up import PLAIN, assert_equal, made_up, make_split, tensor
 
@@ -28,7 +37,7 @@ EQUAL = [
     "autoaugment(svhn) | crop(40,4)",
     "crop(40,4) | autoaugment(cifar10) | autoaugment(cifar10)",
 ]
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WARPS = list(fast_views._RandAugment.MATRICES)
 OTHERS = [name for name in fast_views._RandAugment.NAMES if name not in WARPS]
 
@@ -267,9 +276,9 @@ def test_another_policy_put_into_a_loader_is_followed() -> None:
 def test_equal_steps_on_the_device_give_the_same_batches(line: str, device: str) -> None:
     config, views = LoaderConfig(device_views=True), ViewsConfig(line)
     loader = train_loader(make_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))
-    finish = finish_views(views, config)
+    complete = finish_views(views, config)
     moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in loader]
-    found = [{key: value.cpu() for key, value in finish(batch).items()} for batch in moved]
+    found = [{key: value.cpu() for key, value in complete(batch).items()} for batch in moved]
     assert_equal(found, list(train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)))
     plain = next(iter(train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)))
     assert finish_views(views, LoaderConfig())(plain) is plain
@@ -283,15 +292,92 @@ def test_device_views_pass_through_accelerate(workers: int) -> None:
     loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
     loader = accelerator.prepare(train_loader(make_split(), views, 2, 5, 1, config=config, speed=speed))
-    finish = finish_views(views, config)
+    complete = finish_views(views, config)
     set_epoch(loader, 1)
-    found = [finish(batch) for batch in loader]
+    found = [complete(batch) for batch in loader]
     plain = train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)
     set_epoch(plain, 1)
     for ours, theirs in zip(found, plain, strict=True):
         assert torch.equal(ours["row"], theirs["row"]) and ours["image"].shape == theirs["image"].shape
         assert (ours["image"].int() - theirs["image"].int()).abs().max() <= 1
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("line", ["cifar", "crop(8,4) | flip | grayscale(0.4)", "none"])
+def test_resident_images_give_the_same_batches(line: str, device: str) -> None:
+    split, views, speed = make_split(((32, 32),) * 24), ViewsConfig(line), SpeedConfig(workers=0, resident=True)
+    loader = train_loader(split, views, 2, 5, 1, speed=speed)
+    completed = finish(loader, views, LoaderConfig(), torch.device(device))
+    plain = train_loader(split, views, 2, 5, 1, speed=PLAIN)
+    for epoch in (0, 3):
+        set_epoch(loader, epoch)
+        set_epoch(plain, epoch)
+        moved = ({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in loader)
+        found = [{key: value.cpu() for key, value in batch.items()} for batch in completed(moved)]
+        assert_equal(found, list(plain))
+    assert loader.dataset.cache is None, "given away"
+    assert completed(iter(())) is not None and list(completed(iter(()))) == []
+
+
+def test_batches_of_resident_images_do_not_depend_on_how_many_are_finished_at_once() -> None:
+    split, speed = make_split(((32, 32),) * 24), SpeedConfig(workers=0, resident=True)
+    told = []
+    for views_at_once in (1, 30, 4096):
+        loader = train_loader(split, ViewsConfig("cifar"), 2, 5, 1, speed=speed)
+        told.append(list(Resident(loader.dataset, torch.device("cpu"), views_at_once)(loader)))
+    assert_equal(told[0], told[1])
+    assert_equal(told[0], told[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resident_images_pass_through_accelerate(workers: int) -> None:
+    views, split = ViewsConfig("cifar"), make_split(((32, 32),) * 24)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
+    accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
+    plain = train_loader(split, views, 2, 5, 1, speed=SpeedConfig(workers=workers, resident=True))
+    completed = finish(plain, views, LoaderConfig(), accelerator.device)
+    loader = accelerator.prepare(plain)
+    expected = train_loader(split, views, 2, 5, 1, speed=PLAIN)
+    for each in (loader, expected):
+        set_epoch(each, 1)
+    whole = list(expected)
+    assert_equal(list(completed(loader)), whole)
+    set_epoch(loader, 1)
+    assert_equal(list(completed(accelerate.skip_first_batches(loader, 2))), whole[2:])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_resident_images_may_be_finished_nearly_on_request() -> None:
+    line, split = "jitter(.4,.4,.4,0) | flip", make_split(((32, 32),) * 24)
+    speed, config, views = SpeedConfig(workers=0, resident=True), LoaderConfig(device_views=True), ViewsConfig(line)
+    loader = train_loader(split, views, 2, 24, 1, config=config, speed=speed)
+    found = next(iter(finish(loader, views, config, torch.device("cpu"))(loader)))
+    plain = next(iter(train_loader(split, views, 2, 24, 1, speed=PLAIN)))
+    assert (found["image"].int() - plain["image"].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line", "cache", "message"),
+    [
+        (((32, 32), (32, 40)) * 12, "cifar", 256, "images of one size that fit into speed.cache .256 MB."),
+        (((32, 32),) * 24, "cifar", 0, "which these do not; turn it off, or raise speed.cache"),
+        (((32, 32),) * 24, "jitter(.4,.4,.4,0)", 256, "has a step that a device does not do as Pillow does"),
+        (((32, 32),) * 24, "cifar | blur", 256, "has a step that a device does not do as Pillow does"),
+        (((20, 20),) * 24, "crop(32,4)", 256, "has a step that a device does not do as Pillow does"),
+    ],
+)
+def test_what_cannot_stay_on_a_device_is_refused(sizes, line: str, cache: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"speed.resident.*{message}"):
+        speed = SpeedConfig(workers=0, resident=True, cache=cache)
+        train_loader(make_split(sizes), ViewsConfig(line), 2, 5, speed=speed)
+
+
+def test_a_policy_that_begins_with_pillow_cannot_be_resident() -> None:
+    speed, config = SpeedConfig(workers=0, resident=True), LoaderConfig(device_views=True)
+    with pytest.raises(ValueError, match="speed.resident: .*begins with a step that a device cannot do"):
+        train_loader(make_split(((32, 32),) * 24), ViewsConfig("resize(20) | flip"), 2, 5, config=config, speed=speed)
 
 
 @pytest.mark.parametrize("device", DEVICES)

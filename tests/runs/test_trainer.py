@@ -47,7 +47,7 @@ def losses(trainer, steps):
     """Of the first steps of the first epoch."""
     trainer.method.train()
     told = []
-    for _, batch in zip(range(steps), trainer.loader, strict=False):
+    for _, batch in zip(range(steps), trainer.finished(trainer.loader), strict=False):
         told.append(trainer._forward_backward(batch, last=True)["loss"])
         trainer._update(sound=True)
     return torch.stack(told)
@@ -503,6 +503,70 @@ def test_views_finished_on_the_device_are_the_same_where_nothing_is_warped(tmp_p
     on_the_cpu = losses(trainer_of(recipe(tmp_path, **changes)), 3)
     on_the_device = losses(trainer_of(recipe(tmp_path, loader__device_views=True, **changes)), 3)
     assert torch.equal(on_the_cpu, on_the_device)
+
+
+def test_a_captured_step_is_the_step(alone, tmp_path):
+    """On a CPU it runs uncaptured, over the tensors and with the optimizer that would be captured."""
+    told = {}
+    for name, capture in (("plain", False), ("captured", True)):
+        tree = recipe(tmp_path / name, speed__capture=capture, net__options={"drop": 0.0})
+        train(load_dict(tree))
+        told[name] = figures(tree), last(tree)
+    for ours, theirs in zip(told["captured"][0], told["plain"][0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    (ours, state), (theirs, other) = told["captured"][1], told["plain"][1]
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name].float(), value.float(), rtol=1e-4, atol=1e-5), name
+    for group, its in zip(state["optimizer"]["param_groups"], other["optimizer"]["param_groups"], strict=True):
+        assert group["lr"] == its["lr"] and type(group["lr"]) is float, "a checkpoint says numbers"
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum"])
+def test_other_optimizers_are_captured(alone, tmp_path, name):
+    rates = {"optimizer__name": name, "optimizer__lr": 1e-2, "train__epochs": 1, "schedule__warmup_epochs": 0}
+    told = []
+    for capture in (False, True):
+        tree = recipe(tmp_path / str(capture), speed__capture=capture, **rates)
+        train(load_dict(tree))
+        told.append(figures(tree)[0]["train/loss"])
+    assert told[1] == pytest.approx(told[0], rel=1e-4)
+
+
+def test_a_captured_run_goes_on_with_the_bits_of_the_whole_one(alone, tmp_path):
+    whole, cut = (recipe(tmp_path / name, speed__capture=True, speed__resident=True) for name in ("whole", "cut"))
+    train(load_dict(whole))
+    train(load_dict(cut))
+    for newer in sorted((tmp_path / "cut/run/checkpoints").iterdir())[1:]:
+        shutil.rmtree(newer)
+    train(load_dict(cut), resume=True)
+    assert differences(last(whole), last(cut)) == []
+
+
+def test_a_run_that_was_not_captured_goes_on_captured(alone, tmp_path):
+    tree = recipe(tmp_path)
+    train(load_dict(tree))
+    before = figures(tree)
+    for newer in sorted((tmp_path / "run/checkpoints").iterdir())[1:]:
+        shutil.rmtree(newer)
+    train(load_dict({**tree, "speed": {**tree["speed"], "capture": True}}), resume=True)
+    for ours, theirs in zip(figures(tree), before, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__accumulate": 2}, "speed.capture does not go together with train.accumulate"),
+        ({"train__nonfinite": "skip"}, "together with train.nonfinite: skip"),
+        ({"train__precision": "fp16"}, "together with train.precision: fp16"),
+        ({"speed__compile": "reduce-overhead"}, "together with speed.compile: reduce-overhead"),
+        ({"optimizer__name": "lamb"}, "the step of this optimizer cannot be captured; use sgd"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(alone, tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        train(load_dict(recipe(tmp_path, speed__capture=True, **changes)))
 
 
 def test_the_share_of_trained_weights_is_told(tmp_path, capsys):
