@@ -6,14 +6,18 @@ we read may come from a stranger: its size, depth and growth are bounded, and wh
 
 from __future__ import annotations
 
+import csv
+import errno
+import glob
 import json
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from safetensors import SafetensorError
@@ -66,6 +70,77 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         except SafetensorError as error:  # of a full disk too
             raise OSError(None, str(error)) from error
         beside.chmod(mode)
+
+
+@contextmanager
+def aside_folder(path: str | Path, own: Sequence[str]) -> Iterator[Path]:
+    """An empty folder beside `path` to write the files `own` to. Where the block ends well it takes the place of
+    `path`, of which it keeps all other files; else it is removed and `path` is as it was.
+
+    What a killed process left is cleared away, and put back where it was killed between the two renames. A folder that
+    cannot be renamed, as where a disk is mounted, gets the files one by one. Raises OSError.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(errno.EEXIST, "there is a file of that name", str(path))
+    fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    if not fixed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    stem = (path if fixed else path.parent) / f".{path.name[:80]}"
+    _clear_leftovers(stem, path)
+    new, old = (stem.with_name(f"{stem.name}.{uuid.uuid4().hex}.{end}") for end in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if fixed:
+            for name in own:
+                if (new / name).exists():
+                    os.replace(new / name, path / name)
+                else:
+                    (path / name).unlink(missing_ok=True)
+            return
+        if path.exists():
+            for entry in path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.copytree(entry, new / entry.name, symlinks=True)
+                elif entry.name not in own:
+                    shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+            new.chmod(path.stat().st_mode)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _clear_leftovers(stem: Path, path: Path) -> None:
+    for left in stem.parent.glob(f"{glob.escape(stem.name)}.*"):
+        ending = re.fullmatch(r"\.[0-9a-f]{32}\.(new|old)", left.name.removeprefix(stem.name))
+        if ending and ending[1] == "old" and not path.exists():
+            left.rename(path)
+        elif ending:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV. Text that a spreadsheet would take for a formula (=, +, -, @ or a control character first, and
+    no number) has an apostrophe before it."""
+    writer = csv.writer(file)
+    for row in rows:
+        writer.writerow([_harmless(cell) if isinstance(cell, str) else cell for cell in row])
+
+
+def _harmless(cell: str) -> str:
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+    return cell
 
 
 @contextmanager

@@ -1,8 +1,13 @@
 """Files are written whole or not at all, and what a stranger wrote is read within bounds."""
 
+import csv
 import json
 import os
+import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +104,138 @@ def test_json_of_any_size_is_not_read(tmp_path, monkeypatch):
     files.write_json(tmp_path / "a.json", {"a": 1000})
     with pytest.raises(ValueError, match="is not read"):
         files.read_json(tmp_path / "a.json")
+
+
+OWN = ("a", "b", "c")
+
+
+def fill(folder, version):
+    """An export of ours: a and b always, c in the first version only."""
+    with files.aside_folder(folder, OWN) as new:
+        for name in OWN[: 3 if version == 1 else 2]:
+            files.write_text(new / name, f"{name}{version}")
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+FIRST, SECOND = {"a": "a1", "b": "b1", "c": "c1"}, {"a": "a2", "b": "b2"}
+FOREIGN = {"README.md": "mine"}
+
+
+def test_a_folder_is_replaced_whole_and_keeps_what_is_not_ours(tmp_path):
+    folder = tmp_path / "model"
+    fill(folder, 1)
+    assert content(folder) == FIRST
+    (folder / "README.md").write_text("mine")
+    (folder / "notes").mkdir()
+    (folder / "notes/x").write_text("y")
+    fill(folder, 2)
+    assert content(folder) == SECOND | FOREIGN
+    assert (folder / "notes/x").read_text() == "y"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_renamed_gets_the_files_one_by_one(tmp_path, monkeypatch):
+    folder = tmp_path / "mounted"
+    fill(folder, 1)
+    (folder / "README.md").write_text("mine")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(folder))
+    fill(folder, 2)
+    assert content(folder) == SECOND | FOREIGN
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "a", "b"]
+
+
+def test_a_file_where_a_folder_belongs_is_told(tmp_path):
+    (tmp_path / "model").write_text("in the way")
+    with pytest.raises(FileExistsError, match="model"):
+        fill(tmp_path / "model", 1)
+    assert (tmp_path / "model").read_text() == "in the way"
+
+
+DISK = (
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.chmod",
+    "shutil.copy2",
+    "shutil.copyfile",
+    "shutil.copymode",
+    "shutil.copystat",
+)
+"""Events of the disk that may fail; shutil.rmtree does not matter, and os.remove only cleans."""
+AT: list[int] = []
+"""How many such events are let through before one of them fails; empty: all."""
+
+
+def fail(event, arguments):
+    if AT and event in DISK and (event != "open" or "w" in str(arguments[1])):
+        AT[0] -= 1
+        if AT[0] == -1:
+            raise OSError(28, "No space left on device")
+
+
+def test_a_folder_is_the_old_or_the_new_whatever_fails(tmp_path):
+    sys.addaudithook(fail)  # stays, for it cannot be taken away, and does nothing
+    folder, number, failed = tmp_path / "model", 0, True
+    while failed:
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+        fill(folder, 1)
+        (folder / "README.md").write_text("mine")
+        AT[:] = [number]
+        try:
+            fill(folder, 2)
+            failed = False
+        except OSError:
+            pass
+        finally:
+            AT.clear()
+        assert content(folder) in (FIRST | FOREIGN, SECOND | FOREIGN), number
+        assert not failed or content(folder) == FIRST | FOREIGN
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        number += 1
+    assert number > 8, "each of them failed once"
+
+
+KILLED = """
+import os, signal, sys
+from tests.test_files import DISK, fill
+left = [int(sys.argv[2])]
+def kill(event, arguments):
+    if event in (*DISK, "os.remove", "os.rmdir", "shutil.rmtree"):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+fill(sys.argv[1], 2)
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_is_the_old_or_the_new_wherever_it_was_killed(tmp_path):
+    folder, number, code = tmp_path / "model", 0, -9
+    while code == -9:
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+        fill(folder, 1)
+        (folder / "README.md").write_text("mine")
+        command = [sys.executable, "-c", KILLED, str(folder), str(number)]
+        code = subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode
+        if folder.exists():
+            assert content(folder) in (FIRST | FOREIGN, SECOND | FOREIGN), number
+        fill(folder, 2)
+        assert content(folder) == SECOND | FOREIGN, f"{number}: what others put there is there again"
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        number += 1
+    assert code == 0 and number > 8
+
+
+def test_cells_are_no_formulas(tmp_path):
+    cells = ["=1+1", "+cmd", "-x", "@SUM(A1)", "\tx", "-1.5", "+2", "plain", "a=b", -3, 0.5, ""]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        files.write_rows(file, [cells])
+    with (tmp_path / "x.csv").open(newline="") as file:
+        (read,) = csv.reader(file)
+    assert read == ["'=1+1", "'+cmd", "'-x", "'@SUM(A1)", "'\tx", "-1.5", "+2", "plain", "a=b", "-3", "0.5", ""]

@@ -10,13 +10,13 @@ python tools/inference.py resnet32_cifar --batch-size 8 --classes 100 --rounds 1
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import yaml
 
 from rescom_timm.figures import inference, style
+from rescom_timm.files import write_json
 
 
 def main(words: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> int:
     stem = Path(arguments.output) / f"{name}-{found.batch_size}-{found.precision}"
     for path in style.save(inference.draw(found), inference.table(found), stem):
         print(path)
-    stem.with_name(stem.name + ".json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_json(stem.with_name(stem.name + ".json"), record)
     print(stem.with_name(stem.name + ".json"))
     return 0
 

@@ -489,15 +489,16 @@ class ViewsDataset(Dataset[Batch]):
 
 class Resident:
     """The images of a training split on a device, and what makes views of them there: some batches at once, up to so
-    many `views`, for a policy's many small calls take as long for one."""
+    many `pixels`, for a policy's many small calls take as long for one."""
 
-    def __init__(self, dataset: ViewsDataset, device: torch.device, views: int = 4096) -> None:
+    def __init__(self, dataset: ViewsDataset, device: torch.device, pixels: int = 2**24) -> None:
         """dataset: with speed.resident; it gives its decoded images away."""
         assert dataset.num_views is not None
         assert dataset.cache is not None and dataset.batched is not None
-        pixels, dataset.cache = dataset.cache[0], None
-        self.images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device)
-        self.policy, self.at_once = dataset.batched, views // dataset.num_views
+        images, dataset.cache = dataset.cache[0], None
+        self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
+        self.policy = dataset.batched
+        self.at_once = pixels // (dataset.size[0] * dataset.size[1] * dataset.num_views)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         waiting = iter(batches)

@@ -5,16 +5,18 @@
 What is missing is None or empty here; the figure that needs it says so in words (Missing).
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
+
+from rescom_timm.files import read_json, read_yaml
+from rescom_timm.runs.folder import lines
 
 _MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation")
 _PREFERRED = ("test-last", "test-best")
@@ -75,20 +77,17 @@ class RunFolder:
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values; {} where absent."""
-        loaded = yaml.safe_load(self.recipe_text())
-        return loaded if isinstance(loaded, dict) else {}
+        path = self.path / "recipe.yaml"
+        return read_yaml(path) if path.is_file() else {}
 
     def environment(self) -> dict[str, Any]:
         """Versions, git state ...; {} where absent."""
         path = self.path / "environment.json"
-        loaded = _json(path) if path.is_file() else {}
-        return loaded if isinstance(loaded, dict) else {}
+        return read_json(path) if path.is_file() else {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut off by a crash is left out. Missing where there is no line."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = list(_parsed(path, lines))
+        """The lines of metrics.jsonl, without torn ones. Missing where there is no line."""
+        rows = lines(self.path / "metrics.jsonl")
         if not rows:
             raise Missing(f"run {self.name} has no training log (metrics.jsonl)")
         return rows
@@ -105,9 +104,16 @@ class RunFolder:
         if not known or (name and name not in known):
             raise Missing(f"run {self.name} has no evaluation {name or 'with predictions'}; there: {known or 'none'}")
         stem = self.path / "evaluation" / (name or known[0])
-        arrays = load_file(stem.with_name(stem.name + ".safetensors"))
-        json_path = stem.with_name(stem.name + ".json")
-        record = _json(json_path) if json_path.is_file() else {}
+        predictions, json_path = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))
+        try:
+            arrays = load_file(predictions)
+            if missing := {"labels", "predicted", "confidence"} - arrays.keys():
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except (SafetensorError, ValueError, OSError) as error:
+            raise Missing(
+                f"{predictions} cannot be read ({error}): write it anew with tools/evaluate.py {self.path}"
+            ) from error
+        record = read_json(json_path) if json_path.is_file() else {}
         counts = record.get("per_class", {}).get("count")
         class_names = [str(name) for name in record.get("class_names") or ()]
         highest = 1 + max(int(arrays[key].max(initial=-1)) for key in ("labels", "predicted"))
@@ -136,21 +142,3 @@ def open_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
         if len(set(names)) == len(names):
             break
     return [RunFolder(run.path, name) for run, name in zip(runs, names, strict=True)]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _parsed(path: Path, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error

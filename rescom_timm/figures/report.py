@@ -19,6 +19,7 @@ from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
 from rescom_timm.figures.files import Drawn
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
+from rescom_timm.files import write_text
 from rescom_timm.runs.recipe import RecipeError
 from rescom_timm.runs.recipe import load as load_recipe
 
@@ -68,8 +69,7 @@ def write(
     files.FROM_FILES; evaluation as in files.draw_all."""
     path = Path(path)
     text = page(runs, drawn, evaluation)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -6,7 +6,6 @@ long measurement goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rescom_timm.data.sources import Split
 from rescom_timm.figures import style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, take
+from rescom_timm.files import read_json, write_json
 from rescom_timm.runs.evaluate import evaluate
 
 _FOLDER = "robustness"
@@ -192,20 +192,17 @@ def read(path: Path, run: str = "") -> Robustness | None:
     if not path.is_file():
         return None
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = read_json(path)
         fields = {name: plain[name] for name in Robustness.__dataclass_fields__}
         found = Robustness(**{**fields, "setting": Setting(**plain["setting"])})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of tools/robustness.py ({error}): remove it and measure again") from None
     return replace(found, run=run) if run else found
 
 
 def write(path: Path, found: Robustness, figures: dict[str, Any]) -> None:
     """A result and its figures as JSON, written aside first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps({**asdict(found), "figures": figures}, indent=1), encoding="utf-8")
-    aside.replace(path)
+    write_json(path, {**asdict(found), "figures": figures})
 
 
 # -------------------------------------------------------------------------------------------------------------- picture

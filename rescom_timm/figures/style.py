@@ -3,7 +3,6 @@
 Figures are built on matplotlib.figure.Figure, which needs no backend and leaves pyplot and rcParams alone.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from rescom_timm import metrics
+from rescom_timm.files import aside, naming, write_rows
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
 
@@ -136,10 +136,9 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
         raise ValueError(f"The columns of {stem.name}.csv differ in length: {lengths}.")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
-    write(figure, paths[0], dpi)
-    write(figure, paths[1], dpi, metadata={"Date": None})
-    with paths[2].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    for path, options in ((paths[0], {}), (paths[1], {"metadata": {"Date": None}})):
+        with naming(path), aside(path) as beside:
+            write(figure, beside, dpi, format=path.suffix[1:], **options)
+    with naming(paths[2]), aside(paths[2]) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        write_rows(file, [list(columns), *zip(*columns.values(), strict=True)])
     return paths

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from rescom_timm.data.loaders import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
-from rescom_timm.files import read_json, read_yaml, write_json
+from rescom_timm.files import aside_folder, read_json, read_yaml, write_json, write_tensors, write_text
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
 from rescom_timm.runs import checkpoint
@@ -41,6 +41,8 @@ from rescom_timm.runs.recipe import Recipe, load_dict
 MAX_SIDE = 8192
 """Pixels of the largest side of an image that an export may ask for."""
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
+WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
+"""What an export's folder holds; other files in it are their owner's."""
 KEPT = (
     "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
     "num_classes", "pool_size", "first_conv", "classifier",
@@ -112,16 +114,11 @@ def export(
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     head = None
     model = _plain(net, input_size) if plain else None
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", PLAIN):
-        (folder / name).unlink(missing_ok=True)
     if model is not None:
         head = _head(model, net)
-        _save_plain(model, net, folder, class_names, input_size, eval_policy)
         own = ("projector.",) if type(net.classifier) is nn.Linear else ("projector.", "classifier.")
         tensors = {name: value for name, value in tensors.items() if name.startswith(own)}
-    method = {f"method.{name}": value.detach().cpu().contiguous() for name, value in (state or {}).items()}
-    save_file({**tensors, **method}, folder / SIDE, {"format": "pt"})
+    method = {f"method.{name}": value for name, value in (state or {}).items()}
     details = {
         "version": 1,
         **_recreate(net),
@@ -132,12 +129,14 @@ def export(
         "eval_policy": parse(eval_policy).text or "none",
         **(about or {}),
     }
-    (folder / DETAILS).write_text(json.dumps(details, indent=1), encoding="utf-8")
-    (folder / "recipe.yaml").unlink(missing_ok=True)
-    if recipe is not None:
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    names = [name for name in ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml") if (folder / name).exists()]
-    (folder / HASHES).write_text(json.dumps({name: sha256(folder / name) for name in names}, indent=1))
+    with aside_folder(folder, WRITTEN) as new:
+        if model is not None:
+            _save_plain(model, net, new, class_names, input_size, eval_policy)
+        write_tensors(new / SIDE, {**tensors, **method}, {"format": "pt"})
+        write_json(new / DETAILS, details)
+        if recipe is not None:
+            write_text(new / "recipe.yaml", recipe.to_yaml())
+        write_json(new / HASHES, {name: sha256(new / name) for name in WRITTEN if (new / name).exists()})
     return folder
 
 
@@ -241,6 +240,7 @@ def _save_plain(
         model_config={"label_names": list(class_names)},
         data_config={"input_size": size, "mean": mean, "std": std, **_timm_view(eval_policy, size[-1])},
     )
+    (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
 
 
 def _timm_view(policy: str, size: int) -> dict[str, Any]:

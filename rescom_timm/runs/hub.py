@@ -32,7 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import sha_fileobj
 
-from rescom_timm.files import write_text
+from rescom_timm.files import write_json, write_text
 from rescom_timm.runs import checkpoint
 
 Strategy = Literal["end", "best", "every_save", "checkpoint", "all_checkpoints"]
@@ -240,7 +240,7 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
         "repo": config.repo, "private": config.private, "license": config.license, "benchmark": config.benchmark,
         "export": which, "checkpoints": whole, "keep": config.strategy == "all_checkpoints",
     }  # fmt: skip
-    (aside / "push.json").write_text(json.dumps(request), encoding="utf-8")
+    write_json(aside / "push.json", request)
     aside.rename(final)
     return final
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.data.sources import IMAGE_SUFFIXES, Split, files_under
 from rescom_timm.data.views import BrokenImage, decode, parse
+from rescom_timm.files import write_rows
 from rescom_timm.nets.net import Net
 from rescom_timm.runs.export import Pretrained, from_pretrained
 
@@ -205,14 +205,19 @@ def _files(path: Path) -> list[Path]:
 def write_csv(found: Iterable[Prediction], path: str | Path, top_k: int) -> tuple[int, int]:
     """image, label_1, probability_1 ... label_k, probability_k, error, true_label; returns (images, unreadable)."""
     images = broken = 0
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+
+    def rows() -> Iterator[list[str]]:
+        nonlocal images, broken
         pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
-        writer.writerow(["image", *pairs, "error", "true_label"])
+        yield ["image", *pairs, "error", "true_label"]
         for one in found:
             cells = [
                 cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
             ]
-            writer.writerow([one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label])
+            yield [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
             images, broken = images + 1, broken + bool(one.error)
+
+    # Row by row, so that what was predicted stays if the rest cannot be; a name that is no UTF-8 keeps its bytes.
+    with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        write_rows(file, rows())
     return images, broken

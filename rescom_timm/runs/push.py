@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+from rescom_timm.files import write_json, write_text
 from rescom_timm.runs import card
 from rescom_timm.runs.checkpoint import CheckpointError
 from rescom_timm.runs.export import DETAILS, export_run
@@ -70,9 +71,7 @@ def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
 
 
 def _write_status(run: Path, told: dict[str, str]) -> None:
-    aside = run / "hub" / ".status.json"
-    aside.write_text(json.dumps(told), encoding="utf-8")
-    aside.replace(run / "hub" / "status.json")
+    write_json(run / "hub" / "status.json", told)
 
 
 def _upload(stage: Path, request: dict[str, Any]) -> str:
@@ -109,7 +108,7 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
         try:
             export_run(stage, upload, request["export"])
         except ValueError as error:
-            refusal.write_text(str(error), encoding="utf-8")
+            write_text(refusal, str(error))
             export_run(stage, upload, request["export"], plain=False)
     reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
@@ -120,12 +119,12 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
     if (stage / "environment.json").is_file():
         private = (stage / "environment.json").read_text(encoding="utf-8")
         files["environment.json"] = upload / "environment.json"
-        files["environment.json"].write_text(without_home(private), encoding="utf-8")
+        write_text(files["environment.json"], without_home(private))
     if request["checkpoints"]:
         files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("checkpoints/*/*")}
     facts = card.read_facts(stage, upload, request["repo"], request["license"], reason)
     files["README.md"] = upload / "README.md"
-    files["README.md"].write_text(card.write(facts, readme), encoding="utf-8")
+    write_text(files["README.md"], card.write(facts, readme))
     if request["benchmark"] and (top1 := facts.accuracy()) is not None:
         notes = f"trained on {facts.train_name} with rescom_timm"
         path = _leaderboard(stage / "eval_results.yaml", request["benchmark"], top1, notes)
@@ -139,7 +138,7 @@ def _leaderboard(path: Path, benchmark: str, top1: float, notes: str) -> Path:
 
     dataset, task = benchmark.split("#")
     entry = EvalResultEntry(dataset_id=dataset, task_id=task, value=top1, notes=notes)
-    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
     return path
 
 

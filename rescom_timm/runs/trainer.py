@@ -8,7 +8,6 @@ epoch; so a resumed run is the uninterrupted one, bit for bit on a CPU.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import signal
 import sys
@@ -44,6 +43,7 @@ from rescom_timm.data.loaders import (
 )
 from rescom_timm.data.sources import Data, load
 from rescom_timm.data.views import parse
+from rescom_timm.files import write_json
 from rescom_timm.methods import Method, hook
 from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.nets.net import check_weights
@@ -342,8 +342,7 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         record = {"epoch": pulse.epoch, "step": pulse.step, "lr": lr, "rows": pulse.rows.tolist()}
         path = self.folder / f"nonfinite-step{pulse.step}-process{self.accelerator.process_index}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record))
+        write_json(path, record, indent=None)
         what = (
             f"the loss is not finite in epoch {pulse.epoch}, step {pulse.step} (learning rate {lr:g}, "
             f"{pulse.figures}). The rows of that batch are in {path}"

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from rescom_timm.figures import confusion, curves, files, longtail, reliability, schedule, style
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder, open_runs
@@ -109,8 +111,9 @@ def test_curves_after_a_resume_and_a_crash(tmp_path: Path) -> None:
     lines = [json.dumps({"epoch": e, "step": 10 * e, "train/loss": loss, "note": "x"}) for e, loss in rows]
     (curve,) = curves.measure([_log(tmp_path / "a", [*lines, '{"epoch": 3, "tra'])])
     assert curve.axis == "epoch" and curve.x.tolist() == [0, 1, 2] and curve.y.tolist() == [1.0, 0.5, 0.4]
-    with pytest.raises(ValueError, match="line 2"):
-        curves.measure([_log(tmp_path / "b", [lines[0], "{broken", lines[1]])])
+    with pytest.warns(UserWarning, match="line 2 is damaged and left out"):
+        (curve,) = curves.measure([_log(tmp_path / "b", [lines[0], "{broken", lines[1]])])
+    assert curve.x.tolist() == [0, 1]
 
 
 def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:
@@ -173,8 +176,26 @@ def test_json_that_does_not_fit_its_predictions_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="number of classes"):
         RunFolder(folder).evaluation()
     path.write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         RunFolder(folder).evaluation()
+
+
+@pytest.mark.parametrize("kind", ["torn", "other"])
+def test_predictions_that_cannot_be_read_are_told(tmp_path: Path, kind: str) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    path = folder / "evaluation" / "test-last.safetensors"
+    path.write_bytes(path.read_bytes()[:40] if kind == "torn" else save({"labels": np.zeros(3, np.int64)}))
+    with pytest.raises(Missing, match=r"cannot be read \(.*write it anew with tools/evaluate.py"):
+        RunFolder(folder).evaluation()
+
+
+@pytest.mark.parametrize(("file", "text"), [("recipe.yaml", "a: &x [1]\nb: *x"), ("environment.json", "[1]")])
+def test_what_was_not_written_by_us_is_refused_in_a_line(tmp_path: Path, file: str, text: str) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(file)):
+        RunFolder(folder).recipe()
+        RunFolder(folder).environment()
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rescom_timm.files import write_text
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells each start and stop on stderr otherwise
 
 
@@ -147,7 +149,7 @@ def keep(options: argparse.Namespace, what: str, record: dict[str, Any]) -> None
     if options.json.endswith("/") or path.is_dir():
         path.mkdir(parents=True, exist_ok=True)
         path = path / f"{record['date']}-{what.replace('/', '-')}-{options.device}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     print(f"written: {path}")
 
 
