@@ -97,9 +97,14 @@ def logit_adjustment(logits: Tensor, labels: Tensor, counts: Tensor, tau: float 
     return F.cross_entropy(logits + tau * log_prior(counts).to(logits.dtype), labels)
 
 
+def exact(counts: Tensor) -> Tensor:
+    """Counts as float64, or as float32 on Apple's GPUs, which have no float64."""
+    return counts.float() if counts.device.type == "mps" else counts.double()
+
+
 def log_prior(counts: Tensor) -> Tensor:
-    """log(N_k / N), (K,) float64, of counts (K,)."""
-    return (counts.double() / counts.sum()).log()
+    """log(N_k / N), (K,), in the precision of `exact`, of counts (K,)."""
+    return (exact(counts) / counts.sum()).log()
 
 
 def ldam_margins(counts: Tensor, largest: float = 0.5) -> Tensor:

@@ -90,8 +90,8 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"workers must be 0 or more, not {self.workers}")
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch must be at least 1 batch, not {self.prefetch}")
+        if not 1 <= self.prefetch <= 1000:
+            raise ValueError(f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
         if self.cache < 0:
             raise ValueError(f"cache must be 0 or more megabytes, not {self.cache}")
 

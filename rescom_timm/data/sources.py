@@ -628,7 +628,7 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
     for k, name in enumerate(names):
         before = len(paths)
         for path in sorted(files_under(root / name)):
-            relative = Path(path).relative_to(root).as_posix()
+            relative = _utf8(Path(path).relative_to(root).as_posix(), root)
             (paths if Path(path).suffix.lower() in IMAGE_SUFFIXES else others).append(relative)
         labels += [k] * (len(paths) - before)
         if len(paths) == before:
@@ -636,6 +636,19 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
     if len(names) < 2:
         raise ValueError(f"{root} holds {len(names)} class folders: put each class's images in a folder of its own")
     return Index(paths, np.array(labels), len(names), {"source": str(root)}, names), others
+
+
+def _utf8(path: str, root: Path) -> str:
+    """The path. Raises ValueError where its bytes are no UTF-8, which no list and no table can hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(
+            f"{root}: the name of {shown} is not UTF-8: rename it (convmv -r -f latin1 -t utf8 --notest does it for a "
+            "whole folder)"
+        ) from None
+    return path
 
 
 def _folder_names(index: Index) -> list[str] | None:

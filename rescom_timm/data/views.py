@@ -205,10 +205,20 @@ def _read(key: str, token: str, kind: Any) -> int | float | str:
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
+MAX_LAYERS = 20
+MAX_SIDE = 8192
+"""Pixels of the largest side that a step may make: what is larger is a slip, and would take gigabytes an image."""
+
+
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1 pixel, not {size}")
+        if not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"{name} must be from 1 to {MAX_SIDE:,} pixels, not {size}")
+
+
+def _level(fill: int) -> None:
+    if not 0 <= fill <= 255:
+        raise ValueError(f"fill must be a grey level from 0 to 255, not {fill}")
 
 
 def _probability(p: float) -> None:
@@ -219,8 +229,8 @@ def _probability(p: float) -> None:
 def crop(size: int, pad: int = 0) -> Step:
     """A square of `size` pixels at a random place, after `pad` black pixels on each side."""
     _positive(size=size)
-    if pad < 0:
-        raise ValueError(f"pad must be 0 or more pixels, not {pad}")
+    if not 0 <= pad <= MAX_SIDE:
+        raise ValueError(f"pad must be from 0 to {MAX_SIDE:,} pixels, not {pad}")
     return transforms.RandomCrop(size, padding=pad or None)
 
 
@@ -263,11 +273,13 @@ class AutoAugment(transforms.AutoAugment):
 def autoaugment(policy: Literal["cifar10", "imagenet", "svhn"], fill: int = 128) -> Step:
     """AutoAugment (arXiv 1805.09501), torchvision's tables. What a warp uncovers is grey, near the mean, as in the
     paper's code and the CIFAR long-tail pipelines (torchvision's own default is black: fill=0)."""
+    _level(fill)
     return AutoAugment(transforms.AutoAugmentPolicy(policy), fill=cast(Any, fill))  # a number is allowed, see its doc
 
 
 def trivialaugment(fill: int = 128) -> Step:
     """TrivialAugment, wide (arXiv 2103.10158): one operation, uniform in kind and strength."""
+    _level(fill)
     return transforms.TrivialAugmentWide(fill=cast(Any, fill))
 
 
@@ -282,6 +294,8 @@ def _randaugment_settings(settings: Iterable[str]) -> list[str]:
                 f"mmax10, p0.5, inc1 (increasing severities), tweights / t3a / t3aw"
             )
         key, value = (group for group in match.groups() if group)
+        if key == "n" and not 1 <= int(value) <= MAX_LAYERS:
+            raise ValueError(f"n must be from 1 to {MAX_LAYERS} operations, not {value}")
         found[key] = f"{float(value):g}" if key in ("p", "mstd") else value  # timm cannot read "mstd.5"
     return [key + value for key, value in found.items()]
 
@@ -305,6 +319,9 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 def jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
     """With probability `p`, colours change by factors uniform in 1 +- value (hue shifts by up to 0.5), in any order."""
     _probability(p)
+    for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        if not 0 <= value <= 100:
+            raise ValueError(f"{name} must lie between 0 and 100, not {value}")
     step = transforms.ColorJitter(brightness, contrast, saturation, hue)
     return step if p == 1 else transforms.RandomApply([step], p)
 
@@ -331,8 +348,8 @@ class _Blur:
 def blur(p: float = 0.5, lo: float = 0.1, hi: float = 2.0) -> Step:
     """Gaussian blur with probability `p`, sigma uniform from `lo` to `hi` pixels (SimCLR, MoCo v2)."""
     _probability(p)
-    if not 0 <= lo <= hi:
-        raise ValueError(f"sigma must satisfy 0 <= lo <= hi, not {lo} and {hi}")
+    if not 0 <= lo <= hi <= MAX_SIDE:
+        raise ValueError(f"sigma must satisfy 0 <= lo <= hi <= {MAX_SIDE:,}, not {lo} and {hi}")
     return _Blur(p, lo, hi)
 
 

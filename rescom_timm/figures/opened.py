@@ -6,7 +6,6 @@ Shapes: N images, F features, D the width of an embedding, K classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from rescom_timm.data.loaders import Batch, eval_loader
 from rescom_timm.data.sources import Data, Split
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.figures.folder import Missing
+from rescom_timm.files import read_json
 from rescom_timm.methods import Method
 from rescom_timm.runs.build import build_method
-from rescom_timm.runs.evaluate import open_checkpoint
+from rescom_timm.runs.evaluate import evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.runs.folder import run_recipe
 from rescom_timm.runs.recipe import Recipe
 
@@ -50,7 +50,8 @@ class Opened:
     data: Data
     method: Method
     checkpoint: str
-    """last, best or the checkpoint's folder name: part of the names of what is written about it."""
+    """last, best or the checkpoint's folder name, and what was opened otherwise than the run's recipe says: part of the
+    names of what is written about it."""
     chosen: str
     """How the checkpoint was chosen, in words."""
     weights: str
@@ -111,18 +112,20 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
     """
     recipe = run_recipe(folder, overrides)
+    _, changed, suffix = evaluated_otherwise(run_recipe(folder), recipe) if overrides else ({}, "", "")
     recipe = dataclasses.replace(recipe, net=recipe.net.untrained())
     path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
     accelerator = Accelerator(mixed_precision="no")  # one for all runs; precision is each one's own (autocast)
     data = load_data(recipe.data)
     method = build_method(recipe, data)
+    load_net(method.net, weights, path)
     try:
-        method.net.load_state_dict(weights)
         method.load_state_dict(state["method"], strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} does not fit the recipe and its data: {reason}") from None
-    label = which if which in ("last", "best") else path.name
-    sha256 = json.loads((path / "hashes.json").read_text(encoding="utf-8"))["net.safetensors"]
+    label = (which if which in ("last", "best") else path.name) + suffix
+    chosen += f"; {changed}" if changed else ""
+    sha256 = read_json(path / "hashes.json").get("net.safetensors", "")
     name = name or folder.resolve().name
     return Opened(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)

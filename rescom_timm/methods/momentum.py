@@ -155,7 +155,7 @@ class Paco(nn.Module):
         self.config = config
         self.momentum_net = None if config.momentum is None else MomentumNet(net, config.momentum)
         self.queue = FifoQueue(config.queue_size, _width(net))
-        self.register_buffer("prior", log_prior(counts), persistent=False)
+        self.register_buffer("prior", log_prior(counts).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar) and logits (B, K), or (2B, K) in GPaCo."""

@@ -77,7 +77,8 @@ class HybridPsc(nn.Module):
         self.config = config
         self.views: int = config.views
         self.alpha = 1.0
-        self.register_buffer("weights", counts.double().reciprocal() * counts.sum() / len(counts), persistent=False)
+        weights = counts.double().reciprocal() * counts.sum() / len(counts)
+        self.register_buffer("weights", weights.float(), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch: the parabola."""

@@ -26,7 +26,7 @@ from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs.build import build_method
 from rescom_timm.runs.folder import run_recipe
-from rescom_timm.runs.recipe import differences, flat
+from rescom_timm.runs.recipe import Recipe, differences, flat
 
 
 @torch.no_grad()
@@ -120,6 +120,17 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
     return best, *checkpoint.load(best), f"epoch {progress['best_epoch']}, best {select} on validation"
 
 
+def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], str, str]:
+    """What a recipe changes of a run's own, but for what changes no figure: (keys and values, the same in words, what
+    to add to a file's name so that the run's own figures stay); empty where nothing is."""
+    now = flat(recipe.to_dict())
+    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict())}
+    if not changed:
+        return {}, "", ""
+    told = " ".join(f"{key}={value}" for key, value in changed.items())
+    return changed, f"evaluated with {told}", f"-changed-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
 def evaluate_run(
     run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
 ) -> tuple[str, str, Meter]:
@@ -146,11 +157,10 @@ def evaluate_run(
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names)
     name = f"{split}-{label}"
-    now = flat(recipe.to_dict())
-    if changed := {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict())}:
-        told = " ".join(f"{key}={value}" for key, value in changed.items())
-        record |= {"overrides": changed, "chosen": f"{chosen}; evaluated with {told}"}
-        name += f"-changed-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    changed, told, suffix = evaluated_otherwise(own, recipe)
+    if changed:
+        record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
+        name += suffix
     write(run, name, meter, record)
     return name, title(record), meter
 

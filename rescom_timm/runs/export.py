@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rescom_timm.data.loaders import ViewsDataset
 from rescom_timm.data.sources import Data
-from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.data.views import MAX_SIDE, ViewsConfig, parse
 from rescom_timm.files import aside_folder, read_json, read_yaml, write_json, write_tensors, write_text
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
@@ -38,8 +38,6 @@ from rescom_timm.runs.build import build_net
 from rescom_timm.runs.hub import as_repo, download, sha256
 from rescom_timm.runs.recipe import Recipe, load_dict
 
-MAX_SIDE = 8192
-"""Pixels of the largest side of an image that an export may ask for."""
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
 """What an export's folder holds; other files in it are their owner's."""

@@ -237,7 +237,8 @@ def test_impossible_requests_are_refused(split: Any) -> None:
         (LoaderConfig, {"sampler": "balanced"}, "uniform, class_balanced, square_root, progressive"),
         (LoaderConfig, {"broken": "ignore"}, "stop or skip"),
         (SpeedConfig, {"workers": -1}, "workers must be 0 or more"),
-        (SpeedConfig, {"prefetch": 0}, "at least 1 batch"),
+        (SpeedConfig, {"prefetch": 10**9}, "from 1 to 1,000 batches"),
+        (SpeedConfig, {"prefetch": 0}, "from 1 to 1,000 batches"),
     ]:
         with pytest.raises(ValueError, match=message):
             config(**wrong)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -672,3 +674,13 @@ def test_a_long_list_adds_little_memory_and_time() -> None:
     assert time.perf_counter() - start < 20
     assert dataset[437_512]["image"]["path"] == f"/root/{paths[-1]}" and dataset[437_512]["label"] == 437_512 % 8142
     assert (pa.total_allocated_bytes() - before) / 2**20 < 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf8_is_told(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        PillowImage.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    shutil.copy(tmp_path / "cat/0.png", os.path.join(os.fsencode(tmp_path), b"cat", b"\xff1.png"))
+    with pytest.raises(ValueError, match=r"the name of cat/\\xff1.png is not UTF-8: rename it"):
+        class_folders(tmp_path)

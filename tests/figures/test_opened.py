@@ -57,8 +57,15 @@ def test_a_run_is_opened_with_its_weights_and_its_queue(run: Opened, folder: Pat
     assert torch.equal(run.queue().keys, state["method"]["queue.keys"]) and not run.method.training
     assert (run.name, run.checkpoint, run.chosen) == ("rescom", "last", "after epoch 3, not selected")
     by_path = open_run(folder, str(folder / "checkpoints" / "step-00000007"), ["data.index=all"])
-    assert by_path.checkpoint == "step-00000007" and by_path.weights == run.weights
+    assert by_path.checkpoint.startswith("step-00000007-changed-") and by_path.weights == run.weights
     assert len(by_path.data.train.labels) > len(run.data.train.labels)
+
+
+def test_a_run_opened_otherwise_has_another_name(folder: Path) -> None:
+    otherwise = open_run(folder, overrides=["data.index=exponential(9)"])
+    assert otherwise.checkpoint.startswith("last-changed-")
+    assert otherwise.chosen.endswith("evaluated with data.index=exponential(9)")
+    assert open_run(folder, overrides=["evaluation.batch_size=7"]).checkpoint == "last", "which changes no figure"
 
 
 def test_one_pass_is_the_nets_output_in_the_splits_order(run: Opened) -> None:
@@ -127,7 +134,7 @@ def test_runs_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
         open_run(folder, str(tmp_path))
     with pytest.raises(RecipeError, match="did you mean data.source"):
         open_run(folder, overrides=["data.sorce=x"])
-    with pytest.raises(ValueError, match="does not fit the recipe and its data"):
+    with pytest.raises(CheckpointError, match="does not fit.* is it the net that the recipe says"):
         open_run(folder, overrides=["net.backbone=resnet32_cifar"])
     (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     with pytest.raises(CheckpointError, match="never saved"):

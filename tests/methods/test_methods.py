@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rescom_timm import create_model
+from rescom_timm.contrast import losses
 from rescom_timm.contrast.losses import class_weights
-from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method
+from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method, hook
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
 
@@ -152,3 +155,32 @@ def test_more_negatives_than_the_queue_holds_are_refused():
 
 def test_every_method_of_the_table_is_named_by_its_config():
     assert {config().name for config, _ in METHODS.values()} == set(METHODS)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where a tensor of float64 is made, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            assert not (torch.is_tensor(one) and one.dtype == torch.float64), func
+        return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("changes", [{}, {"form": "post_hoc"}], ids=["", "post_hoc"])
+def test_a_step_and_its_buffers_need_no_float64(name, changes, monkeypatch):
+    if changes and name != "logit_adjustment":
+        pytest.skip("another method's option")
+    monkeypatch.setattr(losses, "exact", torch.Tensor.float)  # as for counts on such a device
+    size = {"negatives": 8} if name == "rescom" else {"queue_size": 16} if name == "moco" else {}
+    net = create_model("resnet8_cifar", len(COUNTS), projector=ProjectorConfig(hidden=8, dim=5))
+    method = create_method(net, COUNTS, METHODS[name][0](**size, **changes)).train()
+    assert [key for key, value in method.named_buffers() if value.dtype == torch.float64] == []
+    hook(method, "set_epoch", 0, 2)
+    images = torch.randint(0, 256, (8, method.views, 3, 32, 32), dtype=torch.uint8)
+    with NoFloat64():
+        loss = method({"image": images, "label": torch.arange(8) % len(COUNTS)})["loss"]
+        if loss.requires_grad:
+            loss.backward()
+        hook(method, "after_step")
