@@ -75,11 +75,16 @@ def draw(curves: Sequence[Curve]) -> Figure:
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
     figure = style.new_figure(4.0 * columns, 3.0 * rows + (0.3 if len(runs) > 1 else 0))
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
         _panel(panel, [curve for curve in curves if curve.name == name], runs)
-    for panel in list(panels)[len(names) :]:
+    for panel in panels[len(names) :]:
         panel.set_visible(False)
+    percents = [panel for panel, name in zip(panels, names, strict=False) if _is_percent(name)]
+    if percents:  # on one scale, so that their heights can be compared
+        low = min(panel.get_ylim()[0] for panel in percents)
+        for panel in percents:
+            panel.set_ylim(low, max(other.get_ylim()[1] for other in percents))
     run_legend(figure, runs)
     return figure
 

@@ -53,8 +53,13 @@ def draw(reliability: Reliability) -> Figure:
     x, accuracy, confidence = edges[filled], reliability.accuracy[filled], reliability.confidence[filled]
     options = {"width": width, "align": "edge", "linewidth": 0.6}
     top.bar(x, accuracy, color="#0072B2", edgecolor="white", label="accuracy", **options)
-    top.bar(x, confidence - accuracy, bottom=accuracy, facecolor="none", edgecolor="#D55E00", hatch="////",
-            label="gap to the mean confidence", **options)  # fmt: skip
+    for over, hatch, colour, label in (
+        (confidence > accuracy, "////", "#D55E00", "mean confidence above accuracy"),
+        (confidence <= accuracy, "....", "#009E73", "mean confidence below accuracy"),
+    ):
+        if over.any():
+            top.bar(x[over], (confidence - accuracy)[over], bottom=accuracy[over], facecolor="none", edgecolor=colour,
+                    hatch=hatch, label=label, **options)  # fmt: skip
     top.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=1.2, zorder=3, label="perfect calibration")
     title = f"{style.plain(reliability.title, 60)}\nECE {reliability.ece:.2f} percent ({bins} bins)"
     style.tidy(top, title, "", "accuracy (percent)", "y")

@@ -7,7 +7,8 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ td { min-width: 2em; } td.n { white-space: nowrap; } td.text { min-width: 9em; }
 td.best { font-weight: bold; } .scroll { overflow: auto; max-height: 36em; } img { max-width: 100%; height: auto; }
 pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .missing { color: #8a4b00; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
+nav ul { columns: 3; padding-left: 1.2em; }
 .many, .medium, .few { border-left: 5px solid; padding-left: 6px; }
 """
 
@@ -81,21 +83,28 @@ def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evalua
     for run in runs:
         with suppress(Missing):
             found[run.name] = run.evaluation(evaluation)
-    parts = [
-        f"<h1>{title}</h1>",
-        "<h2>Summary</h2>",
-        _summary(runs, found),
-        *_seeds(runs, found),
-        *_pictures(drawn),
-        "<h2>Classes</h2>",
-        _classes(found),
-        "<h2>Recipes and versions</h2>",
-        *map(_sources, runs),
-    ]
+    missing: list[str] = []
+    sections = {
+        "Summary": _summary(runs, found),
+        "Over seeds": _seeds(runs, found),
+        "Classes": _classes(found),
+        **_pictures(drawn, missing),
+        "Recipes and versions": "\n".join(map(_sources, runs)),
+        "Not drawn": "\n".join(missing),
+    }
+    sections = {heading: content for heading, content in sections.items() if content}
+    links = "".join(f'<li><a href="#{_anchor(heading)}">{_text(heading)}</a></li>' for heading in sections)
+    parts = [f"<h1>{title}</h1>", f"<nav><ul>{links}</ul></nav>"]
+    for heading, content in sections.items():
+        parts += [f'<h2 id="{_anchor(heading)}">{_text(heading)}</h2>', content]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}{_group_style()}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"\W+", "-", heading.lower())
 
 
 def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:
@@ -176,10 +185,10 @@ def _whole(run: RunFolder) -> dict[str, Any]:
     return run.recipe()
 
 
-def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Iterator[str]:
+def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
     groups = over_seeds(runs, found)
     if not groups:
-        return
+        return ""
     by_name = {run.name: run for run in runs}
     names = [name for name in _NUMBERS.values() if any(name in numbers for _, numbers in groups)]
     head = "".join(_th(name) for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed")
@@ -193,27 +202,27 @@ def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Iterat
             both = f"{numbers[name][0]:.1f} &plusmn; {numbers[name][1]:.1f}" if name in numbers else "&ndash;"
             line += f'<td class="n">{both}</td>'
         body += f"<tr>{line}</tr>"
-    yield "<h2>Over seeds</h2>"
-    yield f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-    yield "<p>Mean and sample standard deviation of runs that differ in nothing but their seed.</p>"
+    return (
+        f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>\n'
+        "<p>Mean and sample standard deviation of runs that differ in nothing but their seed.</p>"
+    )
 
 
-def _pictures(figures: Iterable[Drawn]) -> Iterator[str]:
-    """A heading per figure; the runs' pictures side by side below it."""
-    shown = ""
+def _pictures(figures: Iterable[Drawn], missing: list[str]) -> dict[str, str]:
+    """Of each figure, under its title, the runs' pictures side by side; in `missing`, in words, those that are not
+    there."""
+    found: dict[str, str] = {}
     for drawn in figures:
-        if drawn.name != shown:
-            yield ("</div>" if shown else "") + f'<h2>{_text(_TITLES[drawn.name])}</h2><div class="pair">'
-            shown = drawn.name
+        title = _TITLES[drawn.name]
         if drawn.figure is None:
-            yield f'<p class="missing">No picture: {_text(drawn.missing)}.</p>'
+            missing.append(f'<p class="missing">No picture of {_text(title)}: {_text(drawn.missing)}.</p>')
             continue
         buffer = io.BytesIO()
         style.write(drawn.figure, buffer, dpi=110)
         image = base64.b64encode(buffer.getvalue()).decode("ascii")
-        yield f'<img alt="{_text(f"{drawn.name} {drawn.run}".strip())}" src="data:image/png;base64,{image}">'
-    if shown:
-        yield "</div>"
+        alt = _text(f"{drawn.name} {drawn.run}".strip())
+        found[title] = found.get(title, "") + f'<img alt="{alt}" src="data:image/png;base64,{image}">\n'
+    return {title: f'<div class="pair">{images}</div>' for title, images in found.items()}
 
 
 def _classes(found: Mapping[str, Evaluation]) -> str:

@@ -23,8 +23,9 @@ Table = Mapping[str, Sequence[object] | npt.NDArray]
 GROUP_COLORS = {"many": "#0072B2", "medium": "#E69F00", "few": "#CC79A7"}
 GROUP_RULES = {"many": "many (> 100)", "medium": "medium (20 to 100)", "few": "few (< 20)"}
 GROUP_MARKERS = {"many": "o", "medium": "^", "few": "s"}
-# Petroff (2021, arXiv 2107.02270): ten colours chosen for colour-blind readers; runs and classes take them in turn.
-COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+# Petroff (2021, arXiv 2107.02270): ten colours chosen for colour-blind readers, the ninth, a second grey, darkened.
+# Runs and classes take them in turn.
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#33343a", "#92dadd")
 LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 GREY = "#555555"
 

@@ -79,7 +79,7 @@ def draw(tsne: Tsne) -> Figure:
         handles.append(Line2D([], [], linestyle="", color=shade, marker=marker, label=f"{text}: {inside.sum()}"))
     axes.set_xticks([])
     axes.set_yticks([])
-    style.tidy(axes, f"{style.plain(tsne.title, 60)}: {len(tsne.rows):,} points", "", "")
+    style.tidy(axes, f"{style.plain(tsne.title, 60)}\nt-SNE by cosine distance, {len(tsne.rows):,} points", "", "")
     axes.spines[:].set_visible(False)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return figure

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,17 @@ class Facts:
         return None
 
 
+SHOWN = ("longtail", "confusion", "curves")
+"""The figures that a card shows, where they are there; others are in the repository."""
+
+
+def _telling(names: Iterable[str]) -> list[str]:
+    """At most one picture of each of SHOWN; of other figures the first three, where none of those is there."""
+    names = sorted(names)
+    chosen = [next((name for name in names if name.startswith(start)), "") for start in SHOWN]
+    return [name for name in chosen if name] or names[: len(SHOWN)]
+
+
 def read_facts(
     run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
 ) -> Facts:  # fmt: skip
@@ -95,7 +106,7 @@ def read_facts(
         environment=_json(export / "environment.json"),
         details=_json(export / "rescom.json"),
         evaluations=evaluations or _during_training(run / "metrics.jsonl"),
-        figures=sorted(path.name for path in run.glob("figures/*.png")),
+        figures=_telling(path.name for path in run.glob("figures/*.png")),
         license=license,
         plain_reason=plain_reason,
     )

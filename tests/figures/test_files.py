@@ -116,6 +116,21 @@ def test_curves_after_a_resume_and_a_crash(tmp_path: Path) -> None:
     assert curve.x.tolist() == [0, 1]
 
 
+def test_curves_in_percent_have_one_scale(tmp_path: Path) -> None:
+    lines = [json.dumps({"epoch": e, "train/loss": 2.0, "train/top1": 20 + e, "test/top1": 90 - e}) for e in range(3)]
+    figure = curves.draw(curves.measure([_log(tmp_path / "a", lines)]))
+    loss, *percents = (axes.get_ylim() for axes in figure.axes if axes.get_visible())
+    assert len(percents) == 2 and percents[0] == percents[1] != loss
+    assert percents[0][0] <= 20 and 90 <= percents[0][1] <= 101
+
+
+def test_reliability_tells_over_from_under_confidence() -> None:
+    count, confidence, accuracy = (np.array(values, float) for values in ([5, 5], [30, 80], [20, 90]))
+    found = reliability.Reliability("r", count, confidence, accuracy, ece=10.0)
+    hatches = [patch.get_hatch() for patch in reliability.draw(found).axes[0].patches]
+    assert hatches == [None, None, "////", "...."]
+
+
 def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:
     lines = [json.dumps({"epoch": e // 2, "step": e, "loss": 1.0, "test/top1": 5}) for e in range(4)]
     run = _log(tmp_path / "a", lines)

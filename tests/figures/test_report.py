@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -64,8 +65,9 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -> None:
     runs = open_runs(two_runs)
     page = _Page(report.write(runs, tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert len(page.addresses) == 3 + 2 * 3
+    pictures = [address for address in page.addresses if not address.startswith("#")]
+    assert all(address.startswith("data:image/png;base64,") for address in pictures)
+    assert len(pictures) == 3 + 2 * 3
     assert "script" not in page.tags and "<script>alert(1)</script>" in page.text
     for expected in (
         "rescom",
@@ -109,7 +111,16 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
     page = _Page(report.page([RunFolder(folder)]))
     for expected in ("no training log", "no evaluation", "No per-class table", "No recipe.yaml", "No environment.json"):
         assert expected in page.text
-    assert not page.addresses
+    assert [link for link in page.addresses if not link.startswith("#")] == []
+    assert page.text.index("Not drawn") < page.text.rindex("no training log"), "told last"
+    assert page.addresses == ["#summary", "#classes", "#recipes-and-versions", "#not-drawn"]
+
+
+def test_the_contents_lead_to_every_section(two_runs: list[Path]) -> None:
+    text = report.page(open_runs(two_runs))
+    links = re.findall(r'<a href="#([\w-]+)">', text)
+    assert re.findall(r'<h2 id="([\w-]+)">', text) == links
+    assert links[:3] == ["summary", "over-seeds", "classes"]
 
 
 def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None:

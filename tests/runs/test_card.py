@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -63,6 +64,25 @@ def test_groups_have_the_literatures_borders(facts):
     text = card.write(card.Facts(**{**vars(facts), "details": details}))
     assert "many (more than 100 images): 1 class; medium (20 to 100 images): 2 classes;" in text
     assert "; few (fewer than 20 images): 1 class." in text
+
+
+@pytest.mark.parametrize(
+    ("there", "shown"),
+    [
+        (["confusion-a", "curves", "longtail-a", "tsne", "views"], ["longtail-a", "confusion-a", "curves"]),
+        (["a", "b", "c", "d"], ["a", "b", "c"]),
+        (["tsne", "curves"], ["curves"]),
+    ],
+)
+def test_a_card_shows_few_pictures(run, tmp_path, there, shown):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    (folder / "figures").mkdir()
+    for name in there:
+        (folder / f"figures/{name}.png").write_bytes(b"")
+    facts = card.read_facts(folder, folder / "model", "me/x", None, "")
+    assert facts.figures == [f"{name}.png" for name in shown]
 
 
 def test_before_the_end_the_log_is_told(facts):
