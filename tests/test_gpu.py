@@ -15,16 +15,13 @@ from accelerate.state import AcceleratorState, GradientState
 
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue
-from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs import launch as launching
-from rescom_timm.runs.build import build_method
-from rescom_timm.runs.launch import launch
 from rescom_timm.runs.recipe import load_dict
-from rescom_timm.runs.trainer import Trainer, train
+from rescom_timm.runs.trainer import train
 from tests.conftest import ROOT
 from tests.contrast.cases import unit
-from tests.runs.child import differences, figures, last, recipe
+from tests.runs.child import differences, figures, last, recipe, trainer_of
 
 pytestmark = pytest.mark.gpu
 NET = {"net__backbone": "resnet20_cifar", "net__options": {}, "data__validation": "none"}
@@ -43,15 +40,6 @@ def on_the_gpu(monkeypatch):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     torch.cuda.empty_cache()
-
-
-def trainer_of(tree):
-    """A trainer in this process, not opened."""
-    made = load_dict(tree)
-    accelerator = launch(made)
-    torch.manual_seed(0)
-    data = load(made.data)
-    return Trainer(made, accelerator, data, build_method(made, data))
 
 
 def losses(tree, steps=8):

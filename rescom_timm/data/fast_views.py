@@ -18,6 +18,7 @@ larger than a batch gains from.
 
 import copy
 import functools
+import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment as TimmRandAugment
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.autoaugment import _apply_op
+from torchvision.transforms import functional as VF
 
 from rescom_timm.data.views import AutoAugment, Cutout, Policy, magnitudes, seed_all
 
@@ -363,6 +364,12 @@ class _Tables(NamedTuple):
 WARPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 BLENDS = ("Contrast", "Color", "Sharpness")
 PLAIN = ("AutoContrast", "Equalize")
+LOOKUPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "Brightness": lambda image, value: VF.adjust_brightness(image, 1 + value),
+    "Posterize": lambda image, value: VF.posterize(image, int(value)),
+    "Solarize": VF.solarize,
+    "Invert": lambda image, value: VF.invert(image),
+}
 
 
 @functools.lru_cache(maxsize=16)
@@ -411,15 +418,26 @@ def _source(name: str, value: float, size: Size) -> np.ndarray:
     colours are the numbers of its pixels."""
     number = np.arange(size[0] * size[1]).reshape(size)
     colours = np.stack([number & 255, number >> 8 & 255, (number >> 16) + 1], axis=-1).astype(np.uint8)
-    warped = _apply_op(Image.fromarray(colours), name, value, transforms.InterpolationMode.NEAREST, [0, 0, 0])
+    warped = _warped(Image.fromarray(colours), name, value)
     red, green, blue = np.moveaxis(np.asarray(warped).astype(np.int64), -1, 0)
     return np.where(blue > 0, red + (green << 8) + (blue - 1 << 16), -1)
+
+
+def _warped(image: Image.Image, name: str, value: float) -> Image.Image:
+    """A warp of AutoAugment as torchvision asks Pillow for it; what it uncovers is black."""
+    if name == "Rotate":
+        return VF.rotate(image, value, fill=[0, 0, 0])
+    along, down = (value, 0.0) if name.endswith("X") else (0.0, value)
+    if name.startswith("Translate"):
+        return VF.affine(image, 0.0, [int(along), int(down)], 1.0, [0.0, 0.0], fill=[0, 0, 0])
+    shear = [math.degrees(math.atan(along)), math.degrees(math.atan(down))]
+    return VF.affine(image, 0.0, [0, 0], 1.0, shear, fill=[0, 0, 0], center=[0, 0])
 
 
 def _lookup_table(name: str, value: float) -> np.ndarray:
     """(256,) uint8: what an operation makes of each level."""
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2))
-    return np.asarray(_apply_op(ramp, name, value, transforms.InterpolationMode.NEAREST, None))[0, :, 0]
+    return np.asarray(LOOKUPS[name](ramp, value))[0, :, 0]
 
 
 def _blend_table(factor: float) -> np.ndarray:

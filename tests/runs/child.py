@@ -23,8 +23,11 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
+from rescom_timm.data.sources import load
 from rescom_timm.methods.rescom import ResCom
 from rescom_timm.runs import checkpoint, trainer
+from rescom_timm.runs.build import build_method
+from rescom_timm.runs.launch import launch
 from rescom_timm.runs.recipe import RecipeError, load_dict
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -57,6 +60,15 @@ def tiny_for_tests(pretrained: bool = False, **kwargs: Any) -> Tiny:
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(name, None)
     return Tiny(**kwargs)
+
+
+def trainer_of(tree: dict[str, Any]) -> trainer.Trainer:
+    """A trainer in this process, not opened."""
+    made = load_dict(tree)
+    accelerator = launch(made)
+    torch.manual_seed(0)
+    data = load(made.data)
+    return trainer.Trainer(made, accelerator, data, build_method(made, data))
 
 
 def recipe(output: Path | str, **changes: Any) -> dict[str, Any]:

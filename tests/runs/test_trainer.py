@@ -19,28 +19,18 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from rescom_timm.data.sources import load
 from rescom_timm.runs import checkpoint
 from rescom_timm.runs import trainer as training
-from rescom_timm.runs.build import build_method, speed_up
+from rescom_timm.runs.build import speed_up
 from rescom_timm.runs.evaluate import evaluate, evaluate_run
 from rescom_timm.runs.folder import held
-from rescom_timm.runs.launch import launch, refuse_what_cannot_be_sharded
+from rescom_timm.runs.launch import refuse_what_cannot_be_sharded
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, flat, load_dict
 from rescom_timm.runs.recipe import load as load_recipe
 from rescom_timm.runs.trainer import Trainer, train
-from tests.runs.child import Launch, differences, figures, last, recipe, run
+from tests.runs.child import Launch, differences, figures, last, recipe, run, trainer_of
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
-
-
-def trainer_of(tree):
-    """A trainer in this process, not opened."""
-    made = load_dict(tree)
-    accelerator = launch(made)
-    torch.manual_seed(0)
-    data = load(made.data)
-    return Trainer(made, accelerator, data, build_method(made, data))
 
 
 def losses(trainer, steps):
