@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-LAG = 8
+LAG = 2
 """Forward passes after which the host reads a loss."""
 
 
