@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rescom_timm.runs.recipe import RecipeError, differences, keys, load, load_dict, load_fetched
 
@@ -216,3 +218,31 @@ def test_recipes_differ_by_what_trains_something_else():
     other = load(DIGITS, ["speed.workers=1", "output=x", "data.source=y", "hub.repo=a/b", "data.index=all"]).to_dict()
     assert differences(one, other) == ["data.index"]
     assert differences({"evaluation": {"every": 1}}, {"evaluation": {"everything": 1}}) == ["evaluation.everything"]
+
+
+KEYS = st.sampled_from(sorted(keys()))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@settings(max_examples=500, deadline=None)
+def test_whatever_stands_at_a_key_is_a_recipe_or_an_error_of_one(values):
+    tree = {"data": {"source": "digits"}}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    try:
+        made = load_dict(tree)
+    except RecipeError as error:
+        assert str(error)
+    else:
+        assert load_dict(made.to_dict()) == made

@@ -1,12 +1,14 @@
 """The loop: learning, the best epoch, what is not finite, precision, accumulation, the schedule, compilation.
 Resume and processes have files of their own."""
 
+import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from rescom_timm.runs import checkpoint
 from rescom_timm.runs import trainer as training
 from rescom_timm.runs.build import speed_up
 from rescom_timm.runs.evaluate import evaluate, evaluate_run
-from rescom_timm.runs.folder import held
+from rescom_timm.runs.folder import held, lines
 from rescom_timm.runs.launch import refuse_what_cannot_be_sharded
 from rescom_timm.runs.recipe import RecipeError, SpeedConfig, flat, load_dict
 from rescom_timm.runs.recipe import load as load_recipe
@@ -283,6 +285,18 @@ def test_a_log_has_a_line_an_epoch_and_nothing_drawn_over(alone, tmp_path, capsy
     first, second = [line for line in told.out.splitlines() if re.match(r"epoch \d/2: ", line)]
     assert re.fullmatch(r"epoch 1/2: loss [\d.]+, .*top1 [\d.]+, [\d,]+ images/s, 0:\d\d:\d\d trained, .* left", first)
     assert second.endswith("trained, 0:00:00 left") and "\r" not in told.out + told.err
+
+
+def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    folder = train(load_dict(recipe(tmp_path, train__epochs=2)))
+    means = [line["train/loss"] for line in lines(folder / "metrics.jsonl") if "train/loss" in line]
+    drawn = screen.getvalue().split("\r")
+    for epoch, loss in enumerate(means, start=1):
+        shown = [line for line in drawn if line.startswith(f"epoch {epoch}/2:")]
+        assert shown and all(f"loss={loss:.3f}" in line for line in shown)
 
 
 def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
