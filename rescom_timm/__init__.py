@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rescom_timm.nets.net import Net, ProjectorConfig, create_model  # registers the CIFAR ResNets in timm
 
 if TYPE_CHECKING:
-    from rescom_timm.runs.export import from_pretrained
-    from rescom_timm.runs.predict import predict
+    from rescom_timm.sharing.predict import predict
+    from rescom_timm.sharing.pretrained import from_pretrained
 
 __all__ = ["Net", "ProjectorConfig", "create_model", "from_pretrained", "predict"]
 
@@ -26,11 +26,11 @@ __all__ = ["Net", "ProjectorConfig", "create_model", "from_pretrained", "predict
 def __getattr__(name: str) -> Any:
     # These need the floors above, which take seconds to import: only when asked for.
     if name == "from_pretrained":
-        from rescom_timm.runs.export import from_pretrained
+        from rescom_timm.sharing.pretrained import from_pretrained
 
         return from_pretrained
     if name == "predict":
-        from rescom_timm.runs.predict import predict
+        from rescom_timm.sharing.predict import predict
 
         return predict
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,8 @@ from benchmarking.head import Head
 from benchmarking.loader import PlainDataset, photographs
 from benchmarking.loop import Watched
 from benchmarking.startup import on_digits
-from rescom_timm.data.views import decode, parse, seed_all
+from rescom_timm.data.decoding import decode
+from rescom_timm.data.views import parse, seed_all
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits_lt.yaml")

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState, GradientState
 
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue
-from rescom_timm.runs import checkpoint
-from rescom_timm.runs import launch as launching
-from rescom_timm.runs.recipe import load_dict
-from rescom_timm.runs.trainer import train
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.training import checkpoint
+from rescom_timm.training import launch as launching
+from rescom_timm.training.trainer import train
 from tests.conftest import ROOT
 from tests.contrast.cases import unit
-from tests.runs.child import differences, figures, last, recipe, trainer_of
+from tests.training.child import differences, figures, last, recipe, trainer_of
 
 pytestmark = pytest.mark.gpu
 NET = {"net__backbone": "resnet20_cifar", "net__options": {}, "data__validation": "none"}

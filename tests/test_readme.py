@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rescom_timm.runs.recipe import load
+from rescom_timm.recipe.loading import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rescom_timm.runs.recipe import load
+from rescom_timm.recipe.loading import load
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "recipes" / "digits_lt_cross_entropy.yaml")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.data.loaders import last_words
-from rescom_timm.data.views import BrokenImage
-from rescom_timm.runs.trainer import Trainer
+from rescom_timm.training.trainer import Trainer
 from tools import train as tool
 
 DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits_lt_cross_entropy.yaml")

@@ -13,9 +13,9 @@ from pathlib import Path
 from rescom_timm.data.loaders import last_words
 from rescom_timm.figures import confusion, style
 from rescom_timm.figures.folder import RunFolder
-from rescom_timm.runs.checkpoint import CheckpointError
-from rescom_timm.runs.evaluate import evaluate_run, table
-from rescom_timm.runs.recipe import RecipeError
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.evaluate import evaluate_run, table
 
 
 def main() -> int:

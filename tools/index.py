@@ -23,25 +23,19 @@ import numpy as np
 import yaml
 
 from rescom_timm.data import index as rows
+from rescom_timm.data import profiles
+from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.image_folders import class_folders, holds_tables
 from rescom_timm.data.index import Index
-from rescom_timm.data.sources import (
-    Data,
-    DataConfig,
-    Split,
-    class_folders,
-    holds_tables,
-    load,
-    training_index,
-    training_split,
-)
-from rescom_timm.data.views import BrokenImage, decode
+from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.files import write_text
-from rescom_timm.runs.recipe import without_home
+from rescom_timm.recipe.config import without_home
 
 
 def make(options: argparse.Namespace) -> int:
     """Draw a long-tailed index from a data set, a list, or a file of labels (one a line)."""
-    name, factor, seed = rows.parse_rule(options.rule)
+    name, factor, seed = profiles.parse_rule(options.rule)
     info = {"source": options.source, "split": options.split, "rule": options.rule}
     if options.labels:
         whole = _label_file(options.labels, info)
@@ -50,7 +44,7 @@ def make(options: argparse.Namespace) -> int:
     else:
         config = _config(options, options.split)
         whole = replace(training_index(config), info=info)
-    kept = rows.RULES[name](whole.labels, whole.num_classes, factor, seed)
+    kept = profiles.RULES[name](whole.labels, whole.num_classes, factor, seed)
     return _save(whole.take(kept), options)
 
 
@@ -211,7 +205,7 @@ def _as_in(train: Index, part: Index, folder: Path) -> Index:
 
 def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
     """A fifth of each class for testing, drawn with a fixed seed; a class keeps at least one training image."""
-    held = rows.holdout(whole.labels, fraction)
+    held = profiles.holdout(whole.labels, fraction)
     kept = np.delete(np.arange(len(whole)), held)
     return whole.take(kept, f"all but a test part of {fraction:g}"), whole.take(held, f"test part of {fraction:g}")
 
@@ -219,7 +213,7 @@ def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
 def _cut(index: Index, factor: float | None) -> Index:
     if factor is None:
         return index
-    kept = rows.exponential(index.labels, index.num_classes, factor, by_count=True)
+    kept = profiles.exponential(index.labels, index.num_classes, factor, by_count=True)
     return index.take(kept, f"exponential({factor:g}) by count")
 
 

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rescom_timm.data.sources import DataConfig, load
-from rescom_timm.runs.predict import Prediction, Prior, predictions, write_csv
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.sources import load
+from rescom_timm.sharing.predict import Prediction, Prior, predictions, write_csv
 
 
 def main(words: list[str] | None = None) -> int:

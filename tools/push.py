@@ -14,12 +14,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from rescom_timm.runs import checkpoint
-from rescom_timm.runs.checkpoint import CheckpointError
-from rescom_timm.runs.export import export_onnx
-from rescom_timm.runs.folder import run_recipe
-from rescom_timm.runs.hub import HubConfig, HubError, stage, staged
-from rescom_timm.runs.push import build, push
+from rescom_timm.recipe.config import HubConfig
+from rescom_timm.sharing.hub import HubError
+from rescom_timm.sharing.onnx import export_onnx
+from rescom_timm.sharing.push import build, push
+from rescom_timm.sharing.staging import stage, staged
+from rescom_timm.training import checkpoint
+from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.run_folder import run_recipe
 
 
 def main(words: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from rescom_timm.figures import robustness, style
 from rescom_timm.figures.folder import open_runs
 from rescom_timm.figures.opened import Opened, open_run
 from rescom_timm.figures.robustness import Robustness
-from rescom_timm.runs.checkpoint import CheckpointError
+from rescom_timm.training.checkpoint import CheckpointError
 
 
 def main(words: list[str] | None = None) -> int:

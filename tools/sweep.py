@@ -54,10 +54,11 @@ from filelock import FileLock
 from rescom_timm.data.loaders import last_words
 from rescom_timm.figures import style
 from rescom_timm.files import aside, read_json, write_json, write_text
-from rescom_timm.runs.export import DETAILS
-from rescom_timm.runs.folder import lines, run_recipe
-from rescom_timm.runs.recipe import Recipe, RecipeError, differences, load
-from rescom_timm.runs.trainer import FAILURES, Stopped, train
+from rescom_timm.recipe.config import Recipe, RecipeError
+from rescom_timm.recipe.loading import differences, load
+from rescom_timm.sharing.export import DETAILS
+from rescom_timm.training.run_folder import lines, run_recipe
+from rescom_timm.training.trainer import FAILURES, Stopped, train
 
 FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
 

@@ -13,10 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from rescom_timm.data.loaders import last_words
-from rescom_timm.runs.folder import run_recipe
-from rescom_timm.runs.hub import fetch_recipe
-from rescom_timm.runs.recipe import keys, load, load_fetched
-from rescom_timm.runs.trainer import FAILURES, Stopped, train
+from rescom_timm.recipe.loading import keys, load, load_fetched
+from rescom_timm.sharing.hub import fetch_recipe
+from rescom_timm.training.run_folder import run_recipe
+from rescom_timm.training.trainer import FAILURES, Stopped, train
 
 
 def main() -> int:

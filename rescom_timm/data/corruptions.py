@@ -29,8 +29,10 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
-from rescom_timm.data.loaders import Batch, LoaderConfig, SpeedConfig, ViewsDataset, eval_loader
-from rescom_timm.data.sources import Split, class_folders
+from rescom_timm.data.image_folders import class_folders
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.splits import Split
+from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.views import Policy, ViewsConfig
 
 COMMON = (

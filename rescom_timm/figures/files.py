@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rescom_timm.figures import confusion, curves, longtail, nets, reliability, robustness, schedule, style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, open_run
-from rescom_timm.runs.checkpoint import CheckpointError
+from rescom_timm.training.checkpoint import CheckpointError
 
 ONE_RUN: dict[str, ModuleType] = {"longtail": longtail, "confusion": confusion, "reliability": reliability}
 SEVERAL_RUNS: dict[str, ModuleType] = {"curves": curves, "schedule": schedule, "robustness": robustness}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from rescom_timm.files import read_json, read_yaml
-from rescom_timm.runs.folder import lines
+from rescom_timm.training.run_folder import lines
 
 _MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation")
 _PREFERRED = ("test-last", "test-best")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.contrast.pairs import Pairs, against_queue
-from rescom_timm.data.loaders import ViewsDataset
+from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.views import parse
 from rescom_timm.figures import gradients, pairs, queues, similarity, style, tsne, views
 from rescom_timm.figures.folder import Missing

@@ -20,16 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import Queue
-from rescom_timm.data.loaders import Batch, eval_loader
-from rescom_timm.data.sources import Data, Split
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.splits import Split
+from rescom_timm.data.samples import Batch
+from rescom_timm.data.sources import Data
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
 from rescom_timm.methods import Method
-from rescom_timm.runs.build import build_method
-from rescom_timm.runs.evaluate import evaluated_otherwise, load_net, open_checkpoint
-from rescom_timm.runs.folder import run_recipe
-from rescom_timm.runs.recipe import Recipe
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.training.build import build_method
+from rescom_timm.training.evaluate import evaluated_otherwise, load_net, open_checkpoint
+from rescom_timm.training.run_folder import run_recipe
 
 
 class Seen(NamedTuple):

@@ -21,8 +21,8 @@ from rescom_timm.figures import files, longtail, style
 from rescom_timm.figures.files import Drawn
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
 from rescom_timm.files import write_text
-from rescom_timm.runs.recipe import RecipeError
-from rescom_timm.runs.recipe import load as load_recipe
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import load as load_recipe
 
 _NUMBERS = {
     "top1": "all",

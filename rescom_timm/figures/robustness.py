@@ -19,12 +19,12 @@ from rescom_timm import metrics
 from rescom_timm.data import corruptions
 from rescom_timm.data.corruptions import COMMON, KINDS, SEVERITIES, Prepared
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.sources import Split
+from rescom_timm.data.splits import Split
 from rescom_timm.figures import style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, take
 from rescom_timm.files import read_json, write_json
-from rescom_timm.runs.evaluate import evaluate
+from rescom_timm.training.evaluate import evaluate
 
 _FOLDER = "robustness"
 _GROUPED = ("top1", *metrics.GROUPS)

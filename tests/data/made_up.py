@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rescom_timm.data.loaders import SpeedConfig
+from rescom_timm.data.samples import SpeedConfig
 
 PLAIN = SpeedConfig(workers=0, batched=False, cache=0)
 

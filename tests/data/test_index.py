@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rescom_timm.data import index as rows
+from rescom_timm.data import profiles
 from rescom_timm.data.index import Index
 
 
@@ -303,7 +304,7 @@ def reference_draw(labels: np.ndarray, factor: float) -> list[int]:
 def test_exponential_is_the_literatures_draw(classes: int, per_class: int, sizes: tuple[int, ...]) -> None:
     labels = np.random.RandomState(5).permutation(np.repeat(np.arange(classes), per_class))
     before = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
-    draws = [rows.exponential(labels, classes, factor) for factor in (100, 50, 10)]
+    draws = [profiles.exponential(labels, classes, factor) for factor in (100, 50, 10)]
     assert (np.random.get_state()[1] == before).all()  # type: ignore[index]  # the global generator is left alone
     for kept, factor, size in zip(draws, (100, 50, 10), sizes, strict=True):
         assert len(kept) == size and (np.diff(kept) > 0).all() and kept.dtype == np.int64
@@ -318,38 +319,38 @@ def test_real_cifar10_draws(shared_cifar10: Path) -> None:
 
     file = next((shared_cifar10 / "plain_text").glob("train-*.parquet"))
     labels = parquet.read_table(file, columns=["label"])["label"].to_numpy()
-    draws = [set(rows.exponential(labels, 10, factor)) for factor in (100, 50, 10)]
+    draws = [set(profiles.exponential(labels, 10, factor)) for factor in (100, 50, 10)]
     assert [len(d) for d in draws] == [12_406, 13_996, 20_431] and draws[0] < draws[1] < draws[2]
 
 
 def test_step() -> None:
     labels = np.tile(np.arange(5), 40)
-    assert np.bincount(labels[rows.step(labels, 5, 10)]).tolist() == [40, 40, 4, 4, 4]
+    assert np.bincount(labels[profiles.step(labels, 5, 10)]).tolist() == [40, 40, 4, 4, 4]
 
 
 def test_unequal_classes_give_what_they_have() -> None:
     labels = np.repeat([0, 1, 2], [30, 100, 20])
     # n_max is 100: the profile asks for 100, 31 and 10
-    assert np.bincount(labels[rows.exponential(labels, 3, 10)]).tolist() == [30, 31, 10]
+    assert np.bincount(labels[profiles.exponential(labels, 3, 10)]).tolist() == [30, 31, 10]
 
 
 def test_another_seed_draws_others() -> None:
     labels = np.repeat([0, 1], 50)
-    assert set(rows.draw("exponential(10, seed=1)", labels, 2)) != set(rows.draw("exponential(10)", labels, 2))
-    assert set(rows.draw("exponential(10, 0)", labels, 2)) == set(rows.exponential(labels, 2, 10))
-    assert len(rows.exponential(labels, 2, 1)) == 100
+    assert set(profiles.draw("exponential(10, seed=1)", labels, 2)) != set(profiles.draw("exponential(10)", labels, 2))
+    assert set(profiles.draw("exponential(10, 0)", labels, 2)) == set(profiles.exponential(labels, 2, 10))
+    assert len(profiles.exponential(labels, 2, 1)) == 100
 
 
 def test_a_draw_leaves_no_class_empty() -> None:
     labels = np.repeat([0, 1], 50)
     with pytest.raises(ValueError, match="leaves class 1 without a row"):
-        rows.exponential(labels, 2, 100)
+        profiles.exponential(labels, 2, 100)
     with pytest.raises(ValueError, match="leaves class 2 without a row .it has none"):
-        rows.step(labels, 3, 2)
+        profiles.step(labels, 3, 2)
     with pytest.raises(ValueError, match="at least two classes"):
-        rows.exponential(np.zeros(3, int), 1, 2)
+        profiles.exponential(np.zeros(3, int), 1, 2)
     with pytest.raises(ValueError, match="largest class over the smallest"):
-        rows.exponential(labels, 2, 0.5)
+        profiles.exponential(labels, 2, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def test_a_draw_leaves_no_class_empty() -> None:
 )
 def test_bad_rules(rule: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        rows.parse_rule(rule)
+        profiles.parse_rule(rule)
 
 
 @settings(max_examples=60, deadline=None)
@@ -378,16 +379,16 @@ def test_holdout(labels: list[int], fraction: float) -> None:
     expected = np.minimum((fraction * counts + 0.5).astype(int), np.maximum(counts - 1, 0))
     if not expected.sum():
         with pytest.raises(ValueError, match="takes no row"):
-            rows.holdout(array, fraction)
+            profiles.holdout(array, fraction)
         return
-    held = rows.holdout(array, fraction)
+    held = profiles.holdout(array, fraction)
     assert np.bincount(array[held], minlength=7).tolist() == expected.tolist()
-    assert (np.diff(held) > 0).all() and held.tolist() == rows.holdout(array, fraction).tolist()
+    assert (np.diff(held) > 0).all() and held.tolist() == profiles.holdout(array, fraction).tolist()
 
 
 def test_at_most() -> None:
     labels = np.repeat([0, 1, 2], [5, 2, 9])
-    assert np.bincount(labels[rows.at_most(labels, 4)]).tolist() == [4, 2, 4]
+    assert np.bincount(labels[profiles.at_most(labels, 4)]).tolist() == [4, 2, 4]
 
 
 # ----------------------------------------------------------------------------------------------------------- describing

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load
-from rescom_timm.runs import recipe
+from rescom_timm.recipe import loading as recipe
 
 FILE = Path(__file__).parents[2] / "tools" / "index.py"
 Run = Callable[..., tuple[int, str]]

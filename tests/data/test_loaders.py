@@ -24,16 +24,11 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
-from rescom_timm.data.loaders import (
-    LoaderConfig,
-    Order,
-    SpeedConfig,
-    class_probabilities,
-    eval_loader,
-    set_epoch,
-    train_loader,
-)
-from rescom_timm.data.views import BrokenImage, ViewsConfig
+from rescom_timm.data.decoding import BrokenImage
+from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
+from rescom_timm.data.samples import LoaderConfig, SpeedConfig
+from rescom_timm.data.sampling import Order, class_probabilities
+from rescom_timm.data.views import ViewsConfig
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
 COUNTS = (20, 9, 4, 3)

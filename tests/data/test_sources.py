@@ -19,19 +19,12 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
 
-from rescom_timm.data import sources
+from rescom_timm.data import image_folders, tables
+from rescom_timm.data.image_folders import class_folders, fit_layout, holds_tables, missing_files
 from rescom_timm.data.index import Index
-from rescom_timm.data.sources import (
-    Data,
-    DataConfig,
-    class_folders,
-    fit_layout,
-    holds_tables,
-    load,
-    missing_files,
-    training_index,
-)
-from rescom_timm.runs.predict import _files
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.sources import Data, load, training_index
+from rescom_timm.sharing.predict import _files
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +303,7 @@ def test_cache_folder(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list((tmp_path / "xdg" / "rescom_timm" / "index").glob("*toy-train-step-5*.txt"))) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert sources.cache_folder() == Path("/home/someone/.cache/rescom_timm/index")
+    assert tables.cache_folder() == Path("/home/someone/.cache/rescom_timm/index")
 
 
 def test_training_goes_on_where_nothing_can_be_kept(
@@ -670,7 +663,7 @@ def test_a_long_list_adds_little_memory_and_time() -> None:
     """The part of the above that is ours, without a disk: 437,513 lines become a data set."""
     paths = [f"train_val2018/Plantae/{i % 8142}/{i:032x}.jpg" for i in range(437_513)]
     before, start = pa.total_allocated_bytes(), time.perf_counter()
-    dataset = sources._files_dataset(Path("/root"), paths, np.arange(437_513) % 8142)
+    dataset = image_folders._files_dataset(Path("/root"), paths, np.arange(437_513) % 8142)
     assert time.perf_counter() - start < 20
     assert dataset[437_512]["image"]["path"] == f"/root/{paths[-1]}" and dataset[437_512]["label"] == 437_512 % 8142
     assert (pa.total_allocated_bytes() - before) / 2**20 < 50

@@ -11,16 +11,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rescom_timm.data.views import (
-    NORMALISATIONS,
-    POLICIES,
-    STEPS,
-    BrokenImage,
-    ViewsConfig,
-    decode,
-    parse,
-    usage,
-)
+from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.views import NORMALISATIONS, POLICIES, STEPS, ViewsConfig, parse, usage
 
 
 def seeded(seed: int) -> None:

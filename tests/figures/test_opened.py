@@ -14,10 +14,11 @@ from rescom_timm.data.sources import load as load_data
 from rescom_timm.figures import files, nets, style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, open_run, take
-from rescom_timm.runs import checkpoint
-from rescom_timm.runs.build import build_method
-from rescom_timm.runs.checkpoint import CheckpointError
-from rescom_timm.runs.recipe import RecipeError, load
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import load
+from rescom_timm.training import checkpoint
+from rescom_timm.training.build import build_method
+from rescom_timm.training.checkpoint import CheckpointError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -16,7 +16,7 @@ from rescom_timm.data.corruptions import COMMON, prepared
 from rescom_timm.figures import robustness, style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import open_run
-from rescom_timm.runs import checkpoint
+from rescom_timm.training import checkpoint
 from tests.figures.made_up import made_up_errors
 from tests.figures.test_opened import save_run
 

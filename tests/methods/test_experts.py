@@ -8,8 +8,8 @@ from rescom_timm.methods import ExpertsConfig, create_method
 from rescom_timm.methods.experts import cut
 from rescom_timm.nets.net import ProjectorConfig, create_model
 from rescom_timm.nets.trainable import set_trainable
-from rescom_timm.runs.build import build_optimizer
-from rescom_timm.runs.recipe import OptimizerConfig, RecipeError
+from rescom_timm.recipe.config import OptimizerConfig, RecipeError
+from rescom_timm.training.build import build_optimizer
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 

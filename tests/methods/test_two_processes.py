@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from rescom_timm.methods import DroLtConfig, MocoConfig, PacoConfig
 from tests.methods.stub import batch, make
-from tests.runs.child import together
+from tests.training.child import together
 
 
 def remembered(rank):

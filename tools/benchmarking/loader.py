@@ -31,9 +31,13 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 from benchmarking.common import clocked, common_arguments, keep, machine
-from rescom_timm.data.loaders import LoaderConfig, SpeedConfig, finish_views, train_loader
-from rescom_timm.data.sources import DataConfig, Split, load
-from rescom_timm.data.views import CIFAR_MEAN, CIFAR_STD, ViewsConfig, decode, parse
+from rescom_timm.data.decoding import decode
+from rescom_timm.data.device_views import finish_views
+from rescom_timm.data.loaders import train_loader
+from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.data.samples import LoaderConfig, SpeedConfig
+from rescom_timm.data.sources import load
+from rescom_timm.data.views import CIFAR_MEAN, CIFAR_STD, ViewsConfig, parse
 
 PLAIN: dict[str, Callable[[], list[Any]]] = {
     "cifar": lambda: [

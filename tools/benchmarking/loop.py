@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from benchmarking.common import heading, keep, kept, machine, positive
 from rescom_timm.data.sources import load
-from rescom_timm.runs.build import build_method
-from rescom_timm.runs.launch import launch
-from rescom_timm.runs.recipe import load as load_recipe
-from rescom_timm.runs.trainer import Trainer
+from rescom_timm.recipe.loading import load as load_recipe
+from rescom_timm.training.build import build_method
+from rescom_timm.training.launch import launch
+from rescom_timm.training.trainer import Trainer
 
 
 class Watched:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarking.common import keep, kept, machine, positive
 from rescom_timm.methods import SECOND_STAGE
-from rescom_timm.runs.recipe import load
+from rescom_timm.recipe.loading import load
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PARTS = ("interpreter", "imports", "data", "build", "first step")

@@ -40,10 +40,10 @@ from benchmarking.head import POSITIVES, TEMPERATURE, Yardstick
 from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
 from rescom_timm.methods.rescom import QueueConfig, ResCom, RescomConfig
 from rescom_timm.nets.net import Net, ProjectorConfig, check_backbone, create_model
-from rescom_timm.runs.build import build_optimizer, speed_up
-from rescom_timm.runs.capture import CapturedStep
-from rescom_timm.runs.export import export
-from rescom_timm.runs.recipe import OptimizerConfig, SpeedConfig
+from rescom_timm.recipe.config import OptimizerConfig, SpeedConfig
+from rescom_timm.sharing.export import export
+from rescom_timm.training.build import build_optimizer, speed_up
+from rescom_timm.training.captured_step import CapturedStep
 
 Step = Callable[[], Tensor]
 COMPILE = {"false": False, "true": True, "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}

@@ -1,0 +1,80 @@
+"""Images of any kind to RGB."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+class BrokenImage(ValueError):
+    """An image that cannot be read. The message names its row and, where known, its path."""
+
+
+def decode(value: Any, row: int | None = None, exif: bool = False) -> Image.Image:
+    """The RGB image in `value`: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image
+    or an 8-bit array (H, W) or (H, W, 3).
+
+    Gray, palette, CMYK and the like become RGB as Pillow does it. Transparent images are laid on white (the colour that
+    hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped. `exif` turns the image as its
+    EXIF tag says; the papers' pipelines do not, so that is the default. Raises BrokenImage, naming `row` and the path.
+    """
+    try:
+        return _rgb(_open(value), exif)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        what = "it is not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
+
+
+def where(value: Any, row: int | None) -> str:
+    """For messages: row 7 (path), or what of the two is known."""
+    path = value.get("path") if isinstance(value, Mapping) else None
+    if row is None:
+        return path or "row unknown"
+    return f"row {row}" + (f" ({path})" if path else "")
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, str):
+        value = Path(value).read_bytes()  # read whole, so that no file stays open
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, list):
+        value = np.asarray(value)
+        if value.size and 0 <= value.min() and value.max() <= 255 and value.dtype.kind in "iu":
+            value = value.astype(np.uint8)
+    if isinstance(value, np.ndarray):
+        return Image.fromarray(value)
+    if isinstance(value, Image.Image):
+        return value
+    raise ValueError("there is no image" if value is None else f"{type(value).__name__} is no image")
+
+
+def _rgb(image: Image.Image, exif: bool) -> Image.Image:
+    image.load()
+    if exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """0..65535 to 0..255, rounded. Pillow's own convert clips at 255."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("its pixels are 32-bit numbers beyond 0..65535; save it with 8 or 16 bits")
+    return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,88 @@
+"""What views draw, read in bulk from torch's generator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class Draws:
+    """What N views draw, read from left to right: `words` (N, k), words of torch's generator, and `notes` (N, m), the
+    numbers that timm drew."""
+
+    def __init__(self, words: np.ndarray, notes: np.ndarray) -> None:
+        self.words, self.notes = words, notes
+        self._words, self._notes = iter(words.T), iter(notes.T)
+
+    def below(self, n: int) -> np.ndarray:
+        """(N,) int64: torch.randint(n, (1,))."""
+        return (next(self._words) % np.uint64(n)).astype(np.int64)
+
+    def uniform(self) -> np.ndarray:
+        """(N,) float32: torch.rand(1)."""
+        return (next(self._words) & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
+
+    def note(self) -> np.ndarray:
+        """(N,) float64."""
+        return next(self._notes)
+
+
+def first_words(seeds: Sequence[int], count: int) -> np.ndarray:
+    """The first `count` 32-bit words (len(seeds), count) uint64 of torch's CPU generator after each seed."""
+    drawn = torch.empty(len(seeds), -(-count // 2), dtype=torch.int64)
+    if count == 0:
+        return _split(drawn)
+    generator = torch.Generator()
+    for row, seed in zip(drawn.unbind(0), seeds, strict=True):
+        generator.manual_seed(seed)
+        row.random_(-(2**63), None, generator=generator)  # all 64 bits: two words, the first one on top
+    return _split(drawn)[:, :count]
+
+
+def _split(drawn: Tensor) -> np.ndarray:
+    pairs = drawn.numpy().view(np.uint64)
+    return np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], axis=-1).reshape(len(pairs), -1)
+
+
+def next_words(count: int) -> np.ndarray:
+    """The next `count` words (count,) uint64 of torch's global generator, which moves on by as many."""
+    ahead = torch.Generator()
+    ahead.set_state(torch.get_rng_state())
+    for _ in range(count):
+        torch.rand(1)
+    return _split(torch.empty(1, -(-count // 2), dtype=torch.int64).random_(-(2**63), None, generator=ahead))[0, :count]
+
+
+class Step:
+    """One step over N views, which it may change in place."""
+
+    equal = True
+    notes = 0
+    """Numbers that `note` gives of each view."""
+
+    def __init__(self, step: Any) -> None:
+        """step: one that `takes` is true of."""
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        """Whether it does the same as this step of views.py."""
+        raise NotImplementedError
+
+    def size(self, size: Size) -> Size:
+        """(H, W) after the step. Raises ValueError for images too small for it."""
+        return size
+
+    def words(self, size: Size) -> int:
+        """How many words of torch's generator a view of this size draws."""
+        return 0
+
+    def note(self) -> list[float]:
+        """What a view draws from the other generators as they stand."""
+        return []
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        raise NotImplementedError

@@ -1,0 +1,244 @@
+"""Reading index files, official lists and iNaturalist JSON: every mistake in them is told at once."""
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "# rescom_timm index: "
+VERSION = "1"
+COLUMNS = {"# row label": False, "# path label": True}  # the header's last line -> are the keys paths?
+RESERVED = re.compile(r"rows|classes|class \d+|rescom_timm index")
+MAX_CLASSES = 10_000_000  # a label above this is a slip of the pen, and would ask for gigabytes of counts
+
+
+@dataclass
+class Rows:
+    """What a file holds, and then what it is judged to be. ``places``: line (or annotation) number of each row."""
+
+    unit: str
+    keys: "list[str] | array[int]" = field(default_factory=list)
+    labels: "array[int]" = field(default_factory=lambda: array("q"))
+    places: "array[int]" = field(default_factory=lambda: array("q"))
+    header: dict[str, str] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    num_classes: int | None = None
+    """What the header says."""
+    classes: int = 0
+    """What it is taken as."""
+
+
+def read_rows(path: Path, num_classes: int | None, allow_empty: bool) -> tuple[Rows | None, list[str]]:
+    """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no index file {path}")
+    problems: list[str] = []
+    try:
+        rows = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_lines(path, problems)
+    except UnicodeDecodeError as error:
+        return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
+    if not rows.labels:
+        return None, problems or ["holds no rows"]
+    rows.classes = _judge_classes(rows, np.frombuffer(rows.labels, dtype=np.int64), num_classes, allow_empty, problems)
+    _judge_duplicates(rows, problems)
+    return (None, problems) if problems else (rows, [])
+
+
+def _read_lines(path: Path, problems: list[str]) -> Rows:
+    rows = Rows("line")
+    blank = 0
+    with open(path, encoding="utf-8-sig") as file:
+        by_path: bool | None = True
+        ours = file.readline().startswith(FORMAT.rstrip())
+        file.seek(0)
+        lines = iter(enumerate(file, 1))
+        if ours:
+            by_path = _read_header(lines, rows, problems)
+        if by_path is None:
+            return rows
+        rows.keys = [] if by_path else array("q")
+        for number, line in lines:
+            text = line.rstrip("\n")
+            key, _, label = text.rpartition("\t" if "\t" in text.rpartition(" ")[2] else " ")
+            if not key and not label.strip():
+                blank = blank or number  # blank lines are fine at the end of the file only
+                continue
+            if blank:
+                problems.append(f"line {blank} is empty")
+                blank = 0
+            if wrong := _wrong(key, label, by_path):
+                problems.append(f"line {number}: {wrong}")
+                continue
+            rows.keys.append(key if by_path else int(key))  # type: ignore[arg-type]
+            rows.labels.append(int(label))
+            rows.places.append(number)
+    return rows
+
+
+def _wrong(key: str, label: str, by_path: bool) -> str:
+    """What is wrong with one line, or the empty string."""
+    if not _is_label(label):
+        return f"label {label!r} is not a whole number from 0"
+    if not key:
+        return (
+            f"a line reads '{'path' if by_path else 'row'} label', with a blank or a tab between; this one is {label!r}"
+        )
+    if by_path and key.startswith("/"):
+        return f"{key!r} is not a path relative to the image root"
+    if not by_path and not (key.isascii() and key.isdigit() and len(key) < 19):
+        return f"row {key!r} is not a whole number from 0"
+    return ""
+
+
+def _is_label(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < len(str(MAX_CLASSES))
+
+
+def _read_header(lines: Iterator[tuple[int, str]], rows: Rows, problems: list[str]) -> bool | None:
+    """Read up to the line that names the columns; returns whether the keys are paths, None where it is spoilt."""
+    for number, line in lines:
+        line = line.rstrip("\n")
+        if line in COLUMNS:
+            _read_class_lines(rows, problems)
+            return COLUMNS[line]
+        key, colon, value = line.removeprefix("# ").partition(":")
+        if not line.startswith("# ") or not colon:
+            problems.append(f"line {number}: a header line reads '# key: value', this one {line!r}")
+            return None
+        if key in rows.header:
+            problems.append(f"line {number}: the header has {key!r} twice")
+        rows.header[key] = value.strip()
+        if number == 1 and rows.header[key] != VERSION:
+            problems.append(f"is of index format {value.strip()}; this rescom_timm reads format {VERSION}")
+            return None
+    problems.append("has no line '# row label' or '# path label' after the header")
+    return None
+
+
+def _read_class_lines(rows: Rows, problems: list[str]) -> None:
+    """Take number and names of the classes from the header."""
+    header = rows.header
+    for key in ("rows", "classes"):
+        if not header.get(key, "").isdigit():
+            problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
+    if not _is_label(header.get("classes", "")):
+        return
+    rows.num_classes = int(header["classes"])
+    names = []
+    for k in range(rows.num_classes):
+        if f"class {k}" not in header:
+            problems.append(f"the header says {rows.num_classes} classes and has no line 'class {k}'")
+            return
+        names.append(header[f"class {k}"].partition(" ")[2])
+    rows.class_names = names if any(names) else None
+
+
+def _read_json(path: Path, problems: list[str]) -> Rows:
+    """iNaturalist's (and COCO's) annotations: images, annotations and, where given, categories."""
+    rows = Rows("annotation")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file, object_hook=_slim)
+    except json.JSONDecodeError as error:
+        problems.append(f"line {error.lineno}: is not JSON ({error.msg})")
+        return rows
+    except RecursionError:
+        problems.append("is JSON nested too deep: iNaturalist's files are flat")
+        return rows
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # a number of thousands of digits
+        problems.append(f"is not JSON ({error})")
+        return rows
+    if not isinstance(content, dict) or not content.get("images") or not content.get("annotations"):
+        problems.append("is JSON without 'images' and 'annotations': iNaturalist's train and val files have both")
+        return rows
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key, []), list | None):
+            problems.append(f"{key!r} is not a list of objects, as iNaturalist's is")
+            return rows
+    files, bad = _pairs(content["images"])
+    if bad:
+        problems.append(f"{bad:,} of the 'images' have no 'id' or no 'file_name'")
+    seen = set()
+    for number, annotation in enumerate(content["annotations"], 1):
+        image, label = annotation if isinstance(annotation, tuple) else (None, None)
+        if not isinstance(image, int | str) or image not in files:
+            problems.append(f"annotation {number}: its image {image!r} is not among the images")
+        elif type(label) is not int or not 0 <= label < MAX_CLASSES:
+            problems.append(f"annotation {number}: category_id {label!r} is not a whole number from 0")
+        else:
+            seen.add(image)
+            rows.keys.append(files[image])
+            rows.labels.append(label)
+            rows.places.append(number)
+    if without := [name for image, name in files.items() if image not in seen]:
+        problems.append(f"{len(without):,} images have no annotation: {first_few(without)}")
+    names, _ = _pairs(content.get("categories") or [])
+    if names and all(type(k) is int and 0 <= k < MAX_CLASSES for k in names):
+        rows.num_classes = max(names) + 1
+        if len(names) == rows.num_classes:
+            rows.class_names = [str(names[k]) for k in range(rows.num_classes)]
+    return rows
+
+
+def _slim(node: dict[str, Any]) -> Any:
+    """Keep of each JSON object the two fields in use, as it is parsed: iNat18's file has 437,513 of each kind."""
+    for key, value in (("id", "file_name"), ("image_id", "category_id"), ("id", "name")):
+        if key in node and value in node:
+            return node[key], node[value]
+    return node
+
+
+def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, Any], int]:
+    """The nodes as id -> name, and how many are none: ids are numbers or text, names text."""
+    pairs = [node for node in nodes if isinstance(node, tuple)]
+    good = {key: name for key, name in pairs if isinstance(key, int | str) and isinstance(name, str)}
+    return good, len(nodes) - sum(isinstance(key, int | str) and isinstance(name, str) for key, name in pairs)
+
+
+def _judge_classes(
+    rows: Rows, labels: np.ndarray, num_classes: int | None, allow_empty: bool, problems: list[str]
+) -> int:
+    """Labels against the number of classes, header against the rows. Returns the number of classes."""
+    header = rows.header
+    if num_classes is not None and rows.num_classes not in (None, num_classes):
+        problems.append(f"is of {rows.num_classes} classes where {num_classes} are expected")
+    known = rows.num_classes if num_classes is None else num_classes
+    classes = int(labels.max()) + 1 if known is None else known
+    outside = np.flatnonzero(labels >= classes)
+    for i in outside[:20]:
+        problems.append(f"{rows.unit} {rows.places[i]}: label {labels[i]} is outside 0 .. {classes - 1}")
+    if len(outside) > 20:
+        problems.append(f"{len(outside) - 20:,} more labels are outside 0 .. {classes - 1}")
+    counts = np.bincount(labels[labels < classes], minlength=classes)
+    if not allow_empty and (empty := np.flatnonzero(counts == 0)).size:
+        hint = "; labels count from 0" if empty.tolist() == [0] else ""
+        problems.append(f"{len(empty):,} of {classes:,} classes have no image: {first_few(empty.tolist())}{hint}")
+    if header.get("rows", "").isdigit() and int(header["rows"]) != len(labels):
+        problems.append(f"the header says {header['rows']} rows, the file has {len(labels)}")
+    for k in range(classes if header else 0):
+        said = header.get(f"class {k}", str(counts[k])).partition(" ")[0]
+        if said != str(counts[k]):
+            problems.append(f"the header says {said} rows of class {k}, the file has {counts[k]}")
+    return classes
+
+
+def _judge_duplicates(rows: Rows, problems: list[str]) -> None:
+    if len(set(rows.keys)) == len(rows.keys):
+        return
+    first: dict[Any, int] = {}
+    for key, place in zip(rows.keys, rows.places, strict=True):
+        if key in first:
+            problems.append(f"{rows.unit} {place}: {key!r} stands already in {rows.unit} {first[key]}")
+        else:
+            first[key] = place
+
+
+def first_few(things: Sequence[Any], n: int = 5) -> str:
+    return ", ".join(map(str, things[:n])) + (" ..." if len(things) > n else "")

@@ -1,0 +1,126 @@
+"""An opened split, and the rows of it that are used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from rescom_timm.data.index import Index
+from rescom_timm.data.profiles import RULES, parse_call, parse_rule
+
+VALIDATION = ("holdout", "unused", "split", "index")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train and test on. Raises ValueError for a rule that cannot be."""
+
+    source: str
+    """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths."""
+    train: str = "train"
+    """Name of the split to train on."""
+    test: str = "test"
+    """Name of the split to test on."""
+    index: str = "all"
+    """Training rows: "all", "exponential(100)", "step(100)", an index file, official list or iNaturalist JSON."""
+    test_index: str = "all"
+    """Test rows, likewise."""
+    validation: str = "none"
+    """"none"; "holdout(0.1)": that part of each class's training rows; "unused(50)": rows a class of the training split
+    that the index leaves out; "split(NAME)": another split; "index(FILE)": rows of the training split or image root."""
+    image_column: str | None = None
+    """None: found by its feature type."""
+    label_column: str | None = None
+    """None: found by its feature type."""
+    subset: str | None = None
+    """Configuration of a Hub data set that has several."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ValueError("data.source is empty: name a Hub data set, a local folder, or digits")
+        for rule in (self.index, self.test_index):
+            if parse_call(rule, RULES):
+                parse_rule(rule)
+        if self.validation == "none":
+            return
+        name, argument = parse_call(self.validation, VALIDATION) or ("", "")
+        if not name:
+            raise ValueError(f"validation {self.validation!r} is neither none nor one of {', '.join(VALIDATION)} (...)")
+        if name == "holdout" and not (is_number(argument) and 0 < float(argument) < 1):
+            raise ValueError(f"{self.validation}: a part between 0 and 1 is held out, such as holdout(0.1)")
+        if name == "unused" and not (argument.isdigit() and int(argument) > 0):
+            raise ValueError(f"{self.validation}: a whole number of rows a class is taken, such as unused(50)")
+        if not argument:
+            raise ValueError(f"{self.validation}: nothing is named between the brackets")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows to train or evaluate on."""
+
+    name: str
+    """For people, such as "uoft-cs/cifar10 test"."""
+    dataset: Dataset
+    """Exactly these rows: "image" undecoded, "label"."""
+    labels: np.ndarray
+    """(N,) int64."""
+    rows: np.ndarray
+    """(N,) int64: row numbers in the source's split, or in the list, from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """An opened split or list, and the rows of it that are used."""
+
+    name: str
+    split_name: str | None  # None for a list over an image root
+    dataset: Dataset  # the whole split or list
+    rows: np.ndarray  # (N,) of dataset
+    index: Index  # of these rows
+    notes: dict[str, Any]  # for the provenance
+    all_labels: np.ndarray | None = None  # of the whole split, for "unused"
+
+    def take(self, positions: np.ndarray, rule: str) -> "Part":
+        """The rows at these positions of the part; ``rule`` tells how they were chosen."""
+        notes = {**self.notes, "taken": rule}
+        return replace(self, rows=self.rows[positions], index=self.index.take(positions), notes=notes)
+
+    def split(self) -> Split:
+        whole = np.array_equal(self.rows, np.arange(len(self.dataset)))
+        return Split(self.name, self.dataset if whole else self.dataset.select(self.rows), self.index.labels, self.rows)
+
+    def provenance(self) -> dict[str, Any]:
+        finite = self.index.counts.min() > 0
+        return {
+            "name": self.name,
+            "split": self.split_name,
+            **self.notes,
+            "rows": len(self.index),
+            "imbalance": round(self.index.imbalance, 4) if finite else None,
+            "sha256": self.index.sha256,
+        }
+
+
+Opened = Callable[..., Part]  # (split, index, num_classes=None, allow_empty=False)
+
+
+def index_path(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no index {spec!r}: it is all, a rule such as exponential(100), or a file")
+    return path
+
+
+def is_number(text: str) -> bool:
+    try:
+        return float(text) == float(text)
+    except ValueError:
+        return False
+
+
+def short_name(text: str) -> str:
+    """The last part of a path on this disk; a Hub id or a rule as it is."""
+    return Path(text).expanduser().resolve().name if Path(text).expanduser().exists() else text

@@ -1,0 +1,122 @@
+"""Which rows of a split are kept: long-tail profiles, and what is held out for validation."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+
+def exponential(
+    labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0, by_count: bool = False
+) -> np.ndarray:
+    """The literature's long-tailed draw (Cui et al. 2019, Cao et al. 2019): class k keeps n_max * IF^(-k / (K-1)) rows.
+
+    ``labels`` (N,) of the whole split; ``imbalance`` is IF, the largest class over the smallest. n_max is the size of
+    the largest class; where a class has fewer rows than its place in the profile asks for, all of them are taken.
+    ``by_count``: k is the class's place by count, the most frequent first, instead of its number, for classes of
+    different sizes; equal ones keep their order.
+    Returns the rows kept, ascending, (M,) int64. One random stream, RandomState(seed), shuffles the classes one after
+    another, so that draws of different IF are nested, and those of CIFAR with seed 0 are the literature's own.
+    Raises ValueError where a class would be left without a row.
+    """
+    counts = _counts(labels, num_classes, imbalance)
+    places = np.argsort(np.argsort(-counts, kind="stable")).tolist() if by_count else range(num_classes)
+    sizes = [int(counts.max() * (1 / imbalance) ** (k / (num_classes - 1))) for k in places]
+    return _draw(labels, sizes, imbalance, seed)
+
+
+def step(labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0) -> np.ndarray:
+    """The step profile (Cao et al. 2019): the first half of the classes keep n_max rows, the others n_max / IF.
+
+    Arguments, result and errors as for ``exponential``.
+    """
+    counts = _counts(labels, num_classes, imbalance)
+    head = num_classes // 2
+    sizes = [int(counts.max() * (1.0 if k < head else 1 / imbalance)) for k in range(num_classes)]
+    return _draw(labels, sizes, imbalance, seed)
+
+
+RULES = {"exponential": exponential, "step": step}
+
+
+def draw(rule: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Rows that a rule such as "exponential(100)", "step(50)" or "exponential(100, seed=1)" keeps."""
+    name, factor, seed = parse_rule(rule)
+    return RULES[name](labels, num_classes, factor, seed)
+
+
+def parse_rule(rule: str) -> tuple[str, float, int]:
+    """Name, imbalance and seed of a rule. Raises ValueError for what is no rule."""
+    name, argument = parse_call(rule, RULES) or ("", "")
+    match = re.fullmatch(r"([\d.eE+]+)(?:,\s*(?:seed\s*=\s*)?(\d+))?", argument.strip())
+    try:
+        factor, seed = float(match[1]), int(match[2] or 0)  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ValueError(f"{rule!r} is no long-tail rule: write exponential(100) or step(100)") from None
+    if not 1 <= factor < float("inf"):
+        raise ValueError(f"{rule!r}: the imbalance is the largest class over the smallest, a number from 1")
+    return name, factor, seed
+
+
+def parse_call(text: str, names: Iterable[str]) -> tuple[str, str] | None:
+    """("holdout", "0.1") of "holdout(0.1)"; None where the text has no such form.
+
+    Raises ValueError, with the nearest right name, where the name is none of ``names``.
+    """
+    match = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text)
+    if not match:
+        return None
+    names = list(names)
+    if match[1] not in names:
+        near = difflib.get_close_matches(match[1], names, 1)
+        hint = f"did you mean {near[0]}({match[2]})?" if near else f"there are {', '.join(n + '(...)' for n in names)}"
+        raise ValueError(f"there is no rule {text!r}: {hint}")
+    return match[1], match[2].strip()
+
+
+def _counts(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarray:
+    if num_classes < 2:
+        raise ValueError("a long-tail profile needs at least two classes")
+    if not imbalance >= 1:
+        raise ValueError(f"an imbalance of {imbalance} is none: it is the largest class over the smallest, from 1")
+    return np.bincount(labels, minlength=num_classes)
+
+
+def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> np.ndarray:
+    random = np.random.RandomState(seed)
+    kept = []
+    for k, size in enumerate(sizes):
+        rows = np.flatnonzero(labels == k).astype(np.int64)
+        if size < 1 or not rows.size:
+            reason = "it has none to draw from" if not rows.size else f"{max(sizes)} rows at most, over {imbalance:g}"
+            raise ValueError(f"an imbalance of {imbalance:g} leaves class {k} without a row ({reason})")
+        random.shuffle(rows)
+        kept.append(rows[:size])
+    return np.sort(np.concatenate(kept))
+
+
+def holdout(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+    """Positions to hold out, ascending: of each class the nearest whole number to its fraction, never its last row.
+
+    ``labels`` (N,) of the training rows, 0 < fraction < 1. Drawn with RandomState(seed), classes in ascending order.
+    Raises ValueError where nothing would be held out.
+    """
+    return _per_class(labels, lambda n: min(int(fraction * n + 0.5), n - 1), seed, f"holdout({fraction:g})")
+
+
+def at_most(labels: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
+    """Positions of ``number`` rows of each class, or of all it has, ascending. Drawn as in ``holdout``."""
+    return _per_class(labels, lambda n: min(number, n), seed, f"{number} rows a class")
+
+
+def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: str) -> np.ndarray:
+    random = np.random.RandomState(seed)
+    order = np.argsort(labels, kind="stable")
+    by_class = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    chosen = np.sort(np.concatenate([random.permutation(rows)[: size(len(rows))] for rows in by_class]))
+    if not chosen.size:
+        raise ValueError(
+            f"{rule} takes no row at all: the classes are too small for it; take a larger part, or validation none"
+        )
+    return chosen.astype(np.int64)

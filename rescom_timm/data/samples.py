@@ -1,0 +1,338 @@
+"""Samples: the views of each image of a split, made in batches."""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from rescom_timm.data.batched_views import BatchedPolicy
+from rescom_timm.data.decoding import BrokenImage, decode, where
+from rescom_timm.data.draws import Draws, Size
+from rescom_timm.data.plane_views import PlanePolicy
+from rescom_timm.data.sampling import Item
+from rescom_timm.data.views import Policy, seed_all
+
+if TYPE_CHECKING:
+    from rescom_timm.data.splits import Split
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from rescom_timm.data.sampling import SamplerName
+
+if TYPE_CHECKING:
+    from rescom_timm.data.splits import Split
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How training samples are drawn and read. These keys change results."""
+
+    sampler: SamplerName = "uniform"
+    """uniform: every image once an epoch. The others make as many draws, with replacement, and choose the class first:
+    evenly (class_balanced), by the root of its count (square_root), or by its count in the first epoch and evenly in
+    the last (progressive). See `class_probabilities`."""
+    broken: Literal["stop", "skip"] = "stop"
+    """An unreadable training image stops the run, or is skipped: another of its class takes its place and a warning
+    names it. Evaluation always stops, for its figures are those of the whole split."""
+    exif: bool = False
+    """Turn images as their EXIF tag says. The papers' pipelines do not."""
+    device_views: bool = False
+    """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
+    randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
+    come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
+    near_resize: bool = False
+    """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 to
+    3 of 100 numbers of a photograph, which later steps may widen. For CPUs that cannot keep up."""
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(SamplerName):
+            raise ValueError(f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}")
+        if self.broken not in ("stop", "skip"):
+            raise ValueError(f"broken must be stop or skip, not {self.broken!r}")
+
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Keys that change the speed of loading, never what is loaded."""
+
+    workers: int = 4
+    """Worker processes of each training process, at most its cores; 0 loads in the training process itself."""
+    prefetch: int = 4
+    """Batches that each worker prepares ahead."""
+    pin_memory: bool = True
+    """Page-locked batches, for whose copy to a GPU the host does not wait; without a GPU nothing is pinned."""
+    batched: bool = True
+    """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
+    policy is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow.
+    Pixels are the same as without; see batched_views.py and plane_views.py."""
+    cache: int = 256
+    """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
+    kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
+    resident: bool = False
+    """Training images of one size (within `cache`) stay on the device and are augmented there, some batches at once;
+    the workers only draw. For small images on a GPU, which is done with a batch before a CPU has made the next."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+        if not 1 <= self.prefetch <= 1000:
+            raise ValueError(f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
+        if self.cache < 0:
+            raise ValueError(f"cache must be 0 or more megabytes, not {self.cache}")
+
+
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+class ViewsDataset(Dataset[Batch]):
+    """Reads items of a split in batches: decodes each image once and draws its views.
+
+    `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
+    its place to another (None with broken="stop"). With device=True a batch holds, for `finish_views`, the images
+    (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and the draws of the rest as
+    NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m). With speed.resident it
+    holds, for `Resident`, the draws alone. Raises ValueError where images and policy are none for that.
+    """
+
+    def __init__(
+        self,
+        split: "Split",
+        policy: Policy,
+        num_views: int | None,
+        broken: str = "stop",
+        exif: bool = False,
+        speed: SpeedConfig = SpeedConfig(cache=0),
+        device: bool = False,
+    ) -> None:
+        self.images = split.dataset.select_columns("image")
+        self.labels = np.asarray(split.labels, dtype=np.int64)
+        self.rows = np.asarray(split.rows, dtype=np.int64)
+        self.num_views = num_views
+        self.exif = exif
+        self.device = device
+        self.batch_policy = device or speed.batched
+        self.policy = policy
+        self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
+        self.cache = self._decode_all(speed.cache * 2**20)
+        self.resident = speed.resident
+        if self.resident:
+            self.size = self._refuse_residence(speed)
+
+    def _refuse_residence(self, speed: SpeedConfig) -> Size:
+        """The one size (H, W) of all images. Raises ValueError where they cannot stay on the device."""
+        if self.cache is None:
+            raise ValueError(
+                f"speed.resident is for training images of one size that fit into speed.cache ({speed.cache} MB), "
+                "which these do not; turn it off, or raise speed.cache"
+            )
+        pixels, readable = self.cache
+        if not readable.all():
+            row = int(self.rows[np.flatnonzero(~readable)[0]])
+            raise ValueError(f"speed.resident: the image of row {row} cannot be read; leave it out of the index")
+        size = (pixels.shape[1], pixels.shape[2])
+        if not self.device and (self.batched is None or not self.batched.serves(self.policy, size)):
+            raise ValueError(
+                f"speed.resident: {self.policy.text!r} has a step that a device does not do as Pillow does; turn it "
+                "off, or let such steps come out a level or two away (loader.device_views=true)"
+            )
+        assert self.batched is not None
+        if self.batched.head:
+            raise ValueError(
+                f"speed.resident: {self.policy.text!r} begins with a step that a device cannot do; turn it off"
+            )
+        return size
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
+        self.batched = BatchedPolicy(policy, near=self.device) if self.batch_policy else None
+        self.planes = PlanePolicy(policy) if self.batch_policy else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, item: Item) -> Batch:
+        """One item as a sample: image (V, 3, H, W), or (3, H, W) in evaluation; label and row ()."""
+        return {key: value[0] for key, value in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: list[Item]) -> Batch:
+        rows: list[int] = []
+        if self.resident:
+            rows = [position for position, _ in items]
+            return self._draw([seed for _, seed in items]) | self._about(rows)
+
+        def images() -> Iterator[Any]:
+            for position, image in self._read(items):
+                rows.append(position)
+                yield image
+
+        with _random_state_kept():
+            views = (self._begin if self.device else self._augment)(images(), [seed for _, seed in items])
+        return views | self._about(rows)
+
+    def _about(self, positions: list[int]) -> Batch:
+        labels, rows = torch.from_numpy(self.labels[positions]), torch.from_numpy(self.rows[positions])
+        return {"label": labels, "row": rows} | ({"position": torch.tensor(positions)} if self.resident else {})
+
+    def _draw(self, seeds: list[int]) -> Batch:
+        """The draws of all views of a batch whose images are on the device."""
+        assert self.batched is not None and self.num_views is not None
+        with _random_state_kept():
+            return _drawn(self.batched.draw(seeds, self.num_views, self.size), self.num_views)
+
+    def _augment(self, images: Iterable[Any], seeds: list[int]) -> Batch:
+        """`images` are read one by one where each can be forgotten before the next: memory is used again while warm."""
+        num_views, size = self.num_views or 1, None
+        if self.batched is not None and not self.batched.head:
+            images = list(images)
+            size = _one_size(images)
+        if self.batched is not None and size and self.batched.serves(self.policy, size):
+            views = self.batched(_stack(images, self.policy), self.batched.draw(seeds, num_views, size))
+        else:
+            serves = self.planes is not None and self.planes.serves(self.policy)
+            augment: Any = self.planes if serves else self.policy.augment
+            views = _stack(self._view_by_view(images, seeds, augment), self.policy)
+        return {"image": views if self.num_views is None else views.unflatten(0, (len(seeds), num_views))}
+
+    def _begin(self, images: Iterable[Any], seeds: list[int]) -> Batch:
+        """The policy's first steps, and the draws of the others."""
+        assert self.batched is not None and self.num_views is not None
+        batched, drawn = self.batched, []
+        if not batched.head:
+            views = _stack(images, self.policy)
+            draws = batched.draw(seeds, self.num_views, (views.shape[2], views.shape[3]))
+        else:
+
+            def begin(image: Image.Image) -> Image.Image:
+                for step in batched.head:
+                    image = step(image)
+                drawn.append(batched.draw_next((image.height, image.width)))
+                return image
+
+            views = _stack(self._view_by_view(images, seeds, begin), self.policy)
+            draws = Draws(*(np.stack(parts) for parts in zip(*drawn, strict=True)))
+        return {"image": views.unflatten(0, (len(seeds), -1)), **_drawn(draws, self.num_views)}
+
+    def _view_by_view(
+        self, images: Iterable[Any], seeds: list[int], augment: Callable[[Image.Image], Any]
+    ) -> list[np.ndarray]:
+        views = []
+        for image, seed in zip(images, seeds, strict=True):
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            seed_all(seed)
+            views += [np.asarray(augment(image)) for _ in range(self.num_views or 1)]
+        return views
+
+    def _read(self, items: list[Item]) -> Iterator[tuple[int, Any]]:
+        """(position, image) of each item: a PIL image, or an array (H, W, 3) from the cache."""
+        if self.cache is None:
+            values = self.images.__getitems__([position for position, _ in items])
+            for (position, seed), value in zip(items, values, strict=True):
+                yield self._decode(position, seed, value["image"])
+            return
+        pixels, readable = self.cache
+        for position, seed in items:
+            if readable[position]:
+                yield position, pixels[position]
+            else:
+                yield self._decode(position, seed, self.images.__getitems__([position])[0]["image"])
+
+    def _decode_all(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The images (N, H, W, 3) and which of them could be read (N,), if they have one size and fit into `limit`
+        bytes. Plain memory, which forked workers share; shared memory is often limited to 64 MB in containers."""
+        count = len(self.labels)
+        pixels, readable = np.empty(0, np.uint8), np.zeros(count, bool)
+        for start in range(0, count if limit else 0, 1024):
+            positions = list(range(start, min(start + 1024, count)))
+            for position, value in zip(positions, self.images.__getitems__(positions), strict=True):
+                try:
+                    image = np.asarray(decode(value["image"], int(self.rows[position]), self.exif))
+                except BrokenImage:
+                    continue  # told when it is drawn
+                if pixels.size == 0:
+                    if count * image.nbytes > limit:
+                        return None
+                    pixels = np.zeros((count, *image.shape), np.uint8)
+                if image.shape != pixels.shape[1:]:
+                    return None
+                pixels[position], readable[position] = image, True
+        return (pixels, readable) if readable.any() else None
+
+    def _decode(self, position: int, seed: int, value: Any) -> tuple[int, Any]:
+        """The image at `position`, or, broken images being skipped, another of its class: (its position, the image)."""
+        try:
+            return position, decode(value, int(self.rows[position]), self.exif)
+        except BrokenImage as error:
+            if self.replaced is None:
+                or_skip = "" if self.num_views is None else ", or say loader.broken=skip"
+                raise BrokenImage(f"{error}; mend it or leave it out of the index{or_skip}") from error
+            self._note(position, error)
+        others = np.flatnonzero(self.labels == self.labels[position])
+        for other in np.roll(others, -(seed % len(others))).tolist():  # from a place that the sample's seed decides
+            value = self.images[other]["image"]
+            with contextlib.suppress(BrokenImage):
+                return other, decode(value, int(self.rows[other]), self.exif)
+        raise BrokenImage(
+            f"no image of class {self.labels[position]} can be read, the last one tried is {where(value, other)}"
+        )
+
+    def _note(self, position: int, error: BrokenImage) -> None:
+        assert self.replaced is not None
+        if self.replaced[position] == 0:
+            warnings.warn(f"{error}; another image of its class takes its place", RuntimeWarning, stacklevel=2)
+        self.replaced[position] += 1
+
+
+def _drawn(draws: Draws, num_views: int) -> Batch:
+    """Draws by image, (B, num_views, ...), in a batch."""
+    both = {"words": draws.words, "notes": draws.notes}
+    return {n: cast(Any, a.reshape(len(a) // num_views, num_views, a.shape[1])) for n, a in both.items()}
+
+
+def _one_size(images: list[Any]) -> tuple[int, int] | None:
+    """(H, W), if it is that of all images."""
+    sizes = {i.shape[:2] if isinstance(i, np.ndarray) else (i.height, i.width) for i in images}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
+    """Images or arrays (H, W, 3) to uint8 (len(views), 3, H, W)."""
+    arrays = [np.asarray(view) for view in views]
+    sizes = {array.shape for array in arrays}
+    if len(sizes) > 1:
+        (h0, w0, _), (h1, w1, _) = sorted(sizes)[:2]
+        raise ValueError(
+            f"the images of a batch differ in size ({w0} x {h0} and {w1} x {h1}) after the policy {policy.text!r}: "
+            "let it end in one size, for instance with center_crop(224) or upscale(32)"
+        )
+    height, width, channels = arrays[0].shape
+    stacked = np.empty((len(arrays), channels, height, width), np.uint8)
+    np.stack([array.transpose(2, 0, 1) for array in arrays], out=stacked)  # torch's permute takes four times as long
+    return torch.from_numpy(stacked)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Without workers a batch is made in the training process, whose own draws (dropout ...) must not depend on it."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

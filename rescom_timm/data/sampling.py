@@ -1,0 +1,73 @@
+"""Which images an epoch draws, and in which order."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    pass
+
+
+Item = tuple[int, int]
+SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive"]
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+class Order(Sampler[Item]):
+    """The items (position, seed) of an epoch, a pure function of (seed, epoch)."""
+
+    def __init__(self, labels: np.ndarray, sampler: SamplerName, seed: int = 0, epochs: int | None = None) -> None:
+        if sampler == "progressive" and epochs is None:
+            raise ValueError("the progressive sampler moves over the whole run: give the number of epochs")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
+        self.labels = np.asarray(labels)
+        self.sampler: SamplerName = sampler
+        self.seed = seed
+        self.epochs = epochs
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Item]:
+        seeds = _random_bits(len(self), self.seed, self.epoch, stream=1) >> np.uint64(1)  # torch takes 63 bits
+        yield from zip(self.positions().tolist(), seeds.tolist(), strict=True)
+
+    def positions(self) -> np.ndarray:
+        """The positions (N,) int64 that this epoch visits, in order."""
+        bits = _random_bits(len(self), self.seed, self.epoch, stream=0)
+        if self.sampler == "uniform":
+            return np.argsort(bits, kind="stable")
+        counts = np.bincount(self.labels)
+        share = class_probabilities(counts, self.sampler, self.epoch, self.epochs) / np.maximum(counts, 1)
+        ends = np.cumsum(share[self.labels])
+        uniform = (bits >> np.uint64(11)) * 2.0**-53
+        return np.searchsorted(ends, uniform * ends[-1], side="right")
+
+
+def class_probabilities(
+    counts: np.ndarray, sampler: SamplerName, epoch: int = 0, epochs: int | None = None
+) -> np.ndarray:
+    """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1) with
+    q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
+    t/T from 0 in the first epoch to 1 in the last. Classes without images get 0."""
+    if sampler == "progressive":
+        t = min(epoch / max((epochs or 1) - 1, 1), 1.0)
+        return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")
+    power = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}[sampler]
+    weights = np.where(counts > 0, np.asarray(counts, dtype=np.float64) ** power, 0.0)
+    return weights / weights.sum()
+
+
+def _random_bits(size: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """uint64 (size,) from Philox, a counter-based generator whose raw stream NumPy promises never to change."""
+    philox = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([0, 0, 0, stream], np.uint64))
+    return philox.random_raw(size)

@@ -1,0 +1,254 @@
+"""Tables of images: the Hub, parquet, arrow, save_to_disk and the embedded digits."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from rescom_timm.data.digits import digits
+from rescom_timm.data.index import Index
+from rescom_timm.data.index_files import first_few
+from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
+from rescom_timm.data.profiles import RULES, draw, parse_call
+
+log = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: the Hub, parquet, arrow, save_to_disk, digits
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    dataset: Dataset  # "image" and, where there is one, "label"
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+
+def table_part(
+    config: DataConfig,
+    tables: Callable[[str], _Table],
+    cache: Path,
+    split: str,
+    spec: str,
+    num_classes: int | None = None,
+    allow_empty: bool = False,
+) -> Part:
+    table = tables(split)
+    labels, names = table.labels, table.class_names
+    name = f"{short_name(config.source)} {split}"
+    info = {"source": config.source, "split": split, "rule": spec}
+    notes: dict[str, Any] = {"rule": spec}
+    classes = num_classes or (len(names) if names else None)
+    dataset = table.dataset
+    if spec == "all" or parse_call(spec, RULES):
+        labels = _needed(labels, name)
+        classes = classes or int(labels.max()) + 1
+        _check_range(labels, classes, name)
+        rows = np.arange(len(labels)) if spec == "all" else draw(spec, labels, classes)
+        index = Index(rows, labels[rows], classes, info, names)
+        if spec != "all":
+            notes["index_file"] = _keep(index, labels, cache)
+    else:
+        index = Index.load(index_path(spec), classes, allow_empty or num_classes is not None)
+        rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
+        if rows.max() >= len(dataset):
+            raise ValueError(f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
+        if labels is None:  # the list knows the labels, the data set only the files
+            whole = np.full(len(dataset), -1)
+            whole[rows] = index.labels
+            dataset = dataset.add_column("label", pa.array(whole))  # type: ignore[arg-type]
+        else:
+            _check_same(labels[rows], index.labels, rows, spec, name)
+        index = replace(index, keys=rows, class_names=index.class_names or names)
+    return Part(name if spec == "all" else f"{name}, {short_name(spec)}", split, dataset, rows, index, notes, labels)
+
+
+def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
+    dataset = digits(split) if config.source == "digits" else _open(config, folder, split)
+    if dataset.info.builder_name == "imagefolder":
+        raise ValueError(
+            f"{config.source} is a repository of loose image files, which would be numbered in string order and "
+            "scanned at every start: download it and run  tools/index.py init FOLDER"
+        )
+    image, label = _columns(dataset.features, config)
+    dataset = dataset.select_columns([image] + ([label] if label else []))
+    dataset = dataset.rename_columns({image: "image"} | ({label: "label"} if label else {}))
+    dataset = dataset.cast_column("image", Image(decode=False))
+    if label is None:
+        return _Table(dataset, None, None)
+    column = dataset.data.column("label")  # a lazy ds["label"] takes 3,000 times as long
+    if column.null_count or len(column) != len(dataset):
+        raise ValueError(f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
+    feature = dataset.features["label"]
+    return _Table(
+        dataset,
+        column.to_numpy().astype(np.int64),
+        list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None,
+    )
+
+
+def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
+    """A split of a Hub data set or of a local folder."""
+    source = config.source
+    local = folder.is_dir()
+    try:
+        if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+            found: Any = datasets.load_from_disk(str(folder))
+            if not isinstance(found, DatasetDict):
+                raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict of train and test")
+            if split not in found:
+                raise ValueError(f"Unknown split {split!r}. Should be one of {list(found)}.")
+            return found[split]
+        if local and (folder / split / "state.json").is_file():
+            return datasets.load_from_disk(str(folder / split))  # type: ignore[return-value]
+        return datasets.load_dataset(str(folder.resolve()) if local else source, config.subset, split=split)
+    except (ConnectionError, HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it: set data.source to a "
+            f"local folder of its parquet files, or load it once with a network ({first_line(error)})"
+        ) from None
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms, and no "
+            f"such folder here; set data.source to its right name or to a local folder ({first_line(error)})"
+        ) from None
+    except HFValidationError:
+        raise no_source(source) from None
+    except ValueError as error:
+        if "Unknown split" in str(error):
+            has = str(error).partition("one of ")[2].rstrip(".")
+            raise ValueError(f"{source} has no split {split!r}, only {has}: set data.train and data.test") from None
+        raise
+
+
+def no_source(source: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"no folder {source} here (relative paths are relative to the working directory), and it is no id of the Hub, "
+        "such as owner/name"
+    )
+
+
+def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
+    """Names of the image column and of the label column, None where there is no label."""
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    labels = labels or [n for n, f in features.items() if isinstance(f, Value) and re.match("u?int", f.dtype)]
+    image = _pick("image", config.image_column, images, features, config.source)
+    if image is None:
+        raise ValueError(f"{config.source} has no column of images among {', '.join(features)}: set image_column=")
+    label = _pick("label", config.label_column, labels, features, config.source)
+    feature = features[label] if label else None
+    if feature and not isinstance(feature, ClassLabel) and "int" not in getattr(feature, "dtype", ""):
+        raise ValueError(f"label column {label!r} of {config.source} holds no whole numbers: cast it to ClassLabel")
+    return image, label
+
+
+def _is_image(feature: Any) -> bool:
+    return isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _pick(kind: str, asked: str | None, found: list[str], features: Features, source: str) -> str | None:
+    if asked is not None:
+        if asked not in features:
+            near = get_close_matches(asked, features, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(features)}"
+            raise ValueError(f"{source} has no column {asked!r}: {hint}")
+        return asked
+    if len(found) > 1:
+        raise ValueError(
+            f"{source} has {len(found)} columns that could be the {kind}: {', '.join(found)}; "
+            f"choose one, such as {kind}_column={found[0]}"
+        )
+    return found[0] if found else None
+
+
+def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarray:
+    """Rows of a data set whose images' file names are these paths; (N,) int64.
+
+    Compared are whole paths, else base names, else base names as ImageNet has them on the Hub, where
+    n01440764_10026.JPEG is called n01440764_10026_n01440764.JPEG.
+    """
+    have = pc.struct_field(pa.chunked_array(dataset.data.column("image").chunks), "path").combine_chunks()
+    if have.null_count == len(have):
+        raise ValueError(f"{spec} lists file names, but the rows of {name} carry none: use an index of row numbers")
+    want = pa.array(paths, have.type)
+    rows = pc.index_in(want, value_set=have)
+    if rows.null_count:
+        have, want = (pc.replace_substring_regex(x, pattern="^.*/", replacement="") for x in (have, want))
+        rows = pc.index_in(want, value_set=have)
+    if rows.null_count:
+        plain = pc.replace_substring_regex(have, pattern=r"_n\d{8}(\.\w+)$", replacement=r"\1")
+        if (again := pc.index_in(want, value_set=plain)).null_count < rows.null_count:
+            rows, have = again, plain
+    if rows.null_count:
+        missing = [paths[i] for i in np.flatnonzero(rows.is_null())[:3]]
+        raise FileNotFoundError(
+            f"{rows.null_count:,} of {len(paths):,} files of {spec} are not in {name}, the first: {first_few(missing)}"
+        )
+    if pc.sum(pc.is_in(have, value_set=want)).as_py() > len(paths) or pc.count_distinct(rows).as_py() < len(paths):
+        raise ValueError(f"file names of {spec} stand for several rows of {name}: use a folder of images as source")
+    return rows.to_numpy().astype(np.int64)
+
+
+def cache_folder() -> Path:
+    """Where drawn indexes are kept: $XDG_CACHE_HOME or ~/.cache, then rescom_timm/index."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rescom_timm" / "index"
+
+
+def _keep(index: Index, labels: np.ndarray, cache: Path) -> str | None:
+    """Save a drawn index, once, for people to read; it is drawn anew each time, so a stale file cannot mislead.
+
+    The name holds a digest of the labels that it was drawn from.
+    """
+    digest = hashlib.sha256(labels.tobytes()).hexdigest()[:12]
+    stem = "-".join(index.info[key] for key in ("source", "split", "rule"))
+    path = cache / f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem).strip('-.')[-150:]}-{digest}.txt"
+    try:
+        if not path.exists():
+            index.save(path)
+            log.info("drawn index kept in %s", path)
+    except OSError as error:
+        log.warning("the drawn index could not be kept in %s (%s); training goes on", path, error)
+        return None
+    return str(path)
+
+
+def _needed(labels: np.ndarray | None, name: str) -> np.ndarray:
+    if labels is None:
+        raise ValueError(f"{name} has no column of labels: set label_column=, or index= to a list with labels")
+    return labels
+
+
+def _check_range(labels: np.ndarray, classes: int, name: str) -> None:
+    if (bad := np.flatnonzero((labels < 0) | (labels >= classes))).size:
+        hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
+        raise ValueError(
+            f"{name}: {len(bad):,} labels are outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
+            f"{bad[0]}{hint}"
+        )
+
+
+def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str, name: str) -> None:
+    if (bad := np.flatnonzero(there != here)).size:
+        i = bad[0]
+        raise ValueError(
+            f"{spec} and {name} disagree on {len(bad):,} of {len(here):,} labels, first in row {rows[i]}: {here[i]} in "
+            f"the index, {there[i]} in the data set; was it made for another data set, split or label column?"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Recipes: one YAML file, checked key by key."""

@@ -1,0 +1,231 @@
+"""Recipe: one YAML file, checked key by key before anything is loaded.
+
+Order of precedence: defaults < `base` recipes < the file < `key=value` words of the command line. Keys in `speed`
+change how fast a run is, never what it computes; every other key may change results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pydantic
+
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.files import parse_yaml, read_yaml
+from rescom_timm.methods import METHODS
+from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
+
+FREE_KEYS = (
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
+    "train.nonfinite", "hub",
+)  # fmt: skip
+"""Keys and sections that may change when a run goes on: they do not change what is trained."""
+FETCHED_KEYS = ("output", "hub")
+"""What of a recipe from the Hub is not followed: where is written and pushed is for the command line to say."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with its `base` recipes, changed by `key=value` words.
+
+    Raises RecipeError for a file that is no recipe, an unknown key (naming the nearest), a wrong type or an
+    impossible combination.
+    """
+    path = Path(path)
+    return load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+
+
+def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run on the Hub, which somebody else may have written: what it says of output and hub is left out
+    with a warning, and its name is a plain folder's. Raises RecipeError as load does, and for one with a base."""
+    tree = _yaml(Path(path))
+    if "base" in tree:
+        raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")
+    said = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
+    usual = flat(Recipe(data=DataConfig("digits")).to_dict())
+    ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
+    if ignored:
+        warnings.warn(
+            f"of the fetched recipe is not followed: {' '.join(ignored)} (say it anew where wanted)", stacklevel=2
+        )
+    return load_dict(tree, str(path), overrides)
+
+
+def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    before, said = tree, [word.partition("=")[0].strip() for word in overrides]
+    for word in overrides:
+        tree = _merge(tree, _override(word))
+    if "train.epochs" in said and not any(key.startswith("schedule") for key in said):
+        tree = _shortened(tree, before, source)
+    if "from" in tree:
+        tree = {**tree, "init_from": tree["from"]}
+        del tree["from"]
+    method = tree.get("method")
+    if isinstance(method, dict):
+        tree = {**tree, "method": {"name": "rescom", **method}}
+    if odd := [f"{key}: {wrong}" for key, value in _numbers(tree) if (wrong := _absurd(value))]:
+        raise RecipeError(f"{source}: " + "\n  ".join(odd))
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+    except pydantic.ValidationError as error:
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
+
+
+def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a tree with their dotted keys."""
+    if isinstance(tree, int | float):
+        yield key, tree
+    elif isinstance(tree, dict | list):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
+
+
+def _absurd(number: float) -> str:
+    """What is wrong with a number whatever it is for; it stands above any that a setting has."""
+    if isinstance(number, float) and not isfinite(number):
+        return f"must be a finite number, not {number}"
+    largest = MAX_SEED if isinstance(number, int) else 10**6
+    return f"must be at most {largest:,} in size, not {number}" if abs(number) > largest else ""
+
+
+def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
+    """The tree, of which the command line says train.epochs and not the schedule. Where so few epochs never reach what
+    the schedule of the tree before has, the first thing that people try, the schedule is shortened as much."""
+    try:
+        whole, epochs = load_dict(before, source), tree["train"]["epochs"]
+    except (RecipeError, KeyError, TypeError):
+        return tree  # what is wrong is told of the tree with all its words
+    schedule = whole.schedule
+    if type(epochs) is not int or not 0 < epochs <= max(schedule.warmup_epochs, *schedule.milestones, 0):
+        return tree
+    shorter: dict[str, Any] = {"warmup_epochs": schedule.warmup_epochs * epochs // whole.train.epochs}
+    if schedule.milestones:
+        moved = {round(epoch * epochs / whole.train.epochs) for epoch in schedule.milestones}
+        shorter["milestones"] = sorted(epoch for epoch in moved if 0 < epoch < epochs)
+        shorter["name"] = "steps" if shorter["milestones"] else "constant"
+    told = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
+    warnings.warn(
+        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {told}", stacklevel=4
+    )
+    return _merge(tree, {"schedule": shorter})
+
+
+_ADAPTER = pydantic.TypeAdapter(Recipe)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
+    tree = _yaml(path)
+    base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except FileNotFoundError:
+        there = {found.name: found for folder in (Path("recipes"), path.parent) for found in folder.glob("*.yaml")}
+        near = get_close_matches(f"{path.name.removesuffix('.yaml')}.yaml", there, n=1)
+        raise RecipeError(f"no recipe {path}" + (f"; did you mean {there[near[0]]}?" if near else "")) from None
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from None
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
+    try:
+        tree: Any = parse_yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`. A section that changes its `name` starts anew: another method has other keys."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            renamed = key == "method" and value.get("name", old.get("name")) != old.get("name", "rescom")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, dotted: train.epochs, method.queue.per_class, ..."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if name.startswith("_"):
+            continue
+        yield prefix + name
+        for inner in get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+            if dataclasses.is_dataclass(inner):
+                yield from keys(inner, f"{prefix}{name}.")
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # A tagged union puts its tag into the location: method.rescom.beta.
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
+    if problem["type"] == "unexpected_keyword_argument":
+        known = sorted(set(keys()))
+        named: dict[str, list[str]] = {}  # keys by their last part
+        for key in known:
+            named.setdefault(key.split(".")[-1], []).append(key)
+        last = where.split(".")[-1]
+        near = (
+            named.get(last)
+            or get_close_matches(where, known, n=1, cutoff=0.9)  # as good as certain
+            or get_close_matches(where, known, n=3, cutoff=0.6)
+            or [key for close in get_close_matches(last, named, n=1) for key in named[close]]
+        )
+        hint = f"; did you mean {', '.join(near[:3])}?" if near else f"; there are: {', '.join(known)}"
+        return f"unknown key {where}{hint}"
+    if problem["type"] == "union_tag_invalid":
+        given = problem["input"].get("name")
+        near = get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
+        return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"{where.rpartition('.')[0]}: has too few values: {problem['input']!r}"
+    if problem["type"] == "missing":
+        return f"{where} is missing: every recipe names it"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS."""
+    one, other = flat(old), flat(new)
+    free = tuple(f"{key}." for key in FREE_KEYS)
+    changed = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [key for key in changed if not f"{key}.".startswith(free)]

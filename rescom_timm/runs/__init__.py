@@ -1,1 +1,0 @@
-"""Runs: a recipe becomes a trained, evaluated and saved model."""

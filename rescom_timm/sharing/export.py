@@ -1,0 +1,235 @@
+"""Export of a trained net: one folder that serves two readers.
+
+    config.json, model.safetensors      plain timm: the classifier, label names, input size, mean and std
+    rescom.json, rescom.safetensors     rescom_timm besides: classes, evaluation policy, projector, queue
+    recipe.yaml                         how it was trained
+    hashes.json                         sha256 of these files, checked when they are read
+
+A folder of a net that timm has no classifier for holds no config.json, and rescom.safetensors is then the whole net.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from rescom_timm.data.samples import ViewsDataset
+from rescom_timm.data.sources import Data
+from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.files import aside_folder, write_json, write_tensors, write_text
+from rescom_timm.methods import create_method
+from rescom_timm.nets.net import Net
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.sharing.hub import sha256
+from rescom_timm.training import checkpoint
+from rescom_timm.training.build import build_net
+
+HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
+WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
+"""What an export's folder holds; other files in it are their owner's."""
+KEPT = (
+    "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
+    "num_classes", "pool_size", "first_conv", "classifier",
+)  # fmt: skip
+"""What of timm's description of the source weights is still true of the trained ones."""
+
+
+def export(
+    net: Net,
+    folder: str | Path,
+    class_names: Sequence[str],
+    input_size: tuple[int, int, int],
+    *,
+    counts: Sequence[int] | Tensor | None = None,
+    eval_policy: str = "none",
+    recipe: Recipe | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
+    plain: bool = True,
+) -> Path:
+    """Write the folder that timm.create_model("local-dir:...", pretrained=True) and from_pretrained read.
+
+    input_size: (3, H, W) of the images evaluated. counts: (K,) training images of each class. state: the method's
+    tensors besides the net. about: what else rescom.json should tell (plain JSON). plain=False leaves out timm's part.
+    Raises ValueError where class_names are not as many as the classes, and for a net whose classifier timm has no
+    place for (nothing is written then: export with plain=False, for from_pretrained alone).
+    """
+    folder = Path(folder)
+    classes = net.classifier.out_features
+    if len(class_names) != classes:
+        raise ValueError(f"{len(class_names)} class names were given for a net of {classes} classes")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    head = None
+    model = _plain(net, input_size) if plain else None
+    if model is not None:
+        head = _head(model, net)
+        own = ("projector.",) if type(net.classifier) is nn.Linear else ("projector.", "classifier.")
+        tensors = {name: value for name, value in tensors.items() if name.startswith(own)}
+    method = {f"method.{name}": value for name, value in (state or {}).items()}
+    details = {
+        "version": 1,
+        **_recreate(net),
+        "head": head,
+        "class_names": list(class_names),
+        "counts": None if counts is None else [int(count) for count in counts],
+        "input_size": list(input_size),
+        "eval_policy": parse(eval_policy).text or "none",
+        **(about or {}),
+    }
+    with aside_folder(folder, WRITTEN) as new:
+        if model is not None:
+            _save_plain(model, net, new, class_names, input_size, eval_policy)
+        write_tensors(new / SIDE, {**tensors, **method}, {"format": "pt"})
+        write_json(new / DETAILS, details)
+        if recipe is not None:
+            write_text(new / "recipe.yaml", recipe.to_yaml())
+        write_json(new / HASHES, {name: sha256(new / name) for name in WRITTEN if (new / name).exists()})
+    return folder
+
+
+def describe(run: Path, data: Data, views: ViewsConfig) -> None:
+    """Write classes.json into a run's folder: what a checkpoint alone does not tell about the classifier."""
+    image = ViewsDataset(data.test, parse(views.eval, views.mean), None)[0, 0]["image"]
+    record = {
+        "class_names": list(data.class_names),
+        "counts": [int(count) for count in data.counts],
+        "input_size": list(image.shape),
+    }
+    write_json(run / "classes.json", record, indent=None)
+
+
+def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: bool = True) -> Path:
+    """Export a checkpoint of a run's folder: which = "best" (the last where none was selected), "last", or its name.
+
+    Raises FileNotFoundError where the run holds no checkpoint or no classes.json, ValueError as export does.
+    """
+    run = Path(run)
+    path, tensors, state = _checkpoint(run, which)
+    try:
+        classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{run} holds no classes.json, so its class names are not known: go on with --resume once to write it"
+        ) from None
+    recipe = load_dict(state["recipe"], str(path))
+    net = build_net(recipe.net.untrained(), recipe.views, len(classes["class_names"]))
+    net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
+    net.load_state_dict(tensors)
+    progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
+    return export(
+        net, folder, classes["class_names"], tuple(classes["input_size"]), counts=classes["counts"],
+        eval_policy=recipe.views.eval, recipe=recipe, state=state["method"], plain=plain,
+        about={"name": recipe.name, "checkpoint": path.name, "progress": progress},
+    )  # fmt: skip
+
+
+def save_model(run: Path) -> str:
+    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it. Raises
+    what export_run does where no model could be written."""
+    try:
+        folder = export_run(run, run / "model")
+        return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+    except ValueError as error:
+        export_run(run, run / "model", plain=False)
+        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
+
+
+def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    if which not in ("best", "last"):
+        path = run / "checkpoints" / which
+        if not path.is_dir():
+            there = ", ".join(found.name for found in checkpoint.listed(run / "checkpoints")) or "none"
+            raise FileNotFoundError(f"{run} holds no checkpoint {which!r}; there: {there}, and best and last")
+        return path, *checkpoint.load(path)
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and has it come to its first save?")
+    best = newest[2]["progress"].get("best_checkpoint")
+    if which == "best" and best not in (None, newest[0].name):
+        try:
+            return run / "checkpoints" / best, *checkpoint.load(run / "checkpoints" / best)
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
+    return newest
+
+
+def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
+    """net.to_timm(), its logits compared once more on images of the size that is really used."""
+    model = net.to_timm()
+    own = copy.deepcopy(net).cpu().float().eval()
+    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not torch.allclose(model(images), own.classify(images), rtol=1e-3, atol=1e-4):
+            raise ValueError(f"the plain timm model gives other logits on images of {input_size}; not exported")
+    return model
+
+
+def _head(model: nn.Module, net: Net) -> str:
+    """The name of the layer of a plain model that holds the net's classifier."""
+    own: Any = net.classifier
+    weight = (own.as_linear() if hasattr(own, "as_linear") else own).weight.detach().cpu().float()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and torch.equal(module.weight.flatten(1), weight):
+            return name
+    raise ValueError("the plain timm model holds the classifier in no single layer; not exported")
+
+
+def _save_plain(
+    model: Any, net: Net, folder: Path, class_names: Sequence[str], size: tuple[int, int, int], eval_policy: str
+) -> None:
+    source = model.pretrained_cfg
+    model.pretrained_cfg = {name: source[name] for name in KEPT if name in source}
+    mean, std = (tuple(buffer.flatten().tolist()) for buffer in (net.mean, net.std))
+    save_for_hf(
+        model,
+        str(folder),
+        safe_serialization=True,
+        model_config={"label_names": list(class_names)},
+        data_config={"input_size": size, "mean": mean, "std": std, **_timm_view(eval_policy, size[-1])},
+    )
+    (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
+
+
+def _timm_view(policy: str, size: int) -> dict[str, Any]:
+    """The evaluation policy in timm's words, so that timm's own transform prepares images as ours."""
+    text = parse(policy).text
+    if match := re.fullmatch(rf"resize\((\d+),(\w+)\) \| center_crop\({size}\)", text):
+        resized, interpolation = int(match[1]), match[2]
+        crop = size / resized
+        while math.floor(size / crop) < resized:  # timm rounds size / crop_pct down
+            crop = math.nextafter(crop, 0)
+        return {"crop_pct": crop, "interpolation": interpolation, "crop_mode": "center"}
+    if match := re.fullmatch(rf"upscale\({size},(\w+)\)", text):
+        return {"crop_pct": 1.0, "interpolation": match[1], "crop_mode": "squash"}
+    return {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"}
+
+
+def _recreate(net: Net) -> dict[str, Any]:
+    """What create_model needs to make the net again."""
+    made: dict[str, Any] = {} if net.recreate is None else dict(net.recreate)
+    encoder: Any = net.encoder
+    name = getattr(encoder, "pretrained_cfg", {}).get("architecture") or made.get("model_name")
+    if name is None:
+        raise ValueError("the encoder is no timm model: only nets of rescom_timm.create_model can be exported")
+    options = {**made, **getattr(encoder, "_model_args", {})}  # timm's record includes those of hf-hub: and local-dir:
+    for key in ("model_name", "num_classes"):
+        options.pop(key, None)
+    hidden, dim = net.projector[0], net.projector[-1]
+    return {
+        "backbone": name,
+        "options": options,
+        "projector": {"hidden": hidden.out_features, "dim": dim.out_features},
+        "mean": net.mean.flatten().tolist(),
+        "std": net.std.flatten().tolist(),
+    }

@@ -1,0 +1,179 @@
+"""Reading an export back: a trained net with everything needed to use it or to train on."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rescom_timm.data.views import MAX_SIDE
+from rescom_timm.files import read_json, read_yaml
+from rescom_timm.methods import Method, create_method
+from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, export_run
+from rescom_timm.sharing.hub import as_repo, download, sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """What from_pretrained gives: K classes, images of (3, H, W)."""
+
+    net: Net
+    """In evaluation mode on the CPU."""
+    class_names: list[str]
+    """(K,), or empty where they are not known."""
+    counts: Tensor | None
+    """(K,) int64 training images of each class."""
+    input_size: tuple[int, int, int]
+    eval_policy: str
+    """How evaluation images were prepared, a line of data.views."""
+    recipe: Recipe | None
+    trained: Method | None
+    """The method over this net with the queue as it was; None where the classes are new or no recipe was kept."""
+
+    def method(self, counts: Tensor | None = None) -> Method:
+        """The method of the recipe over this net, to train on: with the queue as it was, or, for the `counts` (K,) of
+        new classes, with an empty one. Raises ValueError where there is no recipe or the counts do not fit."""
+        if self.recipe is None:
+            raise ValueError("this export holds no recipe: build a method with rescom_timm.methods.create_method")
+        if counts is None:
+            if self.trained is None:
+                raise ValueError("the classes are new: give counts, the training images of each, (K,)")
+            return self.trained
+        classes = self.net.classifier.out_features
+        if self.trained is not None:
+            raise ValueError("for other counts read the model with from_pretrained(..., num_classes=...)")
+        if len(counts) != classes:
+            raise ValueError(f"counts are of {len(counts)} classes and the net has {classes}: they must be as many")
+        return create_method(self.net, counts, self.recipe.method)
+
+
+def from_pretrained(source: str | Path, num_classes: int | None = None) -> Pretrained:
+    """A trained net with everything needed to use it or to train on.
+
+    source: an exported folder, a run's folder (its best checkpoint), or a Hub id such as "me/rescom-r50", which may
+    end in "@revision". num_classes: start on other classes, with a fresh classifier and an empty queue.
+    Raises FileNotFoundError where there is no such folder or repository or it cannot be reached, and ValueError where
+    it was not made by rescom_timm or its files are not what was written.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    local = Path(source).expanduser()
+    repo = as_repo(source)
+    if repo is not None and (not local.is_dir() or str(source) != str(local)):
+        try:
+            return _read(_download(repo), num_classes)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; and there is no folder {local} here") from error
+    if (local / DETAILS).is_file():
+        return _read(local, num_classes)
+    if (local / "model" / DETAILS).is_file():
+        return _read(local / "model", num_classes)
+    if (local / "checkpoints").is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            return _read(export_run(local, folder, plain=False), num_classes)
+    if local.is_dir():
+        raise ValueError(
+            f"{local} is neither a run's folder nor one exported by rescom_timm (it holds no {DETAILS}); a plain timm "
+            f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)'
+        )
+    raise FileNotFoundError(f"no folder {local}: give a folder or a Hub id such as me/rescom-r50")
+
+
+def _download(repo: str) -> Path:
+    """The files of a repository, downloaded a second time where they are not what was pushed."""
+    names = [DETAILS, HASHES, SIDE, "config.json", PLAIN, "recipe.yaml"]
+    folder = download(repo, names, needed=DETAILS)
+    if damaged(folder):
+        folder = download(repo, names, needed=DETAILS, force=True)
+    return folder
+
+
+def damaged(folder: Path) -> list[str]:
+    """The files that are not what hashes.json says. Raises ValueError where that file itself cannot be read."""
+    try:
+        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        return [
+            name for name, value in hashes.items() if not (folder / name).exists() or sha256(folder / name) != value
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / HASHES} cannot be read ({error}), so the files beside it cannot be trusted"
+        ) from None
+
+
+def _read(folder: Path, num_classes: int | None) -> Pretrained:
+    wrong = damaged(folder)
+    if hard := [name for name in wrong if name.endswith(".safetensors")]:
+        raise ValueError(
+            f"{', '.join(hard)} in {folder} is not what was written (another sha256): the copy or the download is "
+            "damaged, or somebody changed it; fetch it again"
+        )
+    if wrong:  # a repaired config must lock nobody out
+        warnings.warn(f"{', '.join(wrong)} in {folder} was changed since it was written; read as it is", stacklevel=4)
+    try:
+        details = read_json(folder / DETAILS)
+        size = tuple(int(side) for side in details["input_size"])
+        if len(size) != 3 or not all(1 <= side <= MAX_SIDE for side in size):
+            raise ValueError(f"input_size in {DETAILS} must be three numbers from 1 to {MAX_SIDE}, not {size}")
+        for name in ("mean", "std"):
+            if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
+                raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
+        tensors = load_file(folder / SIDE)
+        state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
+        net = create_model(
+            details["backbone"], len(details["class_names"]), projector=ProjectorConfig(**details["projector"]),
+            mean=tuple(details["mean"]), std=tuple(details["std"]), **details["options"],
+        )  # fmt: skip
+        if details["head"] is not None:
+            tensors = {**_from_plain(net, folder / PLAIN, details["head"]), **tensors}
+        names, counts = details["class_names"], details["counts"] and torch.tensor(details["counts"])
+        recipe = _recipe(folder / "recipe.yaml")
+        trained = None
+        if num_classes is not None:
+            net.classifier = nn.Linear(net.classifier.in_features, num_classes)
+            names, counts = [], None
+            tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
+            tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
+        elif recipe is not None and counts is not None:
+            trained = create_method(net, counts, recipe.method)
+            net = trained.net
+            own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
+            check_weights(state, own, "the method")
+            trained.load_state_dict(state, strict=False)
+        check_weights(tensors, net.state_dict(), "the model")
+        net.load_state_dict(tensors)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        fresh = " with a fresh classifier" if num_classes is not None else ""
+        what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
+    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained)
+
+
+def _from_plain(net: Net, path: Path, head: str) -> dict[str, Tensor]:
+    """Encoder and classifier of a plain timm file, under the names of a Net."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {f"encoder.{name}": file.get_tensor(name) for name in net.encoder.state_dict()}
+        for name, own in net.classifier.state_dict().items():
+            tensors[f"classifier.{name}"] = file.get_tensor(f"{head}.{name}").view_as(own)
+    return tensors
+
+
+def _recipe(path: Path) -> Recipe | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_dict(read_yaml(path), path.name)
+    except ValueError as error:  # a net is of use even where its recipe is of another version
+        warnings.warn(f"the recipe of this model cannot be read and is left out: {error}", stacklevel=4)
+        return None

@@ -1,0 +1,188 @@
+"""From a recipe to the objects of a run: method, optimizer, schedule."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import psutil
+import timm.optim
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from rescom_timm.data.sources import Data
+from rescom_timm.data.views import ViewsConfig
+from rescom_timm.methods import SECOND_STAGE, Method, create_method
+from rescom_timm.nets.net import Net, NetConfig, create_model
+from rescom_timm.nets.trainable import set_trainable
+from rescom_timm.recipe.config import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
+from rescom_timm.training import checkpoint
+
+
+def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
+    """The net of a recipe. Raises RecipeError where it cannot be made or its pretrained weights cannot be read."""
+    if config.weights_file is not None and not Path(config.weights_file).expanduser().is_file():
+        raise RecipeError(f"net.weights_file: no file {config.weights_file}")
+    try:
+        net = create_model(
+            config.backbone,
+            num_classes,
+            pretrained=config.pretrained,
+            weights_file=config.weights_file,
+            projector=config.projector,
+            mean=views.mean,
+            std=views.std,
+            **config.options,
+        )
+    except ValueError as error:
+        raise RecipeError(f"net: {error}") from error
+    except Exception as error:  # of timm, its downloads and its readers of weights, whatever they raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        if not config.pretrained:
+            raise RecipeError(f"net: timm cannot make {config.backbone}: {told[:300]}") from error
+        where = config.weights_file or "the Hub (or its cache here)"
+        raise RecipeError(
+            f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {told[:300]}. Name a file of "
+            "them in net.weights_file, or say net.pretrained=false"
+        ) from error
+    try:
+        set_trainable(net.encoder, config.trainable)
+    except ValueError as error:
+        raise RecipeError(f"net.trainable: {error}") from error
+    net.frozen_statistics = config.frozen_statistics
+    return net
+
+
+def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
+    """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from.
+
+    Raises RecipeError where the method's settings do not fit the data's classes, or that run's weights the net.
+    """
+    classes = len(data.counts)
+    if (queue := getattr(recipe.method, "queue", None)) is not None:
+        refuse_size("method.queue.per_class", classes * queue.per_class * recipe.net.projector.dim)
+    if (size := getattr(recipe.method, "queue_size", None)) is not None:
+        refuse_size("method.queue_size", size * recipe.net.projector.dim)
+    net = build_net(recipe.net, recipe.views, classes)
+    if start and recipe.init_from is not None:
+        load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
+    elif start and recipe.method.name in SECOND_STAGE:
+        raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
+    try:
+        return create_method(net, torch.as_tensor(data.counts), recipe.method)
+    except ValueError as error:
+        raise RecipeError(f"method: {error}") from error
+
+
+def refuse_size(key: str, numbers: int) -> None:
+    """Raises RecipeError where so many float32 numbers are more than half of the machine's memory."""
+    memory, needed = psutil.virtual_memory().total, 4 * numbers
+    if needed > memory / 2:
+        raise RecipeError(
+            f"{key}: the queue's keys would take {needed / 2**30:,.0f} GiB of this machine's {memory / 2**30:,.0f}: "
+            "lower it"
+        )
+
+
+def load_weights(net: Net, source: Path, heads: bool = True) -> None:
+    """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
+
+    heads: also the linear classifier and the projector, which then must be there, as they are in every run of a plain
+    net. Raises RecipeError where there are no weights or they are of another net.
+    """
+    run = source / "checkpoints"
+    if run.is_dir():
+        newest = checkpoint.newest(run)
+        if newest is None:
+            raise RecipeError(f"from: {source} holds no checkpoint; train it first")
+        source, weights = newest[0], newest[1]
+    elif (source / "rescom.json").is_file():
+        raise RecipeError(
+            f"from: {source} is an exported model: name the run's folder, or, for other classes too, start from its "
+            f"backbone: net.backbone=local-dir:{source} net.pretrained=true"
+        )
+    elif source.is_dir():
+        weights = checkpoint.load(source)[0]
+    elif source.is_file():
+        try:
+            weights = load_file(source)
+        except (SafetensorError, OSError) as error:
+            raise RecipeError(f"from: {source} is no file of weights in safetensors: {error}") from error
+    else:
+        raise RecipeError(f"from: no run, checkpoint or file of weights {source}")
+    own = {name: value for name, value in net.state_dict().items() if heads or name.startswith("encoder.")}
+    wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
+    wrong += [name for name in weights if name not in own and name.startswith("encoder." if not heads else HEADS)]
+    if wrong:
+        raise RecipeError(
+            f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net and "
+            "data.index, from a run whose classifier is one linear layer; for other classes start from its export: "
+            "net.backbone=local-dir:RUN/model net.pretrained=true"
+        )
+    net.load_state_dict({name: weights[name] for name in own}, strict=False)
+
+
+HEADS = ("encoder.", "classifier.")
+
+
+def speed_up(net: Net, config: SpeedConfig) -> None:
+    """Memory format and torch.compile, in place, so that the net's names stay plain.
+
+    A graph break inside the net is an error (fullgraph), found at the first step.
+    """
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        net.compile(fullgraph=True, mode=None if config.compile is True else config.compile)
+
+
+def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
+    """timm's optimizers; SGD is without Nesterov unless asked for (timm's own `sgd` is with it).
+
+    One group of all trained weights, unless the recipe spares norms and biases from decay or scales the learning rate
+    of the encoder or of its layers. Raises RecipeError for a name that timm does not know.
+    """
+    if config.name not in timm.optim.list_optimizers():
+        near = ", ".join(get_close_matches(config.name, timm.optim.list_optimizers(), n=3)) or "sgd, adamw, lamb"
+        raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others")
+    spared: set[str] = getattr(net.encoder, "no_weight_decay", set)() if not config.decay_norm_and_bias else set()
+    kept = {"weight_decay_exclude_1d": not config.decay_norm_and_bias, "no_weight_decay_list": spared}
+    heads = nn.ModuleList(module for name, module in net.named_children() if name not in ("encoder", "experts"))
+    backbone: list[nn.Module] = [net.encoder, *getattr(net, "experts", [])]
+    if config.layer_decay is None:
+        groups = [group for part in backbone for group in param_groups_weight_decay(part, config.weight_decay, **kept)]
+    elif len(backbone) > 1:
+        raise RecipeError("optimizer.layer_decay is not for experts, which cut the backbone and so its order of layers")
+    else:
+        groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
+    for group in groups:
+        group["lr_scale"] = group.get("lr_scale", 1.0) * config.encoder_lr_scale
+    groups += param_groups_weight_decay(heads, config.weight_decay, not config.decay_norm_and_bias)
+    if not config.decay_norm_and_bias or config.layer_decay is not None or config.encoder_lr_scale != 1:
+        parameters: list[Any] = groups
+    else:
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    extra = {"nesterov": config.nesterov} if config.name == "sgd" else {}
+    return create_optimizer_v2(parameters, config.name, config.lr, config.weight_decay, config.momentum, **extra)
+
+
+def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, lr: float, epochs: int) -> Scheduler:
+    """timm's schedule, a pure function of the epoch: `schedule.step(epoch)` at the start of each.
+
+    Warm-up gives lr * (t + 1) / W in epoch t < W; the cosine starts from its end, as in the authors' training.
+    """
+    ramp = max(config.warmup_epochs - 1, 0)
+    warmup = {"warmup_t": ramp, "warmup_lr_init": lr / max(config.warmup_epochs, 1)}
+    if config.name == "cosine":
+        return CosineLRScheduler(
+            optimizer, t_initial=max(epochs - ramp, 2), lr_min=config.final * lr, warmup_prefix=True, **warmup
+        )
+    # timm applies milestone m in epoch m - 1.
+    milestones = [milestone + 1 for milestone in config.milestones]
+    return MultiStepLRScheduler(optimizer, milestones, config.gamma, warmup_prefix=False, **warmup)

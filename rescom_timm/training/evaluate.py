@@ -1,0 +1,176 @@
+"""Evaluation of a net on a split, and how its figures are written and told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rescom_timm.contrast.queue import processes
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.splits import Split
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.files import write_json, write_tensors
+from rescom_timm.metrics import Meter
+from rescom_timm.nets.net import Net, check_weights
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.loading import differences, flat
+from rescom_timm.training import checkpoint
+from rescom_timm.training.build import build_method
+from rescom_timm.training.run_folder import run_recipe
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray) -> Meter:
+    """Every image of a prepared evaluation loader once, encoder and classifier only.
+
+    counts: (K,) training images of each class, which decide many, medium and few. Every process gets the whole Meter.
+    """
+    plain: Net = accelerator.unwrap_model(net)
+    meter = Meter(len(counts), torch.as_tensor(counts))
+    was_training = plain.training
+    plain.eval()
+    with agreed_statistics(plain):
+        for batch in loader:
+            with accelerator.autocast():
+                logits = plain.classify(batch["image"])
+            meter.update(*accelerator.gather_for_metrics((logits, batch["label"])))
+    plain.train(was_training)
+    return meter
+
+
+@contextmanager
+def agreed_statistics(net: nn.Module) -> Iterator[None]:
+    """BatchNorm statistics averaged over all processes, for evaluation and saving; each goes on with its own after."""
+    if processes()[1] == 1:
+        yield
+        return
+    saved = net.state_dict()
+    shared = [b for name, b in net.named_buffers() if name in saved and b.is_floating_point()]
+    own = [buffer.clone() for buffer in shared]
+    for buffer in shared:
+        dist.all_reduce(buffer)
+        buffer.div_(processes()[1])
+    try:
+        yield
+    finally:
+        for buffer, value in zip(shared, own, strict=True):
+            buffer.copy_(value)
+
+
+def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
+    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
+    folder = folder / "evaluation"
+    write_tensors(folder / f"{name}.safetensors", meter.predictions())
+    write_json(folder / f"{name}.json", {**about, **meter.record()})
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
+    of its own above its figures, so that all fits a terminal."""
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    widths = {name: max(9, len(name) + 2) for name in names}
+    longest = max(map(len, rows))
+    first, above = (longest + 2, "") if longest <= 24 else (2, "\n" + " " * 2)
+    lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
+    for row, figures in rows.items():
+        texts = {name: f"{figures[name]:.2f}" if name in figures else "-" for name in names}
+        lines.append(f"{row + above:<{first}}" + "".join(f"{text:>{widths[name]}}" for name, text in texts.items()))
+    return "\n".join(lines)
+
+
+def about(split: Split, which: str, chosen: str, class_names: list[str]) -> dict[str, Any]:
+    """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
+    return {
+        "split": split.name,
+        "images": len(split.labels),
+        "checkpoint": which,
+        "chosen": chosen,
+        "class_names": class_names,
+    }
+
+
+def title(about: dict[str, Any]) -> str:
+    return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
+
+
+def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+    """(path, net, state, how it was chosen) of a run's checkpoint: "last", "best" (by `select` on validation), its name
+    or its folder. Raises CheckpointError where it is damaged or not there, ValueError where none is the best."""
+    folder = run / "checkpoints"
+    named = folder / which if (folder / which).is_dir() else Path(which)
+    found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
+    if found is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
+    progress = found[2]["progress"]
+    if which != "best":
+        return *found, f"after epoch {progress['epoch']}, not selected"
+    if progress["best_checkpoint"] is None:
+        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation to choose it on")
+    best = folder / progress["best_checkpoint"]
+    return best, *checkpoint.load(best), f"epoch {progress['best_epoch']}, best {select} on validation"
+
+
+def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], str, str]:
+    """What a recipe changes of a run's own, but for what changes no figure: (keys and values, the same in words, what
+    to add to a file's name so that the run's own figures stay); empty where nothing is."""
+    now = flat(recipe.to_dict())
+    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict())}
+    if not changed:
+        return {}, "", ""
+    told = " ".join(f"{key}={value}" for key, value in changed.items())
+    return changed, f"evaluated with {told}", f"-changed-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def evaluate_run(
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
+) -> tuple[str, str, Meter]:
+    """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
+
+    which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
+    overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
+    whose name ends in -changed- and a digest of them, so that the run's own figures stay. Raises RecipeError,
+    CheckpointError or ValueError.
+    """
+    own = run_recipe(run)
+    recipe = run_recipe(run, overrides) if overrides else own
+    path, weights, _, chosen = open_checkpoint(run, which, recipe.evaluation.select)
+    data = load_data(recipe.data)
+    part = {"test": data.test, "validation": data.validation}[split]
+    if part is None:
+        raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
+    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    method = build_method(replace(recipe, net=recipe.net.untrained()), data).to(accelerator.device)
+    load_net(method.net, weights, path)
+    batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
+    loader = accelerator.prepare(batches)
+    meter = evaluate(accelerator, method.net, loader, data.counts)
+    label = which if which in ("last", "best") else path.name
+    record = about(part, label, chosen, data.class_names)
+    name = f"{split}-{label}"
+    changed, told, suffix = evaluated_otherwise(own, recipe)
+    if changed:
+        record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
+        name += suffix
+    write(run, name, meter, record)
+    return name, title(record), meter
+
+
+def load_net(net: Net, weights: Mapping[str, Tensor], path: Path) -> None:
+    """The weights of a checkpoint into a net. Raises CheckpointError, naming them, where they are another net's or not
+    numbers."""
+    try:
+        check_weights(weights, net.state_dict(), str(path))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{error}; is it the net that the recipe says?") from None
+    net.load_state_dict(dict(weights))

@@ -1,0 +1,98 @@
+"""What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl and TensorBoard's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from rescom_timm.files import naming, write_json, write_text
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.training.run_folder import lines
+
+PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line with epoch, step and named figures, and the same in TensorBoard."""
+
+    def __init__(self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0) -> None:
+        """Opens the log of a run that has done `step` steps; lines of later steps (of a run that was killed after
+        its last checkpoint) are dropped, for they will come again. about: what else environment.json should hold."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_json(folder / "environment.json", {**environment(), **about})
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in lines(self.path) if line.get("step", 0) <= step]
+        write_text(self.path, (json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
+        """epoch: epochs done. step: optimizer steps done."""
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        try:
+            self.board.close()
+        except OSError as error:
+            warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, command, machine and the state of the code, without anything private."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([*_launcher(), *sys.argv]),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "gpus": gpus,
+        "git": _git(),
+    }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as of a checkout that runs as it is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _launcher() -> list[str]:
+    """How this process was started, as the launchers' own variables tell."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1")]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+    return ["python"]
+
+
+def _git() -> dict[str, str] | None:
+    """Commit of the code and whether it was changed since; None where it is no git checkout."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD").strip(), "changed": ask("status", "--porcelain", "-uno").strip()}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,159 @@
+"""A run's folder: which one a training takes, that no other training writes into it, and the recipe in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from rescom_timm.files import read_json, write_json
+from rescom_timm.recipe.config import Recipe, RecipeError
+from rescom_timm.recipe.loading import load, load_dict
+from rescom_timm.training import checkpoint
+from rescom_timm.training.checkpoint import CheckpointError
+
+LOCK, OWNER = ".lock", ".lock.json"
+PATIENCE = 10.0
+"""Seconds to wait for a lock whose owner is gone: the workers of a killed run have it until they notice."""
+
+
+def existing(recipe: Recipe) -> list[Path]:
+    """The folders name, name-2, name-3 ... that are there, oldest first."""
+    first, found = recipe.folder, []
+    folder = first
+    while folder.exists():
+        found.append(folder)
+        folder = first.with_name(f"{first.name}-{len(found) + 1}")
+    return found
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raises RecipeError where the run's folder cannot be made."""
+    parent = Path(os.path.abspath(recipe.folder.parent))
+    there = next(folder for folder in (parent, *parent.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise RecipeError(f"output: {there} is no folder, so runs cannot be kept in {parent}: name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output: {there} may not be written to, so runs cannot be kept in {parent}: name another")
+
+
+def make(recipe: Recipe) -> Path:
+    """A new folder: the first of name, name-2, name-3 ... that is free. Raises RecipeError where none can be made."""
+    check_place(recipe)
+    try:
+        recipe.folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = len(existing(recipe)) + 1
+            folder = recipe.folder.with_name(f"{recipe.folder.name}-{number}") if number > 1 else recipe.folder
+            try:
+                folder.mkdir()  # one start alone succeeds in it
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise RecipeError(f"output: the run's folder cannot be made: {error}") from error
+
+
+def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
+    """Whether a folder holds the run of which `theirs` are lines of metrics.jsonl: one log begins with the other, to
+    the seconds, which no two runs share."""
+    ours = lines(run / "metrics.jsonl")
+    both = min(len(ours), len(theirs))
+    return both > 0 and ours[:both] == list(theirs[:both])
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it."""
+    lock = FileLock(run / LOCK)
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            owner = _owner(run)
+            if _lives(owner) or time.monotonic() > end:
+                raise CheckpointError(
+                    f"{run} is being trained by {_told(owner)}: let it end or stop it first, or start another run "
+                    "without --resume"
+                ) from None
+            time.sleep(0.2)
+        except NotImplementedError:
+            warnings.warn(f"the disk of {run} knows no locks: see that no second run writes there", stacklevel=3)
+            yield
+            return
+    try:
+        own = {"host": socket.gethostname(), "process": os.getpid(), "created": psutil.Process().create_time()}
+        write_json(run / OWNER, own | {"since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        yield
+    finally:
+        (run / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(run: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(run / OWNER))
+    except (OSError, ValueError):
+        return {}
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    try:
+        return owner["host"] == socket.gethostname() and (
+            psutil.Process(owner["process"]).create_time() == owner["created"]
+        )
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return False
+
+
+def _told(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner.get('process')} on {owner.get('host')} since {owner.get('since')}"
+
+
+def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run's folder, changed by key=value words; of its newest checkpoint where recipe.yaml is damaged.
+
+    Raises RecipeError where neither can be read, or for the words, and CheckpointError where every checkpoint is
+    damaged.
+    """
+    path = run / "recipe.yaml"
+    try:
+        load(path)
+    except RecipeError as error:
+        found = checkpoint.newest(run / "checkpoints")
+        if found is None:
+            raise
+        warnings.warn(f"{error}; the recipe in {found[0]} is taken", stacklevel=2)
+        return load_dict(found[2]["recipe"], f"the recipe in {found[0]}", overrides)
+    return load(path, overrides)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The figures of a metrics.jsonl, each line with its epoch and step. Torn lines are left out: the last one, as a
+    crash leaves it, without a word, others with a warning. Empty where there is no file."""
+    found: list[dict[str, Any]] = []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            whole = isinstance(line, dict) and all(type(line.get(key, 0)) is int for key in ("epoch", "step"))
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            found.append(line)
+        elif number < len(texts):
+            warnings.warn(f"{path}: line {number} is damaged and left out: {text[:60]!r}", stacklevel=2)
+    return found

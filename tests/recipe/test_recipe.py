@@ -1,0 +1,249 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import differences, keys, load, load_dict, load_fetched
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DIGITS = RECIPES / "digits_lt.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_named_by_its_file_and_a_document(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert load_dict(recipe.to_dict()) == recipe
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Source", "Command", "Hardware", "Expected"):
+        assert any(line.startswith(f"# {word} ") for line in header), f"{path.name} lacks {word} in its header"
+    assert any(f"recipes/{path.name}" in line for line in header), "the command names another recipe"
+
+
+@pytest.mark.parametrize(
+    "word, expected",
+    [
+        ("lr=0.1", "unknown key lr; did you mean optimizer.lr"),
+        ("method.temprature=0.3", "unknown key method.temprature; did you mean method.temperature"),
+        ("method.queue.perclass=3", "did you mean method.queue.per_class"),
+        ("trian.epochs=3", "unknown key trian; did you mean train"),
+        ("zzz.qqq=3", "unknown key zzz; there are: checkpoint"),
+        ("train.epochs=ten", "train.epochs: .*integer, not 'ten'"),
+        ("train.epochs=true", "train.epochs: .*integer, not True"),
+        ("train.epochs=1.5", "train.epochs: .*integer, not 1.5"),
+        ("optimizer.lr='0.1'", "optimizer.lr: .*number, not '0.1'"),
+        ("optimizer.lr=-1", "optimizer: lr must be above 0"),
+        ("method.name=balancedsoftmax", "unknown method 'balancedsoftmax'; did you mean balanced_softmax"),
+        ("method.positives=17", "Qp = 17.*Q = 16"),
+        ("net.backbone=resnet33_cifar", "net: timm has no model 'resnet33_cifar'; did you mean resnet32_cifar"),
+        ("schedule.warmup_epochs=30", "warmup_epochs is 30, which train.epochs = 30 never reaches"),
+        ("schedule.name=steps", "milestones belong to schedule.name: steps"),
+        ("train.accumulate=3", "batch_size 64 is not divisible by accumulate 3"),
+        ("train.precision=fp8", "train.precision"),
+        ("views.train=crp(32,4)", "did you mean 'crop'"),
+        ("data.index=exponental(50)", "exponental"),
+        ("train", "is not key=value"),
+        ("train.epochs=[1", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_what_to_do(word, expected):
+    with pytest.raises(RecipeError, match=expected):
+        load(DIGITS, [word])
+
+
+def test_numbers_in_yaml_are_what_people_mean(tmp_path):
+    assert load(DIGITS, ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
+    assert load(DIGITS, ["optimizer.lr=1"]).optimizer.lr == 1.0
+    assert load(DIGITS, ["method.negatives=null"]).method.negatives is None
+    assert load(DIGITS, ["schedule={name: steps, milestones: [3, 5]}"]).schedule.milestones == (3, 5)
+
+
+def test_only_true_and_false_are_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {source: digits}\ntrain: {precision: no}\nspeed: {compile: false}\n")
+    recipe = load(tmp_path / "a.yaml", ["speed.channels_last=True"])
+    assert (recipe.train.precision, recipe.speed.compile, recipe.speed.channels_last) == ("no", False, True)
+    assert load(DIGITS, ["train.precision=bf16", "train.precision=no"]).train.precision == "no"
+    with pytest.raises(RecipeError, match="speed.channels_last: .*boolean, not 'yes'"):
+        load(DIGITS, ["speed.channels_last=yes"])
+
+
+def test_captured_graphs_and_accumulated_gradients_are_refused_together():
+    words = ["train.accumulate=2", "speed.compile=reduce-overhead"]
+    with pytest.raises(RecipeError, match=r"reduce-overhead captures CUDA graphs.*max-autotune-no-cudagraphs"):
+        load(DIGITS, words)
+    assert load(DIGITS, [words[0], "speed.compile=max-autotune-no-cudagraphs"]).train.accumulate == 2
+
+
+def test_home_is_told_as_a_tilde_that_can_be_read_back(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/al")
+    told = load(DIGITS, ["output=/home/al/x", "from=/mnt/home/al/x", "data.index=/home/alice/x"]).to_dict()
+    assert (told["output"], told["init_from"], told["data"]["index"]) == ("~/x", "/mnt/home/al/x", "/home/alice/x")
+    assert load_dict(told).folder == Path("/home/al/x/digits_lt")
+
+
+def test_precedence_is_default_base_file_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {source: digits}\nseed: 1\ntrain: {epochs: 7, batch_size: 8}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
+    recipe = load(tmp_path / "b.yaml", ["train.batch_size=4"])
+    assert (recipe.name, recipe.seed, recipe.train.epochs, recipe.train.batch_size) == ("b", 1, 9, 4)
+    assert recipe.optimizer.momentum == 0.9
+
+
+def test_another_method_drops_the_keys_of_the_old_one_and_the_same_keeps_them():
+    assert load(DIGITS, ["method.name=balanced_softmax"]).method.name == "balanced_softmax"
+    assert load(DIGITS, ["method.name=rescom", "method.beta=0.5"]).method.queue.per_class == 16
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("seed: 1\nseed: 2\n", "line 1: given twice: seed"),
+        ("- 1\n", "a mapping of keys, not list"),
+        ("train: [\n", "not a YAML file"),
+        ("seed: 1\n", "data is missing"),
+        ("data: {index: all}\n", "data.source is missing"),
+        ("base: x.yaml\n", "is its own base"),
+        ("base: nothing.yaml\n", "no recipe"),
+        ("data: {source: digits}\nseed: 2020-01-01\n", "a recipe holds text, numbers"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, expected):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=expected):
+        load(tmp_path / "x.yaml")
+
+
+def test_a_missing_file_names_its_neighbour():
+    with pytest.raises(RecipeError, match="did you mean .*digits_lt.yaml"):
+        load(RECIPES / "digit_lt.yaml")
+
+
+def test_keys_are_dotted_and_cover_nested_sections():
+    assert {"train.epochs", "method.queue.per_class", "net.projector.dim", "seed", "method.views"} <= set(keys())
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("optimizer.lr=.nan", "optimizer.lr: must be a finite number, not nan"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, not inf"),
+        ("optimizer.lr=1e300", r"optimizer.lr: must be at most 1,000,000 in size, not 1e\+300"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay: must be a finite number"),
+        ("optimizer.momentum=.nan", "optimizer.momentum: must be a finite number"),
+        ("optimizer.momentum=5", r"momentum must be in \[0, 1\), not 5"),
+        ("optimizer={nesterov: true, momentum: 0}", "nesterov needs a momentum above 0"),
+        ("optimizer.clip_norm=.nan", "optimizer.clip_norm: must be a finite number"),
+        ("schedule.gamma=.nan", "schedule.gamma: must be a finite number"),
+        ("schedule.gamma=-1", r"gamma must be in \(0, 1\], not -1"),
+        ("schedule.final=.nan", "schedule.final: must be a finite number"),
+        ("schedule.final=5", r"final must be in \[0, 1\].*not 5"),
+        ("schedule={name: steps, milestones: [0, 3]}", "milestones must rise, from epoch 1 on"),
+        ("method.temperature=1e-30", r"temperature must be in \[0.001, 1000\], not 1e-30"),
+        ("method.beta=.nan", "method.beta: must be a finite number"),
+        ("views.mean=[0.5]", r"views.mean: has too few values: \[0.5\]"),
+        ("views.mean=[0.5, .nan, 1]", "views.mean.1: must be a finite number"),
+        ("net.options={drop_rate: .inf}", "net.options.drop_rate: must be a finite number"),
+        ("net.projector.dim=1000000000000", "net.projector"),
+        ("net.projector.dim=70000", "projector widths must be at least 1 and at most 65,536"),
+        ("evaluation.batch_size=100000000000000000000", "evaluation.batch_size: must be at most"),
+        (f"train.epochs={'9' * 400}", "train.epochs: must be at most"),
+        ("seed=-1", "seed must be from 0 to"),
+        ("seed=4294967290", "seed: must be at most 4,293,918,720 in size"),
+        ("name=.ssh", "name names one folder, without / and no hidden one, not '.ssh'"),
+        ("name=../../x", "name names one folder"),
+        ("name=a/b", "name names one folder"),
+        (f"name={'x' * 300}", "name is longer than the 200 bytes"),
+        (f"name={'ü' * 101}", "name is longer than the 200 bytes"),
+        ('name="a\\0b"', "name names one folder"),
+        ('output="a\\0b"', "output must be a folder"),
+        ("output=''", "output must be a folder"),
+    ],
+)
+def test_values_beyond_all_reason_are_refused_before_anything_is_loaded(word, expected):
+    with pytest.raises(RecipeError, match=expected):
+        load(DIGITS, [word])
+
+
+def test_a_base_that_is_no_name_is_told(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: [b]\n")
+    with pytest.raises(RecipeError, match=r"a.yaml: base: the name of one other recipe, not \['b'\]"):
+        load(tmp_path / "a.yaml")
+
+
+def test_a_name_without_its_folder_is_pointed_to_the_recipe():
+    with pytest.raises(RecipeError, match="no recipe digits_lt; did you mean recipes/digits_lt.yaml?"):
+        load("digits_lt")
+
+
+def test_fewer_epochs_alone_shorten_the_schedule_as_much():
+    cifar = DIGITS.with_name("cifar10_lt_if100_r32.yaml")
+    with pytest.warns(UserWarning, match=r"train.epochs=1 instead of 30 .*schedule.warmup_epochs=0"):
+        assert load(DIGITS, ["train.epochs=1"]).schedule.warmup_epochs == 0
+    with pytest.warns(UserWarning, match=r"milestones=\[160, 180\]"):
+        half = load(cifar, ["train.epochs=200"]).schedule
+    assert (half.warmup_epochs, half.milestones) == (5, (160, 180))
+    with pytest.warns(UserWarning, match="name=constant"):
+        assert load(cifar, ["train.epochs=2"]).schedule.name == "constant"
+    whole = load(cifar)
+    assert load(cifar, ["train.epochs=361"]).schedule == whole.schedule  # they reach all of it: nothing is changed
+    for said in ("schedule.warmup_epochs=10", "schedule.name=steps"):
+        with pytest.raises(RecipeError, match="which train.epochs = 20 never reaches: lower both"):
+            load(cifar, ["train.epochs=20", said])
+
+
+def test_of_a_fetched_recipe_folder_and_push_are_not_followed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    tree = {"name": "kept", "output": "/anywhere", "data": {"source": "digits"}, "train": {"epochs": 7}}
+    tree["hub"] = {"repo": "me/public", "private": False, "strategy": "end"}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.warns(UserWarning, match="not followed: output=/anywhere hub.private=False hub.repo=me/public"):
+        made = load_fetched(path)
+    assert (made.output, made.hub.repo, made.hub.private) == ("runs", None, True)
+    assert (made.name, made.train.epochs) == ("kept", 7)
+    with pytest.warns(UserWarning, match="not followed"):
+        made = load_fetched(path, ["output=mine", "hub.repo=me/mine"])
+    assert (made.output, made.hub.repo, made.hub.private) == ("mine", "me/mine", True)
+    path.write_text(yaml.safe_dump({**tree, "base": "../../secret.yaml"}))
+    with pytest.raises(RecipeError, match="must be whole: base: '../../secret.yaml' is not followed"):
+        load_fetched(path)
+    path.write_text(yaml.safe_dump({**tree, "name": "../.ssh"}))
+    with pytest.raises(RecipeError, match="name names one folder"), pytest.warns(UserWarning):
+        load_fetched(path)
+
+
+def test_recipes_differ_by_what_trains_something_else():
+    one = load(DIGITS).to_dict()
+    other = load(DIGITS, ["speed.workers=1", "output=x", "data.source=y", "hub.repo=a/b", "data.index=all"]).to_dict()
+    assert differences(one, other) == ["data.index"]
+    assert differences({"evaluation": {"every": 1}}, {"evaluation": {"everything": 1}}) == ["evaluation.everything"]
+
+
+KEYS = st.sampled_from(sorted(keys()))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@settings(max_examples=500, deadline=None)
+def test_whatever_stands_at_a_key_is_a_recipe_or_an_error_of_one(values):
+    tree = {"data": {"source": "digits"}}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    try:
+        made = load_dict(tree)
+    except RecipeError as error:
+        assert str(error)
+    else:
+        assert load_dict(made.to_dict()) == made

@@ -1,0 +1,341 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import rescom_timm
+from rescom_timm.data.views import parse
+from rescom_timm.nets.net import ProjectorConfig
+from rescom_timm.sharing.export import export, export_run, save_model
+from rescom_timm.sharing.hub import sha256
+from rescom_timm.sharing.onnx import export_onnx
+from rescom_timm.sharing.pretrained import from_pretrained
+from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
+
+SOURCE = ("tag", "license", "paper_ids", "paper_name", "origin_url", "notes", "description", "url", "hf_hub_id", "file")
+"""What a description of other weights would tell."""
+
+
+def tiny(backbone, seed=1, **options):
+    net = rescom_timm.create_model(
+        backbone, 4, projector=ProjectorConfig(8, 4), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **options
+    )
+    randomize(net, seed)
+    return net.eval()
+
+
+def images(size, number=3):
+    return torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+CASES = [
+    ("test_resnet", 40, {}),
+    ("test_vit.r160_in1k", 32, {"img_size": 32, "drop_path_rate": 0.1}),
+    ("test_efficientnet", 48, {"global_pool": "max"}),
+    ("test_convnext", 64, {}),
+    ("vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 2}),  # strict about its size
+    ("resnet20_cifar", 8, {}),
+]
+
+
+@pytest.mark.parametrize(("backbone", "size", "options"), CASES, ids=[case[0] for case in CASES])
+def test_both_readers_get_the_same_logits(tmp_path, backbone, size, options):
+    net = tiny(backbone, **options)
+    export(net, tmp_path, NAMES, (3, size, size), counts=COUNTS, eval_policy=f"upscale({size})")
+    x = images(size)
+    model = from_pretrained(tmp_path)
+    for own, read in zip(net(x), model.net(x), strict=True):
+        assert torch.equal(own, read)
+    assert (model.class_names, model.counts.tolist(), model.input_size) == (NAMES, COUNTS, (3, size, size))
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert_close(plain(net.normalize(x)), net.classify(x))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["label_names"] == NAMES and config["pretrained_cfg"]["input_size"] == [3, size, size]
+    assert_close(config["pretrained_cfg"]["mean"], [0.4, 0.5, 0.6])
+    assert_close(config["pretrained_cfg"]["std"], [0.2, 0.3, 0.25])
+    assert not set(SOURCE) & set(config["pretrained_cfg"])
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.glob("*.p*t*"))
+
+
+def test_plain_timm_needs_nothing_of_ours(tmp_path):
+    net = tiny("test_vit", img_size=32)
+    export(net, tmp_path, NAMES, (3, 32, 32), eval_policy="resize(36) | center_crop(32)")
+    x = images(32)
+    np.save(tmp_path / "x.npy", net.normalize(x).numpy())
+    np.save(tmp_path / "y.npy", net.classify(x).detach().numpy())
+    code = """
+import sys, numpy, timm, torch
+folder = sys.argv[1]
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+logits = model(torch.from_numpy(numpy.load(folder + "/x.npy"))).detach().numpy()
+assert numpy.allclose(logits, numpy.load(folder + "/y.npy"), atol=1e-5)
+assert "rescom_timm" not in sys.modules
+print(model.pretrained_cfg["label_names"])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "shape"),
+    [
+        ("resize(20) | center_crop(16)", 16, (33, 57)),
+        ("resize(36,bicubic) | center_crop(32)", 32, (50, 41)),
+        ("resize(53) | center_crop(40)", 40, (60, 70)),  # 40 / (40 / 53) is a little less than 53
+        ("upscale(24)", 24, (30, 50)),
+        ("none", 32, (32, 32)),
+    ],
+)
+def test_timm_prepares_images_as_we_do(tmp_path, policy, size, shape):
+    net = tiny("test_resnet")
+    export(net, tmp_path, NAMES, (3, size, size), eval_policy=policy)
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    ours = net.normalize(parse("" if policy == "none" else policy)(Image.fromarray(pixels))[None])
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    assert_close(transform(Image.fromarray(pixels))[None], ours, atol=1e-5, rtol=0)
+
+
+def test_a_run_is_exported_with_its_best_checkpoint_and_its_queue(tmp_path):
+    run = make_run(tmp_path / "run")
+    told = save_model(run)
+    assert "local-dir:" in told
+    for source in (run, run / "model", str(run / "model")):
+        model = from_pretrained(source)
+        method = model.method()
+        assert method.net is model.net and model.recipe.name == "tiny"
+        assert method.queue.valid.all()
+    details = json.loads((run / "model" / "rescom.json").read_text())
+    assert details["checkpoint"] == "step-00000002" and details["progress"]["best_epoch"] == 2
+    first = from_pretrained(run).net.classifier.weight
+    export_run(run, tmp_path / "last", "last")
+    assert not torch.equal(from_pretrained(tmp_path / "last").net.classifier.weight, first)
+    assert torch.equal(
+        from_pretrained(export_run(run, tmp_path / "named", "step-00000002")).net.classifier.weight, first
+    )
+    with pytest.raises(FileNotFoundError, match="there: step-00000002, step-00000004"):
+        export_run(run, tmp_path / "none", "step-00000007")
+
+
+def test_a_run_is_exported_with_the_views_of_its_recipe(tmp_path):
+    views = {"train": "digits", "eval": "resize(9) | center_crop(8)", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    model = from_pretrained(export_run(make_run(tmp_path / "run", steps=(2,), views=views), tmp_path / "out"))
+    assert model.eval_policy == "resize(9,bilinear) | center_crop(8)"
+    assert_close(model.net.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+    assert_close(model.net.std.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+
+
+def test_a_run_that_is_not_finished_is_read_from_its_checkpoint(tmp_path):
+    run = make_run(tmp_path / "run", best=None)
+    model = from_pretrained(run)
+    export_run(run, tmp_path / "last", "last")
+    assert torch.equal(model.net.classifier.weight, from_pretrained(tmp_path / "last").net.classifier.weight)
+
+
+@pytest.mark.parametrize("method", [{"name": "lws"}, {"name": "logit_adjustment", "form": "post_hoc"}], ids=str)
+def test_classifiers_of_other_methods(tmp_path, method):
+    run = make_run(tmp_path / "run", steps=(3,), best=None, method=method)
+    export_run(run, tmp_path / "out")
+    model = from_pretrained(tmp_path / "out")
+    x = images(8)
+    whole = from_pretrained(export_run(run, tmp_path / "whole", plain=False))
+    assert type(model.net.classifier) is type(model.method().net.classifier)
+    assert torch.equal(model.net.classify(x), whole.net.classify(x))
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_close(plain(model.net.normalize(x)), model.net.classify(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [{"name": "experts", "experts": 2}, {"name": "ldam"}], ids=str)
+def test_a_net_that_timm_has_no_place_for(tmp_path, method):
+    run = make_run(tmp_path / "run", steps=(3,), best=None, method=method)
+    with pytest.raises(ValueError, match="no plain timm model|is not linear"):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "only rescom_timm.from_pretrained" in save_model(run)
+    assert not (run / "model" / "config.json").exists()
+    model = from_pretrained(run)
+    assert model.net.classify(images(8)).shape == (3, 4) and model.method().net is model.net
+    if method["name"] == "experts":
+        with pytest.raises(ValueError, match="with a fresh classifier"):
+            from_pretrained(run, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda w: w.fill_(float("nan")), "is not finite"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), float("inf")), "is not finite"),
+        (lambda w: w.to(torch.int64), "holds int64"),
+    ],
+    ids=["nan", "inf", "int64"],
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, change, expected):
+    folder = export_run(make_run(tmp_path / "run"), tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(tensors["conv1.weight"])
+    save_file({**tensors, "conv1.weight": changed}, folder / "model.safetensors")
+    hashes = json.loads((folder / "hashes.json").read_text())
+    (folder / "hashes.json").write_text(
+        json.dumps({**hashes, "model.safetensors": sha256(folder / "model.safetensors")})
+    )
+    with pytest.raises(ValueError, match=f"the model does not fit: encoder.conv1.weight {expected}"):
+        from_pretrained(folder)
+
+
+def test_a_model_that_cannot_be_written_is_an_error(tmp_path):
+    run = make_run(tmp_path / "run", steps=(2,), best=None)
+    (run / "model").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        save_model(run)
+
+
+def test_fine_tuning_on_other_classes(tmp_path):
+    export_run(make_run(tmp_path / "run"), tmp_path / "out")
+    known, fresh = from_pretrained(tmp_path / "out"), from_pretrained(tmp_path / "out", num_classes=7)
+    assert fresh.net.classifier.out_features == 7 and not fresh.class_names and fresh.counts is None
+    assert torch.equal(fresh.net(images(8)).embeddings, known.net(images(8)).embeddings)
+    with pytest.raises(ValueError, match="give counts"):
+        fresh.method()
+    with pytest.raises(ValueError, match="3 classes and the net has 7"):
+        fresh.method(torch.tensor([3, 2, 1]))
+    method = fresh.method(torch.tensor([9, 8, 7, 6, 5, 4, 3]))
+    batch = {"image": torch.stack([images(8, 6), images(8, 6)], dim=1), "label": torch.arange(6)}
+    method.train()(batch)["loss"].backward()
+    assert method.net.classifier.weight.grad.abs().sum() > 0 and method.queue.valid.sum() == 6
+    assert fresh.net.to_timm().num_classes == 7
+    with pytest.raises(ValueError, match="at least 1"):
+        from_pretrained(tmp_path / "out", num_classes=0)
+
+
+def test_plain_timm_starts_from_an_export_by_recipe(tmp_path):
+    folder = export_run(make_run(tmp_path / "run"), tmp_path / "out")
+    net = rescom_timm.create_model(f"local-dir:{folder}", 9, pretrained=True)
+    assert torch.equal(net.encoder.conv1.weight, from_pretrained(folder).net.encoder.conv1.weight)
+
+
+@pytest.mark.parametrize("name", ["config.json", "rescom.json", "recipe.yaml"])
+def test_a_text_that_was_changed_is_told_and_read(tmp_path, name):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    with pytest.warns(UserWarning, match=f"{name} in .* was changed since it was written"):
+        assert from_pretrained(folder).class_names == NAMES
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"input_size": None}, "cannot be read: 'NoneType' object is not iterable"),
+        ({"input_size": [3, 8, 10**9]}, "input_size in rescom.json must be three numbers from 1 to 8192"),
+        ({"options": {"checkpoint_path": "/tmp/x"}}, "resnet20_cifar has no option 'checkpoint_path'"),
+        ({"options": {"pretrained_cfg_overlay": {"file": "/tmp/x"}}}, "has no option 'pretrained_cfg_overlay'"),
+        ({"options": [1]}, "cannot be read"),
+        ({"class_names": None}, "cannot be read"),
+        ({"mean": [0.5]}, "mean in rescom.json must be three finite numbers, not"),
+        ({"backbone": "nothing"}, "timm has no model 'nothing'"),
+        (None, "rescom.json holds list, not dict"),
+    ],
+)
+def test_details_that_cannot_be_are_told_in_a_line(tmp_path, change, expected):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    details = json.loads((folder / "rescom.json").read_text())
+    (folder / "rescom.json").write_text(json.dumps([details] if change is None else {**details, **change}))
+    with pytest.raises(ValueError, match=expected), pytest.warns(UserWarning, match="rescom.json in"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "a: [\n", "a: &x 1\nb: *x\n", "data: {source: 1}\n"])
+def test_a_recipe_that_cannot_be_read_is_left_out(tmp_path, text):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.warns(UserWarning) as told:
+        assert from_pretrained(folder).recipe is None
+    assert any("cannot be read and is left out" in str(one.message) for one in told)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "rescom.safetensors"])
+def test_damage_is_seen(tmp_path, name):
+    folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
+    content = bytearray((folder / name).read_bytes())
+    content[-3] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*another sha256"):
+        from_pretrained(folder)
+    (folder / "hashes.json").unlink()
+    with pytest.raises(ValueError, match=r"hashes\.json cannot be read"):
+        from_pretrained(folder)
+
+
+def test_what_is_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="neither a run's folder nor one exported"):
+        from_pretrained(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        from_pretrained(tmp_path / "run")
+    run = make_run(tmp_path / "other")
+    (run / "classes.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no classes\.json"):
+        from_pretrained(run)
+    with pytest.raises(ValueError, match="3 class names .* 4 classes"):
+        export(tiny("resnet20_cifar"), tmp_path / "x", NAMES[:3], (3, 8, 8))
+
+
+def test_a_recipe_of_another_version_is_left_out(tmp_path):
+    net = tiny("resnet20_cifar")
+    export(net, tmp_path, NAMES, (3, 8, 8), counts=COUNTS)
+    (tmp_path / "recipe.yaml").write_text("data: {source: digits}\nfuture: 1\n")
+    with pytest.warns(UserWarning, match="unknown key future"):
+        model = from_pretrained(tmp_path)
+    assert model.recipe is None and torch.equal(model.net.classify(images(8)), net.classify(images(8)))
+    with pytest.raises(ValueError, match="holds no recipe"):
+        model.method()
+
+
+def check_onnx(net, folder, size):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    export(net, folder, NAMES, (3, size, size))
+    path = export_onnx(folder, folder / "net.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+    for number in (1, 2, 5):
+        x = net.normalize(images(size, number))
+        (logits,) = session.run(["logits"], {"images": x.numpy()})
+        assert_close(torch.from_numpy(logits), net.classify(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_onnx(tmp_path):
+    check_onnx(tiny("resnet20_cifar"), tmp_path, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size", "options"), CASES[:-1], ids=[case[0] for case in CASES[:-1]])
+def test_onnx_of_more_families(tmp_path, backbone, size, options):
+    check_onnx(tiny(backbone, **options), tmp_path, size)
+
+
+def test_the_front_door_opens():
+    assert callable(rescom_timm.predict) and rescom_timm.from_pretrained is from_pretrained
+
+
+def test_the_package_is_quick_to_import():
+    code = (
+        "import sys, rescom_timm, timm\n"
+        "assert timm.is_model('resnet32_cifar')\n"
+        "heavy = {'datasets', 'accelerate', 'sklearn', 'matplotlib', 'rescom_timm.training', 'rescom_timm.sharing'}\n"
+        "assert not heavy & set(sys.modules)\n"
+        "assert {'predict', 'from_pretrained', 'create_model'} <= set(rescom_timm.__all__)\n"
+        "try: rescom_timm.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing" in done.stdout, done.stderr

@@ -1,0 +1,206 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from datasets import DatasetDict
+from PIL import Image
+from torch.testing import assert_close
+
+import rescom_timm
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.sources import load
+from rescom_timm.sharing.export import export, export_run
+from rescom_timm.sharing.predict import adjustment, predictions, write_csv
+from rescom_timm.sharing.pretrained import from_pretrained
+from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
+from tools import predict as tool
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("model") / "run", steps=(2,))
+    return export_run(run, run / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return from_pretrained(folder)
+
+
+def pixels(seed=0, height=8, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def table(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    (root / "more").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.PNG", "more/c.png"]):
+        Image.fromarray(pixels(number)).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    (root / "more" / "broken.jpg").write_bytes(b"\xff\xd8 cut off")
+    return root
+
+
+def test_probabilities_are_the_nets(model):
+    images = [pixels(seed) for seed in range(5)]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    expected = model.net.classify(x).softmax(dim=1).topk(3)
+    model.net.train()
+    for batch_size in (1, 2, 64):
+        found = rescom_timm.predict(model, images, top_k=3, batch_size=batch_size)
+        assert_close(torch.tensor([one.probabilities for one in found]), expected.values)
+        assert [one.labels for one in found] == [[NAMES[k] for k in row] for row in expected.indices.tolist()]
+        assert [one.image for one in found] == list("01234")
+    assert model.net.training, "the caller's net stays as it is"
+    model.net.eval()
+
+
+def test_files_and_folders(folder, model, photos):
+    found = rescom_timm.predict(folder, photos, top_k=9)
+    assert [one.image for one in found] == [
+        str(photos / name) for name in ("a.PNG", "b.png", "more/broken.jpg", "more/c.png")
+    ]
+    assert all(len(one.labels) == 4 and abs(sum(one.probabilities) - 1) < 1e-5 for one in found if not one.error)
+    broken = found[2]
+    assert not broken.labels and not broken.probabilities and "cannot read the image" in broken.error
+    (one,) = rescom_timm.predict(model, str(photos / "b.png"), top_k=9)
+    assert one == found[1]
+    mixed = rescom_timm.predict(model, [photos / "more", Image.fromarray(pixels(0)), str(photos / "b.png")], top_k=9)
+    assert [bool(one.error) for one in mixed] == [True, False, False, False]
+    assert mixed[2].probabilities == mixed[3].probabilities == one.probabilities
+
+
+def test_workers_change_nothing(model, photos):
+    assert rescom_timm.predict(model, photos, workers=2, batch_size=2) == rescom_timm.predict(model, photos)
+
+
+def test_images_of_another_size_are_brought_to_the_nets(model):
+    found = rescom_timm.predict(model, [pixels(1, 40, 25), pixels(2, 5, 5), pixels(3)])
+    assert not any(one.error for one in found)
+    wide = Image.fromarray(pixels(1, 40, 25)).resize((8, 12), Image.Resampling.BILINEAR).crop((0, 2, 8, 10))
+    assert found[0].probabilities == rescom_timm.predict(model, [wide])[0].probabilities
+
+
+def test_the_split_of_a_data_set(tmp_path):
+    data = load(DataConfig("digits"))
+    net = rescom_timm.create_model("resnet20_cifar", 10)
+    export(net, tmp_path, data.class_names, (3, 8, 8))
+    found = rescom_timm.predict(tmp_path, data.test, batch_size=256, top_k=1)
+    assert len(found) == 500 and [one.label for one in found[:20]] == [str(k) for k in data.test.labels[:20]]
+    assert found[0].image.startswith("digit_")
+
+
+def test_a_prior_is_bayes_rule(model):
+    """Against the posterior worked out from the uniform one: p(y|x) p'(y) / p(y), normalised."""
+    images = [pixels(seed) for seed in range(4)]
+    share = dict(zip(NAMES, [0.5, 0.25, 0.2, 0.05], strict=True))
+    found = rescom_timm.predict(model, images, prior=[50, 25, 20, 5])
+    for one, before in zip(found, rescom_timm.predict(model, images), strict=True):
+        weighted = {name: p * share[name] for name, p in zip(before.labels, before.probabilities, strict=True)}
+        total = sum(weighted.values())
+        for name, probability in zip(one.labels, one.probabilities, strict=True):
+            assert probability == pytest.approx(weighted[name] / total, rel=1e-4)
+    assert_close(adjustment(model, None), torch.zeros(4))
+    assert_close(adjustment(model, "uniform").softmax(0), torch.full((4,), 0.25))
+    assert_close(adjustment(model, "train").softmax(0), torch.tensor(COUNTS) / sum(COUNTS))
+    (never,) = rescom_timm.predict(model, images[:1], prior=torch.tensor([1, 1, 0, 1]))
+    assert dict(zip(never.labels, never.probabilities, strict=True))["emu"] == 0
+
+
+@pytest.mark.parametrize("method", ["cross_entropy", "focal"])
+def test_of_a_model_of_plain_cross_entropy_the_training_prior_is_taken_off(tmp_path, method):
+    run = make_run(tmp_path / "run", steps=(2,), method={"name": method})
+    biased = from_pretrained(run)
+    log_train = (torch.tensor(COUNTS) / sum(COUNTS)).log()
+    assert_close(adjustment(biased, "train"), torch.zeros(4), atol=1e-6, rtol=0)
+    assert_close(adjustment(biased, "uniform").softmax(0), (-log_train).softmax(0))
+    assert_close(adjustment(biased, None), torch.zeros(4))
+
+
+@pytest.mark.parametrize("prior", [[1, 2, 3], [0, 0, 0, 0], [1, -1, 1, 1], [1, float("nan"), 1, 1], "even"])
+def test_priors_that_cannot_be(model, prior):
+    with pytest.raises(ValueError, match="prior must be 4"):
+        rescom_timm.predict(model, [pixels()], prior=prior)
+
+
+def test_what_cannot_be_predicted(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image"):
+        rescom_timm.predict(model, tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match="no image in"):
+        rescom_timm.predict(model, tmp_path)
+    with pytest.raises(ValueError, match="no images to predict"):
+        rescom_timm.predict(model, [])
+    with pytest.raises(ValueError, match="must be a file, a folder"):
+        rescom_timm.predict(model, pixels())
+    with pytest.raises(ValueError, match="at least 1"):
+        rescom_timm.predict(model, [pixels()], top_k=0)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        rescom_timm.predict(tmp_path / "no-model", [pixels()])
+    fresh = from_pretrained(make_run(tmp_path / "run", steps=(2,)), num_classes=3)
+    assert rescom_timm.predict(fresh, [pixels()])[0].labels[0] in "012"
+    with pytest.raises(ValueError, match="give the prior as numbers"):
+        rescom_timm.predict(fresh, [pixels()], prior="train")
+
+
+def test_predictions_come_one_after_the_other(model):
+    found = predictions(model, [pixels(0)] * 1000, batch_size=1)
+    assert next(found).image == "0" and next(found).image == "1"
+
+
+def test_csv_and_tool(folder, photos, tmp_path, capsys):
+    out = tmp_path / "labels.csv"
+    assert tool.main([str(folder), str(photos), "--top-k", "2", "-o", str(out)]) == 0
+    assert "4 images, 1 unreadable" in capsys.readouterr().out
+    rows = table(out)
+    assert [row["image"] for row in rows][0].endswith("a.PNG") and len(rows) == 4
+    assert rows[2]["label_1"] == "" and "cannot read" in rows[2]["error"]
+    assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"]) and rows[0]["label_2"] in NAMES
+    prior = tmp_path / "prior.txt"
+    prior.write_text("0\n0\n1\n0\n")
+    assert tool.main([str(folder), str(photos), "--prior", str(prior), "-o", str(out)]) == 0
+    assert {row["label_1"] for row in table(out) if not row["error"]} == {"emu"}
+    assert tool.main([str(folder), str(photos), "--prior", str(tmp_path / "none")]) == 1
+    prior.write_text("a lot")
+    assert tool.main([str(folder), str(photos), "--prior", str(prior)]) == 1
+    assert tool.main([str(tmp_path / "nowhere"), str(photos)]) == 1
+    with pytest.raises(SystemExit):
+        tool.main([str(folder)])
+
+
+def test_the_tool_on_a_data_set(tmp_path, capsys):
+    net = rescom_timm.create_model("resnet20_cifar", 10)
+    randomize(net, 3)
+    export(net, tmp_path / "model", [str(k) for k in range(10)], (3, 8, 8))
+    out = tmp_path / "labels.csv"
+    assert tool.main([str(tmp_path / "model"), "--data", "digits", "--top-k", "1", "-o", str(out)]) == 0
+    told = capsys.readouterr().out
+    rows = table(out)
+    right = 100 * sum(row["label_1"] == row["true_label"] for row in rows) / len(rows)
+    assert f"top-1 {right:.2f} % of 500" in told
+
+
+def test_the_tool_takes_the_split_that_it_is_told(tmp_path):
+    data = load(DataConfig("digits"))
+    splits = {"train": data.train, "test": data.test, "more": data.test}
+    rows = {"train": range(40), "test": range(9), "more": range(20, 24)}
+    DatasetDict({name: split.dataset.select(rows[name]) for name, split in splits.items()}).save_to_disk(
+        tmp_path / "few"
+    )
+    export(rescom_timm.create_model("resnet20_cifar", 10), tmp_path / "model", data.class_names, (3, 8, 8))
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "few"), "-o", str(tmp_path / "labels.csv")]
+    for name, numbers in (("test", range(9)), ("more", range(20, 24))):
+        assert tool.main([*words, "--split", name]) == 0
+        expected = [data.test.dataset[number]["image"]["path"] for number in numbers]
+        assert [row["image"] for row in table(tmp_path / "labels.csv")] == expected
+
+
+def test_write_csv_counts(tmp_path, model):
+    found = rescom_timm.predict(model, [pixels()], top_k=1)
+    assert write_csv(found, tmp_path / "x.csv", 3) == (1, 0)
+    assert (tmp_path / "x.csv").read_text().count(",") == 2 * 8
