@@ -2,8 +2,13 @@
 
 The floors; every import points down, and tests/test_architecture.py holds it so:
 
+    commands/   roof       one verb a file: rescom-timm VERB, python -m rescom_timm, tools/*.py (with __main__)
+    benchmarks/ roof       the parts of the verb benchmark: speed and memory, side by side
+    run         attic      runs from Python: train(...) -> Run
     figures/    attic      pictures and reports of runs: measure -> arrays, draw -> picture
-    runs/       second     recipe, launch, trainer, checkpoint, evaluate, export, hub: one YAML file to a saved model
+    sharing/    third      export, model card, the Hub, predictions
+    training/   second     the loop, and what surrounds it: build, launch, state, evaluation
+    recipe/     first      one YAML file, composed of the configs that stand beside what they configure
     methods/    first      ResCom, what it is compared with, and second stages: net + queue + loss
     contrast/   ground     pairs, queues and losses of the paper; torch alone
     nets/       ground     any timm backbone with classifier and projector; torch and timm

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,15 @@ FLOORS: dict[str, set[str]] = {
     "data": {"files"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
-    "runs": {"files", "contrast", "nets", "data", "metrics", "methods"},
-    "figures": {"files", "contrast", "nets", "data", "metrics", "methods", "runs"},
+    "recipe": {"files", "data", "nets", "methods"},
+    "training": {"files", "contrast", "nets", "data", "metrics", "methods", "recipe"},
 }
+FLOORS["sharing"] = FLOORS["training"] | {"training"}
+FLOORS["figures"] = FLOORS["sharing"] | {"sharing"}
+FLOORS["run"] = FLOORS["figures"] | {"figures"}
+FLOORS["benchmarks"] = FLOORS["run"] | {"run"}
+FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks"}
+FLOORS["__main__"] = {"commands"}
 """Room: the rooms below it that it may import."""
 
 THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm"}}
@@ -55,6 +62,29 @@ def test_imports_point_down(path):
             assert room(module) in FLOORS[own] | {own}, f"{own} must not import {module}"
         elif own in THIRD_PARTY and top not in sys.stdlib_module_names:
             assert top in THIRD_PARTY[own], f"{own} may import {THIRD_PARTY[own]} only, not {module}"
+
+
+def test_no_file_imports_itself_over_others():
+    """Within a room too."""
+    modules = {f"rescom_timm.{path.relative_to(PACKAGE).with_suffix('')}".replace("/", "."): path for path in FILES}
+    below = {name: {found for found in modules if found in whole_names(path)} for name, path in modules.items()}
+    order = TopologicalSorter(below)
+    order.prepare()  # raises CycleError, which names the files
+
+
+def whole_names(path: Path) -> set[str]:
+    """Of what a file imports: modules, and names in them, one of which may be a module."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {name for node in nodes for name in (node.module or "", *(f"{node.module}.{a.name}" for a in node.names))}
+
+
+LONGEST = 420
+"""Lines of a file that holds one idea."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= LONGEST, "does it hold two ideas?"
 
 
 def test_every_room_is_on_the_plan():

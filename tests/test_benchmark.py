@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import benchmark
-from benchmarking.head import Head
-from benchmarking.loader import PlainDataset, photographs
-from benchmarking.loop import Watched
-from benchmarking.startup import on_digits
+from rescom_timm.benchmarks.head import Head
+from rescom_timm.benchmarks.loader import PlainDataset, photographs
+from rescom_timm.benchmarks.loop import Watched
+from rescom_timm.benchmarks.startup import on_digits
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.views import parse, seed_all
 

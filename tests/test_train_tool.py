@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rescom_timm.commands import train as tool
 from rescom_timm.data.decoding import BrokenImage
-from rescom_timm.data.loaders import last_words
+from rescom_timm.training.errors import one_line
 from rescom_timm.training.trainer import Trainer
-from tools import train as tool
 
 DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits_lt_cross_entropy.yaml")
 QUICK = [
@@ -62,8 +62,8 @@ def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):
 
 def test_of_a_workers_error_its_own_words_are_told():
     sent = "Caught BrokenImage in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
-    assert last_words(BrokenImage(f"{sent}BrokenImage: row 3\n")) == "BrokenImage: row 3"
-    assert last_words(OSError(28, "No space left on device")) == "OSError: [Errno 28] No space left on device"
+    assert one_line(BrokenImage(f"{sent}BrokenImage: row 3\n")) == "BrokenImage: row 3"
+    assert one_line(OSError(28, "No space left on device")) == "OSError: [Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.splits import Split
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
+from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, ViewsConfig
 
 COMMON = (

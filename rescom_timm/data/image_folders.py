@@ -17,8 +17,8 @@ from datasets.table import InMemoryTable
 
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.splits import Part, index_path
 from rescom_timm.data.profiles import RULES, parse_call
+from rescom_timm.data.splits import Part, index_path
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def folder_part(root: Path, split: str, spec: str, num_classes: int | None = Non
         key = "index" if num_classes is None else "test_index"
         raise ValueError(
             f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list of 'path label' lines, or make "
-            f"one with  tools/index.py init {root}"
+            f"one with  rescom-timm init {root}"
         )
     index = Index.load(index_path(spec), num_classes, allow_empty or num_classes is not None)
     if not isinstance(index.keys, list):

@@ -11,7 +11,6 @@ image is (B, 3, H, W). `row` is the row of the source.
 
 import dataclasses
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,23 +76,6 @@ def eval_loader(
     dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif, speed)
     items = [(position, position) for position in range(len(dataset))]
     return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
-
-
-def last_words(error: BaseException) -> str:
-    """An error's name and message, in one line; of one that a loader's worker sends, without the worker's traceback."""
-    text = str(error)
-    if worker_was_lost(error):
-        return (
-            f"{type(error).__name__}: a worker of the loader was ended from outside, most likely for want of memory "
-            f"({text.splitlines()[0]}): use fewer speed.workers, or less speed.prefetch or speed.cache"
-        )
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
-
-
-def worker_was_lost(error: BaseException) -> bool:
-    """Whether torch says that a worker process of a loader is gone."""
-    lost = r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)"
-    return isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from rescom_timm.data.image_folders import folder_part, holds_tables
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split
 from rescom_timm.data.profiles import at_most, holdout, parse_call
+from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split
 from rescom_timm.data.tables import cache_folder, no_source, open_table, table_part
 
 log = logging.getLogger(__name__)

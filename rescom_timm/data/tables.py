@@ -21,8 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
 from rescom_timm.data.profiles import RULES, draw, parse_call
+from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     if dataset.info.builder_name == "imagefolder":
         raise ValueError(
             f"{config.source} is a repository of loose image files, which would be numbered in string order and "
-            "scanned at every start: download it and run  tools/index.py init FOLDER"
+            "scanned at every start: download it and run  rescom-timm init FOLDER"
         )
     image, label = _columns(dataset.features, config)
     dataset = dataset.select_columns([image] + ([label] if label else []))

@@ -1,4 +1,4 @@
-"""Every figure by name: what tools/figures.py and the report can draw."""
+"""Every figure by name: what rescom-timm figures and the report can draw."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rescom_timm.figures import confusion, curves, longtail, nets, reliability, robustness, schedule, style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, open_run
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 
 ONE_RUN: dict[str, ModuleType] = {"longtail": longtail, "confusion": confusion, "reliability": reliability}
 SEVERAL_RUNS: dict[str, ModuleType] = {"curves": curves, "schedule": schedule, "robustness": robustness}

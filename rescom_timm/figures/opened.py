@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.splits import Split
 from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data
 from rescom_timm.data.sources import load as load_data
+from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
 from rescom_timm.methods import Method

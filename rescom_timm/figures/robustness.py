@@ -196,7 +196,9 @@ def read(path: Path, run: str = "") -> Robustness | None:
         fields = {name: plain[name] for name in Robustness.__dataclass_fields__}
         found = Robustness(**{**fields, "setting": Setting(**plain["setting"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of tools/robustness.py ({error}): remove it and measure again") from None
+        raise ValueError(
+            f"{path} is no result of rescom-timm robustness ({error}): remove it and measure again"
+        ) from None
     return replace(found, run=run) if run else found
 
 
@@ -217,7 +219,9 @@ def measure(runs: Sequence[RunFolder]) -> list[Robustness]:
         usable = [one for one in results if one and one.errors and (not found or one.setting == found[0].setting)]
         found += usable[:1]
     if not found:
-        raise Missing(f"robustness of {', '.join(run.name for run in runs)} was not measured: tools/robustness.py RUN")
+        raise Missing(
+            f"robustness of {', '.join(run.name for run in runs)} was not measured: rescom-timm robustness RUN"
+        )
     kinds = [kind for kind in KINDS if all(kind in one.errors for one in found)]
     if not kinds:
         raise Missing("the runs' robustness was measured on different corruptions")

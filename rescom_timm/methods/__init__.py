@@ -91,7 +91,7 @@ def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
     return METHODS[config.name][1](net, counts, config)
 
 
-def hook(method: nn.Module, name: str, *arguments: Any) -> None:
+def call_if_defined(method: nn.Module, name: str, *arguments: Any) -> None:
     """Call a method's optional `set_epoch` or `after_step`."""
     if hasattr(method, name):
         getattr(method, name)(*arguments)

@@ -17,9 +17,9 @@ import pydantic
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.samples import SpeedConfig as LoadingConfig
+from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import MethodConfig, RescomConfig
 from rescom_timm.nets.net import NetConfig

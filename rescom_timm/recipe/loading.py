@@ -33,13 +33,41 @@ FETCHED_KEYS = ("output", "hub")
 """What of a recipe from the Hub is not followed: where is written and pushed is for the command line to say."""
 
 
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+"""The recipes that come with the package: in it where it was installed, beside it in a clone."""
+
+
+def shipped() -> list[Path]:
+    """The recipes that come with the package, by name."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of that path, or the shipped recipe of that name (digits_lt, digits_lt.yaml or recipes/digits_lt.yaml).
+    Raises RecipeError, naming the nearest, where there is neither."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = {found.name: found for found in shipped()}
+    file = f"{path.name.removesuffix('.yaml')}.yaml"
+    if file in known and path.parent in (Path(), Path("recipes")):
+        return known[file]
+    there = known | {found.name: found for folder in (Path("recipes"), path.parent) for found in folder.glob("*.yaml")}
+    near = get_close_matches(file, there, n=1)
+    meant = there[near[0]] if near else None
+    raise RecipeError(
+        f"no recipe {name}" + (f"; did you mean {meant.stem if meant in known.values() else meant}?" if meant else "")
+    )
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with its `base` recipes, changed by `key=value` words.
+    """The recipe of a YAML file, or of a shipped recipe's name, with its `base` recipes, changed by `key=value` words.
 
     Raises RecipeError for a file that is no recipe, an unknown key (naming the nearest), a wrong type or an
     impossible combination.
     """
-    path = Path(path)
+    path = find(path)
     return load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
 
 
@@ -141,9 +169,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         return read_yaml(path)
     except FileNotFoundError:
-        there = {found.name: found for folder in (Path("recipes"), path.parent) for found in folder.glob("*.yaml")}
-        near = get_close_matches(f"{path.name.removesuffix('.yaml')}.yaml", there, n=1)
-        raise RecipeError(f"no recipe {path}" + (f"; did you mean {there[near[0]]}?" if near else "")) from None
+        raise RecipeError(f"no recipe {path}") from None
     except (ValueError, OSError) as error:
         raise RecipeError(str(error)) from None
 

@@ -22,12 +22,14 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from rescom_timm.files import write_text
 from rescom_timm.training import checkpoint
+from rescom_timm.training.errors import RunError
+from rescom_timm.training.run_folder import RunElsewhere, lines
 
 _NETWORK: tuple[Any, ...] = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
 """What the Hub's client raises; the base of its HTTP errors comes from another package from version to version."""
 
 
-class HubError(RuntimeError):
+class HubError(RunError):
     """The Hub refused or could not be reached; the message says why and what to do. `lasting`: trying again as it is
     will not help."""
 
@@ -114,63 +116,72 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
     return folder
 
 
-def fetch_recipe(address: str | None) -> Path:
-    """The recipe of a repository that a run was pushed to. address: hf://owner/name. Raises HubError."""
-    name, revision = _parts(address)
-    try:
-        return Path(hf_hub_download(name, "recipe.yaml", revision=revision))
-    except _NETWORK as error:
-        raise explain(error, name, "reading the recipe of") from error
-
-
-def _parts(address: str | None) -> tuple[str, str | None]:
+def _parts(address: str) -> tuple[str, str | None]:
     """(owner/name, revision) of hf://owner/name@revision. Raises HubError."""
-    repo = as_repo(address or "")
+    repo = as_repo(address)
     if repo is None:
         raise HubError(f"{address!r} is no address of a run on the Hub: write a recipe, or hf://owner/name")
     name, _, revision = repo.partition("@")
     return name, revision or None
 
 
-def fetch_log(address: str) -> Path | None:
-    """metrics.jsonl of a run on the Hub, in the Hub's cache; None where it has none. Raises HubError."""
-    name, revision = _parts(address)
-    try:
-        return Path(hf_hub_download(name, "metrics.jsonl", revision=revision))
-    except _NETWORK as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise explain(error, name, "reading the log of") from error
+class PushedRun(RunElsewhere):
+    """A run that was pushed to the Hub. address: hf://owner/name, perhaps @revision. Raises HubError."""
 
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.name, self.revision = _parts(address)
 
-def fetch_run(address: str, run: Path) -> None:
-    """Bring the newest checkpoint of a run on the Hub (and its best one) into a run's folder, with the log up to it.
+    def __str__(self) -> str:
+        return self.address
 
-    A folder that is as far or further is left as it is. Raises HubError where the repository cannot be read, holds no
-    checkpoint, or its files are damaged.
-    """
-    name, revision = _parts(address)
-    repo = f"{name}@{revision}" if revision else name
-    try:
-        files = HfApi().list_repo_files(name, revision=revision)
-    except _NETWORK as error:
-        raise explain(error, repo, "reading") from error
-    there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})
-    if not there:
-        raise HubError(
-            f"{repo} holds no checkpoint to go on from: it was pushed without hub.strategy: checkpoint or "
-            "all_checkpoints; start from its weights with rescom_timm.from_pretrained"
-        )
-    here = [path.name for path in checkpoint.listed(run / "checkpoints")]
-    if here and here[-1] >= there[-1]:
-        print(f"{run} is as far as {repo} ({here[-1]}): going on from the folder")
-        return
-    if (log := fetch_log(address)) is not None:  # first, for by its log the run is known again
-        write_text(run / "metrics.jsonl", log.read_text(encoding="utf-8", errors="replace"))
-    state = _fetch_checkpoint(repo, there[-1], run)
-    best = state["progress"].get("best_checkpoint")
-    if best in there and best not in (*here, there[-1]):
-        _fetch_checkpoint(repo, best, run)
+    def recipe(self) -> Path:
+        """The recipe that it was pushed with, in the Hub's cache. Raises HubError."""
+        try:
+            return Path(hf_hub_download(self.name, "recipe.yaml", revision=self.revision))
+        except _NETWORK as error:
+            raise explain(error, self.name, "reading the recipe of") from error
+
+    def log(self) -> Path | None:
+        """Its metrics.jsonl in the Hub's cache; None where it has none. Raises HubError."""
+        try:
+            return Path(hf_hub_download(self.name, "metrics.jsonl", revision=self.revision))
+        except _NETWORK as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return None
+            raise explain(error, self.name, "reading the log of") from error
+
+    def lines(self) -> list[dict[str, Any]]:
+        log = self.log()
+        return lines(log) if log is not None else []
+
+    def fetch(self, folder: Path) -> None:
+        """Bring the newest checkpoint (and the best one) into a run's folder, with the log up to it.
+
+        A folder that is as far or further is left as it is. Raises HubError where the repository cannot be read, holds
+        no checkpoint, or its files are damaged.
+        """
+        repo = f"{self.name}@{self.revision}" if self.revision else self.name
+        try:
+            files = HfApi().list_repo_files(self.name, revision=self.revision)
+        except _NETWORK as error:
+            raise explain(error, repo, "reading") from error
+        there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})
+        if not there:
+            raise HubError(
+                f"{repo} holds no checkpoint to go on from: it was pushed without hub.strategy: checkpoint or "
+                "all_checkpoints; start from its weights with rescom_timm.from_pretrained"
+            )
+        here = [path.name for path in checkpoint.listed(folder / "checkpoints")]
+        if here and here[-1] >= there[-1]:
+            print(f"{folder} is as far as {repo} ({here[-1]}): going on from the folder")
+            return
+        if (log := self.log()) is not None:  # first, for by its log the run is known again
+            write_text(folder / "metrics.jsonl", log.read_text(encoding="utf-8", errors="replace"))
+        state = _fetch_checkpoint(repo, there[-1], folder)
+        best = state["progress"].get("best_checkpoint")
+        if best in there and best not in (*here, there[-1]):
+            _fetch_checkpoint(repo, best, folder)
 
 
 def _fetch_checkpoint(repo: str, name: str, run: Path) -> dict[str, Any]:

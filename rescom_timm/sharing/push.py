@@ -23,7 +23,7 @@ from rescom_timm.sharing import card
 from rescom_timm.sharing.export import DETAILS, export_run
 from rescom_timm.sharing.hub import HubError, explain
 from rescom_timm.sharing.staging import staged, status
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 
 OWN = (".gitattributes", "README.md", "LICENSE")
 """Files that a repository may hold besides a run of ours."""

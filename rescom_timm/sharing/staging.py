@@ -91,7 +91,7 @@ class Pusher:
         if "error" in told:
             print(
                 f"{told['error']}\n(training is not touched by this; what was to be pushed is kept, tried again with "
-                f"the next push, and completed at any time by:  python tools/push.py {self.run})",
+                f"the next push, and completed at any time by:  rescom-timm push {self.run})",
                 file=sys.stderr,
             )
         elif "url" in told:

@@ -21,11 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rescom_timm.training.errors import CheckpointError
+
 FILES = ("net.safetensors", "state.safetensors", "state.json")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do."""
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

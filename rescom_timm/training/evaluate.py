@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.splits import Split
 from rescom_timm.data.sources import load as load_data
+from rescom_timm.data.splits import Split
 from rescom_timm.files import write_json, write_tensors
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net, check_weights

@@ -31,7 +31,7 @@ def launch(recipe: Recipe) -> Accelerator:
     if started > processes:
         raise RecipeError(
             f"{started} processes were started ({name}), but each would train alone ({processes} seen by accelerate). "
-            f"Start them with: torchrun --nproc_per_node {started} tools/train.py ... "
+            f"Start them with: torchrun --nproc_per_node {started} -m rescom_timm train RECIPE "
             "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)"
         )
     if train.precision == "fp16" and accelerator.device.type == "cpu":
@@ -77,10 +77,3 @@ def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:
     plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = None, False
     if accelerator.native_amp:
         net.forward = convert_outputs_to_fp32(accelerator.autocast()(net.forward))  # type: ignore[method-assign]
-
-
-def own_group(worker: int) -> None:
-    """Puts a loader's worker into a process group of its own, so that a signal to the group of its parent (Ctrl-C, or
-    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers."""
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)

@@ -59,7 +59,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([*_launcher(), *sys.argv]),
+        "command": shlex.join(_command()),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -76,13 +76,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _launcher() -> list[str]:
+def _command() -> list[str]:
     """How this process was started, as the launchers' own variables tell."""
+    program, *words = sys.argv
+    if Path(program).stem == "rescom-timm":
+        return ["rescom-timm", *words]
+    own = ["-m", "rescom_timm"] if Path(program).name == "__main__.py" else [program]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1")]
+        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1"), *own, *words]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-    return ["python"]
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *own, *words]
+    return ["python", *own, *words]
 
 
 def _git() -> dict[str, str] | None:

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from rescom_timm.files import read_json, write_json
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import load, load_dict
 from rescom_timm.training import checkpoint
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 
 LOCK, OWNER = ".lock", ".lock.json"
 PATIENCE = 10.0
@@ -71,8 +72,41 @@ def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
     return both > 0 and ours[:both] == list(theirs[:both])
 
 
+class RunElsewhere(ABC):
+    """A run that is not on this machine, such as on the Hub, to go on with. str() of it is its address."""
+
+    @abstractmethod
+    def lines(self) -> list[dict[str, Any]]:
+        """Of its metrics.jsonl; empty where it has none."""
+
+    @abstractmethod
+    def fetch(self, folder: Path) -> None:
+        """Bring its newest checkpoint (and its best one) into a run's folder, with the log up to it, unless the folder
+        is as far."""
+
+
+def choose_folder(recipe: Recipe, resume: bool | Path | RunElsewhere) -> Path:
+    """A new folder; to resume, the last of the recipe's name, the one told, or the one of the run elsewhere.
+
+    Raises CheckpointError where the one told is not there, RecipeError where none can be made.
+    """
+    there = existing(recipe)
+    if isinstance(resume, Path):
+        if not resume.is_dir():
+            raise CheckpointError(f"no run's folder {resume} to go on with")
+        return resume
+    if isinstance(resume, RunElsewhere):
+        theirs = resume.lines()
+        same = [folder for folder in there if same_run(folder, theirs)]
+        folder = same[-1] if same else make(recipe)
+        if there and not same:
+            print(f"{there[-1]} is another run than {resume}, which is brought into {folder}")
+        return folder
+    return there[-1] if resume and there else make(recipe)
+
+
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[None]:
     """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it."""
     lock = FileLock(run / LOCK)
     end = time.monotonic() + PATIENCE

@@ -1,4 +1,4 @@
-"""What the host learns of each forward pass, without waiting for the device."""
+"""The figures of each forward pass, which the host reads late, so that it never waits for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAG = 2
 
 
 @dataclass
-class Pulse:
+class StepMetrics:
     """What the host reads of one forward pass."""
 
     epoch: int
@@ -25,7 +25,7 @@ class Pulse:
     stop: bool
 
 
-class Pulses:
+class MetricsQueue:
     """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read
     `lag` passes late, so that the host never waits for the device."""
 
@@ -42,17 +42,17 @@ class Pulses:
             copied.record()
         self.waiting.append((epoch, step, rows, list(outputs), host, copied))
 
-    def ready(self) -> list[Pulse]:
+    def ready(self) -> list[StepMetrics]:
         """Those that are `lag` passes old."""
         return [self._read() for _ in range(len(self.waiting) - self.lag)]
 
-    def drain(self) -> list[Pulse]:
+    def drain(self) -> list[StepMetrics]:
         """All that are left."""
         return [self._read() for _ in range(len(self.waiting))]
 
-    def _read(self) -> Pulse:
+    def _read(self) -> StepMetrics:
         epoch, step, rows, names, host, copied = self.waiting.popleft()
         if copied is not None:
             copied.synchronize()
         *figures, stop = host.tolist()
-        return Pulse(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)
+        return StepMetrics(epoch, step, rows, dict(zip(names, figures, strict=True)), stop > 0)

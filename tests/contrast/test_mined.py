@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarking.common import calls
+from rescom_timm.benchmarks.common import calls
 from rescom_timm.contrast.mined import composed, largest_, mined_supcon, share_of_largest
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from tests.contrast import reference

@@ -22,8 +22,8 @@ from PIL import Image as PillowImage
 from rescom_timm.data import image_folders, tables
 from rescom_timm.data.image_folders import class_folders, fit_layout, holds_tables, missing_files
 from rescom_timm.data.index import Index
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.sources import Data, load, training_index
+from rescom_timm.data.splits import DataConfig
 from rescom_timm.sharing.predict import _files
 
 
@@ -483,7 +483,7 @@ def test_missing_images_are_counted_and_named(root: DataConfig, tmp_path: Path) 
 
 
 def test_a_root_needs_lists(root: DataConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a folder of images, and index is 'all'.* tools/index.py init"):
+    with pytest.raises(ValueError, match="is a folder of images, and index is 'all'.* rescom-timm init"):
         load(DataConfig(root.source))
     with pytest.raises(ValueError, match="and test_index is 'all'"):
         load(DataConfig(root.source, index=root.index))

@@ -18,7 +18,7 @@ from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_method
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

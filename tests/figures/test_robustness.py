@@ -131,7 +131,7 @@ def test_results_are_read_compared_and_drawn(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "metrics.jsonl").write_text("{}")
-    with pytest.raises(Missing, match="was not measured: tools/robustness.py"):
+    with pytest.raises(Missing, match="was not measured: rescom-timm robustness"):
         robustness.measure([RunFolder(bare)])
     robustness.path_of(one.path, "test", "last").write_text("{}")
     with pytest.raises(ValueError, match="remove it and measure again"):

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from rescom_timm.methods import METHODS, SECOND_STAGE, ExpertsConfig, MocoConfig, PacoConfig, create_method, hook
+from rescom_timm.methods import METHODS, SECOND_STAGE, ExpertsConfig, MocoConfig, PacoConfig, create_method
+from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.rescom import QueueConfig, RescomConfig
 from rescom_timm.nets.net import ProjectorConfig, create_model
 from tests.methods.stub import COUNTS

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rescom_timm import create_model
 from rescom_timm.contrast import losses
 from rescom_timm.contrast.losses import class_weights
-from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method, hook
+from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method
+from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
 

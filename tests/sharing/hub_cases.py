@@ -38,17 +38,17 @@ import torch
 import yaml
 
 import rescom_timm
+from rescom_timm.commands import push as tool
 from rescom_timm.recipe.config import HubConfig
 from rescom_timm.recipe.loading import load, load_fetched
-from rescom_timm.sharing import hub
-from rescom_timm.sharing.hub import HubError, fetch_recipe, fetch_run
+from rescom_timm.sharing import staging
+from rescom_timm.sharing.hub import HubError, PushedRun
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.sharing.push import build, push
 from rescom_timm.sharing.staging import Pusher, stage, staged, status
 from rescom_timm.training import checkpoint
-from rescom_timm.training.trainer import Trainer
+from rescom_timm.training.run_folder import choose_folder
 from tests.training.made_up_run import HOME, NAMES, add_evaluation, make_run
-from tools import push as tool
 
 torch.set_num_threads(1)
 REPO = "me/rescom-tiny"
@@ -132,10 +132,10 @@ def test_one_repository_for_two_readers(tmp_path):
 def test_a_run_goes_on_elsewhere(ready, tmp_path):
     run = ready
     push(run)
-    assert load(fetch_recipe(f"hf://{REPO}")).name == "tiny"
+    assert load(PushedRun(f"hf://{REPO}").recipe()).name == "tiny"
     there = tmp_path / "there"
     there.mkdir()
-    fetch_run(f"hf://{REPO}", there)
+    PushedRun(f"hf://{REPO}").fetch(there)
     assert [path.name for path in checkpoint.listed(there / "checkpoints")] == ["step-00000002", "step-00000004"]
     for name in ("step-00000002", "step-00000004"):
         for file in (run / "checkpoints" / name).iterdir():
@@ -147,7 +147,7 @@ def test_a_folder_that_is_further_is_left_alone(ready, capsys):
     run = ready
     push(run)
     before = (run / "metrics.jsonl").stat().st_mtime_ns
-    fetch_run(f"hf://{REPO}", run)
+    PushedRun(f"hf://{REPO}").fetch(run)
     assert "going on from the folder" in capsys.readouterr().out
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
@@ -160,23 +160,22 @@ def test_another_local_run_of_the_name_stays_as_it_is(ready, tmp_path, monkeypat
     lines = (ready / "metrics.jsonl").read_text()
     (other / "metrics.jsonl").write_text(lines.replace('"test/top1": ', '"test/top1": 9'))
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    trainer = Trainer.__new__(Trainer)
     with pytest.warns(UserWarning, match="not followed: output="):
-        trainer.recipe = load_fetched(fetch_recipe(address), [f"output={home}"])
-    assert trainer._take_folder(address) == home / "tiny-2"
-    fetch_run(address, home / "tiny-2")
-    assert trainer._take_folder(address) == home / "tiny-2"  # known again, by its log
+        recipe = load_fetched(PushedRun(address).recipe(), [f"output={home}"])
+    assert choose_folder(recipe, PushedRun(address)) == home / "tiny-2"
+    PushedRun(address).fetch(home / "tiny-2")
+    assert choose_folder(recipe, PushedRun(address)) == home / "tiny-2"  # known again, by its log
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
 
 
 def test_no_checkpoint_to_go_on_from(tmp_path):
     pushed(tmp_path, strategy="end")
     with pytest.raises(HubError, match="holds no checkpoint .* hub.strategy: checkpoint"):
-        fetch_run(f"hf://{REPO}", tmp_path / "there")
+        PushedRun(f"hf://{REPO}").fetch(tmp_path / "there")
     with pytest.raises(HubError, match="no address"):
-        fetch_run("rescom", tmp_path / "there")
+        PushedRun("rescom").fetch(tmp_path / "there")
     with pytest.raises(HubError, match="reading me/nothing failed: .*name"):
-        fetch_run("hf://me/nothing", tmp_path / "there")
+        PushedRun("hf://me/nothing").fetch(tmp_path / "there")
 
 
 def test_only_the_newest_checkpoints_stay_unless_all_are_wanted(tmp_path):
@@ -335,12 +334,12 @@ def test_a_download_that_arrives_damaged(ready, name):
 def test_a_checkpoint_that_arrives_damaged(ready, tmp_path):
     push(ready)
     SERVER.faults.append(Fault(f"GET /{REPO}/resolve/.*/state.safetensors", "corrupt", 1))
-    fetch_run(f"hf://{REPO}", tmp_path / "there")
+    PushedRun(f"hf://{REPO}").fetch(tmp_path / "there")
     checkpoint.load(tmp_path / "there" / "checkpoints" / "step-00000004")
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     SERVER.faults.append(Fault(f"GET /{REPO}/resolve/.*/state.safetensors", "corrupt", 9))
     with pytest.raises(HubError, match="damaged twice"):
-        fetch_run(f"hf://{REPO}", tmp_path / "elsewhere")
+        PushedRun(f"hf://{REPO}").fetch(tmp_path / "elsewhere")
     assert not checkpoint.listed(tmp_path / "elsewhere" / "checkpoints")
 
 
@@ -492,7 +491,7 @@ def train(run, config, bests):
     ],
 )
 def test_strategies(tmp_path, monkeypatch, strategy, exported):
-    monkeypatch.setattr(hub.subprocess, "Popen", Here)
+    monkeypatch.setattr(staging.subprocess, "Popen", Here)
     run = make_run(tmp_path / "run", steps=(2, 4, 6), best=(2, 4, 4))
     found = train(run, HubConfig(repo=REPO, strategy=strategy), (2, 4, 4))
     # The best one is pushed again at the end, where some versions of the client make an empty commit.
@@ -503,24 +502,24 @@ def test_strategies(tmp_path, monkeypatch, strategy, exported):
 
 def test_while_one_is_under_way_the_newest_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(Here, "busy", True)
-    monkeypatch.setattr(hub.subprocess, "Popen", Here)
+    monkeypatch.setattr(staging.subprocess, "Popen", Here)
     run = make_run(tmp_path / "run", steps=(2, 4, 6), best=None)
     assert train(run, HubConfig(repo=REPO, strategy="every_save"), (None, None, None)) == ["step-00000006"]
 
 
 def test_training_survives_everything(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub.subprocess, "Popen", Here)
+    monkeypatch.setattr(staging.subprocess, "Popen", Here)
     run = make_run(tmp_path / "run", steps=(2, 4, 6), best=None)
     SERVER.faults.append(Fault("", 403, 9999))
     train(run, HubConfig(repo=REPO, strategy="every_save"), (None, None, None))
     told = capsys.readouterr().err
-    assert "403" in told and "tools/push.py" in told and len(staged(run)) == 1
+    assert "403" in told and "rescom-timm push" in told and len(staged(run)) == 1
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub.os, "link", full)
-    monkeypatch.setattr(hub.shutil, "copy2", full)
+    monkeypatch.setattr(staging.os, "link", full)
+    monkeypatch.setattr(staging.shutil, "copy2", full)
     with pytest.warns(RuntimeWarning, match="No space left on device.*training goes on"):
         Pusher(HubConfig(repo=REPO, strategy="every_save"), run).saved("step-00000002", None)
 
@@ -533,7 +532,7 @@ def test_a_push_that_is_killed_is_told_and_tried_once_more(ready, monkeypatch, c
             else:
                 push(self.run)
 
-    monkeypatch.setattr(hub.subprocess, "Popen", Killed)
+    monkeypatch.setattr(staging.subprocess, "Popen", Killed)
     pusher = Pusher(HubConfig(repo=REPO), ready)
     pusher.finished("step-00000004", "step-00000002")
     pusher._tell()

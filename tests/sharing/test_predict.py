@@ -8,13 +8,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 import rescom_timm
-from rescom_timm.data.splits import DataConfig
+from rescom_timm.commands import predict as tool
 from rescom_timm.data.sources import load
+from rescom_timm.data.splits import DataConfig
 from rescom_timm.sharing.export import export, export_run
 from rescom_timm.sharing.predict import adjustment, predictions, write_csv
 from rescom_timm.sharing.pretrained import from_pretrained
 from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
-from tools import predict as tool
 
 
 @pytest.fixture(scope="module")

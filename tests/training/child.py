@@ -27,7 +27,8 @@ from rescom_timm.data.sources import load
 from rescom_timm.methods.rescom import ResCom
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load_dict
-from rescom_timm.training import checkpoint, trainer
+from rescom_timm.run import train_recipe
+from rescom_timm.training import checkpoint, errors, trainer
 from rescom_timm.training.build import build_method
 from rescom_timm.training.launch import launch
 
@@ -159,10 +160,10 @@ def work(tree: dict[str, Any], resume: bool, fault: Any, rank: int, ranks: int, 
             FAULTS[name](*arguments)
     code = 0
     try:
-        trainer.train(load_dict(tree), resume=resume)
-    except (RecipeError, checkpoint.CheckpointError, trainer.NonFiniteLoss, trainer.Stopped) as error:
+        train_recipe(load_dict(tree), resume=resume)
+    except (RecipeError, checkpoint.CheckpointError, errors.NonFiniteLoss, errors.Stopped) as error:
         print(f"{type(error).__name__}: {error}")
-        code = 143 if isinstance(error, trainer.Stopped) else 1
+        code = 143 if isinstance(error, errors.Stopped) else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -15,7 +15,7 @@ from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_net
-from rescom_timm.training.trainer import Progress
+from rescom_timm.training.state import Progress
 
 COUNTS = [120, 40, 9, 3]
 NAMES = ["cat", "dog", "emu", "fox"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rescom_timm.training import checkpoint
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 from tests.training.child import SERVER
 
 ROOT = Path(__file__).parents[2]

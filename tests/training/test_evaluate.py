@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rescom_timm.data.sources import load
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.training import checkpoint
-from rescom_timm.training.checkpoint import CheckpointError
+from rescom_timm.training.errors import CheckpointError
 from rescom_timm.training.evaluate import evaluate_run, table
 from tests.training.child import differences, recipe, run
 

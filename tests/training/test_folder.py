@@ -11,8 +11,9 @@ import pytest
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.training import run_folder as folder
-from rescom_timm.training.checkpoint import CheckpointError
-from rescom_timm.training.run_folder import check_place, existing, held, lines, make, run_recipe, same_run
+from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.run_folder import check_place, existing, lines, make, run_recipe, same_run
+from rescom_timm.training.run_folder import locked as held
 from tests.training.child import SERVER, recipe
 from tests.training.made_up_run import make_run
 

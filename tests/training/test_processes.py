@@ -16,15 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rescom_timm.contrast.queue import processes
-from rescom_timm.methods import (
-    DisAlignConfig,
-    HybridPscConfig,
-    LdamConfig,
-    MocoConfig,
-    RescomConfig,
-    create_method,
-    hook,
-)
+from rescom_timm.methods import DisAlignConfig, HybridPscConfig, LdamConfig, MocoConfig, RescomConfig, create_method
+from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
 from rescom_timm.recipe.config import RecipeError
@@ -225,7 +218,9 @@ def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pa
 def test_a_launch_that_became_single_runs_is_stopped(alone, tmp_path, name):
     alone.setenv(name, "4")
     alone.setattr(launching, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
-    with pytest.raises(RecipeError, match=f"4 processes were started .{name}.*torchrun --nproc_per_node 4 tools"):
+    with pytest.raises(
+        RecipeError, match=f"4 processes were started .{name}.*torchrun --nproc_per_node 4 -m rescom_timm train"
+    ):
         launching.launch(load_dict(recipe(tmp_path)))
 
 

@@ -24,13 +24,17 @@ from torch import nn
 from rescom_timm.recipe.config import RecipeError, SpeedConfig
 from rescom_timm.recipe.loading import flat, load_dict
 from rescom_timm.recipe.loading import load as load_recipe
-from rescom_timm.training import checkpoint
+from rescom_timm.run import train_recipe as train
+from rescom_timm.sharing import publish
+from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training import trainer as training
 from rescom_timm.training.build import speed_up
+from rescom_timm.training.errors import with_advice
 from rescom_timm.training.evaluate import evaluate, evaluate_run
 from rescom_timm.training.launch import refuse_what_cannot_be_sharded
-from rescom_timm.training.run_folder import held, lines
-from rescom_timm.training.trainer import Trainer, train
+from rescom_timm.training.run_folder import lines
+from rescom_timm.training.run_folder import locked as held
+from rescom_timm.training.state import check_resumable
 from tests.training.child import Launch, differences, figures, last, recipe, run, trainer_of
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
@@ -173,7 +177,7 @@ def test_the_hub_is_offered_every_checkpoint_and_at_the_end_the_best(alone, tmp_
             self.wait = lambda: offered.append(("wait",))
 
     alone.setattr(training, "evaluate", scripted(Counter()))
-    alone.setattr(training, "Pusher", Recorder)
+    alone.setattr(publish, "Pusher", Recorder)
     train(load_dict(recipe(tmp_path, evaluation__select="few")))
     first, second, third = "step-00000011", "step-00000022", "step-00000033"
     saved = [("saved", first, first), ("saved", second, second), ("saved", third, second)]
@@ -229,7 +233,7 @@ def test_undo_is_exact(alone, tmp_path):
     trainer._forward_backward(batch, last=True)
     assert any(not torch.equal(value, state[name]) for name, value in trainer.method.state_dict().items())
     assert trainer._update(sound=False) is False
-    trainer._undo(before)
+    nonfinite.put_back(trainer.method, before)
     for name, value in trainer.method.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert all(parameter.grad is None for parameter in trainer.net.parameters())
@@ -262,7 +266,7 @@ def test_a_model_that_cannot_be_written_fails_the_run_which_then_is_finished(alo
 
     tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_model", full)
+        patch.setattr(publish, "save_model", full)
         with pytest.raises(checkpoint.CheckpointError, match="is trained and saved, but .*No space left.*--resume"):
             train(load_dict(tree))
     assert not (tmp_path / "run" / "model").exists()
@@ -303,15 +307,15 @@ def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkey
 def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
     lost = "DataLoader worker (pid 7) is killed by signal: Killed. "
     with pytest.raises(checkpoint.CheckpointError, match="want of memory .*fewer speed.workers.*go on with --resume"):
-        with training.told_to_users():
+        with with_advice():
             raise RuntimeError(lost)
     with pytest.raises(RecipeError, match="GPU's memory is full .*raise train.accumulate"):
-        with training.told_to_users():
+        with with_advice():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device: 'x'.*make room"):
-        with training.told_to_users():
+        with with_advice():
             raise OSError(28, "No space left on device", "x")
-    with pytest.raises(RuntimeError, match="^another$"), training.told_to_users():
+    with pytest.raises(RuntimeError, match="^another$"), with_advice():
         raise RuntimeError("another")
 
 
@@ -474,10 +478,9 @@ def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
     moved = load_recipe(DIGITS, ["data.source=/elsewhere"])
     split = SimpleNamespace(name="digits train")
     data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=split)
-    trainer = SimpleNamespace(recipe=moved, data=data, folder=tmp_path)
-    Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
+    check_resumable(tmp_path, saved.to_dict(), "a", moved, data, tmp_path)
     with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
-        Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "b")
+        check_resumable(tmp_path, saved.to_dict(), "b", moved, data, tmp_path)
 
 
 WORDS = {
@@ -495,12 +498,11 @@ def test_a_run_goes_on_with_what_changes_nothing_that_is_trained(tmp_path, free,
     saved, changed = load_recipe(DIGITS), load_recipe(DIGITS, [word])
     assert changed != saved
     data = SimpleNamespace(provenance={"train": {"sha256": "a"}})
-    trainer = SimpleNamespace(recipe=changed, data=data, folder=tmp_path)
     if free:
-        Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
+        check_resumable(tmp_path, saved.to_dict(), "a", changed, data, tmp_path)
     else:
         with pytest.raises(RecipeError, match=re.escape(f"different: {word.split('=')[0]} (")):
-            Trainer._check_recipe(trainer, tmp_path, saved.to_dict(), "a")
+            check_resumable(tmp_path, saved.to_dict(), "a", changed, data, tmp_path)
 
 
 def test_views_finished_on_the_device_are_the_same_where_nothing_is_warped(tmp_path):

@@ -1,7 +1,7 @@
 """`startup`: the time from the start of a process to the end of its first training step.
 
-    python tools/benchmark.py startup                                  # the recipes of the embedded digits
-    python tools/benchmark.py startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10
+    rescom-timm benchmark startup                                  # the recipes of the embedded digits
+    rescom-timm benchmark startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10
 
 Seconds, in parts: the interpreter, imports (those of tools/train.py), data (recipe, index), build (net, loaders), first
 step. Each recipe starts in processes of its own, which take turns; key=value changes all recipes.
@@ -19,20 +19,20 @@ from statistics import median_high
 
 import torch
 
-from benchmarking.common import keep, kept, machine, positive
+from rescom_timm.benchmarks.common import keep, kept, machine, positive
 from rescom_timm.methods import SECOND_STAGE
-from rescom_timm.recipe.loading import load
+from rescom_timm.recipe.loading import load, shipped
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 PARTS = ("interpreter", "imports", "data", "build", "first step")
 
 CHILD = """
 import time
 times = [time.monotonic()]
 import json, sys
-from rescom_timm.runs import recipe, trainer
+from rescom_timm.recipe import loading
+from rescom_timm.training import trainer
 times.append(time.monotonic())
-chosen = recipe.load(sys.argv[1], sys.argv[2:])
+chosen = loading.load(sys.argv[1], sys.argv[2:])
 accelerator, data = trainer.launch(chosen), trainer.load(chosen.data)
 times.append(time.monotonic())
 run = trainer.Trainer(chosen, accelerator, data, trainer.build_method(chosen, data, start=True))
@@ -57,7 +57,7 @@ def start(recipe: Path, overrides: list[str]) -> list[float]:
 
 def on_digits() -> list[Path]:
     """The recipes that need neither a network nor another run."""
-    recipes = {path: load(path) for path in sorted(RECIPES.glob("digits*.yaml"))}
+    recipes = {path: load(path) for path in shipped() if path.stem.startswith("digits")}
     return [path for path, recipe in recipes.items() if recipe.method.name not in SECOND_STAGE]
 
 

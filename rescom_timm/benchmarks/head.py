@@ -1,8 +1,8 @@
 """`head`: the contrastive part of a step, embeddings given: pairs, mining, loss, backward, enqueue (released mode).
 
-    python tools/benchmark.py head                                   # the table of sizes, on one CPU core: minutes
-    python tools/benchmark.py head --sizes 1000x4 --views 64 --json head.json
-    python tools/benchmark.py head --device cuda --json tools/benchmarks/
+    rescom-timm benchmark head                                   # the table of sizes, on one CPU core: minutes
+    rescom-timm benchmark head --sizes 1000x4 --views 64 --json head.json
+    rescom-timm benchmark head --device cuda --json tools/benchmarks/
 
 yardstick    a straightforward dense form: index tensors, gathers, all similarities kept for backward, keys entering
              one by one
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarking.common import calls, clocked, common_arguments, heading, keep, machine, peak
+from rescom_timm.benchmarks.common import calls, clocked, common_arguments, heading, keep, machine, peak
 from rescom_timm.contrast.losses import balanced_softmax
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue

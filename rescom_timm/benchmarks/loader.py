@@ -1,6 +1,6 @@
 """`loader`: one core's way from encoded images to a batch of two views.
 
-    python tools/benchmark.py loader --source ../shared/cifar10 -o tools/benchmarks/
+    rescom-timm benchmark loader --source ../shared/cifar10 -o tools/benchmarks/
 
 plain                the same policy of torchvision and timm over PIL, ToTensor, Normalize, default_collate;
                      plain, eight bits: without ToTensor and Normalize, which we leave to the device
@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
-from benchmarking.common import clocked, common_arguments, keep, machine
+from rescom_timm.benchmarks.common import clocked, common_arguments, keep, machine
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.device_views import finish_views
 from rescom_timm.data.loaders import train_loader
-from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.sources import load
+from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.views import CIFAR_MEAN, CIFAR_STD, ViewsConfig, parse
 
 PLAIN: dict[str, Callable[[], list[Any]]] = {

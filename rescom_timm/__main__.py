@@ -1,0 +1,80 @@
+"""The console command:  rescom-timm VERB ...  or  python -m rescom_timm VERB ...
+
+Several processes train together with  accelerate launch -m rescom_timm train RECIPE.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+VERBS = {
+    "train": ("train", "train a recipe, or go on with a run"),
+    "recipes": ("recipes", "list the recipes of this package, or print one"),
+    "init": ("index", "write a recipe for your own images"),
+    "make": ("index", "draw a long-tailed index from a data set"),
+    "convert": ("index", "bring an official list into this package's format"),
+    "check": ("index", "say everything that is wrong with an index or its images"),
+    "describe": ("index", "class counts and long tail of an index"),
+    "overlap": ("index", "images that stand in two indexes"),
+    "evaluate": ("evaluate", "evaluate a checkpoint of a run"),
+    "predict": ("predict", "labels for images"),
+    "figures": ("figures", "pictures and a report of runs"),
+    "robustness": ("robustness", "errors of a run on corrupted images"),
+    "push": ("push", "push a run to the Hub, or write it as ONNX"),
+    "sweep": ("sweep", "train every combination of recipes, settings and seeds"),
+    "benchmark": ("benchmark", "speed and memory of parts"),
+    "inference": ("inference", "time of inference of a net and of ensembles"),
+}
+"""What each verb does, and the file of commands/ that does it. A file is imported when its verb is asked for."""
+
+
+def usage() -> str:
+    width = max(map(len, VERBS)) + 2
+    lines = [f"  {verb:<{width}}{about}" for verb, (_, about) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: rescom-timm VERB ...        (rescom-timm VERB --help says more)",
+            "",
+            *lines,
+            "",
+            "example: rescom-timm train digits_lt",
+            "on several processes: accelerate launch -m rescom_timm train RECIPE",
+        ]
+    )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """words: verb and its own words; those of the command line by default. Returns the exit code: 0, 1 where something
+    failed, 2 for a wrong word, 143 where a signal stopped a training."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(_version())
+        return 0
+    if words[0] not in VERBS:
+        near = get_close_matches(words[0], VERBS, n=1)
+        print(f"rescom-timm has no verb {words[0]!r}" + (f"; did you mean {near[0]}?" if near else ""), file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        return 2
+    file, _ = VERBS[words[0]]
+    command = import_module(f"rescom_timm.commands.{file}")
+    if file == "index":
+        return int(command.main(words, "rescom-timm"))
+    return int(command.main(words[1:], f"rescom-timm {words[0]}"))
+
+
+def _version() -> str:
+    try:
+        return f"rescom-timm {version('rescom-timm')}"
+    except PackageNotFoundError:
+        return "rescom-timm, not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Evaluate a run:  rescom-timm evaluate RUN [--checkpoint last|best|FOLDER] [--split test] [key=value ...]
+
+Prints and writes the figures with the split, the checkpoint and how it was chosen, and draws the confusion matrix.
+key=value changes the run's recipe, such as data.source=PATH for another place of the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rescom_timm.figures import confusion, style
+from rescom_timm.figures.folder import RunFolder
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.training.errors import CheckpointError, one_line
+from rescom_timm.training.evaluate import evaluate_run, table
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
+    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    arguments = parser.parse_intermixed_args(words)
+    try:
+        name, title, meter = evaluate_run(arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
+    except (RecipeError, CheckpointError, ValueError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+        return 1
+    print(table({title: meter.compute()}))
+    measured = confusion.measure(RunFolder(arguments.run).evaluation(name))
+    for path in style.save(confusion.draw(measured), confusion.table(measured), arguments.run / "figures" / name):
+        print(path)
+    return 0

@@ -1,0 +1,53 @@
+"""Pictures and a report of one or several runs:
+
+    rescom-timm figures RUN [RUN ...] [--only curves,tsne] [-o FOLDER] [key=value ...]
+
+Writes every figure as PNG, SVG and CSV, and report.html, which opens offline and shows the runs side by side.
+Figures of the net (views, pairs, queue_pairs, queues, similarity, gradients, tsne) open a checkpoint and its data; of
+several runs they are drawn only where --only names them. key=value changes the runs' recipes for them, such as
+data.source=PATH. With --only, the report shows the figures named beside it (--only curves,report), or all.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rescom_timm.figures import files, report, style
+from rescom_timm.figures.folder import open_runs
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; and key=value")
+    parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(files.NAMES)}, report")
+    parser.add_argument("--evaluation", default="", metavar="NAME", help="<split>-<checkpoint>; test-last by default")
+    parser.add_argument("--checkpoint", default="last", help="of the net: last, best, or the folder of a checkpoint")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="RUN/figures by default; ./figures for several runs")
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in options.runs if "=" in word and not Path(word).exists()]
+    try:
+        runs = open_runs(word for word in options.runs if word not in overrides)
+        if not runs:
+            raise ValueError("no run is named: give the folder of at least one")
+        default = files.NAMES if len(runs) == 1 else files.FROM_FILES
+        names = [name.strip() for name in (options.only or ",".join((*default, "report"))).split(",")]
+        files.check_names(names, (*files.NAMES, "report"))
+        pictures = [name for name in names if name != "report"] or list(default)
+        folder = Path(options.output or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
+        drawn = []
+        for one in files.draw_all(runs, pictures, options.evaluation, options.checkpoint, overrides):
+            drawn.append(one)
+            if one.figure is None or one.table is None:
+                print(f"no {one.name}: {one.missing}", flush=True)
+            elif names != ["report"]:
+                stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
+                print(*style.save(one.figure, one.table, folder / stem), sep="\n", flush=True)
+        if "report" in names:
+            print(report.write(runs, folder / "report.html", drawn, options.evaluation))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,84 @@
+"""Train a recipe:  rescom-timm train RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run]
+
+RECIPE is a YAML file, or the name of one that comes with the package (rescom-timm recipes). On several processes or
+GPUs:  accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accelerate launch tools/train.py RECIPE ...
+
+--resume goes on with the last run of the recipe's name, or, where RECIPE is RUN/recipe.yaml, with that run.
+--resume hf://owner/name goes on with a run that was pushed with its checkpoint, on another machine perhaps; without a
+RECIPE, by the recipe that it was pushed with.
+
+Exit codes: 0 trained, 1 failed, 2 a wrong word, 143 stopped by a signal with all saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from rescom_timm.recipe.loading import keys, load, load_fetched
+from rescom_timm.run import train_recipe
+from rescom_timm.sharing.hub import PushedRun
+from rescom_timm.training.errors import FAILURES, Stopped, one_line
+from rescom_timm.training.run_folder import run_recipe
+from rescom_timm.training.trainer import Resume
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a YAML file, and keys over it")
+    parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
+    parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}{_as_key(unknown[0], words)}")
+    addresses = [word for word in arguments.words if word.startswith("hf://")]
+    overrides = [word for word in arguments.words if "=" in word and word not in addresses]
+    recipes = [word for word in arguments.words if word not in (*addresses, *overrides)]
+    if addresses and not arguments.resume:
+        parser.error(f"{addresses[0]} is only read with --resume")
+    if not recipes and not addresses:
+        parser.error("name a recipe, such as digits_lt; all of them: rescom-timm recipes")
+    if len(recipes) > 1 or len(addresses) > 1:
+        parser.error(
+            f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
+        )
+    resume: Resume = arguments.resume
+    try:
+        if addresses:
+            resume = PushedRun(addresses[0])
+        if isinstance(resume, PushedRun) and not recipes:
+            recipe = load_fetched(resume.recipe(), overrides)
+        elif resume is True and is_recipe_of_run(Path(recipes[0])):
+            resume = Path(recipes[0]).parent
+            recipe = run_recipe(resume, overrides)
+        else:
+            recipe = load(recipes[0], overrides)
+        if arguments.print:
+            print(recipe.to_yaml())
+            return 0
+        train_recipe(recipe, resume, arguments.dry_run)
+    except (*FAILURES, Stopped) as error:
+        print(one_line(error), file=sys.stderr)
+        return 143 if isinstance(error, Stopped) else 1
+    return 0
+
+
+def is_recipe_of_run(path: Path) -> bool:
+    return path.is_file() and (path.parent / "checkpoints").is_dir()
+
+
+def _as_key(option: str, words: Sequence[str]) -> str:
+    """For --epochs 3: how it is written."""
+    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+    after = list(words)[list(words).index(option) + 1 :][:1]
+    value = value or next((word for word in after if not word.startswith("-")), "VALUE")
+    known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
+    near = get_close_matches(name, [*known, *known.values()], n=1)
+    return f": keys of the recipe are said without dashes, {known.get(near[0], near[0])}={value}" if near else ""

@@ -1,0 +1,32 @@
+"""What follows a training: class names and input size for later exports, a plain timm model at the end, the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rescom_timm.data.sources import Data
+from rescom_timm.recipe.config import Recipe
+from rescom_timm.sharing.export import describe, save_model
+from rescom_timm.sharing.staging import Pusher
+from rescom_timm.training.trainer import Follower
+
+
+class Publisher(Follower):
+    """Exports the model to RUN/model, and pushes where the recipe's hub section says so."""
+
+    folder: Path
+    pusher: Pusher
+
+    def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
+        self.folder, self.pusher = folder, Pusher(recipe.hub, folder)
+        describe(folder, data, recipe.views)
+
+    def saved(self, newest: str, best: str | None) -> None:
+        self.pusher.saved(newest, best)
+
+    def finished(self, newest: str, best: str | None) -> None:
+        print(save_model(self.folder))
+        self.pusher.finished(newest, best)
+
+    def closed(self) -> None:
+        self.pusher.wait()

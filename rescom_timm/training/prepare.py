@@ -1,0 +1,80 @@
+"""What the loop is handed: loaders, and the net on its devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from rescom_timm.data.loaders import eval_loader, train_loader
+from rescom_timm.data.samples import Batch, ViewsDataset
+from rescom_timm.data.sources import Data
+from rescom_timm.data.splits import Split
+from rescom_timm.data.views import parse
+from rescom_timm.methods import Method
+from rescom_timm.metrics import GROUPS, groups
+from rescom_timm.nets.net import Net
+from rescom_timm.recipe.config import Recipe, RecipeError
+from rescom_timm.training.build import speed_up
+from rescom_timm.training.launch import prepare_to_shard
+from rescom_timm.training.stop_signals import in_own_process_group
+
+
+def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Batch]:
+    """Batches of one forward pass. Raises RecipeError where there are fewer images than the recipe's batch."""
+    loader = train_loader(
+        data.train, recipe.views, method.views, recipe.train.batch_size // recipe.train.accumulate, recipe.seed,
+        recipe.train.epochs, recipe.loader, recipe.speed,
+    )  # fmt: skip
+    if len(loader) < recipe.train.accumulate:
+        raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
+    loader.worker_init_fn = in_own_process_group
+    return loader
+
+
+def evaluation_loaders(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
+    """A prepared loader of each split, by its name."""
+    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+    loaders = {}
+    for name, split in splits.items():
+        loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
+        loader.worker_init_fn = in_own_process_group
+        loaders[name] = accelerator.prepare(loader)
+    return loaders
+
+
+def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
+    """The method on this process's device, ready to be sharded where FSDP is asked for, and as fast as is asked for."""
+    method.to(accelerator.device)
+    sharded = accelerator.is_fsdp2
+    if sharded:
+        prepare_to_shard(accelerator, method.net)
+    # FSDP takes no weights that are not contiguous.
+    speed_up(method.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not sharded))
+
+
+@torch.no_grad()
+def check_image_size(net: Net, recipe: Recipe, train: Split, device: torch.device) -> None:
+    """Raises RecipeError where the net takes no images of a view's size, as a ViT made for another."""
+    view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken)[0, 0]["image"]
+    height, width = view.shape[-2:]
+    try:
+        net.eval().classify(torch.zeros(1, 3, height, width, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
+            f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
+        ) from error
+
+
+def check_selection(recipe: Recipe, data: Data) -> None:
+    """Raises RecipeError where validation has no image of the classes by which the best checkpoint is chosen."""
+    select = recipe.evaluation.select
+    if data.validation is not None and select in GROUPS:
+        chosen = groups(torch.as_tensor(data.counts)).get(select, torch.empty(0))
+        if not np.isin(data.validation.labels, chosen).any():
+            raise RecipeError(f"evaluation.select: {data.validation.name} has no image of a class of {select}")
