@@ -17,25 +17,32 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     files       ground     files written whole and read within bounds
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rescom_timm.nets.net import Net, ProjectorConfig, create_model  # registers the CIFAR ResNets in timm
 
 if TYPE_CHECKING:
+    from rescom_timm.run import Run, train
     from rescom_timm.sharing.predict import predict
     from rescom_timm.sharing.pretrained import from_pretrained
 
-__all__ = ["Net", "ProjectorConfig", "create_model", "from_pretrained", "predict"]
+__all__ = ["Net", "ProjectorConfig", "Run", "create_model", "from_pretrained", "predict", "train"]
+
+LATER = {
+    "Run": "rescom_timm.run",
+    "train": "rescom_timm.run",
+    "predict": "rescom_timm.sharing.predict",
+    "from_pretrained": "rescom_timm.sharing.pretrained",
+}
+"""Names of the floors above, which take seconds to import: only when asked for."""
 
 
 def __getattr__(name: str) -> Any:
-    # These need the floors above, which take seconds to import: only when asked for.
-    if name == "from_pretrained":
-        from rescom_timm.sharing.pretrained import from_pretrained
-
-        return from_pretrained
-    if name == "predict":
-        from rescom_timm.sharing.predict import predict
-
-        return predict
+    if name in LATER:
+        return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LATER})

@@ -5,6 +5,7 @@ Several processes train together with  accelerate launch -m rescom_timm train RE
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -50,7 +51,16 @@ def usage() -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """words: verb and its own words; those of the command line by default. Returns the exit code: 0, 1 where something
     failed, 2 for a wrong word, 143 where a signal stopped a training."""
-    words = list(sys.argv[1:] if words is None else words)
+    try:
+        code = _run(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2

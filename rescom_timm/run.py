@@ -1,15 +1,159 @@
-"""Runs from Python: train, then evaluate, predict, draw and push."""
+"""Runs from Python: train, then evaluate, predict, draw and push.
+
+import rescom_timm
+
+run = rescom_timm.train("digits_lt", overrides=["train.epochs=30"])
+run.evaluate()                      # {"top1": ..., "many": ..., "few": ..., ...}, percent
+run.predict(["photo.jpg"])          # a Prediction of each image
+model = run.model()                 # a plain timm model
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import timm
+from torch import nn
+
+from rescom_timm.data.memory import MEMORY, InMemory, in_memory
+from rescom_timm.figures.folder import RunFolder
+from rescom_timm.figures.writing import write_figures
 from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.loading import flat, load, load_dict
+from rescom_timm.sharing.predict import Prediction, Prior, predict
+from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
-from rescom_timm.training.trainer import Resume, train
+from rescom_timm.sharing.push import push_run
+from rescom_timm.training.evaluate import evaluate_run
+from rescom_timm.training.run_folder import lines, run_recipe
+from rescom_timm.training.trainer import Resume
+from rescom_timm.training.trainer import train as train_only
 
 
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
     for the arguments and what is raised."""
-    return train(recipe, resume, dry_run, Publisher())
+    return train_only(recipe, resume, dry_run, Publisher())
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    dataset: InMemory | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    **sections: Any,
+) -> Run:
+    """Train a recipe and come back with its run.
+
+    recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values;
+    None: the defaults. dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe
+    names), or one Dataset, of which a fifth of each class is parted off for testing; in the place of the recipe's
+    data.source. sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
+    overrides: the same as words of the command line, "train.epochs=30". resume: go on with the last run of the
+    recipe's name, if there is one.
+
+    Raises RecipeError for a recipe that cannot be run, ValueError and FileNotFoundError for the data, and what else
+    training.trainer.train does.
+    """
+    words = [*_words(sections), *overrides]
+    if dataset is not None:
+        words = [f"data.source={MEMORY}", *_splits(dataset, words), *words]
+    if isinstance(recipe, Recipe):
+        recipe = recipe.to_dict()
+    if recipe is None or isinstance(recipe, Mapping):
+        resolved = load_dict(dict(recipe or {}), "recipe", words)
+    else:
+        resolved = load(recipe, words)
+    with in_memory(dataset):
+        return Run(train_recipe(resolved, resume), dataset)
+
+
+def _words(sections: Mapping[str, Any]) -> list[str]:
+    """Nested values as key=value words; a section's name first, which starts the section anew."""
+    values = sorted(flat(dict(sections)).items(), key=lambda pair: not pair[0].endswith(".name"))
+    return [f"{key}={json.dumps(value, default=_plain)}" for key, value in values]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)  # NumPy's numbers; paths
+
+
+def _splits(dataset: InMemory, words: Sequence[str]) -> list[str]:
+    """What a data set of one split needs to be said, unless it is said."""
+    names = list(dataset) if isinstance(dataset, Mapping) else ["train"]
+    if len(names) != 1 or any(word.startswith("data.test=") for word in words):
+        return []
+    print("the data set has one split: a fifth of each class is kept for testing (data.test=holdout(0.2))")
+    return [f"data.train={names[0]}", "data.test=holdout(0.2)"]
+
+
+class Run:
+    """A trained run: its folder, and what can be done with it.
+
+    Raises ValueError where the folder holds no run, FileNotFoundError where there is none.
+    """
+
+    def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
+        """dataset: the data set in memory that it was trained on, where it was one."""
+        self.folder = RunFolder(folder).path
+        self.dataset = dataset
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return run_recipe(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first: epoch, step and named figures."""
+        return lines(self.folder / "metrics.jsonl")
+
+    def evaluate(
+        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
+        last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line."""
+        with in_memory(self.dataset):
+            return evaluate_run(self.folder, checkpoint, split, overrides)[2].compute()
+
+    def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
+        """The most probable classes of images; arguments as rescom_timm.predict's."""
+        return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
+
+    def model(self) -> nn.Module:
+        """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm
+        cannot hold: `pretrained` reads it."""
+        folder = self.folder / "model"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{self.folder} has no plain timm model (its net has parts of its own): use pretrained()")
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return model.eval()
+
+    def pretrained(self) -> Pretrained:
+        """The exported net with class names, counts and recipe; see rescom_timm.from_pretrained."""
+        return from_pretrained(self.folder)
+
+    def figures(self, *names: str, checkpoint: str = "last") -> list[Path]:
+        """Draw figures ("curves", "confusion", "tsne" ...; all and the report without a name); the files written, in
+        RUN/figures. What a run lacks is told in a warning."""
+        written = []
+        with in_memory(self.dataset):
+            for told in write_figures([RunFolder(self.folder)], names or None, checkpoint=checkpoint):
+                if isinstance(told, Path):
+                    written.append(told)
+                else:
+                    warnings.warn(told, stacklevel=2)
+        return written
+
+    def push(self, repo: str | None = None, overrides: Sequence[str] = ()) -> str:
+        """Push the run to the Hub; returns the commit's address. repo: owner/name, the recipe's hub.repo by default.
+        overrides: of the hub section, such as "hub.private=false". Raises HubError."""
+        return push_run(self.folder, [*overrides, *([f"hub.repo={repo}"] if repo else [])])

@@ -1,13 +1,11 @@
 """Shared fixtures. Tests over real data skip, with the reason, where that data is absent."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.append(str(ROOT / "tools"))  # where a tool finds its own parts, as in: python tools/benchmark.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

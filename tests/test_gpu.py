@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState, GradientState
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue
 from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import train_recipe as train
 from rescom_timm.training import checkpoint
 from rescom_timm.training import launch as launching
-from rescom_timm.run import train_recipe as train
 from tests.conftest import ROOT
 from tests.contrast.cases import unit
 from tests.training.child import differences, figures, last, recipe, trainer_of

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.figures import files, report, style
+from rescom_timm.figures import files
 from rescom_timm.figures.folder import open_runs
+from rescom_timm.figures.writing import write_figures
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -32,21 +33,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         runs = open_runs(word for word in options.runs if word not in overrides)
         if not runs:
             raise ValueError("no run is named: give the folder of at least one")
-        default = files.NAMES if len(runs) == 1 else files.FROM_FILES
-        names = [name.strip() for name in (options.only or ",".join((*default, "report"))).split(",")]
-        files.check_names(names, (*files.NAMES, "report"))
-        pictures = [name for name in names if name != "report"] or list(default)
-        folder = Path(options.output or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
-        drawn = []
-        for one in files.draw_all(runs, pictures, options.evaluation, options.checkpoint, overrides):
-            drawn.append(one)
-            if one.figure is None or one.table is None:
-                print(f"no {one.name}: {one.missing}", flush=True)
-            elif names != ["report"]:
-                stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
-                print(*style.save(one.figure, one.table, folder / stem), sep="\n", flush=True)
-        if "report" in names:
-            print(report.write(runs, folder / "report.html", drawn, options.evaluation))
+        names = [name.strip() for name in options.only.split(",")] if options.only else None
+        for told in write_figures(runs, names, options.output, options.evaluation, options.checkpoint, overrides):
+            print(told, flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,20 +9,14 @@ The token comes from  hf auth login  or HF_TOKEN.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from rescom_timm.recipe.config import HubConfig
 from rescom_timm.sharing.hub import HubError
 from rescom_timm.sharing.onnx import export_onnx
-from rescom_timm.sharing.push import build, push
-from rescom_timm.sharing.staging import stage, staged
-from rescom_timm.training import checkpoint
+from rescom_timm.sharing.push import export_push, push_run
 from rescom_timm.training.errors import CheckpointError
-from rescom_timm.training.run_folder import run_recipe
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -42,38 +36,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(export_onnx(arguments.run, arguments.onnx))
             return 0
         overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
-        config = run_recipe(arguments.run, overrides).hub
         if arguments.export:
-            return write(arguments.run, config, arguments.export)
-        if overrides or not staged(arguments.run):
-            if config.repo is None:
-                raise HubError("the recipe names no hub.repo: give --repo owner/name")
-            stage_now(arguments.run, config)
-        print(f"pushed: {push(arguments.run)['url']}")
+            print(export_push(arguments.run, arguments.export, overrides))
+        else:
+            print(f"pushed: {push_run(arguments.run, overrides)}")
     except (HubError, CheckpointError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
-
-
-def stage_now(run: Path, config: HubConfig) -> Path:
-    """Stage the run as it stands, in place of what was staged of the same checkpoint."""
-    newest = checkpoint.newest(run / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
-    shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
-    return stage(run, config, newest[0].name, newest[2]["progress"].get("best_checkpoint"), end=True)
-
-
-def write(run: Path, config: HubConfig, folder: Path) -> int:
-    """Copy what would be pushed into a folder."""
-    request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
-    waiting = stage_now(run, config)
-    try:
-        for name, path in build(waiting, {**request, "checkpoints": False}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-    finally:
-        shutil.rmtree(waiting)
-    print(folder)
     return 0

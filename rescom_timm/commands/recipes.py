@@ -21,15 +21,17 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("name", nargs="?", help="print this one")
     options = parser.parse_args(words)
+    if options.name is None:
+        width = max(len(path.stem) for path in shipped()) + 2
+        for path in shipped():
+            print(f"{path.stem:<{width}}{summary(path)}")
+        return 0
     try:
-        if options.name:
-            print(find(options.name).read_text(encoding="utf-8"), end="")
-        else:
-            for path in shipped():
-                print(f"{path.stem:<44}{summary(path)}")
-    except (RecipeError, OSError) as error:
+        text = find(options.name).read_text(encoding="utf-8")
+    except RecipeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    print(text, end="")
     return 0
 
 

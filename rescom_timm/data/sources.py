@@ -18,6 +18,7 @@ import numpy as np
 from rescom_timm.data.image_folders import folder_part, holds_tables
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
+from rescom_timm.data.memory import MEMORY
 from rescom_timm.data.profiles import at_most, holdout, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split
 from rescom_timm.data.tables import cache_folder, no_source, open_table, table_part
@@ -48,7 +49,11 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     opened = _opener(config, cache)
     train = opened(config.train, config.index)
     num_classes = train.index.num_classes
-    parts = {"train": train, "test": opened(config.test, config.test_index, num_classes)}
+    if parse_call(config.test, ("holdout",)):
+        test, train = _held_out(train, config.test)
+    else:
+        test = opened(config.test, config.test_index, num_classes)
+    parts = {"train": train, "test": test}
     if config.validation != "none":
         parts["validation"], parts["train"] = _validation(config, train, opened)
     for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
@@ -89,9 +94,10 @@ def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
     """How this source opens a split or a list: tables of rows, or a root of image files."""
     folder = Path(config.source).expanduser()
     looks_local = config.source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)
-    if config.source != "digits" and folder.is_dir() and not holds_tables(folder):
+    named = config.source in ("digits", MEMORY)
+    if not named and folder.is_dir() and not holds_tables(folder):
         return functools.partial(folder_part, folder)
-    if looks_local and not folder.is_dir():
+    if not named and looks_local and not folder.is_dir():
         raise no_source(config.source)
     tables = functools.cache(functools.partial(open_table, config, folder))  # one reading of a split for several parts
     return functools.partial(table_part, config, tables, Path(cache) if cache else cache_folder())
@@ -106,11 +112,16 @@ def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, 
         return opened(config.train, argument, train.index.num_classes), train
     rule = config.validation
     if name == "holdout":
-        held = holdout(train.index.labels, float(argument))
-        kept = np.delete(np.arange(len(train.rows)), held)
-        validation, train = train.take(held, rule), train.take(kept, f"all but {rule}")
-        return replace(validation, name=f"{train.name}, {rule}"), train
+        return _held_out(train, rule)
     return _unused(train, int(argument), rule), train
+
+
+def _held_out(train: Part, rule: str) -> tuple[Part, Part]:
+    """(the part of each class that holdout(...) takes, training without it)."""
+    _, fraction = parse_call(rule, ("holdout",)) or ("", "")
+    held = holdout(train.index.labels, float(fraction))
+    kept = np.delete(np.arange(len(train.rows)), held)
+    return replace(train.take(held, rule), name=f"{train.name}, {rule}"), train.take(kept, f"all but {rule}")
 
 
 def _unused(train: Part, number: int, rule: str) -> Part:

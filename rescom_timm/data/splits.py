@@ -19,11 +19,12 @@ class DataConfig:
     """What to train and test on. Raises ValueError for a rule that cannot be."""
 
     source: str
-    """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths."""
+    """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths.
+    "memory" is the data set that was given in Python."""
     train: str = "train"
     """Name of the split to train on."""
     test: str = "test"
-    """Name of the split to test on."""
+    """Name of the split to test on; where there is none, "holdout(0.2)": that part of each class's training rows."""
     index: str = "all"
     """Training rows: "all", "exponential(100)", "step(100)", an index file, official list or iNaturalist JSON."""
     test_index: str = "all"
@@ -44,13 +45,17 @@ class DataConfig:
         for rule in (self.index, self.test_index):
             if parse_call(rule, RULES):
                 parse_rule(rule)
+        if call := parse_call(self.test, ("holdout",)):
+            _check_part(self.test, call[1])
+            if self.test_index != "all":
+                raise ValueError(f"test {self.test} takes training rows, and test_index names others: say one of them")
         if self.validation == "none":
             return
         name, argument = parse_call(self.validation, VALIDATION) or ("", "")
         if not name:
             raise ValueError(f"validation {self.validation!r} is neither none nor one of {', '.join(VALIDATION)} (...)")
-        if name == "holdout" and not (is_number(argument) and 0 < float(argument) < 1):
-            raise ValueError(f"{self.validation}: a part between 0 and 1 is held out, such as holdout(0.1)")
+        if name == "holdout":
+            _check_part(self.validation, argument)
         if name == "unused" and not (argument.isdigit() and int(argument) > 0):
             raise ValueError(f"{self.validation}: a whole number of rows a class is taken, such as unused(50)")
         if not argument:
@@ -85,7 +90,7 @@ class Part:
 
     def take(self, positions: np.ndarray, rule: str) -> "Part":
         """The rows at these positions of the part; ``rule`` tells how they were chosen."""
-        notes = {**self.notes, "taken": rule}
+        notes = {**self.notes, "taken": "; ".join(filter(None, [self.notes.get("taken"), rule]))}
         return replace(self, rows=self.rows[positions], index=self.index.take(positions), notes=notes)
 
     def split(self) -> Split:
@@ -112,6 +117,11 @@ def index_path(spec: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no index {spec!r}: it is all, a rule such as exponential(100), or a file")
     return path
+
+
+def _check_part(rule: str, argument: str) -> None:
+    if not (is_number(argument) and 0 < float(argument) < 1):
+        raise ValueError(f"{rule}: a part between 0 and 1 is held out, such as holdout(0.1)")
 
 
 def is_number(text: str) -> bool:

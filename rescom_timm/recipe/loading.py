@@ -53,12 +53,10 @@ def find(name: str | Path) -> Path:
     file = f"{path.name.removesuffix('.yaml')}.yaml"
     if file in known and path.parent in (Path(), Path("recipes")):
         return known[file]
-    there = known | {found.name: found for folder in (Path("recipes"), path.parent) for found in folder.glob("*.yaml")}
-    near = get_close_matches(file, there, n=1)
-    meant = there[near[0]] if near else None
-    raise RecipeError(
-        f"no recipe {name}" + (f"; did you mean {meant.stem if meant in known.values() else meant}?" if meant else "")
-    )
+    beside = {found.name: found for found in path.parent.glob("*.yaml")}
+    near = get_close_matches(file, known | beside, n=1)
+    meant = near and (str(beside[near[0]]) if near[0] in beside else known[near[0]].stem)
+    raise RecipeError(f"no recipe {name}" + (f"; did you mean {meant}?" if meant else "; all: rescom-timm recipes"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

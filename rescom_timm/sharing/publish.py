@@ -8,7 +8,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.sharing.export import describe, save_model
 from rescom_timm.sharing.staging import Pusher
-from rescom_timm.training.trainer import Follower
+from rescom_timm.training.follower import Follower
 
 
 class Publisher(Follower):

@@ -10,6 +10,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 from rescom_timm.files import write_json, write_text
-from rescom_timm.recipe.config import without_home
+from rescom_timm.recipe.config import HubConfig, without_home
 from rescom_timm.sharing import card
 from rescom_timm.sharing.export import DETAILS, export_run
 from rescom_timm.sharing.hub import HubError, explain
-from rescom_timm.sharing.staging import staged, status
+from rescom_timm.sharing.staging import stage, staged, status
+from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.run_folder import run_recipe
 
 OWN = (".gitattributes", "README.md", "LICENSE")
 """Files that a repository may hold besides a run of ours."""
@@ -53,6 +57,42 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
         _write_status(run, {"error": str(error)})
         raise
     return last
+
+
+def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
+    """Push what the training left in RUN/hub/, or, where nothing is left or something is said otherwise, the run as it
+    stands; returns the commit's address. overrides: key=value words of the hub section. Raises HubError, and as
+    stage_now does."""
+    if overrides or not staged(run):
+        config = run_recipe(run, overrides).hub
+        if config.repo is None:
+            raise HubError("the recipe names no hub.repo: give --repo owner/name")
+        stage_now(run, config)
+    return push(run)["url"]
+
+
+def stage_now(run: Path, config: HubConfig) -> Path:
+    """Stage the run as it stands, in place of what was staged of the same checkpoint. Raises
+    FileNotFoundError where there is none."""
+    newest = checkpoint.newest(run / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
+    shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
+    return stage(run, config, newest[0].name, newest[2]["progress"].get("best_checkpoint"), end=True)
+
+
+def export_push(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Copy what would be pushed into a folder, which needs no network. Raises as stage_now and build do."""
+    config = run_recipe(run, overrides).hub
+    request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
+    waiting = stage_now(run, config)
+    try:
+        for name, path in build(waiting, {**request, "checkpoints": False}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    finally:
+        shutil.rmtree(waiting)
+    return folder
 
 
 def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:

@@ -27,6 +27,7 @@ from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import differences, flat
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_method
+from rescom_timm.training.launch import new_accelerator
 from rescom_timm.training.run_folder import run_recipe
 
 
@@ -149,7 +150,7 @@ def evaluate_run(
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
-    accelerator = Accelerator(mixed_precision=recipe.train.precision)
+    accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=recipe.net.untrained()), data).to(accelerator.device)
     load_net(method.net, weights, path)
     batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 
@@ -18,11 +19,18 @@ STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TAS
 """Where launchers tell how many processes they started."""
 
 
+def new_accelerator(precision: str, **options: Any) -> Accelerator:
+    """An Accelerator, whatever the one before it in this process was for; by itself accelerate keeps the precision of
+    the first."""
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, **options)
+
+
 def launch(recipe: Recipe) -> Accelerator:
     """An Accelerator for this recipe. Raises RecipeError where recipe and launch do not fit together."""
     train = recipe.train
-    accelerator = Accelerator(
-        mixed_precision=train.precision,
+    accelerator = new_accelerator(
+        train.precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ class Log:
             self.board.close()
         except OSError as error:
             warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
+
+
+def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:
+    """What a log tells of an epoch. epochs: such as 3/30. trained, left: seconds."""
+    told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+    times = f"{timedelta(seconds=round(trained))} trained, {timedelta(seconds=round(left))} left"
+    return f"epoch {epochs}: {told}, {images_per_second:,.0f} images/s, {times}"
 
 
 def environment() -> dict[str, Any]:

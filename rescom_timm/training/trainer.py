@@ -13,7 +13,6 @@ import time
 import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from rescom_timm.training.build import build_method, build_optimizer, build_sche
 from rescom_timm.training.captured_step import CapturedStep
 from rescom_timm.training.errors import FAILURES, CheckpointError, NonFiniteLoss, Stopped, one_line, with_advice
 from rescom_timm.training.evaluate import about, evaluate, table, title, write
+from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log
+from rescom_timm.training.log import Log, epoch_line
 from rescom_timm.training.prepare import (
     check_image_size,
     check_selection,
@@ -51,23 +51,6 @@ from rescom_timm.training.stop_signals import StopSignals
 
 Resume = bool | Path | RunElsewhere
 """Whether to go on with a run: with the last of the recipe's name (True), or with the one in a folder or elsewhere."""
-
-
-class Follower:
-    """What hears of a run as it goes, in its main process. This one does nothing; sharing/publish.py has the one that
-    exports and pushes."""
-
-    def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
-        """The run has its folder."""
-
-    def saved(self, newest: str, best: str | None) -> None:
-        """A checkpoint was written. newest, best: names of checkpoints; best is None where none was selected yet."""
-
-    def finished(self, newest: str, best: str | None) -> None:
-        """The last evaluation is done. What this raises is told as a CheckpointError: --resume comes here again."""
-
-    def closed(self) -> None:
-        """All went well, and the run's folder is free."""
 
 
 def train(
@@ -286,13 +269,8 @@ class Trainer:
         bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
         if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
             left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
-            print(
-                f"epoch {progress.epoch}/{self.recipe.train.epochs}: "
-                + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-                + f", {images_per_second:,.0f} images/s, {timedelta(seconds=round(progress.seconds))} trained, "
-                f"{timedelta(seconds=round(left))} left",
-                flush=True,
-            )
+            epochs = f"{progress.epoch}/{self.recipe.train.epochs}"
+            print(epoch_line(epochs, means, images_per_second, progress.seconds, left), flush=True)
 
     def _stopped(self) -> Stopped:
         return Stopped(

@@ -1,14 +1,13 @@
 """Inference time: the ensembles are ensembles, and every net is timed in every round."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from rescom_timm.commands import inference as command
 from rescom_timm.figures import inference, style
 
 SMALL = {"batch_size": 2, "image_size": (16, 16), "num_classes": 5, "device": "cpu", "warm_up": 1}
@@ -90,20 +89,11 @@ def test_tool_writes_times_with_their_machine(tmp_path: Path, capsys: pytest.Cap
         "--rounds",
         "2",
     ]
-    assert _tool().main([*words, "--precision", "bfloat16", "--device", "cpu", "-o", str(tmp_path)]) == 0
+    assert command.main([*words, "--precision", "bfloat16", "--device", "cpu", "-o", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "resnet20_cifar-2-bfloat16.json").read_text())
     names = [row["net"] for row in record["nets"]]
     assert names == ["plain", "2 experts from layer2", "3 experts from layer2"]
     assert record["image_size"] == [16, 16] and all(row["median_ms"] > 0 for row in record["nets"])
     assert "images/s" in capsys.readouterr().out
-    assert _tool().main(["resnet20_cifar", "img_size"]) == 1
+    assert command.main(["resnet20_cifar", "img_size"]) == 1
     assert "is not key=value" in capsys.readouterr().err
-
-
-def _tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "inference.py"
-    spec = importlib.util.spec_from_file_location("tools_inference", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

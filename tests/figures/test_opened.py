@@ -1,15 +1,14 @@
 """A run opened again: its net and queue, and every figure that they give; without any training."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from rescom_timm.commands import figures as command
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.figures import files, nets, style
 from rescom_timm.figures.folder import Missing, RunFolder
@@ -144,20 +143,11 @@ def test_runs_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
 
 def test_tool_draws_figures_of_the_net_and_reports_them(folder: Path, tmp_path: Path, capsys) -> None:
     words = [str(folder), "--only", "queues,similarity,report", "-o", str(tmp_path), "data.index=exponential(20)"]
-    assert _tool().main(words) == 0
+    assert command.main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.html", *(f"{name}.{kind}" for name in ("queues", "similarity") for kind in ("csv", "png", "svg")),
     }  # fmt: skip
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "Keys of each class in the queue" in page
-    assert _tool().main(["key=value"]) == 2
+    assert command.main(["key=value"]) == 2
     assert "no run is named" in capsys.readouterr().err
-
-
-def _tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "figures.py"
-    spec = importlib.util.spec_from_file_location("tools_figures_of_nets", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

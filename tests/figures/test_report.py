@@ -1,6 +1,5 @@
 """The HTML report and tools/figures.py: one file, offline, escaped, complete, and clear where something is missing."""
 
-import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -9,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from rescom_timm.commands import figures as command
 from rescom_timm.figures import report
 from rescom_timm.figures.folder import RunFolder, open_runs
 from tests.figures.made_up import long_tail, make_run
@@ -44,12 +44,7 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "figures.py"
-    spec = importlib.util.spec_from_file_location("tools_figures", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return command
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 """Robustness: errors of an opened run on corrupted images, what is kept, and the figures over a baseline."""
 
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from rescom_timm import metrics
+from rescom_timm.commands import robustness as command
 from rescom_timm.data.corruptions import COMMON, prepared
 from rescom_timm.figures import robustness, style
 from rescom_timm.figures.folder import Missing, RunFolder
@@ -155,7 +154,7 @@ def test_tool_measures_a_run_over_a_baseline(
 ) -> None:
     other = taught(folder, tmp_path / "base")
     words = [str(folder), "--prepared", str(digits_c), "--limit", "30", "--baseline", str(other), "data.test=test"]
-    assert _tool().main(words) == 0
+    assert command.main(words) == 0
     written = folder / "robustness" / "test-last-digits-c.json"
     record = json.loads(written.read_text())
     base = open_run(other)
@@ -176,14 +175,5 @@ def test_tool_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.Ca
         ([str(folder), "--limit", "0"], "at least 1"),
         ([str(tmp_path / "absent")], "No run folder"),
     ):
-        assert _tool().main(words) == 1
+        assert command.main(words) == 1
         assert message in capsys.readouterr().err
-
-
-def _tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "robustness.py"
-    spec = importlib.util.spec_from_file_location("tools_robustness", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

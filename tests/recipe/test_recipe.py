@@ -173,9 +173,19 @@ def test_a_base_that_is_no_name_is_told(tmp_path):
         load(tmp_path / "a.yaml")
 
 
-def test_a_name_without_its_folder_is_pointed_to_the_recipe():
-    with pytest.raises(RecipeError, match="no recipe digits_lt; did you mean recipes/digits_lt.yaml?"):
-        load("digits_lt")
+@pytest.mark.parametrize("name", ["digits_lt", "digits_lt.yaml", "recipes/digits_lt.yaml"])
+def test_a_recipe_that_comes_with_the_package_is_found_by_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load(name) == load(DIGITS)
+    Path("recipes").mkdir()
+    Path("digits_lt.yaml").write_text("data: {source: mine}")
+    Path("recipes/digits_lt.yaml").write_text("data: {source: ours}")
+    expected = {"digits_lt": "digits", "digits_lt.yaml": "mine", "recipes/digits_lt.yaml": "ours"}
+    assert load(name).data.source == expected[name], "a file that is there comes first"
+    with pytest.raises(RecipeError, match="no recipe digits_lr; did you mean digits_lt?"):
+        load("digits_lr")
+    with pytest.raises(RecipeError, match="no recipe there/digits_lt"):
+        load("there/digits_lt")
 
 
 def test_fewer_epochs_alone_shorten_the_schedule_as_much():

@@ -1,6 +1,5 @@
 """tools/index.py, run as its user does."""
 
-import importlib.util
 import io
 import json
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rescom_timm.commands import index as command
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load
 from rescom_timm.recipe import loading as recipe
@@ -21,24 +21,13 @@ FILE = Path(__file__).parents[2] / "tools" / "index.py"
 Run = Callable[..., tuple[int, str]]
 
 
-def module():  # noqa: ANN201
-    spec = importlib.util.spec_from_file_location("index_tool", FILE)
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-TOOL = module()
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.chdir(tmp_path)
 
     def go(*words: object) -> tuple[int, str]:
-        code = TOOL.main([str(word) for word in words])
+        code = command.main([str(word) for word in words])
         out = capsys.readouterr()
         return code, out.out + out.err
 
@@ -264,7 +253,7 @@ def test_a_made_recipe_runs_from_anywhere(run: Run, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home)
     code, said = run("init", "photos", "-o", "~/my recipes/p.yaml")
-    assert code == 0 and f"train.py '{home}/my recipes/p.yaml'" in said and not Path("~").exists()
+    assert code == 0 and f"rescom-timm train '{home}/my recipes/p.yaml'" in said and not Path("~").exists()
     text = Path("my recipes/p.yaml").read_text() + Path("my recipes/p_train.txt").read_text()
     assert str(home) not in text and "~/photos" in text
     monkeypatch.chdir(tmp_path)
@@ -320,7 +309,7 @@ def test_init_of_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_settings_are_the_papers_where_it_has_any() -> None:
     def chosen(counts: list[int]) -> tuple[float, ...]:
-        return tuple(value for value, _ in TOOL.settings(np.array(counts)).values())
+        return tuple(value for value, _ in command.settings(np.array(counts)).values())
 
     assert chosen([1280] + [5] * 999) == (4, 1, 500, 0.99)  # ImageNet-LT
     assert chosen([500] + [5] * 99)[:2] == (10, 1) and abs(chosen([500] + [5] * 99)[2] - 400) < 10  # CIFAR-100-LT
@@ -333,6 +322,6 @@ def test_settings_are_the_papers_where_it_has_any() -> None:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["index.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        TOOL.main()
+        command.main()
     said = capsys.readouterr().out
     assert stop.value.code == 0 and all(v in said for v in ("make", "convert", "check", "describe", "overlap", "init"))

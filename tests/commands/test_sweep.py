@@ -1,29 +1,24 @@
 """tools/sweep.py over the digits: its cells, what it skips and resumes, its table."""
 
 import csv
-import importlib.util
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from rescom_timm.commands import sweep as command
 from rescom_timm.recipe.loading import load
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_lt_cross_entropy.yaml")
 QUICK = ["train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.batch_size=364"]
 
 
 @pytest.fixture(scope="module")
 def sweep():
-    spec = importlib.util.spec_from_file_location("sweep_tool", ROOT / "tools" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return command
 
 
 def test_cells_are_every_combination_with_readable_names(sweep):
@@ -140,9 +135,7 @@ def test_commands_that_say_too_little_are_refused(sweep, words):
 
 def test_the_commands_of_its_docstring_name_recipes_and_keys_that_exist(sweep):
     text = sweep.__doc__.replace("\\\n", " ")
-    commands = [
-        line.split()[2:] for line in text.splitlines() if line.strip().startswith("python tools/sweep.py recipes/")
-    ]
+    commands = [line.split()[2:] for line in text.splitlines() if line.strip().startswith("rescom-timm sweep recipes/")]
     assert len(commands) >= 5
     for words in commands:
         recipes = [word for word in words if word.startswith("recipes/") and "{" not in word]

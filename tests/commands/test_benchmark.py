@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmark
 from rescom_timm.benchmarks.head import Head
 from rescom_timm.benchmarks.loader import PlainDataset, photographs
 from rescom_timm.benchmarks.loop import Watched
 from rescom_timm.benchmarks.startup import on_digits
+from rescom_timm.commands import benchmark
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.views import parse, seed_all
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_lt.yaml")
 
 

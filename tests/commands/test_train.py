@@ -12,7 +12,7 @@ from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.training.errors import one_line
 from rescom_timm.training.trainer import Trainer
 
-DIGITS = str(Path(__file__).parents[1] / "recipes" / "digits_lt_cross_entropy.yaml")
+DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt_cross_entropy.yaml")
 QUICK = [
     "net.backbone=resnet8_cifar",
     "train.epochs=1",
@@ -69,7 +69,7 @@ def test_of_a_workers_error_its_own_words_are_told():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "name a recipe, such as recipes/digits_lt.yaml"),
+        ([], "name a recipe, such as digits_lt; all of them: rescom-timm recipes"),
         (
             [DIGITS, "--epochs", "3"],
             "option --epochs: keys of the recipe are said without dashes, train.epochs=3",

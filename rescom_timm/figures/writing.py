@@ -1,0 +1,40 @@
+"""Figures of runs, drawn and written as PNG, SVG and CSV, and the report over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rescom_timm.figures import files, report, style
+from rescom_timm.figures.folder import RunFolder
+
+
+def write_figures(
+    runs: Sequence[RunFolder],
+    names: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    evaluation: str = "",
+    checkpoint: str = "last",
+    overrides: Sequence[str] = (),
+) -> Iterator[Path | str]:
+    """Draw and write, one after the other: the paths written, or, as text, which figure there is none of and why.
+
+    names: of files.NAMES, and "report"; all by default, of several runs those that need no net. folder: RUN/figures by
+    default, ./figures for several runs. evaluation, checkpoint, overrides: as files.draw_all. Raises ValueError for a
+    name that is no figure's.
+    """
+    default = files.NAMES if len(runs) == 1 else files.FROM_FILES
+    names = [*default, "report"] if names is None else list(names)
+    files.check_names(names, (*files.NAMES, "report"))
+    pictures = [name for name in names if name != "report"] or list(default)
+    folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
+    drawn = []
+    for one in files.draw_all(runs, pictures, evaluation, checkpoint, overrides):
+        drawn.append(one)
+        if one.figure is None or one.table is None:
+            yield f"no {one.name}: {one.missing}"
+        elif names != ["report"]:
+            stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
+            yield from map(Path, style.save(one.figure, one.table, folder / stem))
+    if "report" in names:
+        yield Path(report.write(runs, folder / "report.html", drawn, evaluation))

@@ -1,0 +1,79 @@
+"""The console command: its verbs, and what it answers to a wrong one."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from rescom_timm.__main__ import VERBS, main
+from rescom_timm.recipe.loading import shipped
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_names_it_as_it_is_called(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: rescom-timm {verb} ")
+    about = import_module(f"rescom_timm.commands.{VERBS[verb][0]}").__doc__
+    assert f"rescom-timm {verb}" in about, "its docstring shows how it is called"
+
+
+def test_every_command_has_a_verb_and_every_tool_is_a_face_of_one():
+    files = {path.stem for path in (ROOT / "rescom_timm/commands").glob("*.py")} - {"__init__"}
+    assert files == {file for file, _ in VERBS.values()}
+    own = {"lite0", "soak"}  # for those who work on the project
+    tools = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    assert set(tools) == own | files - {"recipes"}
+    for name in set(tools) - own:
+        assert f"from rescom_timm.commands.{name} import main" in tools[name]
+        assert len(tools[name].splitlines()) < 12
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["help"], 0)])
+def test_help_lists_every_verb(words, code, capsys):
+    assert main(words) == code
+    told = capsys.readouterr().out
+    assert all(f"\n  {verb} " in told for verb in VERBS)
+
+
+def test_a_wrong_verb_is_told_with_the_nearest(capsys):
+    assert main(["trian", "digits_lt"]) == 2
+    assert "no verb 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
+    assert capsys.readouterr().out.split() == ["rescom-timm", version.split('"')[1]]
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [path.stem for path in shipped()] and len(lines) > 50
+    assert all(len(line.split()) > 3 for line in lines), "each says what it is"
+    assert main(["recipes", "digits_lt"]) == 0
+    assert capsys.readouterr().out == (ROOT / "recipes/digits_lt.yaml").read_text()
+    assert main(["recipes", "digits_lr"]) == 1
+    assert "did you mean digits_l" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m rescom_timm recipes | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_tool_answers_as_its_verb(tmp_path):
+    words = [str(tmp_path / "none.yaml"), "--print"]
+    tool = [sys.executable, str(ROOT / "tools/train.py"), *words]
+    verb = [sys.executable, "-m", "rescom_timm", "train", *words]
+    told = [subprocess.run(one, capture_output=True, text=True, cwd=ROOT) for one in (tool, verb)]
+    assert told[0].returncode == told[1].returncode == 1
+    assert told[0].stderr == told[1].stderr == f"RecipeError: no recipe {words[0]}; all: rescom-timm recipes\n"
