@@ -1,0 +1,200 @@
+"""Runs from Python: train(...) -> Run, on shipped recipes and on data sets in memory."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import rescom_timm
+from rescom_timm import Run, train
+from rescom_timm.data.digits import digits
+from rescom_timm.data.memory import in_memory
+from rescom_timm.data.sources import load
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.training.errors import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "net": {"backbone": "resnet8_cifar", "projector": {"hidden": 16, "dim": 8}},
+    "views": {"train": "crop(8,1) | flip", "eval": "none"},
+    "method": {"queue": {"per_class": 4}, "positives": 1, "negatives": 20},
+    "train": {"epochs": 1, "batch_size": 64},
+    "speed": {"workers": 0},
+}
+
+
+def pictures() -> datasets.DatasetDict:
+    """The digits as a user's data: PIL images, shuffled, one split in another order than it was stored in."""
+    parts = {name: digits(name).cast_column("image", datasets.Image()) for name in ("train", "test")}
+    return datasets.DatasetDict({**parts, "train": parts["train"].shuffle(seed=3)})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "1")
+        yield train(dataset=pictures(), output=tmp_path_factory.mktemp("runs"), name="mine", **SMALL)
+
+
+def test_a_data_set_in_memory_is_trained_evaluated_and_predicted_on(run):
+    assert run.folder.name == "mine" and repr(run) == f"Run({str(run.folder)!r})"
+    assert run.recipe.data.source == "memory" and run.recipe.net.backbone == "resnet8_cifar"
+    assert run.metrics[0]["epoch"] == 1 and run.metrics[0]["train/loss"] > 0
+    figures = run.evaluate()
+    told = json.loads((run.folder / "evaluation/test-last.json").read_text())
+    assert figures == told["numbers"] and told["images"] == 500 and told["class_names"] == list("0123456789")
+    images = [row["image"] for row in pictures()["test"].select(range(3))]
+    found = run.predict(images, top_k=2)
+    model, ours = run.model(), run.pretrained()
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images]).permute(0, 3, 1, 2)
+    logits = ours.net.classify(pixels)
+    assert not model.training and [int(one.labels[0]) for one in found] == logits.argmax(dim=1).tolist()
+    pixels = (pixels.float() / 255 - ours.net.mean) / ours.net.std
+    assert torch.allclose(model(pixels), logits, atol=1e-4)
+
+
+def test_labels_stay_with_their_images_where_rows_were_shuffled_before():
+    shuffled = pictures()
+    with in_memory(shuffled):
+        data = load(DataConfig("memory"))
+    assert data.train.labels.tolist() == shuffled["train"]["label"] != digits("train")["label"]
+    first = data.train.dataset[0]["image"]["bytes"]
+    assert first == shuffled["train"].cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
+
+
+def test_figures_are_drawn_and_what_is_missing_is_told(run):
+    written = run.figures("curves", "queues")
+    assert {path.name for path in written} >= {"curves.png", "curves.csv", "queues.png"}
+    assert all(path.is_file() for path in written)
+    with pytest.warns(UserWarning, match="no robustness: "):
+        assert run.figures("robustness") == []
+    with pytest.raises(ValueError, match="Did you mean curves"):
+        run.figures("curve")
+
+
+def test_a_run_is_opened_again_with_its_data_and_not_without(run):
+    again = Run(run.folder, dataset=pictures())
+    assert again.evaluate() == run.evaluate()
+    with pytest.raises(ValueError, match=r"the images were a data set in memory. Give it again .* dataset="):
+        Run(run.folder).evaluate()
+    with pytest.raises(FileNotFoundError, match="No run folder"):
+        Run(run.folder / "none")
+    with pytest.raises(ValueError, match="is no run folder"):
+        Run(run.folder.parent)
+
+
+def test_it_goes_on_with_the_same_data_and_refuses_other(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    words = {**SMALL, "output": run.folder.parent, "name": "mine", "resume": True}
+    before = run.metrics
+    assert train(dataset=pictures(), **words).folder == run.folder
+    assert Run(run.folder).metrics == before, "it was finished"
+    other = pictures()
+    other["train"] = other["train"].shuffle(seed=4)
+    with pytest.raises(RecipeError, match="was trained on other rows or labels than memory train"):
+        train(dataset=other, **words)
+
+
+def test_one_split_is_parted_and_told(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    for whole in (digits("test"), datasets.DatasetDict({"all": digits("test")})):
+        run = train(dataset=whole, output=tmp_path, **{**SMALL, "train": {"epochs": 0}})
+        assert "has one split: a fifth of each class is kept for testing" in capsys.readouterr().out
+        told = json.loads((run.folder / "environment.json").read_text())["data"]
+        assert (told["train"]["rows"], told["test"]["rows"]) == (400, 100)
+        assert (told["train"]["taken"], told["test"]["taken"]) == ("all but holdout(0.2)", "holdout(0.2)")
+
+
+def test_two_trainings_in_one_process_may_differ_in_precision(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    words = {**SMALL, "train": {"epochs": 1, "batch_size": 64, "precision": "bf16"}}
+    other = train({"data": {"source": "digits"}}, output=tmp_path, **words)
+    assert other.recipe.train.precision == "bf16"
+    assert run.evaluate() == Run(run.folder, pictures()).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"dataset": [1, 2]}, "dataset is a datasets.Dataset, or a DatasetDict of them, not list"),
+        ({"dataset": {}}, "not an empty one"),
+        ({"dataset": {"train": 1}}, "not int"),
+        ({}, "data is missing: every recipe names it"),
+        ({"recipe": "digit_lt"}, "no recipe digit_lt; did you mean digits_lt?"),
+        ({"recipe": "digits_lt", "train": {"epoch": 3}}, "unknown key train.epoch; did you mean train.epochs"),
+        ({"recipe": "digits_lt", "overrides": ["train.epochs"]}, "'train.epochs' is not key=value"),
+        ({"recipe": "digits_lt", "trian": {"epochs": 3}}, "unknown key trian"),
+        ({"dataset": {"a": digits("test"), "b": digits("test")}}, "no split 'train', only a, b"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(words, expected, alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        train(**words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sections_say_what_words_say(monkeypatch):
+    seen = []
+    monkeypatch.setattr("rescom_timm.run.train_recipe", lambda recipe, resume: seen.append(recipe) or ROOT)
+    monkeypatch.setattr("rescom_timm.run.Run", lambda folder, dataset: None)
+    train("digits_lt", overrides=["optimizer.lr=0.3", "method.name=ldam", "method.views=2"])
+    train("digits_lt", optimizer={"lr": np.float64(0.3)}, method={"views": 2, "name": "ldam"})
+    train(seen[0])
+    train(seen[0].to_dict())
+    assert seen[0].method.name == "ldam" and seen[0].optimizer.lr == 0.3
+    assert seen.count(seen[0]) == 4
+
+
+def test_a_net_that_plain_timm_cannot_hold_is_read_otherwise(run, tmp_path):
+    (tmp_path / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
+    with pytest.raises(ValueError, match="has no plain timm model .*: use pretrained()"):
+        Run(tmp_path).model()
+    with pytest.raises((CheckpointError, ValueError), match="no checkpoint"):
+        Run(tmp_path, pictures()).evaluate()
+
+
+def test_every_public_name_is_documented_typed_and_there():
+    for name in rescom_timm.__all__:
+        thing = getattr(rescom_timm, name)
+        assert name in dir(rescom_timm) and inspect.getdoc(thing), name
+        members = (
+            [thing] if inspect.isfunction(thing) else [f for _, f in inspect.getmembers(thing, inspect.isfunction)]
+        )
+        for function in members:
+            if function.__name__.startswith("_") or not function.__module__.startswith("rescom_timm"):
+                continue
+            assert inspect.getdoc(function), f"{name}.{function.__name__}"
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not inspect.Signature.empty, f"{name}.{function.__name__}"
+    assert (ROOT / "rescom_timm/py.typed").is_file()
+
+
+def test_processes_of_a_notebook_train_together(tmp_path):
+    """accelerate's launchers for notebooks hand the data set in memory to every process."""
+    code = f"""
+from accelerate import debug_launcher
+import rescom_timm
+from tests.test_run import SMALL, pictures
+
+def cell(dataset):
+    rescom_timm.train(dataset=dataset, output={str(tmp_path)!r}, name="two", **SMALL)
+
+if __name__ == "__main__":
+    debug_launcher(cell, (pictures(),), num_processes=2)
+"""
+    (tmp_path / "cell.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "cell.py")], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
