@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 VERBS = {
-    "train": ("train", "train a recipe, or go on with a run"),
+    "train": ("train", "train a recipe, or resume a run"),
     "recipes": ("recipes", "list the recipes of this package, or print one"),
     "init": ("index", "write a recipe for your own images"),
     "make": ("index", "draw a long-tailed index from a data set"),

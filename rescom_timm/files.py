@@ -36,7 +36,7 @@ MAX_DEPTH = 50
 
 
 @contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to. It is renamed to `path` where the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def aside(path: str | Path) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:
     """Write text (or pieces of it) as UTF-8, whole or not at all. Raises OSError, which names `path`."""
-    with naming(path), aside(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+    with errors_named(path), atomic_path(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 
@@ -62,7 +62,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all, with the rights that the umask gives, which safetensors does
     not ask. Raises OSError, which names `path`."""
-    with naming(path), aside(path) as beside:
+    with errors_named(path), atomic_path(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode
         try:
@@ -73,7 +73,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 
 @contextmanager
-def aside_folder(path: str | Path, own: Sequence[str]) -> Iterator[Path]:
+def atomic_folder(path: str | Path, own: Sequence[str]) -> Iterator[Path]:
     """An empty folder beside `path` to write the files `own` to. Where the block ends well it takes the place of
     `path`, of which it keeps all other files; else it is removed and `path` is as it was.
 
@@ -144,7 +144,7 @@ def _harmless(cell: str) -> str:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def errors_named(path: str | Path) -> Iterator[None]:
     """An OSError of the block names this file: a full disk tells none, and an aside name helps nobody."""
     try:
         yield

@@ -219,7 +219,9 @@ def relative_mean_corruption_error(
     _same_kinds(errors, baseline)
     harmless = [kind for kind, error in baseline.items() if error <= baseline_clean_error]
     if harmless:
-        raise ValueError(f"The baseline loses nothing on {', '.join(harmless)}: relative mCE would divide by zero.")
+        raise ValueError(
+            f"The baseline makes no more errors on {', '.join(harmless)}: relative mCE would divide by zero."
+        )
     return _mean(
         [100 * (_mean(errors[kind]) - clean_error) / (baseline[kind] - baseline_clean_error) for kind in baseline]
     )

@@ -54,7 +54,7 @@ def train(
     None: the defaults. dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe
     names), or one Dataset, of which a fifth of each class is parted off for testing; in the place of the recipe's
     data.source. sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
-    overrides: the same as words of the command line, "train.epochs=30". resume: go on with the last run of the
+    overrides: the same as words of the command line, "train.epochs=30". resume: continue the last run of the
     recipe's name, if there is one.
 
     Raises RecipeError for a recipe that cannot be run, ValueError and FileNotFoundError for the data, and what else

@@ -111,7 +111,7 @@ OWN = ("a", "b", "c")
 
 def fill(folder, version):
     """An export of ours: a and b always, c in the first version only."""
-    with files.aside_folder(folder, OWN) as new:
+    with files.atomic_folder(folder, OWN) as new:
         for name in OWN[: 3 if version == 1 else 2]:
             files.write_text(new / name, f"{name}{version}")
 

@@ -47,7 +47,7 @@ def losses(tree, steps=8):
     trainer, told = trainer_of(tree), []
     trainer.method.train()
     while len(told) < steps:
-        for batch in trainer.finished(trainer.loader):
+        for batch in trainer.completed(trainer.loader):
             told.append((trainer.captured or trainer._step)(batch)["loss"].clone())
     return torch.stack(told[:steps]).cpu()
 
@@ -116,7 +116,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, mode, precision):
     tree = recipe(tmp_path, method__mode=mode, train__precision=precision, **NET)
     trainer = trainer_of(tree)
     trainer.method.train()
-    batches = [batch for _, batch in zip(range(5), trainer.finished(trainer.loader), strict=False)]
+    batches = [batch for _, batch in zip(range(5), trainer.completed(trainer.loader), strict=False)]
     for batch in batches[:3]:
         trainer._step(batch)
     torch.cuda.synchronize()

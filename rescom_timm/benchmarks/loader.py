@@ -32,7 +32,7 @@ from torchvision import transforms
 
 from rescom_timm.benchmarks.common import clocked, common_arguments, keep, machine
 from rescom_timm.data.decoding import decode
-from rescom_timm.data.device_views import finish_views
+from rescom_timm.data.device_views import complete_views
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.sources import load
@@ -136,7 +136,7 @@ def measure_loader(
             if turn:  # the first warms up
                 seconds[name].append(taken / 1e3)
     rate = {name: batch / median_high(values) for name, values in seconds.items()}
-    finish, begun = finish_views(views, on_device), begin()
+    finish, begun = complete_views(views, on_device), begin()
     begun = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in begun.items()}
     turns = repetitions if device == "cuda" else 1  # on a CPU it only has to run
     finished = sorted(clocked(partial(finish, begun), device) for _ in range(turns + 1))[turns // 2]

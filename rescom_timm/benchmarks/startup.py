@@ -39,7 +39,7 @@ run = trainer.Trainer(chosen, accelerator, data, trainer.build_method(chosen, da
 times.append(time.monotonic())
 run.method.train()
 run._forward_backward(next(iter(run.loader)), last=True)["loss"].item()
-run._update(sound=True)
+run._update(finite=True)
 times.append(time.monotonic())
 print(json.dumps(times))
 """

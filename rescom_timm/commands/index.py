@@ -129,7 +129,7 @@ def init(options: argparse.Namespace) -> int:
     lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test", "validation")}
     if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
         if not options.force:
-            raise ValueError(f"{', '.join(taken)} would be written over: choose another -o, or say --force")
+            raise ValueError(f"{', '.join(taken)} would be overwritten: choose another -o, or say --force")
     if options.source != "digits" and Path(options.source).expanduser().exists():
         options.source = _place(options.source)
     indexes, config = _parts(options)
@@ -141,7 +141,7 @@ def init(options: argparse.Namespace) -> int:
         try:
             text = recipe_for(data, config, options.source)
         except BrokenImage as error:
-            raise ValueError(f"{error}; mend it or take it away") from None
+            raise ValueError(f"{error}; repair or remove it") from None
     for part, index in indexes.items():
         index.save(lists[part])
         print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")

@@ -53,7 +53,7 @@ from accelerate import PartialState
 from filelock import FileLock
 
 from rescom_timm.figures import style
-from rescom_timm.files import aside, read_json, write_json, write_text
+from rescom_timm.files import atomic_path, read_json, write_json, write_text
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import differences, load
 from rescom_timm.run import train_recipe
@@ -212,7 +212,7 @@ def write(table: list[dict[str, Any]], output: Path) -> None:
     seeds = sorted({line["seeds"] for line in table})
     figure = draw(table, f"mean and deviation of {' or '.join(map(str, seeds))} seeds")
     for ending in (".png", ".svg"):
-        with aside(output / f"sweep{ending}") as path:
+        with atomic_path(output / f"sweep{ending}") as path:
             figure.savefig(path, format=ending[1:])
     print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
 

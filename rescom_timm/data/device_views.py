@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     pass
 
 
-def finish(
+def complete(
     loader: DataLoader[Batch], views: ViewsConfig, config: LoaderConfig, device: torch.device
 ) -> Callable[[Iterable[Batch]], Iterable[Batch]]:
     """What completes the batches of a training loader on the device that they were moved to."""
     dataset = cast(ViewsDataset, loader.dataset)
-    return Resident(dataset, device) if dataset.resident else functools.partial(map, finish_views(views, config))
+    return Resident(dataset, device) if dataset.resident else functools.partial(map, complete_views(views, config))
 
 
-def finish_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], Batch]:
+def complete_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], Batch]:
     """What completes a training batch on the device that it was moved to: the rest of the policy with
     config.device_views, else nothing."""
     if not config.device_views:
         return lambda batch: batch
     policy = BatchedPolicy(parse(views.train, views.mean), near=True)
 
-    def finish(batch: Batch) -> Batch:
+    def rest(batch: Batch) -> Batch:
         drawn = cast(dict[str, Any], batch)
         words, notes = drawn["words"], drawn["notes"]
         draws = Draws(np.concatenate(words), np.concatenate(notes))
         finished = policy(batch["image"].flatten(0, 1), draws).unflatten(0, words.shape[:2])
         return {"image": finished, "label": batch["label"], "row": batch["row"]}
 
-    return finish
+    return rest
 
 
 class Resident:

@@ -157,7 +157,7 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
             (paths if Path(path).suffix.lower() in IMAGE_SUFFIXES else others).append(relative)
         labels += [k] * (len(paths) - before)
         if len(paths) == before:
-            raise ValueError(f"the class folder {root / name} holds no image: fill it or take it away")
+            raise ValueError(f"the class folder {root / name} holds no image: fill or remove it")
     if len(names) < 2:
         raise ValueError(f"{root} holds {len(names)} class folders: put each class's images in a folder of its own")
     return Index(paths, np.array(labels), len(names), {"source": str(root)}, names), others

@@ -14,7 +14,7 @@ FORMAT = "# rescom_timm index: "
 VERSION = "1"
 COLUMNS = {"# row label": False, "# path label": True}  # the header's last line -> are the keys paths?
 RESERVED = re.compile(r"rows|classes|class \d+|rescom_timm index")
-MAX_CLASSES = 10_000_000  # a label above this is a slip of the pen, and would ask for gigabytes of counts
+MAX_CLASSES = 10_000_000  # a label above this is a typing mistake, and would ask for gigabytes of counts
 
 
 @dataclass
@@ -235,7 +235,7 @@ def _judge_duplicates(rows: Rows, problems: list[str]) -> None:
     first: dict[Any, int] = {}
     for key, place in zip(rows.keys, rows.places, strict=True):
         if key in first:
-            problems.append(f"{rows.unit} {place}: {key!r} stands already in {rows.unit} {first[key]}")
+            problems.append(f"{rows.unit} {place}: {key!r} is already in {rows.unit} {first[key]}")
         else:
             first[key] = place
 

@@ -116,7 +116,5 @@ def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: 
     by_class = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     chosen = np.sort(np.concatenate([random.permutation(rows)[: size(len(rows))] for rows in by_class]))
     if not chosen.size:
-        raise ValueError(
-            f"{rule} takes no row at all: the classes are too small for it; take a larger part, or validation none"
-        )
+        raise ValueError(f"{rule} takes no row: the classes are too small; take a larger part, or none")
     return chosen.astype(np.int64)

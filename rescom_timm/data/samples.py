@@ -49,7 +49,7 @@ class LoaderConfig:
     come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
     near_resize: bool = False
     """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 to
-    3 of 100 numbers of a photograph, which later steps may widen. For CPUs that cannot keep up."""
+    3 of 100 numbers of a photograph, which later steps of the policy may amplify. For CPUs that cannot keep up."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -98,7 +98,7 @@ class ViewsDataset(Dataset[Batch]):
     """Reads items of a split in batches: decodes each image once and draws its views.
 
     `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
-    its place to another (None with broken="stop"). With device=True a batch holds, for `finish_views`, the images
+    its place to another (None with broken="stop"). With device=True a batch holds, for `complete_views`, the images
     (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and the draws of the rest as
     NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m). With speed.resident it
     holds, for `Resident`, the draws alone. Raises ValueError where images and policy are none for that.
@@ -280,7 +280,7 @@ class ViewsDataset(Dataset[Batch]):
         except BrokenImage as error:
             if self.replaced is None:
                 or_skip = "" if self.num_views is None else ", or say loader.broken=skip"
-                raise BrokenImage(f"{error}; mend it or leave it out of the index{or_skip}") from error
+                raise BrokenImage(f"{error}; repair it or leave it out of the index{or_skip}") from error
             self._note(position, error)
         others = np.flatnonzero(self.labels == self.labels[position])
         for other in np.roll(others, -(seed % len(others))).tolist():  # from a place that the sample's seed decides

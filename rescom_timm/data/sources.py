@@ -153,5 +153,5 @@ def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     if shared:
         raise ValueError(
             f"{len(shared):,} images stand both in {a} ({first.name}) and {b} ({second.name}), the first: "
-            f"{first_few(shared)}; an accuracy on images of the other split would say nothing"
+            f"{first_few(shared)}; an accuracy on images that were trained on would say nothing"
         )

@@ -194,7 +194,7 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
     """
     have = pc.struct_field(pa.chunked_array(_column(dataset, "image").chunks), "path").combine_chunks()
     if have.null_count == len(have):
-        raise ValueError(f"{spec} lists file names, but the rows of {name} carry none: use an index of row numbers")
+        raise ValueError(f"{spec} lists file names, but the rows of {name} have none: use an index of row numbers")
     want = pa.array(paths, have.type)
     rows = pc.index_in(want, value_set=have)
     if rows.null_count:

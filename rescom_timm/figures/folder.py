@@ -111,7 +111,7 @@ class RunFolder:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
         except (SafetensorError, ValueError, OSError) as error:
             raise Missing(
-                f"{predictions} cannot be read ({error}): write it anew with rescom-timm evaluate {self.path}"
+                f"{predictions} cannot be read ({error}): write it again with rescom-timm evaluate {self.path}"
             ) from error
         record = read_json(json_path) if json_path.is_file() else {}
         counts = record.get("per_class", {}).get("count")

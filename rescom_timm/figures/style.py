@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from rescom_timm import metrics
-from rescom_timm.files import aside, naming, write_rows
+from rescom_timm.files import atomic_path, errors_named, write_rows
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
 
@@ -138,8 +138,12 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
     for path, options in ((paths[0], {}), (paths[1], {"metadata": {"Date": None}})):
-        with naming(path), aside(path) as beside:
+        with errors_named(path), atomic_path(path) as beside:
             write(figure, beside, dpi, format=path.suffix[1:], **options)
-    with naming(paths[2]), aside(paths[2]) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        errors_named(paths[2]),
+        atomic_path(paths[2]) as beside,
+        beside.open("w", newline="", encoding="utf-8") as file,
+    ):
         write_rows(file, [list(columns), *zip(*columns.values(), strict=True)])
     return paths

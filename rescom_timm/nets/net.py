@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rescom_timm.nets.trainable import freeze_statistics
 
 MAX_WIDTH = 65_536
-"""Of a projector's layers: more is a slip of the pen, which would ask for gigabytes."""
+"""Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
-            raise ValueError(f"name names one folder, without / and no hidden one, not {self.name!r}")
+            raise ValueError(f"name must be the name of one folder, without / and not hidden, not {self.name!r}")
         if len(os.fsencode(self.name)) > MAX_NAME:
             raise ValueError(f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
         if not self.output or "\0" in self.output:

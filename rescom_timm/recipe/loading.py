@@ -80,7 +80,9 @@ def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
     if ignored:
         warnings.warn(
-            f"of the fetched recipe is not followed: {' '.join(ignored)} (say it anew where wanted)", stacklevel=2
+            f"of the fetched recipe is not followed: {' '.join(ignored)} "
+            "(say it on the command line where you want it)",
+            stacklevel=2,
         )
     return load_dict(tree, str(path), overrides)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
-from rescom_timm.files import aside_folder, write_json, write_tensors, write_text
+from rescom_timm.files import atomic_folder, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import Recipe
@@ -87,7 +87,7 @@ def export(
         "eval_policy": parse(eval_policy).text or "none",
         **(about or {}),
     }
-    with aside_folder(folder, WRITTEN) as new:
+    with atomic_folder(folder, WRITTEN) as new:
         if model is not None:
             _save_plain(model, net, new, class_names, input_size, eval_policy)
         write_tensors(new / SIDE, {**tensors, **method}, {"format": "pt"})
@@ -120,7 +120,7 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
         classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{run} holds no classes.json, so its class names are not known: go on with --resume once to write it"
+            f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
         ) from None
     recipe = load_dict(state["recipe"], str(path))
     net = build_net(recipe.net.untrained(), recipe.views, len(classes["class_names"]))
@@ -154,7 +154,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         return path, *checkpoint.load(path)
     newest = checkpoint.newest(run / "checkpoints")
     if newest is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and has it come to its first save?")
+        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
     best = newest[2]["progress"].get("best_checkpoint")
     if which == "best" and best not in (None, newest[0].name):
         try:

@@ -53,7 +53,7 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
     if code == 401:
         return HubError(
             f"{where}: the Hub knows no such repository, or the token is missing, wrong or expired (401); check the "
-            "name, and log in anew with  hf auth login  or set HF_TOKEN"
+            "name, and log in again with  hf auth login  or set HF_TOKEN"
         )
     if code == 403:
         return HubError(
@@ -169,12 +169,12 @@ class PushedRun(RunElsewhere):
         there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})
         if not there:
             raise HubError(
-                f"{repo} holds no checkpoint to go on from: it was pushed without hub.strategy: checkpoint or "
+                f"{repo} holds no checkpoint to resume from: it was pushed without hub.strategy: checkpoint or "
                 "all_checkpoints; start from its weights with rescom_timm.from_pretrained"
             )
         here = [path.name for path in checkpoint.listed(folder / "checkpoints")]
         if here and here[-1] >= there[-1]:
-            print(f"{folder} is as far as {repo} ({here[-1]}): going on from the folder")
+            print(f"{folder} is as far as {repo} ({here[-1]}): the folder is used")
             return
         if (log := self.log()) is not None:  # first, for by its log the run is known again
             write_text(folder / "metrics.jsonl", log.read_text(encoding="utf-8", errors="replace"))

@@ -97,7 +97,7 @@ class Pusher:
         elif "url" in told:
             print(f"pushed {told['what']}: {told['url']}")
         else:
-            print(f"the push to {self.config.repo} ended without a word; see {self.run / 'hub' / 'push.log'}")
+            print(f"the push to {self.config.repo} ended without a message; see {self.run / 'hub' / 'push.log'}")
 
 
 def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:

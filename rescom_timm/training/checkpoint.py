@@ -98,7 +98,7 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
         whole = ", ".join(path.name for path in listed(folder)) or "none"
         raise CheckpointError(
             f"checkpoint {final} could not be written: {error}. Whole checkpoints there: {whole}. "
-            "Make room (or name another folder with output=...), then go on with --resume"
+            "Free disk space (or name another folder with output=...), then continue with --resume"
         ) from error
     return final
 
@@ -134,7 +134,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | Non
         except CheckpointError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
     if found:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged; start anew without --resume")
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; start a new run without --resume")
     return None
 
 

@@ -31,7 +31,7 @@ class Stopped(RuntimeError):
 FAILURES = (RunError, ValueError, OSError)
 """What a run may fail with whose message is enough: recipe, data, disk, network or numbers."""
 
-AGAIN = "then go on with --resume, from the last checkpoint"
+AGAIN = "then continue with --resume, from the last checkpoint"
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def with_advice() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise CheckpointError(f"{error}: make room (or name another folder with output=...), {AGAIN}") from error
+        raise CheckpointError(f"{error}: free disk space (or name another folder with output=...), {AGAIN}") from error
     except RuntimeError as error:
         if not worker_was_lost(error):
             raise
@@ -62,7 +62,7 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if worker_was_lost(error):
         return (
-            f"{type(error).__name__}: a worker of the loader was ended from outside, most likely for want of memory "
+            f"{type(error).__name__}: a data loading worker was killed, most likely because memory ran out "
             f"({text.splitlines()[0]}): use fewer speed.workers, or less speed.prefetch or speed.cache"
         )
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"

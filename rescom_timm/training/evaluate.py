@@ -117,7 +117,7 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
     if which != "best":
         return *found, f"after epoch {progress['epoch']}, not selected"
     if progress["best_checkpoint"] is None:
-        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation to choose it on")
+        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation on which one is chosen")
     best = folder / progress["best_checkpoint"]
     return best, *checkpoint.load(best), f"epoch {progress['best_epoch']}, best {select} on validation"
 

@@ -73,7 +73,8 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, nn.ParameterList)]
         if outside or recipe.train.nonfinite == "skip":
             raise RecipeError(
-                f"FSDP2 shards the net alone: not with {outside[0] if outside else 'train.nonfinite: skip'}"
+                "FSDP2 shards only the net, so it does not work with "
+                f"{outside[0] if outside else 'train.nonfinite: skip'}"
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from rescom_timm.files import naming, write_json, write_text
+from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training.run_folder import lines
 
@@ -41,7 +41,7 @@ class Log:
 
     def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
         """epoch: epochs done. step: optimizer steps done."""
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with errors_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive it

@@ -73,7 +73,7 @@ def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
 
 
 class RunElsewhere(ABC):
-    """A run that is not on this machine, such as on the Hub, to go on with. str() of it is its address."""
+    """A run that is not on this machine, such as on the Hub, to resume. str() of it is its address."""
 
     @abstractmethod
     def lines(self) -> list[dict[str, Any]]:
@@ -93,14 +93,14 @@ def choose_folder(recipe: Recipe, resume: bool | Path | RunElsewhere) -> Path:
     there = existing(recipe)
     if isinstance(resume, Path):
         if not resume.is_dir():
-            raise CheckpointError(f"no run's folder {resume} to go on with")
+            raise CheckpointError(f"no run's folder {resume} to resume")
         return resume
     if isinstance(resume, RunElsewhere):
         theirs = resume.lines()
         same = [folder for folder in there if same_run(folder, theirs)]
         folder = same[-1] if same else make(recipe)
         if there and not same:
-            print(f"{there[-1]} is another run than {resume}, which is brought into {folder}")
+            print(f"{there[-1]} is another run than {resume}, which is downloaded into {folder}")
         return folder
     return there[-1] if resume and there else make(recipe)
 
@@ -118,12 +118,14 @@ def locked(run: Path) -> Iterator[None]:
             owner = _owner(run)
             if _lives(owner) or time.monotonic() > end:
                 raise CheckpointError(
-                    f"{run} is being trained by {_told(owner)}: let it end or stop it first, or start another run "
-                    "without --resume"
+                    f"{run} is being trained by {_told(owner)}: wait for its end or stop it first, or start "
+                    "another run without --resume"
                 ) from None
             time.sleep(0.2)
         except NotImplementedError:
-            warnings.warn(f"the disk of {run} knows no locks: see that no second run writes there", stacklevel=3)
+            warnings.warn(
+                f"the disk of {run} has no file locks: make sure that no second run writes there", stacklevel=3
+            )
             yield
             return
     try:

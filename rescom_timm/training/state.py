@@ -97,13 +97,13 @@ class State:
         accelerator = self.accelerator
         if state.get("sharded", False) != self.sharded:
             raise CheckpointError(
-                f"{path} was saved {'without' if self.sharded else 'with'} FSDP: go on with it the same"
+                f"{path} was saved {'without' if self.sharded else 'with'} FSDP: resume it the same way"
             )
         try:
             check_weights(weights, self.net.state_dict(), str(path))
             check_weights(state["method"], self._beside_the_net(), f"the method in {path}")
         except ValueError as error:
-            raise CheckpointError(f"{error}; it cannot be gone on with") from None
+            raise CheckpointError(f"{error}; the run cannot be resumed from it") from None
         self.load_weights(weights)
         self.method.load_state_dict(state["method"], strict=False)
         self._load_optimizer(state["optimizer"])
@@ -117,7 +117,7 @@ class State:
             checkpoint.set_random_state(own["random"])
         elif accelerator.is_main_process:
             warnings.warn(
-                f"{path} was saved by {state['processes']} processes and goes on with {accelerator.num_processes}: "
+                f"{path} was saved by {state['processes']} processes and is resumed by {accelerator.num_processes}: "
                 "batches, learning rate and augmentations stay the same; BatchNorm's batches, dropout and in-batch "
                 "pairs of one process change, so the result will differ in the noise of training",
                 stacklevel=2,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
-from rescom_timm.data.device_views import finish
+from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import set_epoch
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
@@ -50,7 +50,7 @@ from rescom_timm.training.step_metrics import LAG, MetricsQueue, StepMetrics
 from rescom_timm.training.stop_signals import StopSignals
 
 Resume = bool | Path | RunElsewhere
-"""Whether to go on with a run: with the last of the recipe's name (True), or with the one in a folder or elsewhere."""
+"""Whether to resume a run: with the last of the recipe's name (True), or the one in a folder or elsewhere."""
 
 
 def train(
@@ -100,7 +100,7 @@ class Trainer:
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         loader = training_loader(recipe, data, method)
-        self.finished = finish(loader, recipe.views, recipe.loader, accelerator.device)
+        self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
         self.steps_per_epoch = len(loader) // recipe.train.accumulate
         optimizer = build_optimizer(recipe.optimizer, method.net)
         self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
@@ -157,30 +157,30 @@ class Trainer:
     def _epoch(self, bar: Any) -> bool:
         """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there."""
         recipe, progress = self.recipe, self.progress
-        accumulate, careful = recipe.train.accumulate, recipe.train.nonfinite == "skip"
+        accumulate, skips = recipe.train.accumulate, recipe.train.nonfinite == "skip"
         self._start_epoch()
         skip = progress.step_in_epoch * accumulate
         loader = skip_first_batches(self.loader, skip) if skip else self.loader
         started, first_step = time.monotonic(), progress.step
-        metrics = MetricsQueue(self.accelerator, lag=0 if careful else LAG)
-        stop, sound, before = False, True, {}
-        for index, batch in enumerate(self.finished(loader), start=skip):
+        metrics = MetricsQueue(self.accelerator, lag=0 if skips else LAG)
+        stop, finite, before = False, True, {}
+        for index, batch in enumerate(self.completed(loader), start=skip):
             if index >= self.steps_per_epoch * accumulate:
                 continue  # the rest of the epoch is less than one batch of the recipe
-            if careful and index % accumulate == 0:
+            if skips and index % accumulate == 0:
                 before = nonfinite.copy_buffers(self.method)
             last = (index + 1) % accumulate == 0
             outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
-                sound &= self._count(one)
+                finite &= self._count(one)
                 stop |= one.stop
             if not last:
                 continue
-            if self.captured is None and not self._update(sound):
+            if self.captured is None and not self._update(finite):
                 nonfinite.put_back(self.method, before)
                 progress.skipped += 1
-            sound = True
+            finite = True
             progress.step += 1
             progress.step_in_epoch += 1
             bar.update(recipe.train.batch_size)
@@ -222,22 +222,22 @@ class Trainer:
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A whole step that the host need not look into."""
         outputs = self._forward_backward(batch, last=True)
-        self._update(sound=True)
+        self._update(finite=True)
         return outputs
 
-    def _update(self, sound: bool) -> bool:
-        """An optimizer step, unless the batch was not sound; returns whether it was done."""
+    def _update(self, finite: bool) -> bool:
+        """An optimizer step, unless the batch was not finite; returns whether it was done."""
         parameters = list(self.method.net.parameters())
-        if sound and self.recipe.optimizer.clip_norm is not None:
+        if finite and self.recipe.optimizer.clip_norm is not None:
             self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
-        if sound and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
+        if finite and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
             largest = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-            sound = math.isfinite(largest)  # one wait for the device
-        if sound:
+            finite = math.isfinite(largest)  # one wait for the device
+        if finite:
             self.optimizer.step()
             call_if_defined(self.method, "after_step")
         self.optimizer.zero_grad()
-        return sound
+        return finite
 
     def _count(self, metrics: StepMetrics) -> bool:
         """Add the figures of a forward pass to the epoch's means; returns whether they were finite. Raises
@@ -275,7 +275,7 @@ class Trainer:
     def _stopped(self) -> Stopped:
         return Stopped(
             f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}; all is saved in "
-            f"{self.folder}: go on with --resume"
+            f"{self.folder}: continue with --resume"
         )
 
     # ---------------------------------------------------------------- evaluation
@@ -314,7 +314,7 @@ class Trainer:
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
                 trouble = CheckpointError(
                     f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}. "
-                    "Mend that (make room?), then finish with --resume"
+                    "Repair that (free disk space?), then finish with --resume"
                 )
         raise_everywhere(trouble)
 
@@ -357,7 +357,7 @@ class Trainer:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
             self.follower.opened(self.folder, self.recipe, self.data)
-            nothing = ", no checkpoint to resume from: starting anew" if resume else ""
+            nothing = ", no checkpoint to resume from: starting from the beginning" if resume else ""
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
             print(self.trained, flush=True)
 
@@ -385,7 +385,7 @@ class Trainer:
             self.log.write(self.progress.epoch, self.progress.step, figures)
         except OSError as error:
             raise CheckpointError(
-                f"the log could not be written: {error}. Make room, then go on with --resume"
+                f"the log could not be written: {error}. Free disk space, then continue with --resume"
             ) from error
 
     def close(self) -> None:
@@ -399,11 +399,11 @@ class Trainer:
         """One step and one evaluation batch of each split; writes nothing."""
         check_place(self.recipe)
         self.method.train()
-        batch = next(iter(self.finished(self.loader)))
+        batch = next(iter(self.completed(self.loader)))
         loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")
-        self._update(sound=True)
+        self._update(finite=True)
         with torch.no_grad(), self.accelerator.autocast():
             for loader in self.eval_loaders.values():
                 self.net.eval().classify(next(iter(loader))["image"])

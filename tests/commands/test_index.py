@@ -99,7 +99,7 @@ def test_check_says_everything(run: Run) -> None:
     code, said = run("check", "bad.txt", "--classes", 4)
     assert code == 1 and said.count("bad.txt: ") == 5
     for words in (
-        "line 2: 'a/1.jpg' stands already in line 1",
+        "line 2: 'a/1.jpg' is already in line 1",
         "line 3: label 'two'",
         "line 4 is empty",
         "line 5: label 7 is outside 0 .. 3",
@@ -206,7 +206,7 @@ def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
     assert "35 training images of 3 classes, 22 to 4 a class" in text and "# Qn: 40% of 128 keys" in text
     before = text
     code, said = run("init", "my photos", "-o", "mine.yaml")
-    assert code == 2 and "mine.yaml, mine_train.txt, mine_test.txt would be written over" in said
+    assert code == 2 and "mine.yaml, mine_train.txt, mine_test.txt would be overwritten" in said
     assert Path("mine.yaml").read_text() == before
     assert run("init", "my photos", "-o", "mine.yaml", "--force", "--imbalance", 4)[0] == 0
     assert Index.load("mine_train.txt").info["rule"].endswith("exponential(4) by count")
@@ -231,7 +231,7 @@ def test_init_writes_nothing_where_it_fails(run: Run, tmp_path: Path) -> None:
     for broken in (tmp_path / "p" / "a").iterdir():
         broken.write_bytes(broken.read_bytes()[:60])
     code, said = run("init", "p", "-o", "p.yaml")
-    assert code == 2 and f"cannot read the image of {broken.parent}/00" in said and "mend it or take it away" in said
+    assert code == 2 and f"cannot read the image of {broken.parent}/00" in said and "repair or remove it" in said
     assert [path.name for path in tmp_path.iterdir()] == ["p"], "nothing is written, so a repeat is not refused"
     shutil.rmtree(broken.parent)
     photos(tmp_path / "p", {"a": 6})

@@ -57,7 +57,7 @@ def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):
     moved = first.rename(tmp_path / "moved")
     assert train(str(moved / "recipe.yaml"), "--resume").startswith(f"run folder: {moved}, resumed from step-")
     told = train(DIGITS, *QUICK, f"output={tmp_path / 'new'}", "--resume")
-    assert told.endswith("no checkpoint to resume from: starting anew")
+    assert told.endswith("no checkpoint to resume from: starting from the beginning")
 
 
 def test_of_a_workers_error_its_own_words_are_told():

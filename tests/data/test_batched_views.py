@@ -17,7 +17,7 @@ from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 from rescom_timm.data import autoaugment, batched_views, near_views, pixels
 from rescom_timm.data.batched_views import BatchedPolicy
 from rescom_timm.data.decoding import decode
-from rescom_timm.data.device_views import Resident, finish, finish_views
+from rescom_timm.data.device_views import Resident, complete, complete_views
 from rescom_timm.data.draws import Draws, first_words, next_words
 from rescom_timm.data.loaders import set_epoch, train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig, ViewsDataset
@@ -271,12 +271,12 @@ def test_another_policy_put_into_a_loader_is_followed() -> None:
 def test_equal_steps_on_the_device_give_the_same_batches(line: str, device: str) -> None:
     config, views = LoaderConfig(device_views=True), ViewsConfig(line)
     loader = train_loader(make_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))
-    complete = finish_views(views, config)
+    complete = complete_views(views, config)
     moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in loader]
     found = [{key: value.cpu() for key, value in complete(batch).items()} for batch in moved]
     assert_equal(found, list(train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)))
     plain = next(iter(train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)))
-    assert finish_views(views, LoaderConfig())(plain) is plain
+    assert complete_views(views, LoaderConfig())(plain) is plain
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -287,7 +287,7 @@ def test_device_views_pass_through_accelerate(workers: int) -> None:
     loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
     loader = accelerator.prepare(train_loader(make_split(), views, 2, 5, 1, config=config, speed=speed))
-    complete = finish_views(views, config)
+    complete = complete_views(views, config)
     set_epoch(loader, 1)
     found = [complete(batch) for batch in loader]
     plain = train_loader(make_split(), views, 2, 5, 1, speed=PLAIN)
@@ -303,7 +303,7 @@ def test_device_views_pass_through_accelerate(workers: int) -> None:
 def test_resident_images_give_the_same_batches(line: str, device: str) -> None:
     split, views, speed = make_split(((32, 32),) * 24), ViewsConfig(line), SpeedConfig(workers=0, resident=True)
     loader = train_loader(split, views, 2, 5, 1, speed=speed)
-    completed = finish(loader, views, LoaderConfig(), torch.device(device))
+    completed = complete(loader, views, LoaderConfig(), torch.device(device))
     plain = train_loader(split, views, 2, 5, 1, speed=PLAIN)
     for epoch in (0, 3):
         set_epoch(loader, epoch)
@@ -332,7 +332,7 @@ def test_resident_images_pass_through_accelerate(workers: int) -> None:
     loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
     plain = train_loader(split, views, 2, 5, 1, speed=SpeedConfig(workers=workers, resident=True))
-    completed = finish(plain, views, LoaderConfig(), accelerator.device)
+    completed = complete(plain, views, LoaderConfig(), accelerator.device)
     loader = accelerator.prepare(plain)
     expected = train_loader(split, views, 2, 5, 1, speed=PLAIN)
     for each in (loader, expected):
@@ -348,7 +348,7 @@ def test_resident_images_may_be_finished_nearly_on_request() -> None:
     line, split = "jitter(.4,.4,.4,0) | flip", make_split(((32, 32),) * 24)
     speed, config, views = SpeedConfig(workers=0, resident=True), LoaderConfig(device_views=True), ViewsConfig(line)
     loader = train_loader(split, views, 2, 24, 1, config=config, speed=speed)
-    found = next(iter(finish(loader, views, config, torch.device("cpu"))(loader)))
+    found = next(iter(complete(loader, views, config, torch.device("cpu"))(loader)))
     plain = next(iter(train_loader(split, views, 2, 24, 1, speed=PLAIN)))
     assert (found["image"].int() - plain["image"].int()).abs().max() <= 1
 
@@ -408,7 +408,7 @@ def test_near_policies_draw_the_same_and_stay_near(line: str) -> None:
     rng = np.random.default_rng(5)
     config, views = LoaderConfig(device_views=True), ViewsConfig(line)
     split = make_split(tuple((int(h), int(w)) for h, w in rng.integers(40, 90, (24, 2))))
-    found = finish_views(views, config)(next(iter(train_loader(split, views, 2, 24, 1, config=config, speed=PLAIN))))
+    found = complete_views(views, config)(next(iter(train_loader(split, views, 2, 24, 1, config=config, speed=PLAIN))))
     plain = next(iter(train_loader(split, views, 2, 24, 1, speed=PLAIN)))
     difference = (found["image"].int() - plain["image"].int()).abs()
     assert torch.equal(found["row"], plain["row"]) and found["image"].shape == (24, 2, 3, 40, 40)

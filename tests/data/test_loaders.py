@@ -263,7 +263,7 @@ def rare(split: Any, count: int) -> tuple[int, ...]:
 def test_a_broken_image_stops_the_run_with_its_path(split: Any, workers: int) -> None:
     (position,) = rare(split, 1)
     loader = train_loader(make_split(broken=(position,)), VIEWS, 1, 36, speed=SpeedConfig(workers=workers))
-    said = rf"row {position * 3 + 100} \(folder/{position}\.png\).*; mend it or .* index, or say loader.broken=skip"
+    said = rf"row {position * 3 + 100} \(folder/{position}\.png\).*; repair it or .* index, or say loader.broken=skip"
     with pytest.raises(BrokenImage, match=rf"(?s){said}"):
         epoch_of(loader, 0)
 
@@ -301,7 +301,7 @@ def test_a_class_without_a_readable_image_stops_even_when_skipping(split: Any) -
 
 def test_evaluation_never_skips(split: Any) -> None:
     damaged = make_split(broken=rare(split, 1))
-    with pytest.raises(BrokenImage, match="folder/.*; mend it or leave it out of the index$"):
+    with pytest.raises(BrokenImage, match="folder/.*; repair it or leave it out of the index$"):
         list(eval_loader(damaged, VIEWS, 36, LoaderConfig(broken="skip"), HERE))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, RandAugment
 
 from rescom_timm.data import near_views, plane_views
-from rescom_timm.data.device_views import finish_views
+from rescom_timm.data.device_views import complete_views
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.plane_views import PlanePolicy
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
@@ -156,7 +156,7 @@ def test_near_resize_in_the_loader(device_views: bool) -> None:
     def batch(near_resize: bool, speed: SpeedConfig) -> dict[str, torch.Tensor]:
         config = LoaderConfig(near_resize=near_resize, device_views=device_views)
         loader = train_loader(make_split(), views, 2, 20, 1, config=config, speed=speed)
-        return finish_views(views, config)(next(iter(loader)))
+        return complete_views(views, config)(next(iter(loader)))
 
     pillows = batch(False, PLAIN)
     for speed in (PLAIN, SpeedConfig(workers=0, cache=0)):

@@ -571,7 +571,7 @@ def test_joins_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(FileNotFoundError, match="2 of 3 files of .* are not in x/y train, the first: q/z.jpg, q/y"):
         load(DataConfig("x/y", index=listed))
     served(monkeypatch, named([None, None], [0, 1]))
-    with pytest.raises(ValueError, match="the rows of x/y train carry none"):
+    with pytest.raises(ValueError, match="the rows of x/y train have none"):
         load(DataConfig("x/y", index=listed))
     served(monkeypatch, named(["p/a.jpg", "r/a.jpg", "q/z.jpg", "q/y.jpg"], [0, 0, 1, 2]))
     with pytest.raises(ValueError, match="stand for several rows"):

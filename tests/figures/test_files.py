@@ -200,7 +200,7 @@ def test_predictions_that_cannot_be_read_are_told(tmp_path: Path, kind: str) -> 
     folder = make_run(tmp_path / "r", COUNTS)
     path = folder / "evaluation" / "test-last.safetensors"
     path.write_bytes(path.read_bytes()[:40] if kind == "torn" else save({"labels": np.zeros(3, np.int64)}))
-    with pytest.raises(Missing, match=r"cannot be read \(.*write it anew with rescom-timm evaluate"):
+    with pytest.raises(Missing, match=r"cannot be read \(.*write it again with rescom-timm evaluate"):
         RunFolder(folder).evaluation()
 
 

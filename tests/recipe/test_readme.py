@@ -6,5 +6,5 @@ from rescom_timm.recipe.loading import SHIPPED, shipped
 
 def test_the_table_is_that_of_the_files():
     text = (SHIPPED / "README.md").read_text()
-    assert text.endswith(table() + "\n"), "write it anew: its end is what  rescom-timm recipes --table  prints"
+    assert text.endswith(table() + "\n"), "write it again: its end is what  rescom-timm recipes --table  prints"
     assert all(f"[`{path.stem}`]({path.name})" in text for path in shipped())

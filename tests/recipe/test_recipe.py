@@ -152,12 +152,12 @@ def test_keys_are_dotted_and_cover_nested_sections():
         (f"train.epochs={'9' * 400}", "train.epochs: must be at most"),
         ("seed=-1", "seed must be from 0 to"),
         ("seed=4294967290", "seed: must be at most 4,293,918,720 in size"),
-        ("name=.ssh", "name names one folder, without / and no hidden one, not '.ssh'"),
-        ("name=../../x", "name names one folder"),
-        ("name=a/b", "name names one folder"),
+        ("name=.ssh", "name must be the name of one folder, without / and not hidden, not '.ssh'"),
+        ("name=../../x", "name must be the name of one folder"),
+        ("name=a/b", "name must be the name of one folder"),
         (f"name={'x' * 300}", "name is longer than the 200 bytes"),
         (f"name={'ü' * 101}", "name is longer than the 200 bytes"),
-        ('name="a\\0b"', "name names one folder"),
+        ('name="a\\0b"', "name must be the name of one folder"),
         ('output="a\\0b"', "output must be a folder"),
         ("output=''", "output must be a folder"),
     ],
@@ -220,7 +220,7 @@ def test_of_a_fetched_recipe_folder_and_push_are_not_followed(tmp_path):
     with pytest.raises(RecipeError, match="must be whole: base: '../../secret.yaml' is not followed"):
         load_fetched(path)
     path.write_text(yaml.safe_dump({**tree, "name": "../.ssh"}))
-    with pytest.raises(RecipeError, match="name names one folder"), pytest.warns(UserWarning):
+    with pytest.raises(RecipeError, match="name must be the name of one folder"), pytest.warns(UserWarning):
         load_fetched(path)
 
 

@@ -148,7 +148,7 @@ def test_a_folder_that_is_further_is_left_alone(ready, capsys):
     push(run)
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     PushedRun(f"hf://{REPO}").fetch(run)
-    assert "going on from the folder" in capsys.readouterr().out
+    assert "the folder is used" in capsys.readouterr().out
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -243,8 +243,8 @@ def test_passing_trouble_is_overcome(ready, fault):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (Fault("POST /api/repos/create", 401, 99), "log in anew with  hf auth login"),
-        (Fault("POST .*/preupload", 401, 99), "log in anew"),
+        (Fault("POST /api/repos/create", 401, 99), "log in again with  hf auth login"),
+        (Fault("POST .*/preupload", 401, 99), "log in again"),
         (Fault("POST .*/preupload", 403, 99), "right to write"),
         (Fault("POST .*/preupload", 404, 99), "no such repository"),
         (Fault("POST .*/commit/main", 500, 99), "error of its own .500."),
@@ -536,7 +536,7 @@ def test_a_push_that_is_killed_is_told_and_tried_once_more(ready, monkeypatch, c
     pusher = Pusher(HubConfig(repo=REPO), ready)
     pusher.finished("step-00000004", "step-00000002")
     pusher._tell()
-    assert "ended without a word" in capsys.readouterr().out
+    assert "ended without a message" in capsys.readouterr().out
     pusher.wait()
     assert "pushed step-00000004-end" in capsys.readouterr().out and arrived()
 

@@ -333,8 +333,8 @@ def watch(folder: str) -> None:
         rows.extend(batch["row"].tolist())
         return forward(self, batch, last)
 
-    def watched(self: Any, sound: bool) -> bool:
-        done = update(self, sound)
+    def watched(self: Any, finite: bool) -> bool:
+        done = update(self, finite)
         kinds = {"queue": self.method.queue.state_dict(), "net": dict(self.net.named_parameters())}
         kinds["buffers"] = {name: buffer for name, buffer in self.net.named_buffers() if "running" in name}
         sums = {

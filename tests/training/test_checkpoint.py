@@ -158,7 +158,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_one_whole(tmp_path, monkeypatch
     checkpoint.save(tmp_path, 1, NET, {"step": 1})
     with monkeypatch.context() as patch:
         operations(patch, fail_at)
-        with pytest.raises(CheckpointError, match="step-00000002 could not be written: .*No space left.*Make room"):
+        with pytest.raises(CheckpointError, match="step-00000002 could not be written: .*No space .*Free disk space"):
             checkpoint.save(tmp_path, 2, NET, {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.newest(tmp_path)[2] == {"step": 1}

@@ -207,7 +207,7 @@ def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
 def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pass(tmp_path, config, part):
     method = create_method(Net(Tiny(), len(COUNTS)), COUNTS, config)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
-    with pytest.raises(RecipeError, match=f"FSDP2 shards the net alone: not with {part}"):
+    with pytest.raises(RecipeError, match=f"FSDP2 shards only the net, so it does not work with {part}"):
         launching.refuse_what_cannot_be_sharded(accelerator, load_dict(recipe(tmp_path)), method)
 
 

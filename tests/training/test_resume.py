@@ -167,7 +167,7 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path):
     tree = recipe(tmp_path, train__epochs=2)
     Launch(tree, ranks=2, fault=("signal_at_pass", TERM, 5)).wait()
     launch = run(tree, ranks=1, resume=True)
-    assert "was saved by 2 processes and goes on with 1: batches, learning rate and augmentations stay" in launch.text
+    assert "was saved by 2 processes and is resumed by 1: batches, learning rate and augmentations stay" in launch.text
     assert last(tree)[1]["progress"]["step"] == 22
     assert len(figures(tree)) == 4
 

@@ -44,9 +44,9 @@ def losses(trainer, steps):
     """Of the first steps of the first epoch."""
     trainer.method.train()
     told = []
-    for _, batch in zip(range(steps), trainer.finished(trainer.loader), strict=False):
+    for _, batch in zip(range(steps), trainer.completed(trainer.loader), strict=False):
         told.append(trainer._forward_backward(batch, last=True)["loss"])
-        trainer._update(sound=True)
+        trainer._update(finite=True)
     return torch.stack(told)
 
 
@@ -232,7 +232,7 @@ def test_undo_is_exact(alone, tmp_path):
     batch = next(iter(trainer.loader))
     trainer._forward_backward(batch, last=True)
     assert any(not torch.equal(value, state[name]) for name, value in trainer.method.state_dict().items())
-    assert trainer._update(sound=False) is False
+    assert trainer._update(finite=False) is False
     nonfinite.put_back(trainer.method, before)
     for name, value in trainer.method.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -256,7 +256,7 @@ def test_a_finished_run_whose_weights_are_no_numbers_is_not_gone_on_with(alone, 
     checkpoint.save(
         path.parent, state["progress"]["step"], {**net, "classifier.bias": net["classifier.bias"] * math.nan}, state
     )
-    with pytest.raises(checkpoint.CheckpointError, match="classifier.bias is not finite; it cannot be gone on with"):
+    with pytest.raises(checkpoint.CheckpointError, match="classifier.bias is not finite; the run cannot be resumed"):
         train(load_dict(tree), resume=True)
 
 
@@ -306,13 +306,13 @@ def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkey
 
 def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
     lost = "DataLoader worker (pid 7) is killed by signal: Killed. "
-    with pytest.raises(checkpoint.CheckpointError, match="want of memory .*fewer speed.workers.*go on with --resume"):
+    with pytest.raises(checkpoint.CheckpointError, match="memory ran out .*fewer speed.workers.*continue with"):
         with with_advice():
             raise RuntimeError(lost)
     with pytest.raises(RecipeError, match="GPU's memory is full .*raise train.accumulate"):
         with with_advice():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device: 'x'.*make room"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device: 'x'.*free disk space"):
         with with_advice():
             raise OSError(28, "No space left on device", "x")
     with pytest.raises(RuntimeError, match="^another$"), with_advice():
@@ -464,10 +464,10 @@ def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         with pytest.raises(RecipeError, match=f"{kind.value} is not supported; use several processes"):
             refuse_what_cannot_be_sharded(way(kind), made, inside)
-    with pytest.raises(RecipeError, match="FSDP2 shards the net alone: not with momentum_net.weight"):
+    with pytest.raises(RecipeError, match="FSDP2 shards only the net, so it does not work with momentum_net.weight"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, outside)
     skipping = load_dict(recipe(tmp_path, train__nonfinite="skip"))
-    with pytest.raises(RecipeError, match="not with train.nonfinite: skip"):
+    with pytest.raises(RecipeError, match="does not work with train.nonfinite: skip"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
