@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.contrast import losses
+from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
 
@@ -29,8 +30,7 @@ class CrossEntropyConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError("label_smoothing must be in [0, 1)")
+        check(self, label_smoothing=BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class ClassBalancedConfig:
     """Of the focal loss that is weighted; 0 is cross-entropy."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise ValueError("beta must be in [0, 1)")
+        check(self, beta=BELOW_ONE)
         _check_gamma(self.gamma)
 
 
@@ -86,10 +85,7 @@ class LdamConfig:
     """Of the effective number of images in those weights."""
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.scale <= 0:
-            raise ValueError("margin must be at least 0 and scale above 0")
-        if not 0 <= self.reweight_from <= 1 or not 0 <= self.beta < 1:
-            raise ValueError("reweight_from must be in [0, 1] and beta in [0, 1)")
+        check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,7 @@ class LogitAdjustmentConfig:
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.tau < 0:
-            raise ValueError("tau must be at least 0")
+        check(self, tau=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,7 @@ class LadeConfig:
     """lambda of eq. 11."""
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.regularization < 0:
-            raise ValueError("alpha and regularization must be at least 0")
+        check(self, alpha=NOT_NEGATIVE, regularization=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -139,8 +133,8 @@ class CausalNormConfig:
     """Of the mean feature: that of the optimizer."""
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.tau <= 0 or self.gamma < 0 or not 0 <= self.momentum < 1:
-            raise ValueError("heads must be at least 1, tau above 0, gamma at least 0 and momentum in [0, 1)")
+        check(self, heads=AT_LEAST_ONE, tau=POSITIVE, gamma=NOT_NEGATIVE, alpha=NOT_NEGATIVE)
+        check(self, momentum=BELOW_ONE)
 
 
 def _check_gamma(gamma: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rescom_timm.contrast.losses import at_least_float32, check_temperature, diversity, ldam, ldam_margins
 from rescom_timm.methods.baselines import Cosine, balanced_weights
+from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
 from rescom_timm.nets.trainable import freeze_statistics
@@ -51,10 +52,8 @@ class ExpertsConfig:
         if self.experts < 2:
             raise ValueError("experts must be at least 2")
         check_temperature(self.temperature)
-        if min(self.diversity, self.margin) < 0 or self.scale <= 0:
-            raise ValueError("diversity and margin must be at least 0, and scale above 0")
-        if not 0 <= self.temperature_by_count < 1 or not 0 <= self.reweight_from <= 1 or not 0 <= self.beta < 1:
-            raise ValueError("temperature_by_count and beta must be in [0, 1), reweight_from in [0, 1]")
+        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check(self, temperature_by_count=BELOW_ONE, reweight_from=PART, beta=BELOW_ONE)
 
 
 class Heads(nn.ModuleList):

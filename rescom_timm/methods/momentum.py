@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rescom_timm.contrast.losses import balanced_softmax, check_temperature, log_prior, paco, supcon
 from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
 from rescom_timm.contrast.queue import FifoQueue, gather
+from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
 
@@ -35,9 +36,8 @@ class MocoConfig:
     """Most recent keys, of whatever class."""
 
     def __post_init__(self) -> None:
-        if self.contrast_weight < 0:
-            raise ValueError("contrast_weight must be at least 0")
-        _check(self.temperature, self.momentum, self.queue_size)
+        check_temperature(self.temperature)
+        check(self, contrast_weight=NOT_NEGATIVE, momentum=BELOW_ONE, queue_size=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,8 @@ class PacoConfig:
     """Share of a centre's target that goes to the other centres (GPaCo)."""
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or not 0 <= self.smoothing < 1:
-            raise ValueError("alpha must be at least 0 and smoothing in [0, 1)")
-        _check(self.temperature, self.momentum, self.queue_size)
-
-
-def _check(temperature: float, momentum: float | None, queue_size: int) -> None:
-    check_temperature(temperature)
-    if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError("momentum must be in [0, 1)")
-    if queue_size < 1:
-        raise ValueError("queue_size must be at least 1")
+        check_temperature(self.temperature)
+        check(self, alpha=NOT_NEGATIVE, smoothing=BELOW_ONE, momentum=BELOW_ONE, queue_size=AT_LEAST_ONE)
 
 
 class MomentumNet(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rescom_timm.contrast.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
 from rescom_timm.contrast.queue import gather
+from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.net import Net
 
@@ -52,10 +53,7 @@ class DroLtConfig:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        if self.epsilon < 0:
-            raise ValueError("epsilon must be at least 0")
-        if not 0 <= self.weight <= 1 or not 0 <= self.momentum < 1:
-            raise ValueError("weight must be in [0, 1] and momentum in [0, 1)")
+        check(self, epsilon=NOT_NEGATIVE, weight=PART, momentum=BELOW_ONE)
 
 
 class HybridPsc(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rescom_timm.contrast.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.contrast.mined import mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue, gather, processes
+from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.nets.net import Net
 
 
@@ -27,8 +28,7 @@ class QueueConfig:
     """Q. The other kinds get as many slots in all: K * Q."""
 
     def __post_init__(self) -> None:
-        if self.per_class < 1:
-            raise ValueError("queue.per_class must be at least 1")
+        check(self, per_class=AT_LEAST_ONE)
 
     def build(self, counts: Tensor, dim: int) -> Queue:
         """counts: (K,) training images of each class; dim: D."""
@@ -63,13 +63,7 @@ class RescomConfig:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        if not 0 <= self.beta < 1:
-            raise ValueError("beta must be in [0, 1)")
-        if self.contrast_weight < 0:
-            raise ValueError("contrast_weight must be at least 0")
-        for name, number in (("positives", self.positives), ("negatives", self.negatives)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, or null for all")
+        check(self, beta=BELOW_ONE, contrast_weight=NOT_NEGATIVE, positives=AT_LEAST_ONE, negatives=AT_LEAST_ONE)
         if self.queue.kind == "class_balanced" and (self.positives or 0) > self.queue.per_class:
             raise ValueError(
                 f"positives (Qp = {self.positives}) are mined from the queue.per_class (Q = {self.queue.per_class}) "

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rescom_timm.contrast import losses
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
+from rescom_timm.methods.bounds import NOT_NEGATIVE, check
 from rescom_timm.nets.net import Net
 
 
@@ -44,8 +45,7 @@ class TauNormConfig:
     """0 leaves the class vectors as they are, 1 gives them length 1."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau:
-            raise ValueError("tau must be at least 0")
+        check(self, tau=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class DisAlignConfig:
     """rho: classes are weighted by pi_k^-rho."""
 
     def __post_init__(self) -> None:
-        if self.power < 0:
-            raise ValueError("power must be at least 0")
+        check(self, power=NOT_NEGATIVE)
 
 
 SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig

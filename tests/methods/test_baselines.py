@@ -174,7 +174,7 @@ def test_classifiers_that_are_linear_in_evaluation_are_exported_and_the_others_r
         (FocalConfig, {"gamma": 0.5}, "gamma must be 0 or at least 1"),
         (FocalConfig, {"gamma": -1.0}, "gamma"),
         (ClassBalancedConfig, {"beta": 1.0}, "beta"),
-        (LdamConfig, {"scale": 0.0}, "scale above 0"),
+        (LdamConfig, {"scale": 0.0}, "scale must be above 0"),
         (LdamConfig, {"reweight_from": 1.5}, "reweight_from"),
         (LogitAdjustmentConfig, {"tau": -1.0}, "tau"),
         (LadeConfig, {"alpha": -0.1}, "alpha"),

@@ -1,5 +1,8 @@
 """Methods over a stub net: which queries, pairs and keys each mode uses, and what its loss is made of."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,3 +188,25 @@ def test_a_step_and_its_buffers_need_no_float64(name, changes, monkeypatch):
         if loss.requires_grad:
             loss.backward()
         hook(method, "after_step")
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "message"),
+    [
+        (RescomConfig, {"beta": 1.0}, "beta must be in [0, 1), not 1"),
+        (RescomConfig, {"contrast_weight": -0.5}, "contrast_weight must be at least 0, not -0.5"),
+        (RescomConfig, {"positives": 0}, "positives must be at least 1, not 0"),
+        (CrossEntropyConfig, {"label_smoothing": 1.0}, "label_smoothing must be in [0, 1), not 1"),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_told_with_its_value(config, words, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        config(**words)
+
+
+def test_every_method_refuses_negative_numbers_by_name():
+    for config, _ in METHODS.values():
+        for field in dataclasses.fields(config):
+            if isinstance(field.default, float):
+                with pytest.raises(ValueError, match=field.name):
+                    config(**{field.name: -1.0})
