@@ -9,6 +9,8 @@ from torch import Tensor
 
 PLAIN = ("AutoContrast", "Equalize")
 
+LUMA = (19595, 38470, 7471)
+"""Shares of red, green and blue in gray, in 2^-16."""
 BLENDS = ("Contrast", "Color", "Sharpness")
 
 
@@ -55,7 +57,7 @@ def lookup(views: Tensor, table: Tensor) -> Tensor:
 def gray(views: Tensor) -> Tensor:
     """convert("L"): int32 (N, 1, H, W)."""
     red, green, blue = views.int().split(1, dim=1)
-    return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + 0x8000) >> 16
 
 
 def mean_gray(views: Tensor) -> Tensor:
