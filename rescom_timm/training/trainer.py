@@ -393,6 +393,10 @@ class Trainer:
             self.log.close()
         self.signals.close()
         self.lock.close()
+        if self.accelerator.num_processes > 1:
+            # gloo's threads need the GIL to let go of the last tensors. This one holds it while it destroys the group
+            # and waits for them (torch 2.11): a process hung so, once.
+            time.sleep(0.1)
         self.accelerator.end_training()
 
     def dry_run(self) -> None:
