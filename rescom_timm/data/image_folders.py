@@ -17,8 +17,9 @@ from datasets.table import InMemoryTable
 
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.profiles import RULES, parse_call
-from rescom_timm.data.splits import Part, index_path
+from rescom_timm.data.named_columns import is_table
+from rescom_timm.data.profiles import RULES, draw, parse_call
+from rescom_timm.data.splits import DataConfig, Part, index_path
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +42,74 @@ def files_under(folder: str | Path) -> Iterator[str]:
         yield from (f"{path}/{name}" for name in files if not name.startswith("."))
 
 
-def folder_part(root: Path, split: str, spec: str, num_classes: int | None = None, allow_empty: bool = False) -> Part:
-    """A list over an image root. ``split`` is not used: each list is a split of its own."""
-    if spec == "all" or parse_call(spec, RULES):
-        key = "index" if num_classes is None else "test_index"
-        raise ValueError(
-            f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list of 'path label' lines, or make "
-            f"one with  rescom-timm init {root}"
-        )
-    index = Index.load(index_path(spec), num_classes, allow_empty or num_classes is not None)
+def folder_part(
+    config: DataConfig, root: Path, split: str, spec: str, like: Index | None = None, allow_empty: bool = False
+) -> Part:
+    """A list over an image root. One with a column of splits gives the rows of ``split``; others are a split of their
+    own. ``like``: the training index, whose classes a test list must be of."""
+    path, lead = _list_of(config, root, split, spec, like)
+    classes, names = (None, None) if like is None else (like.num_classes, like.class_names)
+    index = Index.load(
+        path, classes, allow_empty or like is not None, columns=config.columns, split=split, class_names=names
+    )
     if not isinstance(index.keys, list):
-        raise ValueError(f"{spec} holds row numbers, and {root} is a folder of images: it needs a list of paths")
-    layout, paths = fit_layout(root, index.keys)
+        raise ValueError(f"{path} holds row numbers, and {root} is a folder of images: it needs a list of paths")
+    if like is not None and spec == "all" and not lead and "split" not in index.info:
+        raise ValueError(
+            f"{path} has no column of splits, so test images are not known: set data.test_index to a list of them, or "
+            "data.test=holdout(0.2)"
+        )
+    keys = [f"{lead}{key}" for key in below(root, index.keys)]
+    layout, paths = fit_layout(root, keys)
     if missing := missing_files(root, paths):
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(paths):,} images of {spec} are not under {root} (paths {layout}), the first: "
+            f"{len(missing):,} of {len(paths):,} images of {path} are not under {root} (paths {layout}), the first: "
             f"{first_few(missing, 3)}"
         )
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{path}: paths {layout} are no longer different: name another folder as the source")
     if layout != LAYOUTS[0][0]:
-        log.info("%s: paths are read %s", spec, layout)
-    index = replace(index, keys=paths, class_names=index.class_names or _folder_names(index))
-    notes = {"rule": spec, "paths": layout}
-    name = f"{root.resolve().name} {Path(spec).name}"
-    return Part(name, None, _files_dataset(root, paths, index.labels), np.arange(len(index)), index, notes)
+        log.info("%s: paths are read %s", path, layout)
+    index = replace(index, keys=paths, class_names=index.class_names or names or _folder_names(index))
+    if parse_call(spec, RULES):
+        index = index.take(draw(spec, index.labels, index.num_classes), spec)
+    notes = {"rule": spec, "paths": layout} | {
+        key: index.info[key] for key in ("columns", "labels") if key in index.info
+    }
+    name = f"{root.resolve().name} {path.name if spec == 'all' else Path(spec).name}"
+    keys = [str(key) for key in index.keys]
+    return Part(name, None, _files_dataset(root, keys, index.labels), np.arange(len(index)), index, notes)
+
+
+METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
+"""Lists within a folder, as `datasets` has them."""
+
+
+def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index | None) -> tuple[Path, str]:
+    """The list that a spec means, and the folder, ending in /, that its paths start from."""
+    drawn = spec == "all" or parse_call(spec, RULES) is not None
+    if not drawn:
+        return index_path(spec), ""
+    for folder, lead in ((root / split, f"{split}/"), (root, "")):
+        for name in METADATA:
+            if (folder / name).is_file():
+                return folder / name, lead
+    if spec == "all" and like is not None and is_table(config.index) and Path(config.index).expanduser().is_file():
+        return index_path(config.index), ""  # one list of all splits
+    key = "index" if like is None else "test_index"
+    raise ValueError(
+        f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list of 'path label' lines, or make "
+        f"one with  rescom-timm init {root}"
+    )
+
+
+def below(root: Path, paths: Sequence[str]) -> list[str]:
+    """Paths as they stand below the root: absolute ones without it, and with / for a backslash."""
+    leads = tuple({f"{root}/", f"{root.resolve()}/", f"{os.path.abspath(root)}/"})
+    plain = [path.replace("\\", "/") if "\\" in path else path for path in paths]
+    if plain != list(paths) and os.path.isfile(root / paths[0]):
+        plain = list(paths)  # names may hold a backslash
+    return [next((path[len(lead) :] for lead in leads if path.startswith(lead)), path) for path in plain]
 
 
 def _files_dataset(root: Path, paths: list[str], labels: np.ndarray) -> Dataset:
@@ -106,6 +152,14 @@ LAYOUTS: tuple[tuple[str, Callable[[str], str]], ...] = (
 """How a root may hold what a list names: with or without the leading folder, and Places365's two ways to unpack."""
 
 
+def _layouts(depth: int) -> Iterator[tuple[str, Callable[[str], str]]]:
+    yield from LAYOUTS
+    for ending in (".jpg", ".png", ".jpeg", ".JPG", ".JPEG"):
+        yield f"with {ending} added", lambda path, ending=ending: path + ending  # type: ignore[misc]
+    for n in range(2, depth + 1):
+        yield f"without their first {n} folders", lambda path, n=n: "/".join(path.split("/")[n:])  # type: ignore[misc]
+
+
 def fit_layout(root: str | Path, paths: list[str]) -> tuple[str, list[str]]:
     """Decide, once for a list, how its paths are found under ``root``: the way that finds most of a sample of 64.
 
@@ -113,9 +167,9 @@ def fit_layout(root: str | Path, paths: list[str]) -> tuple[str, list[str]]:
     """
     sample = paths[:: max(len(paths) // 64, 1)]
     best, name, change = 0, *LAYOUTS[0]
-    for other, rule in LAYOUTS:
+    for other, rule in _layouts(min((path.count("/") for path in sample), default=0)):
         found = sum(os.path.isfile(os.path.join(root, rule(path))) for path in sample)
-        if found > best:
+        if found > (best if (other, rule) in LAYOUTS else max(best, len(sample) // 2)):
             best, name, change = found, other, rule
         if best == len(sample):
             break

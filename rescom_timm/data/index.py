@@ -20,15 +20,17 @@ classes.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, read_rows
+from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
+from rescom_timm.data.named_columns import Columns, is_table, read_table
 from rescom_timm.files import write_text
 
 
@@ -47,6 +49,8 @@ class Index:
     info: dict[str, str] = field(default_factory=dict)
     """What the header says besides: source, split, rule ..."""
     class_names: list[str] | None = None
+    groups: np.ndarray | None = None
+    """(N,) int64: rows of one number stay together where some are held out (a patient, a camera, a burst)."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -96,7 +100,8 @@ class Index:
         keys = self.keys
         info = {**self.info, "rule": ", ".join(filter(None, [self.info.get("rule"), rule]))} if rule else self.info
         chosen = [keys[i] for i in positions] if isinstance(keys, list) else keys[positions]
-        return replace(self, keys=chosen, labels=self.labels[positions], info=info)
+        groups = None if self.groups is None else self.groups[positions]
+        return replace(self, keys=chosen, labels=self.labels[positions], info=info, groups=groups)
 
     def _lines(self, start: int, stop: int) -> Iterator[str]:
         keys = self.keys[start:stop]
@@ -124,33 +129,48 @@ class Index:
         write_text(path, chain((line + "\n" for line in top), self._lines(0, len(self))))
 
     @classmethod
-    def load(cls, path: str | Path, num_classes: int | None = None, allow_empty: bool = False) -> "Index":
-        """Read an index file, an official list or an iNaturalist JSON; strict. Arguments as for ``read``.
+    def load(
+        cls, path: str | Path, num_classes: int | None = None, allow_empty: bool = False, **reading: Any
+    ) -> "Index":
+        """Read an index file, an official list, an iNaturalist JSON or a table; strict. Arguments as for ``read``.
 
         Raises FileNotFoundError, or ValueError that lists what is wrong and in which lines.
         """
-        index, problems = read(path, num_classes, allow_empty)
+        index, problems = read(path, num_classes, allow_empty, **reading)
         if index is None:
             more = f"; and {len(problems) - 5:,} more problems" if len(problems) > 5 else ""
             raise ValueError(f"{path}: {'; '.join(problems[:5])}{more}")
         return index
 
 
-def read(path: str | Path, num_classes: int | None = None, allow_empty: bool = False) -> tuple[Index | None, list[str]]:
+def read(
+    path: str | Path,
+    num_classes: int | None = None,
+    allow_empty: bool = False,
+    columns: Columns = Columns(),
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[Index | None, list[str]]:
     """Read a file and say everything that is wrong with it.
 
     ``num_classes`` is the number of classes that the labels must fit (None: the header's, or largest label + 1).
-    ``allow_empty`` lets classes be without images, as test and validation lists may be.
+    ``allow_empty`` lets classes be without images, as test and validation lists may be. Of a table with named columns
+    (CSV, TSV, JSON lines, Parquet): ``columns`` says which are used, ``split`` which of its splits, where it has a
+    column of them, and ``class_names`` the classes of its text labels.
     Returns the index and no problems, or None and the problems, each a sentence that begins with its line.
     Raises FileNotFoundError where there is no such file.
     """
-    rows, problems = read_rows(Path(path).expanduser(), num_classes, allow_empty)
+    table: Callable[[Path, list[str]], Rows] | None = None
+    if is_table(path):
+        table = partial(read_table, columns=columns, split=split, class_names=class_names, num_classes=num_classes)
+    rows, problems = read_rows(Path(path).expanduser(), num_classes, allow_empty, table)
     if rows is None:
         return None, problems
     keys = rows.keys if isinstance(rows.keys, list) else np.frombuffer(rows.keys, dtype=np.int64)
     info = {key: value for key, value in rows.header.items() if not RESERVED.fullmatch(key)}
     labels = np.frombuffer(rows.labels, dtype=np.int64)
-    return Index(keys, labels, rows.classes, info, rows.class_names), []
+    groups = None if rows.groups is None else np.frombuffer(rows.groups, dtype=np.int64)
+    return Index(keys, labels, rows.classes, info, rows.class_names, groups), []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

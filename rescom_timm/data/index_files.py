@@ -3,7 +3,7 @@
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,25 @@ class Rows:
     class_names: list[str] | None = None
     num_classes: int | None = None
     """What the header says."""
+    groups: "array[int] | None" = None
+    """What must stay together in a hold-out: a number for each row."""
     classes: int = 0
     """What it is taken as."""
 
 
-def read_rows(path: Path, num_classes: int | None, allow_empty: bool) -> tuple[Rows | None, list[str]]:
-    """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``."""
+def read_rows(
+    path: Path, num_classes: int | None, allow_empty: bool, table: Callable[[Path, list[str]], Rows] | None = None
+) -> tuple[Rows | None, list[str]]:
+    """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``. ``table``
+    reads one of named columns."""
     if not path.is_file():
         raise FileNotFoundError(f"no index file {path}")
     problems: list[str] = []
     try:
-        rows = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_lines(path, problems)
+        if table is not None:
+            rows = table(path, problems)
+        else:
+            rows = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_lines(path, problems)
     except UnicodeDecodeError as error:
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
     if not rows.labels:

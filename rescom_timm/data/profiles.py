@@ -96,13 +96,38 @@ def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> 
     return np.sort(np.concatenate(kept))
 
 
-def holdout(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+def holdout(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
     """Positions to hold out, ascending: of each class the nearest whole number to its fraction, never its last row.
 
     ``labels`` (N,) of the training rows, 0 < fraction < 1. Drawn with RandomState(seed), classes in ascending order.
-    Raises ValueError where nothing would be held out.
+    With ``groups`` (N,) int64 whole groups are held out, never all that have a class, as near to the fraction of each
+    class as they allow. Raises ValueError where nothing would be held out.
     """
+    if groups is not None:
+        return _hold_groups(labels, fraction, seed, groups)
     return _per_class(labels, lambda n: min(int(fraction * n + 0.5), n - 1), seed, f"holdout({fraction:g})")
+
+
+def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> np.ndarray:
+    """Groups in random order: each is held out if that brings the classes' numbers nearer to their fractions and leaves
+    every class a row."""
+    classes = int(labels.max()) + 1
+    kinds, code = np.unique(groups, return_inverse=True)
+    table = np.zeros((len(kinds), classes), dtype=np.int64)
+    np.add.at(table, (code, labels), 1)
+    wanted, left = fraction * table.sum(axis=0), table.sum(axis=0)
+    held, chosen = np.zeros(classes), []
+    for group in np.random.RandomState(seed).permutation(len(kinds)):
+        row = table[group]
+        nearer = np.abs(held + row - wanted).sum() < np.abs(held - wanted).sum()
+        if nearer and (left - row)[row > 0].min() > 0:
+            held, left = held + row, left - row
+            chosen.append(group)
+    if not chosen:
+        raise ValueError(
+            f"holdout({fraction:g}) by group holds nothing: each group is too large a part of a class, or all of it"
+        )
+    return np.flatnonzero(np.isin(code, chosen)).astype(np.int64)
 
 
 def at_most(labels: np.ndarray, number: int, seed: int = 0) -> np.ndarray:

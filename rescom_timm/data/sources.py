@@ -48,11 +48,11 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     """
     opened = _opener(config, cache)
     train = opened(config.train, config.index)
-    num_classes = train.index.num_classes
+    num_classes, like = train.index.num_classes, train.index
     if parse_call(config.test, ("holdout",)):
         test, train = _held_out(train, config.test)
     else:
-        test = opened(config.test, config.test_index, num_classes)
+        test = opened(config.test, config.test_index, like)
     parts = {"train": train, "test": test}
     if config.validation != "none":
         parts["validation"], parts["train"] = _validation(config, train, opened)
@@ -96,7 +96,7 @@ def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
     looks_local = config.source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)
     named = config.source in ("digits", MEMORY)
     if not named and folder.is_dir() and not holds_tables(folder):
-        return functools.partial(folder_part, folder)
+        return functools.partial(folder_part, config, folder)
     if not named and looks_local and not folder.is_dir():
         raise no_source(config.source)
     tables = functools.cache(functools.partial(open_table, config, folder))  # one reading of a split for several parts
@@ -107,9 +107,9 @@ def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, 
     """The validation part, and the training part without it."""
     name, argument = parse_call(config.validation, VALIDATION) or ("", "")
     if name == "split":
-        return opened(argument, "all", train.index.num_classes), train
+        return opened(argument, "all", train.index), train
     if name == "index":
-        return opened(config.train, argument, train.index.num_classes), train
+        return opened(config.train, argument, train.index), train
     rule = config.validation
     if name == "holdout":
         return _held_out(train, rule)
@@ -119,7 +119,7 @@ def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, 
 def _held_out(train: Part, rule: str) -> tuple[Part, Part]:
     """(the part of each class that holdout(...) takes, training without it)."""
     _, fraction = parse_call(rule, ("holdout",)) or ("", "")
-    held = holdout(train.index.labels, float(fraction))
+    held = holdout(train.index.labels, float(fraction), groups=train.index.groups)
     kept = np.delete(np.arange(len(train.rows)), held)
     return replace(train.take(held, rule), name=f"{train.name}, {rule}"), train.take(kept, f"all but {rule}")
 

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from rescom_timm.data.index import Index
+from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.profiles import RULES, parse_call, parse_rule
 
 VALIDATION = ("holdout", "unused", "split", "index")
@@ -33,9 +34,13 @@ class DataConfig:
     """"none"; "holdout(0.1)": that part of each class's training rows; "unused(50)": rows a class of the training split
     that the index leaves out; "split(NAME)": another split; "index(FILE)": rows of the training split or image root."""
     image_column: str | None = None
-    """None: found by its feature type."""
+    """Of a data set or a list with named columns. None: found by its feature type, or by its name."""
     label_column: str | None = None
-    """None: found by its feature type."""
+    """Likewise."""
+    split_column: str | None = None
+    """Of a list with named columns: whose values are train, test ... None: split, subset, set or partition, if any."""
+    group_column: str | None = None
+    """What must not stand on two sides of a hold-out: patient, camera, burst. None: every image may."""
     subset: str | None = None
     """Configuration of a Hub data set that has several."""
 
@@ -60,6 +65,10 @@ class DataConfig:
             raise ValueError(f"{self.validation}: a whole number of rows a class is taken, such as unused(50)")
         if not argument:
             raise ValueError(f"{self.validation}: nothing is named between the brackets")
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.label_column, self.split_column, self.group_column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +118,8 @@ class Part:
         }
 
 
-Opened = Callable[..., Part]  # (split, index, num_classes=None, allow_empty=False)
+Opened = Callable[..., Part]
+"""(split, index, like=None, allow_empty=False); like: the training index, whose classes a test list must be of."""
 
 
 def index_path(spec: str) -> Path:

@@ -22,6 +22,7 @@ from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY, memory_split
+from rescom_timm.data.named_columns import called
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
 
@@ -36,6 +37,8 @@ class _Table:
     dataset: Dataset  # "image" and, where there is one, "label"
     labels: np.ndarray | None
     class_names: list[str] | None
+    texts: list[str] | None = None  # the labels as they stand there, where they are no class numbers
+    groups: np.ndarray | None = None
 
 
 def table_part(
@@ -44,15 +47,17 @@ def table_part(
     cache: Path,
     split: str,
     spec: str,
-    num_classes: int | None = None,
+    like: Index | None = None,
     allow_empty: bool = False,
 ) -> Part:
     table = tables(split)
     labels, names = table.labels, table.class_names
+    if like is not None and table.texts is not None:
+        names, labels = like.class_names, _as_classes(table.texts, like.class_names, f"{config.source} {split}")
     name = f"{short_name(config.source)} {split}"
     info = {"source": config.source, "split": split, "rule": spec}
     notes: dict[str, Any] = {"rule": spec}
-    classes = num_classes or (len(names) if names else None)
+    classes = like.num_classes if like is not None else (len(names) if names else None)
     dataset = table.dataset
     if spec == "all" or parse_call(spec, RULES):
         labels = _needed(labels, name)
@@ -63,7 +68,10 @@ def table_part(
         if spec != "all":
             notes["index_file"] = _keep(index, labels, cache)
     else:
-        index = Index.load(index_path(spec), classes, allow_empty or num_classes is not None)
+        index = Index.load(
+            index_path(spec), classes, allow_empty or like is not None, columns=config.columns, split=split,
+            class_names=names,
+        )  # fmt: skip
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
             raise ValueError(f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
@@ -88,20 +96,36 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
             "scanned at every start: download it and run  rescom-timm init FOLDER"
         )
     image, label = _columns(dataset.features, config)
+    groups = None
+    if config.group_column is not None:
+        _pick("group", config.group_column, [], dataset.features, config.source)
+        values = _column(dataset, config.group_column).to_pandas().astype(str)
+        groups = np.unique(values.to_numpy(dtype=object), return_inverse=True)[1].astype(np.int64)
     dataset = dataset.select_columns([image] + ([label] if label else []))
     dataset = dataset.rename_columns({image: "image"} | ({label: "label"} if label else {}))
     dataset = dataset.cast_column("image", Image(decode=False))
     if label is None:
-        return _Table(dataset, None, None)
+        return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
     if column.null_count:
         raise ValueError(f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
     feature = dataset.features["label"]
-    return _Table(
-        dataset,
-        column.to_numpy().astype(np.int64),
-        list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None,
-    )
+    names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
+    if names is not None or "int" in feature.dtype:
+        return _Table(dataset, column.to_numpy().astype(np.int64), names, groups=groups)
+    texts = [str(value) for value in column.to_pylist()]
+    names = sorted(set(texts))
+    labels = _as_classes(texts, names, f"{config.source} {split}")
+    dataset = dataset.remove_columns("label").add_column("label", pa.array(labels))  # type: ignore[arg-type]
+    return _Table(dataset, labels, names, texts, groups)
+
+
+def _as_classes(texts: list[str], names: list[str] | None, name: str) -> np.ndarray:
+    """Text labels as numbers of the classes `names`. Raises ValueError, naming them, for those that are none."""
+    known = {text: k for k, text in enumerate(names or [])}
+    if odd := sorted(set(texts) - known.keys()):
+        raise ValueError(f"{name} has labels that training lacks: {first_few(odd)}")
+    return np.array([known[text] for text in texts], dtype=np.int64)
 
 
 def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -155,16 +179,29 @@ def no_source(source: str) -> FileNotFoundError:
 def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
     """Names of the image column and of the label column, None where there is no label."""
     images = [name for name, feature in features.items() if _is_image(feature)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [n for n, f in features.items() if isinstance(f, Value) and re.match("u?int", f.dtype)]
     image = _pick("image", config.image_column, images, features, config.source)
     if image is None:
         raise ValueError(f"{config.source} has no column of images among {', '.join(features)}: set image_column=")
+    others = {name: feature for name, feature in features.items() if name != image}
+    kinds = {name: getattr(feature, "dtype", "") for name, feature in others.items() if isinstance(feature, Value)}
+    labels = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
+    labels = labels or [name for name in (called("label", list(others)),) if name is not None]
+    labels = labels or [name for name, kind in kinds.items() if re.match("u?int", kind)]
+    labels = labels or [name for name, kind in kinds.items() if kind == "bool"]
     label = _pick("label", config.label_column, labels, features, config.source)
     feature = features[label] if label else None
-    if feature and not isinstance(feature, ClassLabel) and "int" not in getattr(feature, "dtype", ""):
-        raise ValueError(f"label column {label!r} of {config.source} holds no whole numbers: cast it to ClassLabel")
-    return image, label
+    if (
+        feature is None
+        or isinstance(feature, ClassLabel)
+        or re.match("u?int|bool|(large_)?string", getattr(feature, "dtype", None) or "")
+    ):
+        return image, label
+    if isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        raise ValueError(
+            f"label column {label!r} of {config.source} holds several labels of an image, which is not supported: "
+            "choose a column with one class, label_column="
+        )
+    raise ValueError(f"label column {label!r} of {config.source} holds no classes: cast it to ClassLabel")
 
 
 def _is_image(feature: Any) -> bool:

@@ -236,7 +236,7 @@ def test_two_label_columns_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> N
     assert load(DataConfig("x/y", label_column="fine_label")).counts.tolist() == [10, 10, 10]
     with pytest.raises(ValueError, match="did you mean fine_label?"):
         load(DataConfig("x/y", label_column="fine_lable"))
-    with pytest.raises(ValueError, match="label column 'img' of x/y holds no whole numbers"):
+    with pytest.raises(ValueError, match="label column 'img' of x/y holds no classes: cast it"):
         load(DataConfig("x/y", label_column="img"))
 
 

@@ -1,0 +1,206 @@
+"""Lists as people write them: CSV, TSV, JSON lines and Parquet with named columns, and text as labels.
+
+Columns are found by their names, or said. Whole numbers that are exactly 0 .. K - 1 are class numbers; anything else is
+text, and the classes are its values in sorted order (by value where all are numbers).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+from pyarrow import ArrowException
+
+from rescom_timm.data.index_files import MAX_CLASSES, Rows, first_few
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+"""Endings of files that hold named columns."""
+
+NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "image": (
+        ("path", "file_path", "filepath", "image_path", "img_path"),
+        ("file_name", "filename", "file", "image_file", "image_name", "img_name"),
+        ("image", "img", "image_id", "id"),
+    ),
+    "label": (
+        ("label", "labels", "class", "target", "category", "y"),
+        ("class_name", "label_name", "category_name", "class_id", "label_id", "category_id"),
+        ("species", "diagnosis", "dx"),
+    ),
+    "split": (("split", "subset", "set", "partition"),),
+}
+"""Of each kind, names that are taken for it; the first row of them that a table has decides."""
+
+SAME = ({"train", "training"}, {"test", "testing"}, {"val", "valid", "validation", "dev"})
+"""Values of a split column that mean the same."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns; None: found by name (image, label, split), or not used (group)."""
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+def is_table(path: str | Path) -> bool:
+    return Path(path).suffix.lower() in TABLES
+
+
+def read_table(
+    path: Path,
+    problems: list[str],
+    columns: Columns,
+    split: str | None,
+    class_names: Sequence[str] | None,
+    num_classes: int | None,
+) -> Rows:
+    """The rows of a table, those of its `split` where it has a column of splits. What is wrong is added to problems.
+
+    class_names: the classes that text labels must be of. num_classes without names: the labels are class numbers.
+    """
+    rows = Rows("row")
+    try:
+        frame = _frame(path)
+        image = pick("image", columns.image, list(frame.columns), "image_column")
+        label = pick("label", columns.label, list(frame.columns), "label_column")
+        group = pick("group", columns.group, list(frame.columns), "group_column") if columns.group else None
+        part = pick("split", columns.split, list(frame.columns), "split_column", needed=False)
+    except ValueError as error:
+        problems.append(str(error))
+        return rows
+    whole = frame[label]  # the classes are those of all splits
+    if part is not None and split is not None:
+        there = dict.fromkeys(frame[part].astype(str))
+        frame = frame[[_same(value, split) for value in frame[part].astype(str)]]
+        if frame.empty:
+            problems.append(f"column {part!r} has no row of split {split!r}, only {first_few(list(there))}")
+            return rows
+    texts, numbers = [_text(value) for value in frame[label]], (frame.index.to_numpy() + 1).tolist()
+    names = None if class_names is None else list(class_names)
+    if class_names is None and num_classes is None:
+        names = class_values(_text(value) for value in whole)
+    known = {name: k for k, name in enumerate(names)} if names is not None else None
+    if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
+        known |= {str(k): k for k in range(len(known))}
+    for number, key, text in zip(numbers, frame[image], texts, strict=True):
+        if not str(key).strip():
+            problems.append(f"row {number}: column {image!r} is empty")
+        elif wrong := _wrong(text, label, known):
+            problems.append(f"row {number}: {wrong}")
+        else:
+            rows.keys.append(str(key))  # type: ignore[arg-type]
+            rows.labels.append(known[text] if known is not None else int(text))
+            rows.places.append(number)
+    rows.class_names, rows.num_classes = names, len(names) if names is not None else None
+    rows.header = {"columns": ", ".join(filter(None, [image, label, part, group]))}
+    if part is not None and split is not None:
+        rows.header["split"] = split
+    if names is not None:
+        rows.header["labels"] = f"text of {label}, in sorted order"
+    if group is not None:
+        codes, _ = pd.factorize(frame[group].astype(str), sort=True)
+        rows.groups = array("q", codes.tolist())
+    return rows
+
+
+def class_values(texts: Iterable[str]) -> list[str] | None:
+    """Names of the classes that text labels stand for, in order; None where they are class numbers 0 .. K - 1."""
+    values = {text for text in texts if text}
+    if all(re.fullmatch(r"-?\d{1,15}", value) for value in values):
+        numbers = sorted(values, key=int)
+        return None if numbers == [str(k) for k in range(len(numbers))] else numbers
+    return sorted(values)
+
+
+def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: bool = True) -> Any:
+    """The column of that kind. Raises ValueError where it is not there, or several could be it."""
+    if asked is not None:
+        if asked not in there:
+            raise ValueError(f"has no column {asked!r}: it has {', '.join(there)}; set data.{key}")
+        return asked
+    try:
+        found = called(kind, there)
+    except ValueError as error:
+        raise ValueError(f"{error}; set data.{key}") from None
+    if found is None and needed:
+        raise ValueError(f"has no column that could be the {kind} among {', '.join(there)}; set data.{key}")
+    return found
+
+
+def called(kind: str, there: Sequence[str]) -> str | None:
+    """The column whose name says that it is the image, the label or the split; None where none does. Raises ValueError
+    where several do alike."""
+    plain = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in there}
+    for names in NAMES[kind]:
+        found = [plain[name] for name in names if name in plain]
+        if len(found) > 1:
+            raise ValueError(f"has {len(found)} columns that could be the {kind}: {', '.join(found)}")
+        if found:
+            return found[0]
+    return None
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    """The table, all of it text or as it is stored. Raises ValueError."""
+    ending = path.suffix.lower()
+    try:
+        if ending == ".parquet":
+            return pq.read_table(path).to_pandas()
+        with path.open("rb") as start:
+            encoding = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        if ending in (".jsonl", ".ndjson"):
+            lines = path.read_text(encoding=encoding).splitlines()
+            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+        with path.open(encoding=encoding, newline="") as file:
+            header = file.readline()
+        separator = "\t" if ending == ".tsv" else max(",;\t|", key=header.count)
+        frame = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, skipinitialspace=True
+        )
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("rows have more cells than the header; quote text that holds the separator")
+        return frame
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text: save it as UTF-8") from None
+    except (ValueError, ArrowException, csv.Error, RecursionError, OverflowError) as error:
+        raise ValueError(f"cannot be read as {ending[1:]}: {str(error).strip() or type(error).__name__}") from None
+
+
+def _text(value: Any) -> str:
+    """A label as text; empty where there is none. Whole numbers that are stored as 3.0 are 3."""
+    if isinstance(value, list | tuple | set | dict | np.ndarray):
+        return "\0several"
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
+    if text == "\0several":
+        return f"column {label!r} holds several labels: images of several classes at once are not supported"
+    if not text:
+        return f"column {label!r} is empty"
+    if known is not None and text not in known:
+        return f"label {text!r} is none of the classes: {first_few([name for name in known if not name.isdigit()])}"
+    if known is None and not (text.isdigit() and int(text) < MAX_CLASSES):
+        return f"label {text!r} is not a whole number from 0"
+    return ""
+
+
+def _same(value: str, split: str) -> bool:
+    one, other = value.strip().lower(), split.strip().lower()
+    return one == other or any(one in names and other in names for names in SAME)
