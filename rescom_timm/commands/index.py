@@ -13,24 +13,27 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import yaml
+from tqdm import tqdm
 
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
-from rescom_timm.data.decoding import BrokenImage, decode
-from rescom_timm.data.image_folders import class_folders, holds_tables
+from rescom_timm.data.broken import unreadable
+from rescom_timm.data.image_folders import METADATA, class_folders, holds_tables
 from rescom_timm.data.index import Index
+from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.data.tables import NoSplit
 from rescom_timm.files import write_text
 from rescom_timm.recipe.config import without_home
+from rescom_timm.recipe.own_data import recipe_for
 
 
 def make(options: argparse.Namespace) -> int:
@@ -60,9 +63,9 @@ def convert(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Say everything that is wrong with an index; with --source, also against the images or the data set."""
-    if options.decode and not options.source:
-        raise ValueError("--decode reads the images: say where they are with --source")
-    index, problems = rows.read(options.file, options.classes, options.allow_empty)
+    if (options.decode or options.output) and not options.source:
+        raise ValueError("--decode and --output read the images: say where they are with --source")
+    index, problems = rows.read(options.file, options.classes, options.allow_empty, _columns(options), options.split)
     images = "its images not looked for"
     if index and options.source:
         images = "its images there, but not decoded"
@@ -71,8 +74,12 @@ def check(options: argparse.Namespace) -> int:
         except (ValueError, FileNotFoundError) as error:
             problems = [str(error)]
         else:
-            if options.decode:
-                images, problems = "all its images decoded", list(_broken(split))
+            if options.decode or options.output:
+                found = _broken(split)
+                images, problems = "all its images decoded", list(found.values())
+                if options.output:
+                    broken = {int(split.rows[position]): told for position, told in found.items()}
+                    return _save(_without(index, broken), options)
     for problem in problems[: options.lines]:
         print(f"{options.file}: {problem}")
     if len(problems) > options.lines:
@@ -83,20 +90,25 @@ def check(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _broken(split: Split) -> Iterator[str]:
-    """What is wrong with each image that cannot be decoded."""
+def _broken(split: Split) -> dict[int, str]:
+    """What is wrong with each image that cannot be decoded, by its position, found in one pass."""
+    with tqdm(total=len(split.rows), unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+        return dict(unreadable(split, progress=bar.update))
 
-    def wrong(row: int, image: object) -> str:
-        try:
-            decode(image, row)
-        except BrokenImage as error:
-            return str(error)
-        return ""
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(split.rows), 1024):
-            images = split.dataset[start : start + 1024]["image"]
-            yield from filter(None, pool.map(wrong, split.rows[start : start + 1024].tolist(), images))
+def _without(index: Index, broken: Mapping[int, str]) -> Index:
+    """The index without these rows (of a list: counted from 0 in it), named in its header."""
+    if not broken:
+        return index
+    rows_of = np.arange(len(index)) if isinstance(index.keys, list) else index.keys
+    out = np.isin(rows_of, list(broken))
+    kept = index.take(np.flatnonzero(~out), f"without {len(broken)} that cannot be read")
+    lost = [str(index.keys[k]) for k in np.flatnonzero(out)]
+    named = ", ".join([*filter(None, [index.info.get("left out")]), *lost[:20]]) + (" ..." if len(lost) > 20 else "")
+    for problem in list(broken.values())[:5]:
+        print(f"left out: {problem}")
+    print(f"left out in all: {len(broken):,} images that cannot be read")
+    return replace(kept, info={**kept.info, "left out": named})
 
 
 def describe(options: argparse.Namespace) -> int:
@@ -124,7 +136,7 @@ def overlap(options: argparse.Namespace) -> int:
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write a recipe for one's own images: a folder of class folders, or a local or Hub data set."""
+    """Write a recipe for one's own images: class folders, a folder with a list, or a local or Hub data set."""
     recipe = Path(options.output)
     lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test", "validation")}
     if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
@@ -133,15 +145,33 @@ def init(options: argparse.Namespace) -> int:
     if options.source != "digits" and Path(options.source).expanduser().exists():
         options.source = _place(options.source)
     indexes, config = _parts(options)
+    train = indexes.get("train")
+    if options.validation is None and train is not None and train.counts.max() < 5 and "validation" not in indexes:
+        print("no class is large enough for validation images: the last epoch is what counts (data.validation: none)")
+        config = replace(config, validation="none")
     with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
-        for part, index in indexes.items():
-            index.save(Path(folder) / lists[part].name)
-        data = load(_with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
+
+        def tried() -> Data:
+            for part, index in indexes.items():
+                index.save(Path(folder) / lists[part].name)
+            return load(_with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
+
+        data = tried()
+        splits = {"train": data.train, "test": data.test, "validation": data.validation}
+        broken = {part: _broken(split) for part, split in splits.items() if split is not None}
+        if any(broken.values()):
+            told = [problem for found in broken.values() for problem in found.values()]
+            if not options.leave_out or not indexes:
+                how = "repair or remove them" + (", or say --leave-out" if indexes else "")
+                raise ValueError(f"{len(told):,} images cannot be read; {how}:\n  " + "\n  ".join(told[:50]))
+            lost: dict[str, dict[int, str]] = {part: {} for part in indexes}
+            for part, found in broken.items():  # validation rows may be some of the training list's
+                numbers = {int(splits[part].rows[k]): problem for k, problem in found.items()}  # type: ignore[union-attr]
+                lost[part if part in indexes else "train"] |= numbers
+            indexes = {part: _without(index, lost[part]) for part, index in indexes.items()}
+            data = tried()
         config = _with_lists(config, {part: _place(lists[part]) for part in indexes})
-        try:
-            text = recipe_for(data, config, options.source)
-        except BrokenImage as error:
-            raise ValueError(f"{error}; repair or remove it") from None
+        text = recipe_for(data, config, options.source)
     for part, index in indexes.items():
         index.save(lists[part])
         print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")
@@ -165,23 +195,74 @@ def _with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
 def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     """The index files to write and the data section that uses them."""
     root = Path(options.source).expanduser()
-    folders = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
     validation = options.validation or "holdout(0.1)"
     if root.is_dir() and not holds_tables(root):
         config = DataConfig(options.source, validation=validation)
-        if (root / "train").is_dir() and folders:
-            train = _under(root, root / "train")
-            names = ["test", "validation"] if options.validation is None else ["test"]
-            parts = {part: _as_in(train, _under(root, at), at) for part, at in zip(names, folders, strict=False)}
-            return {"train": _cut(train, options.imbalance), **parts}, config
-        train, test = _part_test(_under(root, root))
+        listed = options.list or next((root / name for name in METADATA if (root / name).is_file()), None)
+        parts = _listed(options, config, listed) if listed else _class_folders(options, root)
     else:
+        if options.list:
+            raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
         config = replace(_config(options, options.split), test=options.test_split, validation=validation)
         whole = training_index(config)
         if options.test_split != options.split:
-            return ({"train": _cut(whole, options.imbalance)} if options.imbalance else {}), config
-        train, test = _part_test(whole)
-    return {"train": _cut(train, options.imbalance), "test": test}, config
+            try:
+                training_index(replace(config, train=options.test_split), allow_empty=True)
+                return ({"train": _cut(whole, options.imbalance)} if options.imbalance else {}), config
+            except NoSplit:
+                print(f"no split {options.test_split!r}: a fifth of each class is kept for testing")
+                config = replace(config, test=options.split)
+        parts = _part(whole, options.validation)
+    return {**parts, "train": _cut(parts["train"], options.imbalance)}, config
+
+
+def _class_folders(options: argparse.Namespace, root: Path) -> dict[str, Index]:
+    folders = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    if (root / "train").is_dir() and folders:
+        train = _under(root, root / "train")
+        names = ["test", "validation"] if options.validation is None else ["test"]
+        parts = {part: _as_in(train, _under(root, at), at) for part, at in zip(names, folders, strict=False)}
+        return {"train": train, **parts}
+    return _part(_under(root, root), options.validation)
+
+
+def _listed(options: argparse.Namespace, config: DataConfig, path: str | Path) -> dict[str, Index]:
+    """The parts of a list: those of its column of splits, else a fifth of each class for testing."""
+    config = replace(config, index=str(path), validation="none", **_column_settings(options))
+    found: dict[str, Index] = {}
+    train = training_index(config)
+    if train.by_path and "split" not in train.info:
+        return _part(_told(train), options.validation)
+    for part in ("test", "validation"):
+        try:
+            found[part] = training_index(replace(config, train=part), allow_empty=True)
+        except ValueError as error:
+            if f"no row of split '{part}'" not in str(error):
+                raise
+    if "test" not in found:
+        return _part(_told(train), options.validation)
+    return {"train": _told(train), **{part: _like(train, index) for part, index in found.items()}}
+
+
+def _told(index: Index) -> Index:
+    """The index, after saying how its table was read."""
+    if "columns" in index.info:
+        classes = "classes in sorted order" if "labels" in index.info else "class numbers"
+        print(f"columns {index.info['columns']}; {index.num_classes:,} {classes}")
+    return index
+
+
+def _like(train: Index, part: Index) -> Index:
+    return replace(part, num_classes=train.num_classes, class_names=train.class_names)
+
+
+def _part(whole: Index, validation: str | None) -> dict[str, Index]:
+    """A fifth of each class for testing; where rows stay together by group, a tenth of the rest for validation too,
+    which the recipe could not hold out without knowing the groups."""
+    parts = dict(zip(("train", "test"), _part_test(whole), strict=True))
+    if whole.groups is not None and validation is None:
+        parts["train"], parts["validation"] = _part_test(parts["train"], 0.1, "validation")
+    return parts
 
 
 def _under(root: Path, folder: Path) -> Index:
@@ -203,11 +284,11 @@ def _as_in(train: Index, part: Index, folder: Path) -> Index:
     return replace(part, labels=labels, num_classes=len(known), class_names=known)
 
 
-def _part_test(whole: Index, fraction: float = 0.2) -> tuple[Index, Index]:
-    """A fifth of each class for testing, drawn with a fixed seed; a class keeps at least one training image."""
-    held = profiles.holdout(whole.labels, fraction)
+def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
+    """A part of each class, drawn with a fixed seed; a class keeps at least one training image."""
+    held = profiles.holdout(whole.labels, fraction, groups=whole.groups)
     kept = np.delete(np.arange(len(whole)), held)
-    return whole.take(kept, f"all but a test part of {fraction:g}"), whole.take(held, f"test part of {fraction:g}")
+    return whole.take(kept, f"all but a {name} part of {fraction:g}"), whole.take(held, f"{name} part of {fraction:g}")
 
 
 def _cut(index: Index, factor: float | None) -> Index:
@@ -217,67 +298,16 @@ def _cut(index: Index, factor: float | None) -> Index:
     return index.take(kept, f"exponential({factor:g}) by count")
 
 
-def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
-    """Q, Qp, Qn and beta for data with these class counts (K,), each with its reason. Ours: only some are published."""
-    classes = len(counts)
-    q = int(np.clip(round(1000 / classes), 4, 64))
-    others = (classes - 1) * q
-    qn = max(1, min(500, round(0.4 * others)))
-    many = int((counts > 100).sum())
-    return {
-        "per_class": (q, f"Q: {classes * q:,} keys in all; the paper has 10 for 100 classes and 4 for 1,000"),
-        "positives": (1, "Qp: the hardest positive alone, as in every published setting"),
-        "negatives": (qn, f"Qn: {100 * qn / others:.0f}% of {others:,} keys of other classes; paper: 400 of 990"),
-        "beta": (0.99, f"weights level off above about 100 images, which {many} of {classes} classes have")
-        if many
-        else (0.999999, "weights of in effect 1 / count: no class has more than 100 images"),
-    }
-
-
-def recipe_for(data: Data, config: DataConfig, source: str) -> str:
-    """The text of a recipe for this data, with the reasons of its settings."""
-    section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
-    chosen = settings(data.counts)
-    sample = data.train.dataset.select(range(min(32, len(data.train.rows))))
-    side = int(np.median([min(decode(row["image"]).size) for row in sample]))
-    images = int(data.counts.sum())
-    batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
-    few, many = (len(rows.groups(data.counts)[name]) for name in ("few", "many"))
-    line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
-    if side <= 64:
-        same = f"resize({side}) | center_crop({side})"
-        net = "net: {backbone: resnet32_cifar, projector: {hidden: 64, dim: 32}}"
-        views = f'views: {{train: "{same} | crop({side},4) | flip", eval: "{same}"}}'
-        rate = "optimizer: {lr: 0.1, weight_decay: 5.0e-4}"
-    else:
-        net = "net: {backbone: resnet50.tv_in1k, pretrained: true}  # from ImageNet weights: own data are seldom enough"
-        views = "views: {train: imagenet, eval: eval224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
-        rate = "optimizer: {lr: 0.02, weight_decay: 5.0e-4}"
-    return f"""\
-# {source}: {data.counts.sum():,} training images of {len(data.counts):,} classes, {data.counts.max():,} to \
-{data.counts.min():,} a class; {many} classes have more than 100, {few} fewer than 20.
-# Made by rescom-timm init. Q, Qp, Qn and beta are chosen for these counts, for the reasons beside them; nothing
-# here was tuned. Train:  rescom-timm train THIS_FILE
-{yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
-{views}  # images are about {side} pixels on their shorter side
-{net}
-method:
-  name: rescom
-  queue:
-    {line["per_class"]}
-  {line["positives"]}
-  {line["negatives"]}
-  {line["beta"]}
-{rate}
-schedule: {{name: cosine, warmup_epochs: 5}}
-train: {{epochs: 100, batch_size: {batch}}}
-"""
-
-
 def _config(options: argparse.Namespace, split: str, index: str = "all") -> DataConfig:
-    return DataConfig(
-        options.source, subset=options.subset, train=split, index=index, label_column=options.label_column
-    )
+    return DataConfig(options.source, subset=options.subset, train=split, index=index, **_column_settings(options))
+
+
+def _column_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {f"{kind}_column": getattr(options, f"{kind}_column", None) for kind in ("image", "label", "split", "group")}
+
+
+def _columns(options: argparse.Namespace) -> Columns:
+    return DataConfig("any", **_column_settings(options)).columns
 
 
 def _label_file(path: str, info: dict[str, str]) -> Index:
@@ -332,7 +362,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     def data_options(one: argparse.ArgumentParser) -> None:
         one.add_argument("--split", default="train", help="of the data set (default: train)")
         one.add_argument("--subset", help="configuration of a Hub data set that has several")
-        one.add_argument("--label-column", help="where several columns could be the label")
+        for kind, about in (("image", "image or its path"), ("label", "label"), ("split", "split"), ("group", "group")):
+            one.add_argument(f"--{kind}-column", help=f"of a data set or a table: the column of the {about}")
 
     def list_options(one: argparse.ArgumentParser) -> None:
         one.add_argument("--classes", type=int, help="number of classes (default: the header's, or largest label + 1)")
@@ -351,6 +382,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     one = verb(check, file)
     one.add_argument("--source", help="image root or data set to check against")
     one.add_argument("--decode", action="store_true", help="decode every image of --source")
+    one.add_argument("-o", "--output", type=os.path.expanduser, help="write the list without those that cannot be read")
     one.add_argument("--lines", type=int, default=20, help="most problems told (default: 20)")
     data_options(one)
     list_options(one)
@@ -359,11 +391,13 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     one.add_argument("--classes", type=int, help="number of classes (default: the header's, or largest label + 1)")
     one = verb(overlap, file, ("other", "another"))
     one.add_argument("--lines", type=int, default=10, help="most images named (default: 10)")
-    one = verb(init, ("source", "a folder of class folders, or a local or Hub data set"))
+    one = verb(init, ("source", "a folder of class folders, one with a list, or a local or Hub data set"))
     one.add_argument("-o", "--output", required=True, type=os.path.expanduser, metavar="RECIPE.yaml")
     one.add_argument("--imbalance", type=float, metavar="IF", help="cut the training images to this imbalance")
     one.add_argument("--validation", help="to choose the best checkpoint (the folder val where it is, or holdout(0.1))")
     one.add_argument("--test-split", default="test", help="a data set's; the name of --split parts a fifth of it off")
+    one.add_argument("--list", metavar="FILE", help="paths and labels of the images: CSV, JSON lines, Parquet, text")
+    one.add_argument("--leave-out", action="store_true", help="leave out images that cannot be read")
     one.add_argument("--force", action="store_true", help="write over files that exist")
     data_options(one)
     return top

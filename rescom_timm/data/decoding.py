@@ -1,34 +1,50 @@
 """Images of any kind to RGB."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# ---------------------------------------------------------------------------------------------------------- decoding
-
 
 class BrokenImage(ValueError):
     """An image that cannot be read. The message names its row and, where known, its path."""
 
 
-def decode(value: Any, row: int | None = None, exif: bool = False) -> Image.Image:
+def decode(value: Any, row: int | None = None, exif: bool = False, max_pixels: int | None = None) -> Image.Image:
     """The RGB image in `value`: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image
     or an 8-bit array (H, W) or (H, W, 3).
 
     Gray, palette, CMYK and the like become RGB as Pillow does it. Transparent images are laid on white (the colour that
     hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped. `exif` turns the image as its
-    EXIF tag says; the papers' pipelines do not, so that is the default. Raises BrokenImage, naming `row` and the path.
+    EXIF tag says; the papers' pipelines do not, so that is the default. `max_pixels`: see `allow`.
+    Raises BrokenImage, naming `row` and the path.
     """
+    with _told(value, row):
+        return _rgb(_open(value, max_pixels), exif)
+
+
+def look(value: Any, row: int | None = None, max_pixels: int | None = None) -> None:
+    """Read the header of an image alone, and of a file no more. Arguments and what is raised as in `decode`."""
+    allow(max_pixels)
+    path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+    with _told(value, row), open(path, "rb") if isinstance(path, str) else nullcontext(value) as source:
+        _refuse_mode(Image.open(source) if source is not value else _open(value, max_pixels))
+
+
+@contextmanager
+def _told(value: Any, row: int | None) -> Iterator[None]:
     try:
-        return _rgb(_open(value), exif)
+        yield
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         what = "it is not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        if isinstance(error, Image.DecompressionBombError):
+            what = f"{what.rstrip('.')}; if it is a photograph, allow it with loader.max_pixels"
         raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
 
 
@@ -40,7 +56,14 @@ def where(value: Any, row: int | None) -> str:
     return f"row {row}" + (f" ({path})" if path else "")
 
 
-def _open(value: Any) -> Image.Image:
+def allow(max_pixels: int | None) -> None:
+    """In this process Pillow warns above so many pixels, and refuses twice as many. None changes nothing."""
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def _open(value: Any, max_pixels: int | None = None) -> Image.Image:
+    allow(max_pixels)
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, str):
@@ -62,14 +85,18 @@ def _rgb(image: Image.Image, exif: bool) -> Image.Image:
     image.load()
     if exif:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    _refuse_mode(image)
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _refuse_mode(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -56,7 +56,9 @@ def train_loader(
         policy = near_resized(policy)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
         raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
-    dataset = ViewsDataset(split, policy, num_views, config.broken, config.exif, speed, config.device_views)
+    dataset = ViewsDataset(
+        split, policy, num_views, config.broken, config.exif, speed, config.device_views, config.max_pixels
+    )
     order = Order(split.labels, config.sampler, seed, epochs)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
 
@@ -73,7 +75,8 @@ def eval_loader(
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, not {batch_size}")
     speed = dataclasses.replace(speed, cache=0, resident=False)
-    dataset = ViewsDataset(split, parse(views.eval, views.mean), None, "stop", config.exif, speed)
+    policy = parse(views.eval, views.mean)
+    dataset = ViewsDataset(split, policy, None, "stop", config.exif, speed, max_pixels=config.max_pixels)
     items = [(position, position) for position in range(len(dataset))]
     return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
 

@@ -43,6 +43,9 @@ class LoaderConfig:
     names it. Evaluation always stops, for its figures are those of the whole split."""
     exif: bool = False
     """Turn images as their EXIF tag says. The papers' pipelines do not."""
+    max_pixels: int | None = None
+    """Of the largest image that is read without a warning; twice as many are refused, as a file that would fill the
+    memory. null: Pillow's 89,478,485, for photographs of less than 179 megapixels."""
     device_views: bool = False
     """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
     randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
@@ -54,6 +57,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
             raise ValueError(f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}")
+        if self.max_pixels is not None and not 1 <= self.max_pixels <= 2**33:
+            raise ValueError(f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
         if self.broken not in ("stop", "skip"):
             raise ValueError(f"broken must be stop or skip, not {self.broken!r}")
 
@@ -113,12 +118,13 @@ class ViewsDataset(Dataset[Batch]):
         exif: bool = False,
         speed: SpeedConfig = SpeedConfig(cache=0),
         device: bool = False,
+        max_pixels: int | None = None,
     ) -> None:
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
         self.rows = np.asarray(split.rows, dtype=np.int64)
         self.num_views = num_views
-        self.exif = exif
+        self.exif, self.max_pixels = exif, max_pixels
         self.device = device
         self.batch_policy = device or speed.batched
         self.policy = policy
@@ -261,7 +267,7 @@ class ViewsDataset(Dataset[Batch]):
             positions = list(range(start, min(start + 1024, count)))
             for position, value in zip(positions, self.images.__getitems__(positions), strict=True):
                 try:
-                    image = np.asarray(decode(value["image"], int(self.rows[position]), self.exif))
+                    image = np.asarray(self._rgb(value["image"], position))
                 except BrokenImage:
                     continue  # told when it is drawn
                 if pixels.size == 0:
@@ -276,7 +282,7 @@ class ViewsDataset(Dataset[Batch]):
     def _decode(self, position: int, seed: int, value: Any) -> tuple[int, Any]:
         """The image at `position`, or, broken images being skipped, another of its class: (its position, the image)."""
         try:
-            return position, decode(value, int(self.rows[position]), self.exif)
+            return position, self._rgb(value, position)
         except BrokenImage as error:
             if self.replaced is None:
                 or_skip = "" if self.num_views is None else ", or say loader.broken=skip"
@@ -286,10 +292,13 @@ class ViewsDataset(Dataset[Batch]):
         for other in np.roll(others, -(seed % len(others))).tolist():  # from a place that the sample's seed decides
             value = self.images[other]["image"]
             with contextlib.suppress(BrokenImage):
-                return other, decode(value, int(self.rows[other]), self.exif)
+                return other, self._rgb(value, other)
         raise BrokenImage(
             f"no image of class {self.labels[position]} can be read, the last one tried is {where(value, other)}"
         )
+
+    def _rgb(self, value: Any, position: int) -> Image.Image:
+        return decode(value, int(self.rows[position]), self.exif, self.max_pixels)
 
     def _note(self, position: int, error: BrokenImage) -> None:
         assert self.replaced is not None

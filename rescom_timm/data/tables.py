@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 # Tables: the Hub, parquet, arrow, save_to_disk, digits
 
 
+class NoSplit(ValueError):
+    """A data set without a split of that name."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Table:
     dataset: Dataset  # "image" and, where there is one, "label"
@@ -165,7 +169,9 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
     except ValueError as error:
         if "Unknown split" in str(error):
             has = str(error).partition("one of ")[2].rstrip(".")
-            raise ValueError(f"{source} has no split {split!r}, only {has}: set data.train and data.test") from None
+            raise NoSplit(
+                f"{source} has no split {split!r}, only {has}: set data.train and data.test, or data.test=holdout(0.2)"
+            ) from None
         raise
 
 

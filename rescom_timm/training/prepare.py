@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from rescom_timm.data.broken import unreadable
 from rescom_timm.data.loaders import eval_loader, train_loader
 from rescom_timm.data.samples import Batch, ViewsDataset
 from rescom_timm.data.sources import Data
@@ -69,6 +71,22 @@ def check_image_size(net: Net, recipe: Recipe, train: Split, device: torch.devic
             f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
             f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
         ) from error
+
+
+def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> None:
+    """Raises RecipeError where an evaluation image cannot be read, by its header: hours before an evaluation would.
+    Each process looks at its part."""
+    found: list[str] = []
+    for split in splits.values():
+        own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
+        part = Split(split.name, split.dataset.select(own), split.labels[own], split.rows[own])
+        found += [f"{split.name}: {problem}" for _, problem in unreadable(part, False, recipe.loader.max_pixels)]
+    found = gather_object(found)
+    if found:
+        raise RecipeError(
+            f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
+            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)"
+        )
 
 
 def check_selection(recipe: Recipe, data: Data) -> None:

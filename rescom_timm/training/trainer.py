@@ -11,7 +11,8 @@ import math
 import sys
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
 from rescom_timm.training.log import Log, epoch_line
 from rescom_timm.training.prepare import (
     check_image_size,
+    check_images,
     check_selection,
     evaluation_loaders,
     to_device,
@@ -124,6 +126,7 @@ class Trainer:
         check_selection(recipe, data)
         splits = {"test": data.test, "validation": data.validation}
         self.splits = {name: split for name, split in splits.items() if split is not None}
+        check_images(accelerator, recipe, self.splits)
         self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
 
     @property
@@ -145,7 +148,8 @@ class Trainer:
                 progress = self.progress
                 last = progress.epoch == recipe.train.epochs
                 if last or progress.epoch % recipe.evaluation.every == 0:
-                    self._evaluate(bar)
+                    with self._saving_on_failure():
+                        self._evaluate(bar)
                 best = progress.best_epoch == progress.epoch
                 if last or stop or best or progress.epoch % recipe.checkpoint.every == 0:
                     self.save()
@@ -279,6 +283,17 @@ class Trainer:
         )
 
     # ---------------------------------------------------------------- evaluation
+
+    @contextmanager
+    def _saving_on_failure(self) -> Iterator[None]:
+        """What fails in an evaluation does not lose the epochs before it. Of several processes one may fail alone, and
+        then the others cannot save with it."""
+        try:
+            yield
+        except Exception:
+            if self.accelerator.num_processes == 1:
+                self.save()
+            raise
 
     def _evaluate(self, bar: Any) -> None:
         figures: dict[str, dict[str, float]] = {}

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from rescom_timm.commands import index as command
+from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load
 from rescom_timm.recipe import loading as recipe
+from rescom_timm.recipe import own_data
 
 FILE = Path(__file__).parents[2] / "tools" / "index.py"
 Run = Callable[..., tuple[int, str]]
@@ -143,7 +146,7 @@ def test_check_decodes_the_images(run: Run, tmp_path: Path) -> None:
     assert "row 1 (p/a/001.png)" in said and "row 2 (p/a/002.png)" in said and "row 3 (p/b/000.png)" in said
     assert run("check", "l.txt", "--decode") == (
         2,
-        "error: --decode reads the images: say where they are with --source\n",
+        "error: --decode and --output read the images: say where they are with --source\n",
     )
     assert (
         "all its images decoded"
@@ -231,7 +234,9 @@ def test_init_writes_nothing_where_it_fails(run: Run, tmp_path: Path) -> None:
     for broken in (tmp_path / "p" / "a").iterdir():
         broken.write_bytes(broken.read_bytes()[:60])
     code, said = run("init", "p", "-o", "p.yaml")
-    assert code == 2 and f"cannot read the image of {broken.parent}/00" in said and "repair or remove it" in said
+    assert (
+        code == 2 and f"({broken.parent}/000.png)" in said and "6 images cannot be read; repair or remove them" in said
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["p"], "nothing is written, so a repeat is not refused"
     shutil.rmtree(broken.parent)
     photos(tmp_path / "p", {"a": 6})
@@ -309,7 +314,7 @@ def test_init_of_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_settings_are_the_papers_where_it_has_any() -> None:
     def chosen(counts: list[int]) -> tuple[float, ...]:
-        return tuple(value for value, _ in command.settings(np.array(counts)).values())
+        return tuple(value for value, _ in own_data.settings(np.array(counts)).values())
 
     assert chosen([1280] + [5] * 999) == (4, 1, 500, 0.99)  # ImageNet-LT
     assert chosen([500] + [5] * 99)[:2] == (10, 1) and abs(chosen([500] + [5] * 99)[2] - 400) < 10  # CIFAR-100-LT
@@ -325,3 +330,77 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: 
         command.main()
     said = capsys.readouterr().out
     assert stop.value.code == 0 and all(v in said for v in ("make", "convert", "check", "describe", "overlap", "init"))
+
+
+def listed(root: Path, count: int = 12, **columns: object) -> pd.DataFrame:
+    """Images of three classes below root, and the table of them."""
+    photos(root, {"x": count})
+    names = [f"x/{k:03}.png" for k in range(count)]
+    return pd.DataFrame({"image": names, "species": list("abc") * (count // 3), **columns})
+
+
+@pytest.mark.parametrize("place", ["said", "in the folder"])
+def test_init_of_a_folder_with_a_list(run: Run, tmp_path: Path, place: str) -> None:
+    table = listed(tmp_path / "p")
+    table.to_csv(tmp_path / ("l.csv" if place == "said" else "p/metadata.csv"), index=False)
+    code, said = run("init", "p", "-o", "p.yaml", *(["--list", "l.csv"] if place == "said" else []))
+    assert code == 0 and "columns image, species; 3 classes in sorted order" in said, said
+    data = load(recipe.load(tmp_path / "p.yaml").data)
+    assert data.class_names == ["a", "b", "c"] and len(data.test.labels) == 3
+    assert data.validation is None and "no class is large enough for validation images" in said
+
+
+def test_init_keeps_the_splits_of_a_list_and_groups_together(run: Run, tmp_path: Path) -> None:
+    table = listed(tmp_path / "p", split=["train"] * 6 + ["val"] * 3 + ["test"] * 3)
+    table.to_json(tmp_path / "l.jsonl", orient="records", lines=True)
+    code, said = run("init", "p", "-o", "p.yaml", "--list", "l.jsonl")
+    assert code == 0, said
+    counts = {part: len(Index.load(tmp_path / f"p_{part}.txt")) for part in ("train", "validation", "test")}
+    assert counts == {"train": 6, "validation": 3, "test": 3}
+    assert load(recipe.load(tmp_path / "p.yaml").data).validation is not None
+    patients = [f"p{k // 2}" for k in range(60)]
+    listed(tmp_path / "q", 60, patient=patients).to_csv(tmp_path / "g.csv", index=False)
+    code, said = run("init", "q", "-o", "g.yaml", "--list", "g.csv", "--group-column", "patient")
+    assert code == 0, said
+    sides = []
+    for part in ("train", "validation", "test"):
+        keys = Index.load(tmp_path / f"g_{part}.txt", allow_empty=True).keys
+        sides.append({patients[int(Path(str(key)).stem)] for key in keys})
+    assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == 30
+
+
+def test_init_names_all_broken_images_at_once_and_leaves_them_out(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"a": 12, "b": 12})
+    bad = [f"a/{k:03}" for k in (0, 3, 5, 7, 9, 11)] + ["b/001"]  # of all three parts
+    for k, name in enumerate(bad):
+        path = tmp_path / "p" / f"{name}.png"
+        path.write_bytes((b"", b"some text", path.read_bytes()[:50])[k % 3])
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 2 and "7 images cannot be read" in said and all(f"{name}.png" in said for name in bad), said
+    assert "--leave-out" in said and not (tmp_path / "p.yaml").exists()
+    code, said = run("init", "p", "-o", "p.yaml", "--leave-out")
+    assert code == 0 and "left out in all" in said, said
+    indexes = [Index.load(tmp_path / f"p_{part}.txt") for part in ("train", "test")]
+    assert sum(map(len, indexes)) == 17
+    kept = {str(key) for index in indexes for key in index.keys}
+    assert not kept & {f"{name}.png" for name in bad}
+    told = ", ".join(index.info.get("left out", "") for index in indexes)
+    assert all(f"{name}.png" in told for name in bad), "the lists say what they lack"
+
+
+def test_check_writes_the_list_without_broken_images(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"a": 3, "b": 3})
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{k}/00{i}.png,{k}\n" for k in "ab" for i in range(3)))
+    (tmp_path / "p/a/001.png").write_bytes(b"")
+    assert run("check", "l.csv", "--source", "p", "-o", "good.txt")[0] == 0
+    good = Index.load(tmp_path / "good.txt")
+    assert len(good) == 5 and good.info["left out"] == "a/001.png" and good.class_names == ["a", "b"]
+
+
+def test_init_of_a_data_set_without_a_test_split_parts_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    digits("train").select(range(200)).to_parquet(tmp_path / "d/train-00000-of-00001.parquet")
+    code, said = run("init", "d", "-o", "d.yaml")
+    assert code == 0 and "no split 'test': a fifth of each class is kept for testing" in said, said
+    data = load(recipe.load(tmp_path / "d.yaml").data)
+    assert len(data.test.labels) == pytest.approx(40, abs=4)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.decoding import BrokenImage, decode, look
 from rescom_timm.data.views import NORMALISATIONS, POLICIES, STEPS, ViewsConfig, parse, usage
 
 
@@ -393,3 +393,28 @@ def test_broken_images_name_row_and_path(tmp_path: Path) -> None:
         decode(None, row=4)
     with pytest.raises(BrokenImage, match="int is no image"):
         decode(5)
+
+
+def test_a_photograph_of_many_pixels_can_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(file, "png")
+    for read in (decode, look):
+        with pytest.raises(
+            BrokenImage, match="decompression bomb.*; if it is a photograph, allow it with loader.max_pi"
+        ):
+            read({"bytes": file.getvalue(), "path": "x.png"}, 3)
+    assert decode({"bytes": file.getvalue(), "path": None}, max_pixels=400).size == (20, 20)
+    assert look(file.getvalue()) is None, "in this process from then on"
+
+
+def test_a_header_alone_tells_what_is_no_image(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    for name, problem in (("empty.png", "not an image"), ("float.tif", "floating-point"), ("none.png", "No such file")):
+        with pytest.raises(BrokenImage, match=problem):
+            look({"bytes": None, "path": str(tmp_path / name)}, 1)
+    look({"bytes": None, "path": str(tmp_path / "good.png")})
+    look({"bytes": None, "path": str(tmp_path / "cut.png")})

@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
+from rescom_timm.data.digits import digits
 from rescom_timm.recipe.config import RecipeError, SpeedConfig
 from rescom_timm.recipe.loading import flat, load_dict
 from rescom_timm.recipe.loading import load as load_recipe
@@ -290,6 +291,42 @@ def test_a_log_has_a_line_an_epoch_and_nothing_drawn_over(alone, tmp_path, capsy
     first, second = [line for line in told.out.splitlines() if re.match(r"epoch \d/2: ", line)]
     assert re.fullmatch(r"epoch 1/2: loss [\d.]+, .*top1 [\d.]+, [\d,]+ images/s, 0:\d\d:\d\d trained, .* left", first)
     assert second.endswith("trained, 0:00:00 left") and "\r" not in told.out + told.err
+
+
+def folder_of_digits(root: Path, broken: bytes | None) -> dict[str, object]:
+    """A data section over files, one test image of which is `broken`."""
+    for part in ("train", "test"):
+        rows = digits(part).select(range(60))
+        (root / part).mkdir(parents=True)
+        for k, row in enumerate(rows):
+            (root / part / f"{k}.png").write_bytes(row["image"]["bytes"])
+        lines = [f"{part}/{k}.png {label}" for k, label in enumerate(rows["label"])]
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    if broken is not None:
+        path = root / "test" / "7.png"
+        path.write_bytes(broken or path.read_bytes()[:70])
+    return {"source": str(root), "index": str(root / "train.txt"), "test_index": str(root / "test.txt")}
+
+
+def test_a_test_image_that_is_none_is_found_before_training(alone, tmp_path):
+    data = folder_of_digits(tmp_path / "data", b"no image")
+    tree = recipe(tmp_path, data=data, loader={"broken": "skip"}, train__batch_size=16, method__negatives=5)
+    with pytest.raises(RecipeError, match=r"1 images to evaluate on cannot be read: .*test.txt: .*test/7.png.*check"):
+        train(load_dict(tree))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_fails_loses_no_epoch(alone, tmp_path):
+    """A test image that was cut off: its header is good."""
+    data = folder_of_digits(tmp_path / "data", b"")
+    words = {"data": data, "train__batch_size": 16, "method__queue__per_class": 2, "evaluation__every": 2}
+    tree = recipe(tmp_path, **words, checkpoint={"every": 100}, method__negatives=5)
+    with pytest.raises(ValueError, match="test/7.png.*truncated.*repair it or leave it out"):
+        train(load_dict(tree))
+    assert [path.name for path in checkpoint.listed(tmp_path / "run/checkpoints")] == ["step-00000006"]
+    (tmp_path / "data/test/7.png").write_bytes((tmp_path / "data/test/8.png").read_bytes())
+    folder = train(load_dict(tree), resume=True)
+    assert last(tree)[1]["progress"]["epoch"] == 3 and (folder / "evaluation/test-last.json").is_file()
 
 
 def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkeypatch):

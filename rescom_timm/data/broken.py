@@ -1,0 +1,38 @@
+"""Images that cannot be read, all of them in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rescom_timm.data.decoding import BrokenImage, decode, look
+from rescom_timm.data.splits import Split
+
+AT_ONCE = 1024
+
+
+def unreadable(
+    split: Split, full: bool = True, max_pixels: int | None = None, progress: Callable[[int], Any] | None = None
+) -> Iterator[tuple[int, str]]:
+    """(position in the split, what is wrong) of each image that cannot be read.
+
+    full: every image is decoded; else only its header is read, which finds files that are empty, no images or of a kind
+    that is not read, but not those that were cut off. progress: told how many images more were looked at.
+    """
+    read = decode if full else look
+
+    def wrong(row: int, image: Any) -> str:
+        try:
+            read(image, row, max_pixels=max_pixels)
+        except BrokenImage as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(split.rows), AT_ONCE):
+            images = split.dataset[start : start + AT_ONCE]["image"]
+            told = pool.map(wrong, split.rows[start : start + AT_ONCE].tolist(), images)
+            yield from ((start + i, problem) for i, problem in enumerate(told) if problem)
+            if progress is not None:
+                progress(len(images))
