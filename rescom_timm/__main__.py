@@ -19,6 +19,7 @@ VERBS = {
     "make": ("index", "draw a long-tailed index from a data set"),
     "convert": ("index", "bring an official list into this package's format"),
     "check": ("index", "say everything that is wrong with an index or its images"),
+    "doctor": ("doctor", "what may be wrong with a data set, image by image"),
     "describe": ("index", "class counts and long tail of an index"),
     "overlap": ("index", "images that stand in two indexes"),
     "evaluate": ("evaluate", "evaluate a checkpoint of a run"),

@@ -1,0 +1,77 @@
+"""What may be wrong with a data set:  rescom-timm doctor RECIPE|RUN [key=value ...] [-o doctor.html]
+
+Looks at every image of the recipe's splits: images that cannot be read, the same or nearly the same image in two
+splits, under two labels or twice, tiny, single-coloured, grey and long images, classes too small to be held out or
+without test images, class names that may be one. Of a RUN it also tells labels of test and validation images that are
+probably wrong (confident learning; training images were learnt by heart and say nothing). Text, and one HTML page with
+thumbnails. Exit code 1 where images cannot be read, are in two splits or have two labels.
+Data of your own: rescom-timm init FOLDER first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from rescom_timm.data.doctor import Examined, Finding, examine, findings, wrong_labels
+from rescom_timm.data.sources import Data, load
+from rescom_timm.figures.doctor_page import page, told
+from rescom_timm.figures.opened import open_run
+from rescom_timm.files import write_text
+from rescom_timm.recipe.loading import load as load_recipe
+from rescom_timm.training.errors import FAILURES, one_line
+from rescom_timm.training.run_folder import run_recipe
+
+GRAVE = ("broken", "exact_leak", "exact_label")
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="a recipe, by path or name, or a run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
+    options = parser.parse_intermixed_args(words)
+    run = Path(options.recipe)
+    try:
+        is_run = (run / "recipe.yaml").is_file()
+        recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
+        data = load(recipe.data)
+        splits = {"train": data.train, "test": data.test}
+        if data.validation is not None:
+            splits["validation"] = data.validation
+        total = sum(len(split.rows) for split in splits.values())
+        with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+            images = examine(splits, bar.update)
+        found = findings(images, data.class_names, data.counts)
+        if is_run:
+            found += suspects(run, options.overrides, images, data)
+        print(told(images, found, data.class_names))
+        title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
+        write_text(options.output, page(images, found, data.class_names, title))
+        print(options.output)
+    except (*FAILURES, ImportError) as error:
+        print(one_line(error), file=sys.stderr)
+        return 2
+    return int(any(finding.key in GRAVE for finding in found))
+
+
+def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:
+    """Labels of held-out images that a run's net contradicts."""
+    opened, groups, lines = open_run(run, overrides=overrides), [], []
+    for name in ("test", "validation"):
+        if name in images.splits:
+            seen = opened.look(images.splits[name])
+            first = int((images.split == name).argmax())
+            for i, other in wrong_labels(seen.labels.numpy(), seen.logits.softmax(dim=1).numpy()):
+                groups.append([first + i])
+                lines.append(f"{name} {images.name[first + i]}: perhaps {data.class_names[other]}")
+    if not groups:
+        return []
+    advice = "by a net that was not trained on them; look at them, and do not tune on a test set that you clean so"
+    return [Finding("labels", "Labels that are probably wrong", advice, groups, tuple(lines))]

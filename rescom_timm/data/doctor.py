@@ -1,0 +1,261 @@
+"""What may be wrong with a data set: duplicates, leaks between splits, labels that disagree, odd images, small classes.
+
+Every image is decoded once. Exact duplicates have equal pixels. Near duplicates have perceptual hashes (pHash, 64 bits,
+by imagehash) that differ in at most four bits and thumbnails of gray that differ little; they are for eyes to judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rescom_timm.data.broken import AT_ONCE
+from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.splits import Split
+
+BITS = 4
+"""Hashes of near duplicates differ in at most so many of 64 bits."""
+BANDS = np.array_split(np.arange(64), BITS + 1)
+"""Of two hashes that differ in BITS bits, one of these is the same in both."""
+LEVELS = 10.0
+"""Thumbnails of near duplicates differ by at most so many levels in the mean."""
+CROWD = 200
+"""A band shared by more images than this says nothing and is passed over."""
+SMALL, LONG, FLAT, GRAY = 32, 3.0, 2.0, 4
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """N images of all splits, in their order."""
+
+    splits: Mapping[str, Split]
+    split: np.ndarray
+    """(N,) the split's name."""
+    position: np.ndarray
+    """(N,) int64 in its split."""
+    label: np.ndarray
+    name: list[str]
+    size: np.ndarray
+    """(N, 2) int64: width, height; 0 where it cannot be read."""
+    digest: np.ndarray
+    """(N,) of the pixels, as bytes."""
+    hashed: np.ndarray
+    """(N, 64) bool: pHash."""
+    thumbnail: np.ndarray
+    """(N, 16, 16) uint8 of gray."""
+    gray: np.ndarray
+    flat: np.ndarray
+    """(N,) bool each: has no colour; is all but one level."""
+    broken: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def image(self, i: int) -> Image.Image:
+        """The i-th image, decoded again. Raises BrokenImage."""
+        split = self.splits[str(self.split[i])]
+        return decode(split.dataset[int(self.position[i])]["image"], int(split.rows[self.position[i]]))
+
+
+@dataclass(frozen=True)
+class Finding:
+    key: str
+    title: str
+    advice: str
+    groups: list[list[int]]
+    """Images that belong together, as numbers in Examined; empty where the finding is about classes or names."""
+    lines: tuple[str, ...] = ()
+    """What is told where there are no images to show."""
+
+    @property
+    def count(self) -> int:
+        return len(self.groups) or len(self.lines)
+
+
+def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None = None) -> Examined:
+    """Look at every image of the splits. progress: told how many images more were looked at. Raises ImportError, saying
+    what to install, without imagehash."""
+    try:
+        from imagehash import phash
+    except ImportError as error:
+        raise ImportError("finding duplicates needs a package: pip install 'rescom-timm[doctor]'") from error
+
+    def seen(row: int, value: Any) -> Any:
+        try:
+            image = decode(value, row)
+        except BrokenImage as error:
+            return str(error)
+        pixels = np.asarray(image)
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
+        small = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(np.int16)
+        thumbnail = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX))
+        gray, flat = np.ptp(small, axis=2).max() <= GRAY, small.std(axis=(0, 1)).max() < FLAT
+        return image.size, digest, phash(image).hash.flatten(), thumbnail, gray, flat
+
+    rows: list[Any] = []
+    names: list[str] = []
+    where: list[tuple[str, int, int]] = []
+    with ThreadPoolExecutor() as pool:
+        for name, split in splits.items():
+            for start in range(0, len(split.rows), AT_ONCE):
+                values = split.dataset[start : start + AT_ONCE]["image"]
+                numbers = split.rows[start : start + AT_ONCE].tolist()
+                rows += pool.map(seen, numbers, values)
+                names += [value.get("path") or f"row {row}" for row, value in zip(numbers, values, strict=True)]
+                labels = split.labels[start : start + AT_ONCE].tolist()
+                where += [(name, start + i, label) for i, label in enumerate(labels)]
+                if progress is not None:
+                    progress(len(values))
+    broken = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
+    nothing = ((0, 0), b"", np.zeros(64, bool), np.zeros((16, 16), np.uint8), False, False)
+    columns = list(zip(*(nothing if i in broken else row for i, row in enumerate(rows)), strict=True))
+    return Examined(
+        dict(splits), np.array([name for name, _, _ in where]), np.array([at for _, at, _ in where], dtype=np.int64),
+        np.array([label for _, _, label in where], dtype=np.int64), names, np.array(columns[0], dtype=np.int64),
+        np.array(columns[1], dtype=object), np.stack(columns[2]), np.stack(columns[3]), np.array(columns[4]),
+        np.array(columns[5]), broken,
+    )  # fmt: skip
+
+
+def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -> list[Finding]:
+    """What may be wrong, what matters most first. counts: (K,) training images of each class."""
+    exact = exact_duplicates(images)
+    near = near_duplicates(images, exact)
+    found = [
+        Finding("broken", "Images that cannot be read", "repair or remove them, or leave them out with "
+                "rescom-timm check -o", [[i] for i in images.broken]),
+        *_of_duplicates(images, exact, "exact", "the same image"),
+        *_of_duplicates(images, near, "near", "nearly the same image"),
+        *_odd_images(images),
+        *_of_classes(images, class_names, counts),
+        _of_names(class_names),
+    ]  # fmt: skip
+    return [finding for finding in found if finding.count]
+
+
+def exact_duplicates(images: Examined) -> list[list[int]]:
+    """Groups of images with equal pixels."""
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for i, digest in enumerate(images.digest):
+        if digest:
+            alike[digest].append(i)
+    return [group for group in alike.values() if len(group) > 1]
+
+
+def near_duplicates(images: Examined, exact: Sequence[Sequence[int]] = ()) -> list[list[int]]:
+    """Groups of images that look nearly alike, each exact duplicate counted once. Images of one level are left out."""
+    twice = {i for group in exact for i in group[1:]}
+    out = twice | set(images.broken) | set(np.flatnonzero(images.flat).tolist())
+    usable = np.array([i for i in range(len(images)) if i not in out], dtype=np.int64)
+    parent = list(range(len(images)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for one, other in _near_pairs(images, usable):
+        parent[root(int(other))] = root(int(one))
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in usable.tolist():
+        groups[root(i)].append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _near_pairs(images: Examined, usable: np.ndarray) -> Iterator[tuple[int, int]]:
+    for band in BANDS:
+        bits = images.hashed[usable][:, band] if len(usable) else np.zeros((0, len(band)), bool)
+        keys = bits @ (1 << np.arange(len(band), dtype=np.int64))
+        order = np.argsort(keys, kind="stable")
+        for members in np.split(usable[order], np.flatnonzero(np.diff(keys[order])) + 1):
+            if not 2 <= len(members) <= CROWD:
+                continue
+            apart = (images.hashed[members][:, None] != images.hashed[members][None]).sum(axis=2)
+            for a, b in np.argwhere(np.triu(apart <= BITS, 1)):
+                one, other = members[a], members[b]
+                levels = images.thumbnail[one].astype(np.int16) - images.thumbnail[other]
+                if np.abs(levels).mean() <= LEVELS:
+                    yield one, other
+
+
+def _of_duplicates(images: Examined, groups: list[list[int]], kind: str, what: str) -> Iterator[Finding]:
+    leaks = [group for group in groups if len(set(images.split[group])) > 1]
+    torn = [group for group in groups if len(set(images.label[group])) > 1]
+    rest = [group for group in groups if group not in leaks and group not in torn]
+    what = what.capitalize()
+    advice = "an accuracy on images that were trained on says too much: remove one of the two"
+    yield Finding(f"{kind}_leak", f"{what} in two splits", advice, leaks)
+    yield Finding(f"{kind}_label", f"{what} under two labels", "one of the labels is wrong, or classes overlap", torn)
+    advice = "classes have fewer different images than they count"
+    yield Finding(f"{kind}_twice", f"{what} more than once in a split", advice, rest)
+
+
+def _odd_images(images: Examined) -> Iterator[Finding]:
+    width, height = images.size.T if len(images) else np.zeros((2, 0))
+    there = np.array([i not in images.broken for i in range(len(images))], dtype=bool)
+    shorter, longer = np.minimum(width, height), np.maximum(width, height)
+    usual = float(np.median(shorter[there])) if there.any() else 0.0
+    tiny = there & (shorter < min(SMALL, usual)) & (shorter < usual / 2)
+    share = images.gray[there].mean() if there.any() else 0.0
+    gray = there & images.gray & ~images.flat & (share < 0.5)
+
+    def finding(key: str, title: str, advice: str, chosen: np.ndarray) -> Finding:
+        return Finding(key, title, advice, [[int(i)] for i in np.flatnonzero(chosen)])
+
+    title = f"Images below {SMALL} pixels, half of the usual {usual:.0f} and less"
+    yield finding("tiny", title, "they are blown up to the size of the views", tiny)
+    yield finding("flat", "Images of a single colour", "they hold nothing to learn from", there & images.flat)
+    advice = "where one class has most of them, a net may learn grey instead of the class"
+    yield finding("gray", "Grey images among coloured ones", advice, gray)
+    title = f"Images more than {LONG:g} times as long as wide"
+    yield finding("shape", title, "crops show little of them", there & (longer > LONG * shorter))
+
+
+def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> Iterator[Finding]:
+    small = tuple(f"{names[k]}: {counts[k]} training images" for k in np.flatnonzero(counts < 5).tolist())
+    advice = "nothing of them can be held out for validation, and their figures are noise"
+    yield Finding("small", "Classes with fewer than five training images", advice, [], small)
+    for split in images.splits:
+        if split != "train":
+            there = np.bincount(images.label[images.split == split], minlength=len(counts))
+            absent = tuple(names[k] for k in np.flatnonzero(there[: len(counts)] == 0).tolist())
+            title = f"Classes without an image in {split}"
+            yield Finding(f"absent_{split}", title, "their accuracy is not measured", [], absent)
+
+
+def _of_names(names: Sequence[str]) -> Finding:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike["".join(name.split()).replace("_", "").replace("-", "").casefold()].append(name)
+    lines = tuple(", ".join(repr(name) for name in group) for group in alike.values() if len(group) > 1)
+    title = "Class names that differ in case, blanks or dashes alone"
+    return Finding("names", title, "they may be one class", [], lines)
+
+
+def wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[int, int]]:
+    """(image, its more probable class) of labels that are probably wrong, the surest first, by confident learning
+    (Northcutt et al. 2021, arXiv 1911.00068, eqs. 1 and 2): some other class j reaches the mean probability that the
+    net gives j on images labelled j, and the label's class does not reach its own.
+
+    labels: (N,). probabilities: (N, K), of images that the net was not trained on.
+    """
+    classes = probabilities.shape[1]
+    own = probabilities[np.arange(len(labels)), labels]
+    counts = np.bincount(labels, minlength=classes)
+    means = np.bincount(labels, own, minlength=classes) / np.maximum(counts, 1)
+    threshold = np.where(counts > 0, means, np.inf)
+    reached = np.where(probabilities >= threshold, probabilities, -1.0)
+    reached[np.arange(len(labels)), labels] = -1.0
+    other = reached.argmax(axis=1)
+    best = reached[np.arange(len(labels)), other]
+    suspects = np.flatnonzero((best > own) & (own < threshold[labels]) & (best >= 0))
+    order = suspects[np.argsort(own[suspects] - best[suspects], kind="stable")]
+    return [(int(i), int(other[i])) for i in order]

@@ -1,0 +1,164 @@
+"""The doctor finds what was put into a made-up data set, and nothing else."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from rescom_timm.data.doctor import (
+    Examined,
+    Finding,
+    exact_duplicates,
+    examine,
+    findings,
+    near_duplicates,
+    wrong_labels,
+)
+from rescom_timm.data.splits import Split
+from rescom_timm.figures.doctor_page import MOST, page, told
+
+NAMES = ["cat", "dog", "Dog ", "<b>&eel"]
+
+
+def scene(seed: int, width: int = 96, height: int = 80) -> Image.Image:
+    """A picture with large and small structure, in colour."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return Image.fromarray((0.9 * np.asarray(coarse) + rng.integers(0, 25, (height, width, 3))).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "png", **options: int) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def split_of(name: str, rows: list[tuple[str, bytes, int]]) -> Split:
+    images = [{"bytes": content, "path": path} for path, content, _ in rows]
+    features = Features(image=ImageFeature(decode=False), label=Value("int64"))
+    labels = np.array([label for _, _, label in rows], dtype=np.int64)
+    dataset = Dataset.from_dict({"image": images, "label": labels}, features=features)
+    return Split(name, dataset, labels, np.arange(len(rows)))
+
+
+@pytest.fixture(scope="module")
+def images() -> Examined:
+    train = [(f"good{k}.png", encoded(scene(k)), k % 2) for k in range(12)]
+    train += [
+        ("twice.png", encoded(scene(0)), 0),  # good0 again
+        ("torn.png", encoded(scene(3)), 0),  # good3, of class 1, under another label
+        ("tiny.png", encoded(scene(50, 12, 12)), 1),
+        ("flat.png", encoded(Image.new("RGB", (96, 80), (9, 90, 200))), 1),
+        ("grey.png", encoded(scene(51).convert("L")), 1),
+        ("long.png", encoded(scene(52, 400, 80)), 1),
+        ("broken.png", encoded(scene(53))[:200], 1),
+    ]
+    train += [(f"rare{k}.png", encoded(scene(60 + k)), 2) for k in range(2)]
+    train += [(f"other{k}.png", encoded(scene(70 + k)), 3) for k in range(6)]
+    test = [("test0.png", encoded(scene(80)), 0), ("test1.png", encoded(scene(81)), 1)]
+    test += [
+        ("leak.jpg", encoded(scene(5), "jpeg", quality=60), 1),  # good5 compressed
+        ("same.bmp", encoded(scene(4), "bmp"), 0),  # good4 in another format
+    ]
+    return examine({"train": split_of("a train", train), "test": split_of("a test", test)})
+
+
+def named(images: Examined, finding: Finding) -> list[list[str]]:
+    return [[images.name[i] for i in group] for group in finding.groups]
+
+
+def test_it_finds_what_is_there_and_nothing_else(images: Examined) -> None:
+    counts = np.bincount(images.label[images.split == "train"], minlength=4)
+    found = {finding.key: finding for finding in findings(images, NAMES, counts)}
+    assert {key: named(images, finding) for key, finding in found.items() if finding.groups} == {
+        "broken": [["broken.png"]],
+        "exact_leak": [["good4.png", "same.bmp"]],
+        "exact_label": [["good3.png", "torn.png"]],
+        "exact_twice": [["good0.png", "twice.png"]],
+        "near_leak": [["good5.png", "leak.jpg"]],
+        "tiny": [["tiny.png"]],
+        "flat": [["flat.png"]],
+        "gray": [["grey.png"]],
+        "shape": [["long.png"]],
+    }
+    assert {key: finding.lines for key, finding in found.items() if finding.lines} == {
+        "small": ("Dog : 2 training images",),
+        "absent_test": ("Dog ", "<b>&eel"),
+        "names": ("'dog', 'Dog '",),
+    }
+
+
+def test_a_good_data_set_has_no_finding() -> None:
+    rows = [(f"{k}.png", encoded(scene(k)), k % 2) for k in range(12)]
+    images = examine(
+        {"train": split_of("a", rows), "test": split_of("b", [(f"t{k}", encoded(scene(90 + k)), k) for k in (0, 1)])}
+    )
+    assert findings(images, ["a", "b"], np.array([6, 6])) == []
+    assert told(images, [], ["a", "b"]) == "nothing found"
+
+
+def test_near_duplicates_are_those_of_every_pair() -> None:
+    """Against all pairs of naive loops, on hashes of which many are near."""
+    rng = np.random.default_rng(1)
+    hashed = rng.random((12, 64)) < 0.5
+    hashed = np.concatenate([hashed, *[hashed ^ (rng.random((12, 64)) < share) for share in (0.02, 0.06, 0.1)]])
+    count = len(hashed)
+    nothing = np.zeros((count, 16, 16), np.uint8)
+    images = Examined(
+        {}, np.array(["train"] * count), np.arange(count), np.zeros(count, int), [""] * count, np.ones((count, 2), int),
+        np.array([b""] * count, dtype=object), hashed, nothing, np.zeros(count, bool), np.zeros(count, bool), {},
+    )  # fmt: skip
+    near = {(a, b) for a in range(count) for b in range(a + 1, count) if (hashed[a] != hashed[b]).sum() <= 4}
+    reached = {k: {k} for k in range(count)}
+    for a, b in sorted(near):
+        union = reached[a] | reached[b]
+        for k in union:
+            reached[k] = union
+    expected = {tuple(sorted(group)) for group in reached.values() if len(group) > 1}
+    assert len(expected) > 5
+    assert {tuple(sorted(group)) for group in near_duplicates(images)} == expected
+    assert exact_duplicates(images) == []
+
+
+def test_the_page_opens_offline_is_bounded_and_escapes(images: Examined) -> None:
+    many = Finding("many", "T <i>", "A & B", [[0]] * (MOST + 7), ("line <script>",))
+    text = page(images, [many, Finding("one", "O", "B", [[18], [30]])], NAMES, "data <x>")
+    assert text.count("data:image/jpeg;base64,") == MOST + 1, "a broken image has a caption alone"
+    assert "and 7 more." in text and "<script>" not in text and "T <i>" not in text and "data <x>" not in text
+    assert "http" not in text and 'src="data:' in text
+    assert "&lt;b&gt;&amp;eel" in page(images, [Finding("one", "O", "B", [[22]])], NAMES, "t")
+
+
+def test_labels_that_a_net_contradicts() -> None:
+    """A hand-made case: class means .8, .7 and .9; image 5, labelled 0, has .85 for class 1."""
+    probabilities = np.array(
+        [[0.9, 0.1, 0.0], [0.9, 0.05, 0.05], [0.1, 0.7, 0.2], [0.1, 0.7, 0.2], [0.05, 0.05, 0.9], [0.1, 0.85, 0.05]]
+    )
+    labels = np.array([0, 0, 1, 1, 2, 0])
+    assert wrong_labels(labels, probabilities) == [(5, 1)]
+    assert wrong_labels(labels[:5], probabilities[:5]) == []
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 10, 2000)
+    said = np.where(rng.random(2000) < 0.05, rng.integers(0, 10, 2000), truth)
+    logits = rng.normal(size=(2000, 10)) + 5 * np.eye(10)[truth]
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    found = {i for i, _ in wrong_labels(said, shares)}
+    wrong = set(np.flatnonzero(said != truth).tolist())
+    assert len(found & wrong) > 0.7 * len(wrong) and len(found & wrong) > 0.8 * len(found)
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], alone: pytest.MonkeyPatch) -> None:
+    from rescom_timm.__main__ import main
+
+    output = tmp_path / "d.html"
+    assert main(["doctor", "digits_lt", "-o", str(output)]) == 0
+    assert "Classes with fewer than five training images: 2" in capsys.readouterr().out
+    assert "<h1>What may be wrong with digits_lt</h1>" in output.read_text()
+    assert main(["doctor", "digits_lr"]) == 2
+    assert "did you mean" in capsys.readouterr().err
