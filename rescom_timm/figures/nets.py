@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rescom_timm.contrast.pairs import Pairs, against_queue
+from rescom_timm.data.decoding import decode
 from rescom_timm.data.samples import ViewsDataset
+from rescom_timm.data.splits import Split
 from rescom_timm.data.views import parse
-from rescom_timm.figures import gradients, pairs, queues, similarity, style, tsne, views
+from rescom_timm.figures import gradients, mistakes, pairs, queues, similarity, style, tsne, views
 from rescom_timm.figures.folder import Missing
 from rescom_timm.figures.opened import Opened, take
 from rescom_timm.methods.rescom import QueueConfig
@@ -98,6 +100,51 @@ def queue_slots(run: Opened) -> queues.Slots:
     return queues.measure(held, run.data.counts)
 
 
+def confident_mistakes(run: Opened) -> mistakes.Gallery:
+    """Test images that are most surely taken for another class."""
+    seen, split = run.look(run.data.test), run.data.test
+    probabilities = seen.logits.softmax(dim=1).numpy()
+    chosen = mistakes.most_confident(split.labels, probabilities, 24)
+    tiles = [_tile(run, split, int(i), probabilities) for i in chosen]
+    return mistakes.grid(f"{style.plain(run.name, 40)}: the most confident mistakes on {split.name}", tiles)
+
+
+def rare_classes(run: Opened) -> mistakes.Gallery:
+    """The rarest classes: a training image of each, and the images of it that are most surely taken for another."""
+    seen, split, counts = run.look(run.data.test), run.data.test, run.data.counts
+    probabilities, names = seen.logits.softmax(dim=1).numpy(), run.data.class_names
+    rows: list[tuple[mistakes.Tile, ...]] = []
+    headings = []
+    for label in np.argsort(counts, kind="stable").tolist():
+        wrong = mistakes.of_class(split.labels, probabilities, label, 4)
+        if not len(wrong) or len(rows) == 8:
+            continue
+        first = int(np.flatnonzero(run.data.train.labels == label)[0])
+        learnt = mistakes.Tile(
+            _thumbnail(run.data.train, first), "in training", -1, names[label], names[label], float("nan")
+        )
+        rows.append((learnt, *(_tile(run, split, int(i), probabilities) for i in wrong)))
+        own = split.labels == label
+        right = 100 * float((probabilities[own].argmax(axis=1) == label).mean())
+        headings.append(f"{style.plain(names[label], 20)}\n{counts[label]:,} training\n{right:.0f}% right")
+    if not rows:
+        raise Missing("every image was labelled right")
+    title = f"{style.plain(run.name, 40)}: the rarest classes with mistakes, on {split.name}"
+    return mistakes.Gallery(title, tuple(headings), tuple(rows))
+
+
+def _tile(run: Opened, split: Split, i: int, probabilities: np.ndarray) -> mistakes.Tile:
+    return mistakes.tile(
+        _thumbnail(split, i), int(split.rows[i]), int(split.labels[i]), probabilities[i], run.data.class_names
+    )
+
+
+def _thumbnail(split: Split, i: int, side: int = 192) -> np.ndarray:
+    image = decode(split.dataset[i]["image"], int(split.rows[i]))
+    image.thumbnail((side, side))
+    return np.asarray(image)
+
+
 def _against_queue(run: Opened, rows: np.ndarray) -> tuple[Pairs, Tensor]:
     """Training images, seen as in training, against the run's queue: their pairs and labels, on the CPU."""
     queue = run.queue()  # Missing before anything is computed
@@ -117,5 +164,7 @@ FIGURES: dict[str, tuple[ModuleType, Callable[[Opened], object]]] = {
     "similarity": (similarity, positive_similarity),
     "gradients": (gradients, pair_gradients),
     "tsne": (tsne, feature_map),
+    "mistakes": (mistakes, confident_mistakes),
+    "rare": (mistakes, rare_classes),
 }
 """Name: the module that draws it, and how it is measured."""

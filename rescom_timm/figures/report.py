@@ -1,4 +1,5 @@
-"""One HTML file about one or several runs side by side: opens offline, holds its pictures, needs no script.
+"""One HTML file about one or several runs side by side: opens offline and holds its pictures. A script of its own,
+which it can do without, sorts and searches the table of classes.
 
 Everything that comes from a run passes through html.escape. What a run lacks is named, not skipped in silence.
 """
@@ -18,6 +19,8 @@ import numpy.typing as npt
 
 from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
+from rescom_timm.figures.classes import Classes
+from rescom_timm.figures.classes import measure as measure_classes
 from rescom_timm.figures.files import Drawn
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
 from rescom_timm.files import write_text
@@ -48,6 +51,8 @@ _TITLES = {
     "similarity": "Similarity of positive pairs",
     "gradients": "Gradient of each pair",
     "tsne": "t-SNE of the features",
+    "mistakes": "The most confident mistakes",
+    "rare": "The rarest classes and what they are taken for",
 }
 _SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
 _STYLE = """
@@ -61,6 +66,29 @@ pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .mis
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
 nav ul { columns: 3; padding-left: 1.2em; }
 .many, .medium, .few { border-left: 5px solid; padding-left: 6px; }
+"""
+
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const rows = [...table.rows].slice(1), search = table.closest("div").previousElementSibling;
+  const value = (row, i) => { const t = row.cells[i].textContent, n = parseFloat(t.replaceAll(",", ""));
+    return /^[-\\d.,]+%?$/.test(t) ? n : t; };
+  [...table.rows[0].cells].forEach((head, i) => {
+    let rising = false;
+    head.style.cursor = "pointer";
+    head.addEventListener("click", () => {
+      rising = !rising;
+      const order = (a, b) => typeof a == typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a == "number" ? -1 : 1;
+      rows.sort((a, b) => order(value(a, i), value(b, i)) * (rising ? 1 : -1));
+      table.tBodies[0].append(...rows);
+    });
+  });
+  search.hidden = false;
+  search.addEventListener("input", () => {
+    const word = search.value.toLowerCase();
+    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(word);
+  });
+}
 """
 
 
@@ -99,7 +127,9 @@ def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evalua
         parts += [f'<h2 id="{_anchor(heading)}">{_text(heading)}</h2>', content]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}{_group_style()}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f"<style>{_STYLE}{_group_style()}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + f"\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
@@ -236,28 +266,40 @@ def _classes(found: Mapping[str, Evaluation]) -> str:
         (same[0] if same else tables.append({}) or tables[-1])[name] = tail  # type: ignore[func-returns-value]
     if not tables:
         return '<p class="missing">No per-class table: no run has an evaluation that records its training counts.</p>'
-    return "\n".join(map(_class_table, tables))
+    details = measure_classes(next(iter(found.values()))) if len(found) == 1 else None
+    return "\n".join(_class_table(table, details) for table in tables)
 
 
 def _same_classes(one: longtail.LongTail, other: longtail.LongTail) -> bool:
     return one.class_names == other.class_names and np.array_equal(one.counts, other.counts)
 
 
-def _class_table(tails: Mapping[str, longtail.LongTail]) -> str:
+def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> str:
     first = next(iter(tails.values()))
     accuracies: list[npt.NDArray[np.float64]] = [tail.accuracy for tail in tails.values()]
     head = ["class", "name", "training images", "group", "test images", *(f"{name}, percent" for name in tails)]
+    names = dict(zip(first.classes.tolist(), first.class_names, strict=True))
+    if details is not None:
+        head[-1:] = ["accuracy", "precision", "F1", "most confused with"]
     lines = []
     for place, label in enumerate(first.classes):
         group = str(first.groups[place])
         numbers = "".join(f'<td class="n">{_cell(_number(accuracy[place]))}</td>' for accuracy in accuracies)
+        if details is not None:
+            more = (details.precision[label], details.f1[label])
+            numbers += "".join(f'<td class="n">{_cell(_number(value))}</td>' for value in more)
+            other = int(details.confused[label])
+            taken = f"{_text(names[other])}, {details.share[label]:.0f}%" if other >= 0 else "&ndash;"
+            numbers += f"<td>{taken}</td>"
         lines.append(
             f'<tr><td class="n">{label}</td><td>{_text(first.class_names[place])}</td>'
             f'<td class="n">{first.counts[place]:,}</td><td><span class="{group}">{group}</span></td>'
             f'<td class="n">{first.tested[place]:,}</td>{numbers}</tr>'
         )
     heads = "".join(f"<th>{_text(name)}</th>" for name in head)
-    return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+    note = "" if details is None else "<p>Accuracy, precision and F1 in percent, of test images.</p>"
+    search = '<input type="search" class="search" placeholder="search a class" hidden>'
+    return f'{search}<div class="scroll"><table class="sortable"><tr>{heads}</tr>{"".join(lines)}</table></div>{note}'
 
 
 def _sources(run: RunFolder) -> str:
