@@ -28,7 +28,7 @@ FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks"}
 FLOORS["__main__"] = {"commands"}
 """Room: the rooms below it that it may import."""
 
-THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm"}}
+THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm", "peft"}}  # peft only where LoRA is asked for
 """Rooms that people use alone, and all that those may need."""
 
 

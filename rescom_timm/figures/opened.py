@@ -29,7 +29,7 @@ from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
 from rescom_timm.methods import Method
 from rescom_timm.recipe.config import Recipe
-from rescom_timm.training.build import build_method
+from rescom_timm.training.build import base_net, build_method, whole_weights
 from rescom_timm.training.evaluate import evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.training.launch import new_accelerator
 from rescom_timm.training.run_folder import run_recipe
@@ -116,12 +116,12 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     """
     recipe = run_recipe(folder, overrides)
     _, changed, suffix = evaluated_otherwise(run_recipe(folder), recipe) if overrides else ({}, "", "")
-    recipe = dataclasses.replace(recipe, net=recipe.net.untrained())
     path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
+    recipe = dataclasses.replace(recipe, net=base_net(recipe, state))
     accelerator = new_accelerator("no")  # one for all runs; precision is each one's own (autocast)
     data = load_data(recipe.data)
     method = build_method(recipe, data)
-    load_net(method.net, weights, path)
+    load_net(method.net, whole_weights(method.net, weights, state, path), path)
     try:
         method.load_state_dict(state["method"], strict=False)
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rescom_timm.contrast import losses
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.classifiers import Cosine, full_precision
 from rescom_timm.nets.net import Net
 
 Views = Literal[1, 2]
@@ -149,24 +150,6 @@ def replace_classifier(net: Net, head: nn.Linear) -> None:
     """Put `head` in the place of the net's classifier, with its weights where they have the same names."""
     head.load_state_dict(net.classifier.state_dict(), strict=False)
     net.classifier = head.to(net.classifier.weight)
-
-
-def full_precision(x: Tensor) -> Any:
-    """Mixed precision off: logits of norm 16 or 30 would keep two digits in bfloat16."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-class Cosine(nn.Linear):
-    """Scaled cosines of features (N, F) and class vectors: (N, K)."""
-
-    def __init__(self, in_features: int, out_features: int, scale: float = 1.0) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x):
-            x = losses.at_least_float32(x)
-            return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
 
 class Adjusted(nn.Linear):

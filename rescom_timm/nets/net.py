@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rescom_timm.nets.classifiers import ClassifierConfig, classifier
 from rescom_timm.nets.trainable import freeze_statistics
+from rescom_timm.nets.tuning import TuningConfig, tune, untuned
 
 MAX_WIDTH = 65_536
 """Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
@@ -50,8 +52,10 @@ class NetConfig:
     """Passed on to timm.create_model: drop_path_rate, img_size, global_pool, ..."""
     projector: ProjectorConfig = ProjectorConfig()
     trainable: tuple[str, ...] = ("all",)
-    """Weights of the backbone that train: all, none, norms, last_block, or patterns such as layer4.2.*. The heads
-    always train."""
+    """Weights of the backbone that train: all, none, norms, biases, last_block, or patterns such as layer4.2.*. The
+    heads always train. With a tuning other than full, all means what the tuning adds, and others train besides."""
+    tuning: TuningConfig = TuningConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
     frozen_statistics: bool = False
     """Keep the running statistics of BatchNorm as they are instead of updating them."""
 
@@ -90,6 +94,7 @@ class Net(nn.Module):
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         recreate: dict[str, Any] | None = None,
+        head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
     ) -> None:
         """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. mean, std: of each channel, for
         images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder again, for to_timm."""
@@ -97,11 +102,11 @@ class Net(nn.Module):
         width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
         hidden = projector.hidden or width
         self.encoder = encoder
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = classifier(head, width, num_classes)
         self.projector = nn.Sequential(
             nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
         )
-        self.recreate = recreate
+        self.recreate, self.tuning, self.head = recreate, TuningConfig(), head
         self.frozen_statistics = False
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -140,6 +145,7 @@ class Net(nn.Module):
         if self.recreate is None:
             raise ValueError("this net was not made by rescom_timm.create_model, so timm's name of it is not known")
         net = copy.deepcopy(self).cpu().float().eval()
+        untuned(net.encoder)  # before the work of making a model
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
         name = self.recreate["model_name"]
         head: Any = net.classifier
@@ -152,7 +158,7 @@ class Net(nn.Module):
             for own in _output_layers(model, classifier):
                 own.weight.copy_(classifier.weight.view_as(own.weight))
                 own.bias.copy_(classifier.bias)
-            model.load_state_dict({**model.state_dict(), **net.encoder.state_dict()})
+            model.load_state_dict({**model.state_dict(), **untuned(net.encoder).state_dict()})
             channels, *default = model.pretrained_cfg["input_size"]
             size = self.recreate.get("img_size") or default
             images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
@@ -237,12 +243,15 @@ def create_model(
     projector: ProjectorConfig = ProjectorConfig(),  # noqa: B008 (frozen)
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    tuning: TuningConfig = TuningConfig(),  # noqa: B008 (frozen)
+    head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
     **options: Any,
 ) -> Net:
     """A Net over any timm backbone by name.
 
     mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by default.
-    options: of the backbone's class, passed on to timm.create_model. Raises ValueError for an unknown name.
+    tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed on to
+    timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
     """
     check_backbone(backbone)
     check_options(backbone, options)
@@ -250,7 +259,9 @@ def create_model(
     encoder = timm.create_model(
         backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
     )
+    tuning = tune(encoder, tuning, num_classes)
     cfg: dict[str, Any] = encoder.pretrained_cfg
-    return Net(
-        encoder, num_classes, projector, mean or cfg["mean"], std or cfg["std"], {"model_name": backbone, **options}
-    )
+    made = {"model_name": backbone, **options}
+    net = Net(encoder, num_classes, projector, mean or cfg["mean"], std or cfg["std"], made, head)
+    net.tuning = tuning
+    return net

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -15,8 +17,8 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
     """Freeze every weight of the encoder that is not chosen; classifier and projector always train.
 
-    chosen: "all", "none", "norms" (scale and shift of every normalisation), "last_block" (timm's last group of layers
-    that holds a matrix or a convolution, and what follows it), or patterns of weight names such as "layer4.2.*".
+    chosen: "all", "none", "norms" (scale and shift of every normalisation), "biases", "last_block" (timm's last group
+    of layers that holds a matrix or a convolution, and what follows it), or patterns of names such as "layer4.2.*".
     Raises ValueError for a pattern that names no weight.
     """
     if "all" in chosen:
@@ -28,6 +30,8 @@ def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
             continue
         if pattern == "norms":
             found = set(_norm_weights(encoder))
+        elif pattern == "biases":
+            found = {name for name in names if name.endswith(".bias")}
         elif pattern == "last_block":
             found = set(_last_block(encoder))
         else:
@@ -35,11 +39,21 @@ def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
             if not found:
                 raise ValueError(
                     f"no weight of the backbone is named {pattern!r}; names run from {names[0]} to {names[-1]}, "
-                    "and all, none, norms and last_block are known words"
+                    "and all, none, norms, biases and last_block are known words"
                 )
         trained |= found
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name in trained)
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 of the names, types, shapes and numbers of weights, in the order of their names."""
+    told = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        told.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        told.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
 
 
 def trained_fraction(net: nn.Module) -> float:

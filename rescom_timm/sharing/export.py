@@ -16,6 +16,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from rescom_timm.data.views import ViewsConfig, parse
 from rescom_timm.files import atomic_folder, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.net import Net
+from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.hub import sha256
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_net
+from rescom_timm.training.build import base_net, build_net, whole_weights
 
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
@@ -80,6 +82,8 @@ def export(
     details = {
         "version": 1,
         **_recreate(net),
+        "tuning": asdict(net.tuning if model is None else TuningConfig()),  # merged into a plain model
+        "classifier": asdict(net.head),
         "head": head,
         "class_names": list(class_names),
         "counts": None if counts is None else [int(count) for count in counts],
@@ -123,9 +127,9 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
             f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
         ) from None
     recipe = load_dict(state["recipe"], str(path))
-    net = build_net(recipe.net.untrained(), recipe.views, len(classes["class_names"]))
+    net = build_net(base_net(recipe, state), recipe.views, len(classes["class_names"]))
     net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
-    net.load_state_dict(tensors)
+    net.load_state_dict(whole_weights(net, tensors, state, path))
     progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
     return export(
         net, folder, classes["class_names"], tuple(classes["input_size"]), counts=classes["counts"],

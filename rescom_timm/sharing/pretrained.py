@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescom_timm.data.views import MAX_SIDE
 from rescom_timm.files import read_json, read_yaml
 from rescom_timm.methods import Method, create_method
+from rescom_timm.nets.classifiers import ClassifierConfig, classifier
 from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
+from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, export_run
@@ -131,9 +133,13 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
                 raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
+        tuning = dict(details.get("tuning", {}))
+        tuning["layers"] = tuple(tuning.get("layers", ()))
+        head = ClassifierConfig(**details.get("classifier", {}))
         net = create_model(
             details["backbone"], len(details["class_names"]), projector=ProjectorConfig(**details["projector"]),
-            mean=tuple(details["mean"]), std=tuple(details["std"]), **details["options"],
+            mean=tuple(details["mean"]), std=tuple(details["std"]), tuning=TuningConfig(**tuning), head=head,
+            **details["options"],
         )  # fmt: skip
         if details["head"] is not None:
             tensors = {**_from_plain(net, folder / PLAIN, details["head"]), **tensors}
@@ -141,7 +147,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         recipe = _recipe(folder / "recipe.yaml")
         trained = None
         if num_classes is not None:
-            net.classifier = nn.Linear(net.classifier.in_features, num_classes)
+            net.classifier = classifier(head, net.classifier.in_features, num_classes)
             names, counts = [], None
             tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import SECOND_STAGE, Method, create_method
+from rescom_timm.nets.classifiers import ClassifierConfig
 from rescom_timm.nets.net import Net, NetConfig, create_model
-from rescom_timm.nets.trainable import set_trainable
+from rescom_timm.nets.trainable import digest, set_trainable
+from rescom_timm.nets.tuning import added
 from rescom_timm.recipe.config import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
 from rescom_timm.training import checkpoint
+from rescom_timm.training.errors import CheckpointError
 
 
 def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
@@ -38,9 +42,11 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
             projector=config.projector,
             mean=views.mean,
             std=views.std,
+            tuning=config.tuning,
+            head=config.classifier,
             **config.options,
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise RecipeError(f"net: {error}") from error
     except Exception as error:  # of timm, its downloads and its readers of weights, whatever they raise
         told = " ".join(str(error).split()) or type(error).__name__
@@ -52,7 +58,12 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
             "them in net.weights_file, or say net.pretrained=false"
         ) from error
     try:
-        set_trainable(net.encoder, config.trainable)
+        if config.tuning.name == "full":
+            set_trainable(net.encoder, config.trainable)
+        elif config.trainable != ("all",):
+            set_trainable(net.encoder, config.trainable)
+            for parameter in added(net.encoder):
+                parameter.requires_grad_(True)
     except ValueError as error:
         raise RecipeError(f"net.trainable: {error}") from error
     net.frozen_statistics = config.frozen_statistics
@@ -74,10 +85,16 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
         load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
     elif start and recipe.method.name in SECOND_STAGE:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
+    head = net.classifier
     try:
-        return create_method(net, torch.as_tensor(data.counts), recipe.method)
+        method = create_method(net, torch.as_tensor(data.counts), recipe.method)
     except ValueError as error:
         raise RecipeError(f"method: {error}") from error
+    if method.net.classifier is not head and recipe.net.classifier != ClassifierConfig():
+        raise RecipeError(
+            f"net.classifier: method {recipe.method.name} has a classifier of its own; leave net.classifier as it is"
+        )
+    return method
 
 
 def refuse_size(key: str, numbers: int) -> None:
@@ -101,14 +118,14 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
         newest = checkpoint.newest(run)
         if newest is None:
             raise RecipeError(f"from: {source} holds no checkpoint; train it first")
-        source, weights = newest[0], newest[1]
+        source, weights = newest[0], whole_weights(net, newest[1], newest[2], newest[0])
     elif (source / "rescom.json").is_file():
         raise RecipeError(
             f"from: {source} is an exported model: name the run's folder, or, for other classes too, start from its "
             f"backbone: net.backbone=local-dir:{source} net.pretrained=true"
         )
     elif source.is_dir():
-        weights = checkpoint.load(source)[0]
+        weights = whole_weights(net, *checkpoint.load(source), source)
     elif source.is_file():
         try:
             weights = load_file(source)
@@ -129,6 +146,26 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
 
 
 HEADS = ("encoder.", "classifier.")
+
+
+def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:
+    """How to make the net that a checkpoint's weights go into: with pretrained weights where the checkpoint holds only
+    those that were trained over them."""
+    return recipe.net if state.get("frozen") else recipe.net.untrained()
+
+
+def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights with the frozen ones, which it need not hold, from the net. Raises CheckpointError where
+    those are not what it was trained over."""
+    if not state.get("frozen"):
+        return dict(weights)
+    frozen = {name: value for name, value in net.named_parameters() if name not in weights}
+    if digest(frozen) != state["frozen"]:
+        raise CheckpointError(
+            f"{path} was tuned over other pretrained weights than {net.recreate and net.recreate['model_name']} has "
+            "here: put them back (net.weights_file, or timm's cache)"
+        )
+    return {**{name: value.detach() for name, value in frozen.items()}, **weights}
 
 
 def speed_up(net: Net, config: SpeedConfig) -> None:

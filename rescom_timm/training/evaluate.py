@@ -26,7 +26,7 @@ from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import differences, flat
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_method
+from rescom_timm.training.build import base_net, build_method, whole_weights
 from rescom_timm.training.launch import new_accelerator
 from rescom_timm.training.run_folder import run_recipe
 
@@ -145,14 +145,14 @@ def evaluate_run(
     """
     own = run_recipe(run)
     recipe = run_recipe(run, overrides) if overrides else own
-    path, weights, _, chosen = open_checkpoint(run, which, recipe.evaluation.select)
+    path, weights, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
     data = load_data(recipe.data)
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
     accelerator = new_accelerator(recipe.train.precision)
-    method = build_method(replace(recipe, net=recipe.net.untrained()), data).to(accelerator.device)
-    load_net(method.net, weights, path)
+    method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
+    load_net(method.net, whole_weights(method.net, weights, state, path), path)
     batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
     loader = accelerator.prepare(batches)
     meter = evaluate(accelerator, method.net, loader, data.counts)

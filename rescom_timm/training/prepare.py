@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from rescom_timm.data.broken import unreadable
 from rescom_timm.data.loaders import eval_loader, train_loader
@@ -87,6 +90,28 @@ def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Spl
             f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
             f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)"
         )
+
+
+@torch.no_grad()
+def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net: Net) -> Tensor:
+    """Sums (K, F) of the features of each class's training images, as evaluation sees them, in float64: the same on any
+    number of processes but for the order of summing."""
+    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+    loader = eval_loader(data.train, recipe.views, batch, recipe.loader, recipe.speed)
+    loader.worker_init_fn = in_own_process_group
+    sums = torch.zeros(len(data.counts), net.classifier.in_features, dtype=torch.float64)
+    was_training = net.training
+    net.eval()
+    bar = tqdm(
+        accelerator.prepare(loader), "class means", disable=not (accelerator.is_main_process and sys.stderr.isatty())
+    )
+    for images in bar:
+        with accelerator.autocast():
+            features = net.encoder(net.normalize(images["image"]))
+        gathered = accelerator.gather_for_metrics((features.float(), images["label"]))
+        sums.index_add_(0, gathered[1].cpu(), gathered[0].double().cpu())
+    net.train(was_training)
+    return sums
 
 
 def check_selection(recipe: Recipe, data: Data) -> None:

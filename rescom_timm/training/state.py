@@ -24,6 +24,7 @@ from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.sources import Data
 from rescom_timm.methods import Method
 from rescom_timm.nets.net import Net, check_weights
+from rescom_timm.nets.trainable import digest
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import differences, flat, load_dict
 from rescom_timm.training import checkpoint
@@ -55,11 +56,18 @@ class Progress:
 class State:
     """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that."""
 
-    def __init__(self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe
+    ) -> None:
         self.accelerator, self.method, self.net, self.optimizer = accelerator, method, net, optimizer
         self.sharded = accelerator.is_fsdp2
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         self.progress = Progress()
+        self.frozen: dict[str, Tensor] = {}
+        """Pretrained weights that do not train: a checkpoint holds their digest in their place."""
+        if recipe.net.pretrained and recipe.init_from is None and not self.sharded:
+            self.frozen = {name: value for name, value in net.named_parameters() if not value.requires_grad}
+        self.frozen_digest = digest(self.frozen) if self.frozen else None
 
     def save(self, folder: Path, recipe: Recipe, index: str) -> str | None:
         """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name; every
@@ -76,6 +84,7 @@ class State:
                 raise NonFiniteLoss(f"{', '.join(broken[:3])} is not finite after step {self.progress.step}: not saved")
             if not self.accelerator.is_main_process:
                 return None
+            weights = {name: value for name, value in weights.items() if name not in self.frozen}
             scaler = self.accelerator.scaler
             state = {
                 "progress": asdict(self.progress),
@@ -84,6 +93,7 @@ class State:
                 "processes": self.accelerator.num_processes,
                 "method": self._beside_the_net(),
                 "sharded": self.sharded,
+                "frozen": self.frozen_digest,
                 "optimizer": optimizer,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "ranks": ranks,
@@ -99,6 +109,13 @@ class State:
             raise CheckpointError(
                 f"{path} was saved {'without' if self.sharded else 'with'} FSDP: resume it the same way"
             )
+        if state.get("frozen") not in (None, self.frozen_digest):
+            raise CheckpointError(
+                f"{path} was tuned over other pretrained weights than the net has now: put them back "
+                "(net.weights_file, or timm's cache), or start a new run without --resume"
+            )
+        if state.get("frozen"):
+            weights = self._with_frozen(weights)
         try:
             check_weights(weights, self.net.state_dict(), str(path))
             check_weights(state["method"], self._beside_the_net(), f"the method in {path}")
@@ -131,7 +148,10 @@ class State:
                     module.reshard()  # which an evaluation leaves undone
             shards.set_model_state_dict(self.net, dict[str, Any](weights), options=WHOLE)
         else:
-            self.net.load_state_dict(weights)
+            self.net.load_state_dict(self._with_frozen(weights))
+
+    def _with_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**{name: value.detach() for name, value in self.frozen.items()}, **weights}
 
     def _whole(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and optimizer state, gathered by the main process where FSDP has cut them into shards."""

@@ -28,6 +28,7 @@ from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import set_epoch
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
+from rescom_timm.nets.classifiers import start_from_means
 from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.training import checkpoint, nonfinite
@@ -42,6 +43,7 @@ from rescom_timm.training.prepare import (
     check_image_size,
     check_images,
     check_selection,
+    class_feature_sums,
     evaluation_loaders,
     to_device,
     training_loader,
@@ -115,12 +117,14 @@ class Trainer:
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
-        self.state = State(accelerator, method, self.net, self.optimizer)
+        self.state = State(accelerator, method, self.net, self.optimizer, recipe)
         self.captured: CapturedStep | None = None
         if recipe.speed.capture:
             if accelerator.num_processes > 1 or self.state.sharded:
                 raise RecipeError("speed.capture is for one process that is not sharded; turn it off")
             self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
+        if self.state.sharded and recipe.net.classifier.init == "class_means":
+            raise RecipeError("net.classifier.init: class_means does not work with FSDP; start from random")
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
         check_selection(recipe, data)
@@ -368,6 +372,9 @@ class Trainer:
             )
         if before is not None:
             self._restore(*before)
+        elif self.recipe.net.classifier.init == "class_means" and self.recipe.init_from is None:
+            sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
+            start_from_means(self.net.classifier, sums.to(self.accelerator.device))
         if self.main:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)

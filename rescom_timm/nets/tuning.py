@@ -1,0 +1,194 @@
+"""Fine-tuning with few weights: LoRA, AdaptFormer, or all as they are.
+
+The backbone's own weights stay frozen; what is added trains. Shapes: F the width of a block, r the rank, K classes, L
+blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+LORA_LAYERS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "kv", "proj", "fc1", "fc2", "fc1_g", "fc1_x")
+"""Last names of the linear layers of timm's attention and MLP."""
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    name: Literal["full", "lora", "adaptformer"] = "full"
+    """full: the weights that `net.trainable` names. lora: low-rank updates beside linear layers and convolutions (Hu et
+    al. 2022, arXiv 2106.09685; by the peft library), merged into a plain timm model at export. adaptformer: a small
+    bottleneck beside each block's MLP (Chen et al. 2022, arXiv 2205.13535), as LIFT has it; it cannot be merged."""
+    rank: int | None = None
+    """r; null: LIFT's rule 2^floor(log2(K / 2L)), with which all adapters together have about as many weights as the
+    classifier, and at least 1."""
+    layers: tuple[str, ...] = ()
+    """LoRA: patterns of layer names, such as layer4.*.conv2; none: the linear layers of every attention and MLP."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
+        if self.layers and self.name != "lora":
+            raise ValueError(f"layers are LoRA's, and tuning.name is {self.name}")
+
+
+def tune(encoder: nn.Module, config: TuningConfig, num_classes: int) -> TuningConfig:
+    """Add to an encoder, in place, what trains, and freeze the rest; returns the config with the rank that was taken.
+
+    Raises ValueError for a backbone that has no place for it, patterns that match nothing or a rank that is too large,
+    and ImportError, saying what to install, for LoRA without peft.
+    """
+    if config.name == "full":
+        return config
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(False)
+    add = _add_lora if config.name == "lora" else _add_adapters
+    return replace(config, rank=add(encoder, config, num_classes))
+
+
+def added(encoder: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that `tune` has added."""
+    return (weight for name, weight in encoder.named_parameters() if "lora_" in name or ".adapter." in name)
+
+
+def default_rank(num_classes: int, blocks: int) -> int:
+    """LIFT's rule (Shi et al. 2024, arXiv 2309.10019): r = 2^floor(log2(K / 2L)), at least 1."""
+    return 2 ** max(0, math.floor(math.log2(num_classes / (2 * blocks))))
+
+
+@torch.no_grad()
+def untuned(encoder: nn.Module) -> nn.Module:
+    """A copy of an encoder with timm's own layers alone: LoRA is merged into them. Raises ValueError for adapters,
+    which are not linear."""
+    encoder = copy.deepcopy(encoder)
+    if any(isinstance(module, Adapter) for module in encoder.modules()):
+        raise ValueError("AdaptFormer's adapters are not linear, so they cannot be merged into a plain timm model")
+    for name, module in list(encoder.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            encoder.set_submodule(name, module.get_base_layer())  # type: ignore[operator]
+    return encoder
+
+
+# ------------------------------------------------------------------------------------------------------- AdaptFormer
+
+
+class Adapter(nn.Module):
+    """s * up(relu(down(norm(x)))), (..., F) to (..., F); up starts at zero, so that nothing changes at first."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.scale = nn.Parameter(torch.ones(()))
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for values in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(torch.relu(self.down(self.norm(x))))
+
+
+class AdaptedMlp(nn.Module):
+    """In the place of a block's MLP, whose norm it takes in: mlp(norm(x)) + adapter(x)."""
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.adapter = norm, mlp, adapter
+
+    def forward(self, x: Tensor, *arguments: Any, **words: Any) -> Tensor:
+        return self.mlp(self.norm(x), *arguments, **words) + self.adapter(x)
+
+
+def _blocks(encoder: nn.Module) -> list[Any]:
+    """Blocks of the form x + mlp(norm2(x))."""
+    return [
+        module
+        for module in encoder.modules()
+        if isinstance(getattr(module, "norm2", None), nn.LayerNorm)
+        and isinstance(getattr(module, "mlp", None), nn.Module)
+    ]
+
+
+def _add_adapters(encoder: nn.Module, config: TuningConfig, num_classes: int) -> int:
+    blocks = _blocks(encoder)
+    if not blocks:
+        raise ValueError(
+            "tuning.name: this backbone has no blocks with a norm2 and an MLP, where AdaptFormer's adapters go: take a "
+            "ViT, or lora with tuning.layers"
+        )
+    rank = config.rank or default_rank(num_classes, len(blocks))
+    for block in blocks:
+        if rank > (width := block.norm2.normalized_shape[0]):
+            raise ValueError(f"tuning.rank {rank} is more than the {width} features of a block")
+    probe = copy.deepcopy(encoder).eval()  # with other weights, for those of a fresh net may hide a difference
+    with torch.no_grad():
+        for weight in probe.parameters():
+            weight.normal_(0, 0.05)
+        images = _probe_images(encoder)
+        before = probe(images)
+        _wrap(_blocks(probe), rank)
+        if not torch.allclose(probe(images), before, atol=1e-5):
+            raise ValueError("tuning.name: the blocks of this backbone do not add mlp(norm2(x)): take lora instead")
+    _wrap(blocks, rank)
+    return rank
+
+
+def _wrap(blocks: list[Any], rank: int) -> None:
+    for block in blocks:
+        width = block.norm2.normalized_shape[0]
+        block.mlp, block.norm2 = AdaptedMlp(block.norm2, block.mlp, Adapter(width, rank)), nn.Identity()
+
+
+def _probe_images(encoder: Any) -> Tensor:
+    channels, *default = encoder.pretrained_cfg["input_size"]
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or default
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, channels, *size, generator=generator)
+
+
+# -------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def _add_lora(encoder: nn.Module, config: TuningConfig, num_classes: int) -> int:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("tuning.name: lora needs a package: pip install 'rescom-timm[lora]'") from error
+    kinds = (nn.Linear, nn.Conv2d)
+    layers = {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
+    if config.layers:
+        for pattern in config.layers:
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                first, last = list(layers)[0], list(layers)[-1]
+                raise ValueError(
+                    f"tuning.layers: no linear layer or convolution is named {pattern!r}; names run from {first} to "
+                    f"{last}"
+                )
+        chosen = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in config.layers)]
+    else:
+        inside = [name for name, module in layers.items() if isinstance(module, nn.Linear) and "." in name]
+        chosen = [name for name in inside if name.rpartition(".")[2] in LORA_LAYERS and "patch_embed" not in name]
+        if not chosen:
+            raise ValueError(
+                "tuning.name: this backbone has no attention or MLP that timm names so: say the layers, such as "
+                "tuning.layers=[layer4.*.conv2]"
+            )
+    blocks = len(_blocks(encoder)) or len(chosen)
+    rank = config.rank or default_rank(num_classes, blocks)
+    for name in chosen:
+        weight = layers[name].weight
+        if rank > min(weight.shape[0], weight[0].numel()):
+            raise ValueError(f"tuning.rank {rank} is more than {name} has ({tuple(weight.shape)})")
+    names = "|".join(map(re.escape, chosen))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, target_modules=names), encoder)  # scaled by 1 / r
+    return rank

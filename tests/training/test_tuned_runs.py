@@ -1,0 +1,167 @@
+"""Runs of a frozen backbone and few trained weights: what is saved, resumed, evaluated and exported."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import train_recipe
+from rescom_timm.sharing.export import export_run
+from rescom_timm.sharing.pretrained import from_pretrained
+from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.evaluate import evaluate_run
+from rescom_timm.training.run_folder import run_recipe
+from tests.training.child import differences, figures, last, recipe, run, trainer_of
+
+VIT = {"img_size": 8, "patch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A file of a small ViT's weights, as if they were pretrained."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("base") / "vit.safetensors"
+    save_file(timm.create_model("test_vit", **VIT).state_dict(), path)
+    return path
+
+
+def tuned(folder, base, kind, **changes):
+    net = {
+        "backbone": "test_vit", "options": VIT, "pretrained": True, "weights_file": str(base),
+        "tuning": {"name": kind, **({"rank": 2} if kind != "full" else {})}, "projector": {"hidden": 16, "dim": 8},
+        "trainable": ["none"] if kind == "full" else ["all"],
+        "classifier": {"kind": "cosine", "init": "class_means"},
+    }  # fmt: skip
+    return recipe(folder, net=net, train__epochs=2, **changes)
+
+
+def weights_of(folder):
+    """Of the newest checkpoint: (names of its net, bytes)."""
+    path = sorted((folder / "checkpoints").glob("step-*"))[-1] / "net.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys()), path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["lora", "adaptformer", "full"])
+def test_a_checkpoint_holds_what_trains_and_resumes_bit_equal(alone, tmp_path, base, kind):
+    whole, parts = (tuned(tmp_path / name, base, kind) for name in ("whole", "parts"))
+    folder = train_recipe(load_dict(whole))
+    names, size = weights_of(folder)
+    assert size < base.stat().st_size / 4 and not any("patch_embed" in name for name in names)
+    assert "classifier.weight" in names and any("projector" in name for name in names)
+    assert any(word in name for name in names for word in ("lora_A", "adapter.down")) == (kind != "full")
+    train_recipe(load_dict(parts))
+    shutil.rmtree(tmp_path / "parts/run/checkpoints/step-00000022")
+    train_recipe(load_dict(parts), resume=True)
+    assert differences(last(whole), last(parts)) == []
+    assert figures(whole) == figures(parts)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adaptformer", "full"])
+def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
+    trainer = trainer_of(tuned(tmp_path, base, kind))
+    before = {name: value.clone() for name, value in trainer.state.frozen.items()}
+    trainer.open(resume=False)
+    trainer.fit()
+    trainer.close()
+    assert before and all(torch.equal(value, before[name]) for name, value in trainer.state.frozen.items())
+    assert not any(weight in trainer.optimizer.state for weight in trainer.state.frozen.values())
+
+
+@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, kind):
+    tree = tuned(tmp_path, base, kind)
+    folder = train_recipe(load_dict(tree))
+    told = load_file(folder / "evaluation/test-last.safetensors")
+    evaluate_run(folder)
+    assert differences(load_file(folder / "evaluation/test-last.safetensors"), told) == []
+    model = from_pretrained(folder / "model")
+    assert model.net.tuning.name == kind and model.net.head.kind == "cosine"
+    again = from_pretrained(folder)  # from the checkpoint
+    images = torch.rand(3, 3, 8, 8)
+    assert torch.equal(model.net.classify(images), again.net.classify(images))
+    assert not (folder / "model/config.json").exists(), "a cosine classifier has no place in plain timm"
+    fresh = from_pretrained(folder / "model", num_classes=4).net
+    assert fresh.classify(images).shape == (3, 4) and fresh.head.kind == "cosine"
+    features = [one.encoder(one.normalize(images)) for one in (fresh, model.net)]
+    assert torch.equal(*features), "the rank is that of training whatever the new classes ask for"
+
+
+def test_lora_under_a_linear_classifier_becomes_plain_timm(alone, tmp_path, base):
+    tree = tuned(tmp_path, base, "lora")
+    tree["net"]["classifier"] = {"kind": "linear", "init": "class_means"}
+    folder = train_recipe(load_dict(tree))
+    model = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
+    images = torch.rand(3, 3, 8, 8)
+    own = from_pretrained(folder / "model")
+    assert own.net.tuning.name == "full", "what is exported is merged"
+    assert torch.allclose(model(images), own.net.classify(images), atol=1e-5)
+
+
+def test_other_base_weights_are_refused(alone, tmp_path, base):
+    tree = tuned(tmp_path, base, "lora")
+    folder = train_recipe(load_dict(tree))
+    torch.manual_seed(6)
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_vit", **VIT).state_dict(), other)
+    tree["net"]["weights_file"] = str(other)
+    kept = base.read_bytes()
+    try:
+        base.write_bytes(other.read_bytes())  # the same name, other numbers
+        for act in (
+            lambda: train_recipe(run_recipe(folder), resume=True),
+            lambda: evaluate_run(folder),
+            lambda: export_run(folder, tmp_path / "export"),
+        ):
+            with pytest.raises((CheckpointError, ValueError), match="was tuned over other pretrained weights"):
+                act()
+    finally:
+        base.write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["balanced_softmax", "logit_adjustment", "paco", "moco", "focal", "hybrid_psc"])
+def test_other_methods_train_over_it(alone, tmp_path, base, name):
+    tree = tuned(tmp_path, base, "lora", method={"name": name})
+    tree["net"]["classifier"] = {}
+    tree["train"]["epochs"], tree["schedule"]["warmup_epochs"] = 1, 0
+    folder = train_recipe(load_dict(tree))
+    assert (folder / "evaluation/test-last.json").is_file()
+
+
+def test_two_processes_start_from_the_same_class_means(alone, tmp_path, base):
+    trees = [tuned(tmp_path / name, base, "lora", train__accumulate=1) for name in ("one", "two")]
+    for tree, ranks in zip(trees, (1, 2), strict=True):
+        tree["train"]["epochs"], tree["schedule"]["warmup_epochs"] = 0, 0
+        run(load_dict(tree).to_dict(), ranks)
+    one, two = (last(tree)[0]["classifier.weight"] for tree in trees)
+    assert torch.equal(one, two) and torch.allclose(one.norm(dim=1), torch.ones(10), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tuning": {"name": "loar"}}, "net.tuning.name: .*'full', 'lora' or 'adaptformer'"),
+        ({"tuning": {"name": "lora", "rank": 4000}}, "tuning.rank 4000 is more than blocks.0.attn.qkv has"),
+        ({"tuning": {"name": "lora", "layers": ["x*"]}}, "no linear layer or convolution is named 'x.'"),
+        (
+            {"trainable": ["nrms"], "tuning": {"name": "lora"}},
+            "net.trainable: no weight of the backbone is named 'nrms'",
+        ),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line_before_training(alone, tmp_path, base, change, expected):
+    tree = tuned(tmp_path, base, "lora")
+    tree["net"] |= change
+    with pytest.raises(RecipeError, match=expected):
+        train_recipe(load_dict(tree))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_with_a_classifier_of_its_own_is_told(alone, tmp_path, base):
+    with pytest.raises(RecipeError, match="net.classifier: method ldam has a classifier of its own"):
+        train_recipe(load_dict(tuned(tmp_path, base, "lora", method={"name": "ldam"})))
