@@ -117,12 +117,13 @@ class Run:
         return lines(self.folder / "metrics.jsonl")
 
     def evaluate(
-        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = ()
+        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False
     ) -> dict[str, float]:
         """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
-        last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line."""
+        last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
+        five_crops: the mean of five crops instead of the single one."""
         with in_memory(self.dataset):
-            return evaluate_run(self.folder, checkpoint, split, overrides)[2].compute()
+            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops)[2].compute()
 
     def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""

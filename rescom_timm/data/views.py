@@ -389,6 +389,27 @@ def center_crop(size: int) -> Step:
     return transforms.CenterCrop(size)
 
 
+@dataclass(frozen=True)
+class _CornerCrop:
+    size: int
+    corner: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if min(image.size) < self.size:
+            raise ValueError(f"an image of {image.width} x {image.height} pixels has no crop of {self.size}")
+        x = (image.width - self.size) * (self.corner % 2)
+        y = (image.height - self.size) * (self.corner // 2)
+        return image.crop((x, y, x + self.size, y + self.size))
+
+
+def corner_crop(size: int, corner: int) -> Step:
+    """The square of `size` pixels in a corner: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+    _positive(size=size)
+    if not 0 <= corner <= 3:
+        raise ValueError(f"corner must be from 0 to 3, not {corner}")
+    return _CornerCrop(size, corner)
+
+
 STEPS: dict[str, Callable[..., Step]] = {
     step.__name__: step
     for step in (
@@ -406,5 +427,6 @@ STEPS: dict[str, Callable[..., Step]] = {
         resize,
         upscale,
         center_crop,
+        corner_crop,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
+from rescom_timm.data.views import ViewsConfig, parse
 from rescom_timm.files import write_json, write_tensors
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net, check_weights
@@ -37,17 +39,40 @@ def evaluate(accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], 
 
     counts: (K,) training images of each class, which decide many, medium and few. Every process gets the whole Meter.
     """
+    return evaluate_views(accelerator, net, [loader], counts)
+
+
+@torch.no_grad()
+def evaluate_views(
+    accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray
+) -> Meter:
+    """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
     plain: Net = accelerator.unwrap_model(net)
     meter = Meter(len(counts), torch.as_tensor(counts))
     was_training = plain.training
     plain.eval()
     with agreed_statistics(plain):
-        for batch in loader:
+        for batches in zip(*loaders, strict=True):
             with accelerator.autocast():
-                logits = plain.classify(batch["image"])
-            meter.update(*accelerator.gather_for_metrics((logits, batch["label"])))
+                logits = [plain.classify(batch["image"]) for batch in batches]
+            mean = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+            meter.update(*accelerator.gather_for_metrics((mean, batches[0]["label"])))
     plain.train(was_training)
     return meter
+
+
+def five_crops(views: ViewsConfig) -> list[str]:
+    """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to R + 24 pixels for crops of R,
+    four in the corners and one in the middle; policies for views.eval. Raises ValueError for an evaluation that does
+    not end in center_crop(R)."""
+    text = parse(views.eval, views.mean).text
+    end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
+    if end is None:
+        raise ValueError(f"five crops are made where views.eval ends in center_crop(R), not of {text or 'none'!r}")
+    size, resized = int(end[1]), re.search(r"resize\(\d+,(\w+)\)", text)
+    first = f"resize({size + 24},{resized[1] if resized else 'bilinear'})"
+    crops = [f"corner_crop({size},{corner})" for corner in range(4)]
+    return [f"{first} | {crop}" for crop in (*crops, f"center_crop({size})")]
 
 
 @contextmanager
@@ -134,14 +159,14 @@ def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], st
 
 
 def evaluate_run(
-    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = ()
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = (), crops: bool = False
 ) -> tuple[str, str, Meter]:
     """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
 
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
     overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
-    whose name ends in -changed- and a digest of them, so that the run's own figures stay. Raises RecipeError,
-    CheckpointError or ValueError.
+    whose name ends in -changed- and a digest of them, so that the run's own figures stay. crops: average the logits of
+    `five_crops`; the name then ends in -five-crops. Raises RecipeError, CheckpointError or ValueError.
     """
     own = run_recipe(run)
     recipe = run_recipe(run, overrides) if overrides else own
@@ -153,9 +178,13 @@ def evaluate_run(
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
     load_net(method.net, whole_weights(method.net, weights, state, path), path)
-    batches = eval_loader(part, recipe.views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
-    loader = accelerator.prepare(batches)
-    meter = evaluate(accelerator, method.net, loader, data.counts)
+    policies = five_crops(recipe.views) if crops else [recipe.views.eval]
+    loaders = []
+    for policy in policies:
+        views = replace(recipe.views, eval=policy)
+        batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
+        loaders.append(accelerator.prepare(batches))
+    meter = evaluate_views(accelerator, method.net, loaders, data.counts)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names)
     name = f"{split}-{label}"
@@ -163,6 +192,9 @@ def evaluate_run(
     if changed:
         record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
         name += suffix
+    if crops:
+        record |= {"chosen": f"{record['chosen']}; mean of five crops", "views": policies}
+        name += "-five-crops"
     write(run, name, meter, record)
     return name, title(record), meter
 

@@ -141,6 +141,7 @@ def test_every_step_runs_and_leaves_the_shared_image_alone(step: str) -> None:
         "resize": "20",
         "upscale": "20",
         "center_crop": "20",
+        "corner_crop": "20,1",
         "blur": "1",
         "flip": "1",
     }
@@ -150,7 +151,7 @@ def test_every_step_runs_and_leaves_the_shared_image_alone(step: str) -> None:
         seeded(seed)
         views.add(policy(image).numpy().tobytes())
     assert np.array_equal(before, np.array(image))
-    fixed = step in ("resize", "upscale", "center_crop", "flip", "grayscale")
+    fixed = step in ("resize", "upscale", "center_crop", "corner_crop", "flip", "grayscale")
     assert (len(views) == 1) == fixed
     assert usage(step).startswith(step + "(") and "colour" not in usage(step)
 

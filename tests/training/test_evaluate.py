@@ -7,13 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from rescom_timm.data.decoding import decode
 from rescom_timm.data.sources import load
+from rescom_timm.data.views import ViewsConfig, parse
 from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import train_recipe
+from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import CheckpointError
-from rescom_timm.training.evaluate import evaluate_run, table
+from rescom_timm.training.evaluate import evaluate_run, five_crops, table
 from tests.training.child import differences, recipe, run
 
 
@@ -124,3 +129,47 @@ def test_long_names_stand_above_their_figures_so_that_the_table_fits_a_terminal(
     text = table(rows).splitlines()
     assert text[0].split() == ["top1", "mean_class"] and text[1::2] == list(rows)
     assert all(line.split() == ["12.50", "1.00"] and len(line) == len(text[0]) for line in text[2::2])
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("eval224", "resize(248,bilinear) | corner_crop(224,3)"),
+        ("resize(256,bicubic) | center_crop(224)", "resize(248,bicubic) | corner_crop(224,3)"),
+    ],
+)
+def test_five_crops_are_lifts(policy, expected):
+    found = five_crops(ViewsConfig(eval=policy))
+    assert len(found) == 5 and found[3] == expected and found[4].endswith(" | center_crop(224)")
+    with pytest.raises(ValueError, match="ends in center_crop.R., not of 'none'"):
+        five_crops(ViewsConfig(eval="none"))
+
+
+def test_five_crops_are_the_corners_and_the_middle_of_one_image():
+    pixels = np.arange(40 * 56 * 3).reshape(40, 56, 3).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    crops = [np.asarray(parse(f"corner_crop(32,{corner})").augment(image)) for corner in range(4)]
+    expected = [pixels[:32, :32], pixels[:32, 24:], pixels[8:, :32], pixels[8:, 24:]]
+    assert all(np.array_equal(one, other) for one, other in zip(crops, expected, strict=True))
+    with pytest.raises(ValueError, match="40 x 30 pixels has no crop of 32"):
+        parse("corner_crop(32,0)").augment(image.resize((40, 30)))
+    with pytest.raises(ValueError, match="corner must be from 0 to 3"):
+        parse("corner_crop(32,4)")
+
+
+def test_the_mean_of_five_crops_stands_beside_the_single_one(alone, tmp_path):
+    tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
+    tree["views"]["eval"] = "resize(8) | center_crop(8)"
+    folder = train_recipe(load_dict(tree))
+    before = (folder / "evaluation/test-last.json").read_text()
+    name, title, meter = evaluate_run(folder, crops=True)
+    assert name == "test-last-five-crops" and title.endswith("; mean of five crops")
+    assert (folder / "evaluation/test-last.json").read_text() == before
+    views, sums = ViewsConfig(eval="resize(8) | center_crop(8)"), 0
+    net = from_pretrained(folder, None).net
+    test = load(load_dict(tree).data).test
+    for policy in five_crops(views):
+        images = [parse(policy).augment(decode(row["image"])) for row in test.dataset]
+        stack = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        sums = sums + net.classify(stack).detach()
+    assert meter.compute()["top1"] == pytest.approx(100 * (sums.argmax(1).numpy() == test.labels).mean())

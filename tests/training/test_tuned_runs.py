@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load_dict
+from rescom_timm.recipe.loading import load, load_dict, shipped
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import export_run
 from rescom_timm.sharing.pretrained import from_pretrained
@@ -165,3 +165,18 @@ def test_what_cannot_be_tuned_is_one_line_before_training(alone, tmp_path, base,
 def test_a_method_with_a_classifier_of_its_own_is_told(alone, tmp_path, base):
     with pytest.raises(RecipeError, match="net.classifier: method ldam has a classifier of its own"):
         train_recipe(load_dict(tuned(tmp_path, base, "lora", method={"name": "ldam"})))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in shipped() if "vit_b16" in path.stem or "clip_b16" in path.stem], ids=str
+)
+def test_every_recipe_of_a_frozen_vit_trains_a_small_one_of_random_weights(alone, tmp_path, path):
+    words = [
+        "data={source: digits, label_column: null, test: test, test_index: all, index: exponential(20)}",
+        "net.backbone=test_vit", "net.options={img_size: 8, patch_size: 4}", "net.pretrained=false",
+        "views.train=random_resized_crop(8,0.5,1,bicubic) | flip", "views.eval=none", "net.projector.hidden=8",
+        "train.batch_size=16", "train.precision=no", "speed.workers=0", f"output={tmp_path}",
+    ]  # fmt: skip
+    if load(path).method.name == "rescom":
+        words += ["method.negatives=9"]
+    train_recipe(load(path, words), dry_run=True)
