@@ -90,7 +90,7 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         self.scale = nn.Parameter(torch.ones(()))
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.kaiming_normal_(self.down.weight, a=math.sqrt(5))
         for values in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(values)
 
@@ -130,7 +130,7 @@ def _add_adapters(encoder: nn.Module, config: TuningConfig, num_classes: int) ->
     for block in blocks:
         if rank > (width := block.norm2.normalized_shape[0]):
             raise ValueError(f"tuning.rank {rank} is more than the {width} features of a block")
-    probe = copy.deepcopy(encoder).eval()  # with other weights, for those of a fresh net may hide a difference
+    probe = copy.deepcopy(encoder).float().eval()  # with other weights, for those of a fresh net may hide a difference
     with torch.no_grad():
         for weight in probe.parameters():
             weight.normal_(0, 0.05)
@@ -145,8 +145,8 @@ def _add_adapters(encoder: nn.Module, config: TuningConfig, num_classes: int) ->
 
 def _wrap(blocks: list[Any], rank: int) -> None:
     for block in blocks:
-        width = block.norm2.normalized_shape[0]
-        block.mlp, block.norm2 = AdaptedMlp(block.norm2, block.mlp, Adapter(width, rank)), nn.Identity()
+        adapter = Adapter(block.norm2.normalized_shape[0], rank).to(next(block.parameters()))
+        block.mlp, block.norm2 = AdaptedMlp(block.norm2, block.mlp, adapter), nn.Identity()
 
 
 def _probe_images(encoder: Any) -> Tensor:
