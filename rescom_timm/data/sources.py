@@ -39,6 +39,12 @@ class Data:
     provenance: dict[str, Any]
     """Plain JSON: source, and of each split its rule, rows, imbalance, sha256 of its index ..."""
 
+    def summary(self) -> str:
+        """Of the training images, for people."""
+        counts = self.counts
+        images = f"{len(self.train.labels)} images, {len(counts)} classes of {counts.max()} to {counts.min()}"
+        return f"{self.train.name}: {images}"
+
 
 def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     """Open a source. ``cache``: folder where drawn indexes are kept as text (None: the user's cache folder).

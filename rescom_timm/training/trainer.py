@@ -434,14 +434,11 @@ class Trainer:
             for loader in self.eval_loaders.values():
                 self.net.eval().classify(next(iter(loader))["image"])
         if self.main:
-            counts = self.data.counts
-            print(
-                f"dry run: {self.data.train.name}: {len(self.data.train.labels)} images, {len(counts)} classes of "
-                f"{counts.max()} to {counts.min()}; one step of {self.recipe.train.batch_size}, loss {loss:.3f}; "
-                f"{self.trained}; "
-                f"{self.steps_per_epoch} steps an epoch, {self.recipe.train.epochs} epochs; evaluated on "
-                f"{', '.join(split.name for split in self.splits.values())}. Nothing was written."
-            )
+            train = self.recipe.train
+            did = f"one step of {train.batch_size}, loss {loss:.3f}; {self.trained}"
+            pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
+            on = ", ".join(split.name for split in self.splits.values())
+            print(f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on}. Nothing was written.")
 
 
 def raise_everywhere(trouble: Exception | None) -> None:
