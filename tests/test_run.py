@@ -124,7 +124,10 @@ def test_two_trainings_in_one_process_may_differ_in_precision(run, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ({"dataset": [1, 2]}, "dataset is a datasets.Dataset, or a DatasetDict of them, not list"),
+        (
+            {"dataset": [1, 2]},
+            "dataset is a datasets.Dataset or a torch Dataset of .*, not list",
+        ),
         ({"dataset": {}}, "not an empty one"),
         ({"dataset": {"train": 1}}, "not int"),
         ({}, "data is missing: every recipe names it"),
@@ -198,3 +201,44 @@ if __name__ == "__main__":
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two/environment.json").read_text())["processes"] == 2
+
+
+class Photos(torch.utils.data.Dataset):
+    """As people write them."""
+
+    def __init__(self, part: str, transform: object = None) -> None:
+        self.rows = pictures()[part]
+        self.transform = transform
+        self.classes = [f"digit {k}" for k in range(10)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[object, int]:
+        row = self.rows[i]
+        return row["image"], row["label"]
+
+
+def test_a_torch_data_set_trains_as_the_same_images_do_otherwise(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    parts = {"train": Photos("train"), "test": Photos("test")}
+    own = train(dataset=parts, output=tmp_path, name="mine", **SMALL)
+    drop = ("images_per_second", "seconds")
+    ours, theirs = ([{k: v for k, v in line.items() if k not in drop} for line in one.metrics] for one in (own, run))
+    assert ours == theirs, "the same order, the same views, the same losses"
+    assert own.pretrained().class_names[3] == "digit 3"
+    assert own.evaluate() == run.evaluate()
+    again = train(dataset=parts, output=tmp_path, name="mine", resume=True, **SMALL)
+    assert again.metrics == own.metrics
+    with pytest.warns(UserWarning, match="no robustness"):
+        assert {path.suffix for path in own.figures("mistakes", "robustness")} == {".png", ".svg", ".csv"}
+
+
+def test_a_torch_data_set_that_transforms_is_told_and_labels_must_be_numbers(tmp_path):
+    with pytest.warns(UserWarning, match="has a transform of its own, .* a resumed run is not the uninterrupted one"):
+        with in_memory(Photos("test", transform=lambda image: image)):
+            assert load(DataConfig("memory", test="holdout(0.2)")).counts.sum() == 400
+    odd = Photos("test")
+    odd.targets = ["a"] * 500
+    with in_memory(odd), pytest.raises(ValueError, match="labels must be whole numbers, one of each image"):
+        load(DataConfig("memory", test="holdout(0.2)"))

@@ -108,7 +108,7 @@ def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None =
                 values = split.dataset[start : start + AT_ONCE]["image"]
                 numbers = split.rows[start : start + AT_ONCE].tolist()
                 rows += pool.map(seen, numbers, values)
-                names += [value.get("path") or f"row {row}" for row, value in zip(numbers, values, strict=True)]
+                names += [where(value, row) for row, value in zip(numbers, values, strict=True)]
                 labels = split.labels[start : start + AT_ONCE].tolist()
                 where += [(name, start + i, label) for i, label in enumerate(labels)]
                 if progress is not None:

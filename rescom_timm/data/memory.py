@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 MEMORY = "memory"
 """The source's name in a recipe."""
-InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Dataset]
-_there: ContextVar[Mapping[str, Dataset] | None] = ContextVar("in_memory", default=None)
+InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
+"""A datasets.Dataset, a map-style torch Dataset of (image, label), or a mapping of split names to such."""
+_there: ContextVar[Mapping[str, Any] | None] = ContextVar("in_memory", default=None)
+
+
+class Pairs:
+    """A map-style data set of (image, label), as torch and torchvision have them, with what is needed of datasets'
+    interface: rows are {"image": image}. Images are PIL's or arrays of eight bits, before any transform to tensors."""
+
+    def __init__(self, source: Any, rows: np.ndarray | None = None) -> None:
+        self.source = source
+        self.rows = np.arange(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        if isinstance(key, slice):
+            return {"image": [self.source[int(row)][0] for row in self.rows[key]]}
+        return {"image": self.source[int(self.rows[key])][0]}
+
+    def __getitems__(self, keys: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[key] for key in keys]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, positions: Any) -> Pairs:
+        return Pairs(self.source, self.rows[np.asarray(positions)])
+
+    def select_columns(self, name: str) -> Pairs:
+        return self
+
+    def labels(self) -> np.ndarray:
+        """(N,) int64: of an attribute `targets` or `labels`, else of every item. Raises ValueError for labels that are
+        no whole numbers."""
+        given = next((getattr(self.source, name) for name in ("targets", "labels") if hasattr(self.source, name)), None)
+        if given is None:
+            given = [self.source[i][1] for i in range(len(self.source))]
+        found = np.asarray(given)
+        if found.ndim != 1 or len(found) != len(self.source) or found.dtype.kind not in "iu":
+            raise ValueError("the data set's labels must be whole numbers, one of each image")
+        return found.astype(np.int64)
+
+    def class_names(self) -> list[str] | None:
+        names = getattr(self.source, "classes", None)
+        return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 
 @contextmanager
 def in_memory(dataset: InMemory | None) -> Iterator[None]:
-    """While the block runs, the source "memory" is this data set: a DatasetDict with its splits, or one Dataset, which
-    is its split "train". None changes nothing. Raises ValueError for anything else."""
+    """While the block runs, the source "memory" is this data set, or one of several splits; a single one is the split
+    "train". None changes nothing. Raises ValueError for anything else, and for a split without a length."""
     if dataset is None:
         yield
         return
-    splits = {"train": dataset} if isinstance(dataset, Dataset) else dataset
-    parts = list(splits.values()) if isinstance(splits, Mapping) else [splits]
-    odd = [type(part).__name__ for part in parts if not isinstance(part, Dataset)]
-    if odd or not parts:
-        raise ValueError(f"dataset is a datasets.Dataset, or a DatasetDict of them, not {(odd or ['an empty one'])[0]}")
-    token = _there.set(splits)
+    splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
+    if not splits:
+        raise ValueError(f"{_WANTED}, not an empty one")
+    token = _there.set({str(name): _split(part) for name, part in splits.items()})
     try:
         yield
     finally:
         _there.reset(token)
 
 
-def memory_split(name: str) -> Dataset:
+_WANTED = "dataset is a datasets.Dataset or a torch Dataset of (image, label), or a mapping of splits to such"
+
+
+def _split(part: Any) -> Dataset | Pairs:
+    if isinstance(part, Dataset):
+        return part
+    if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")) or isinstance(
+        part, str | list | tuple | np.ndarray
+    ):
+        raise ValueError(f"{_WANTED}, not {type(part).__name__}")
+    if getattr(part, "transform", None) is not None or getattr(part, "transforms", None) is not None:
+        warnings.warn(
+            "the data set has a transform of its own, which is done before the recipe's views; where it is random, a "
+            "resumed run is not the uninterrupted one",
+            stacklevel=4,
+        )
+    return Pairs(part)
+
+
+def memory_split(name: str) -> Dataset | Pairs:
     """A split of the data set in memory. Raises ValueError where there is none, or not of that name."""
     splits = _there.get()
     if splits is None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.memory import MEMORY, memory_split
+from rescom_timm.data.memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.named_columns import called
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
@@ -92,6 +92,10 @@ def table_part(
 def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     if config.source == MEMORY:
         dataset = memory_split(split)
+        if isinstance(dataset, Pairs):
+            if config.group_column is not None:
+                raise ValueError("data.group_column: a data set of (image, label) has no columns")
+            return _Table(dataset, dataset.labels(), dataset.class_names())  # type: ignore[arg-type]
     else:
         dataset = digits(split) if config.source == "digits" else _open(config, folder, split)
     if dataset.info.builder_name == "imagefolder":

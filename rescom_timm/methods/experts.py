@@ -92,7 +92,7 @@ class ExpertsNet(Net):
         width, classes = net.classifier.in_features, net.classifier.out_features
         self.classifier = Heads(Cosine(width, classes, scale) for _ in sources)  # type: ignore[assignment]
         self.projector = net.projector.requires_grad_(False)
-        self.recreate = None
+        self.recreate, self.tuning, self.head = None, net.tuning, net.head
         self.frozen_statistics = net.frozen_statistics
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(net, name), persistent=False)

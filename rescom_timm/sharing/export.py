@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
-from rescom_timm.files import atomic_folder, write_json, write_tensors, write_text
+from rescom_timm.files import atomic_folder, read_json, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.net import Net
 from rescom_timm.nets.tuning import TuningConfig
@@ -202,6 +202,10 @@ def _save_plain(
         model_config={"label_names": list(class_names)},
         data_config={"input_size": size, "mean": mean, "std": std, **_timm_view(eval_policy, size[-1])},
     )
+    config = read_json(folder / "config.json")
+    # The number of classes stands beside them; readers such as transformers pass both on, and timm wants one.
+    arguments = {key: value for key, value in config.pop("model_args", {}).items() if key != "num_classes"}
+    write_json(folder / "config.json", config | ({"model_args": arguments} if arguments else {}), indent=2)
     (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -339,3 +340,28 @@ def test_the_package_is_quick_to_import():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "nothing" in done.stdout, done.stderr
+
+
+def test_transformers_reads_what_timm_reads(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    net = rescom_timm.create_model("resnet18", 3, projector=ProjectorConfig(hidden=8, dim=4))
+    names = ["a cat", "dog", "=eel"]
+    folder = export(net, tmp_path / "model", names, (3, 64, 64), eval_policy="resize(72) | center_crop(64)")
+    assert "num_classes" not in json.loads((folder / "config.json").read_text()).get("model_args", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        reader = transformers.pipeline("image-classification", model=str(folder))
+    assert model.config.id2label == dict(enumerate(names))
+    batch = torch.randn(2, 3, 64, 64)
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(batch).logits, plain(batch), atol=1e-5)
+        counted = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3).eval()
+        assert torch.equal(counted(batch), plain(batch))
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    ours = rescom_timm.predict(folder, [pixels], top_k=3)[0]
+    theirs = reader(Image.fromarray(pixels), top_k=3)
+    assert [one["label"] for one in theirs] == ours.labels
+    assert [one["score"] for one in theirs] == pytest.approx(ours.probabilities, abs=2e-3)
