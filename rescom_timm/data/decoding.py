@@ -48,9 +48,14 @@ def _told(value: Any, row: int | None) -> Iterator[None]:
         raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
 
 
+def name_of(value: Any) -> str | None:
+    """The path of a stored image, where one is known."""
+    return value.get("path") if isinstance(value, Mapping) else None
+
+
 def where(value: Any, row: int | None) -> str:
     """For messages: row 7 (path), or what of the two is known."""
-    path = value.get("path") if isinstance(value, Mapping) else None
+    path = name_of(value)
     if row is None:
         return path or "row unknown"
     return f"row {row}" + (f" ({path})" if path else "")

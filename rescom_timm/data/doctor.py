@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rescom_timm.data.broken import AT_ONCE
-from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.decoding import BrokenImage, decode, name_of
 from rescom_timm.data.splits import Split
 
 BITS = 4
@@ -101,24 +101,24 @@ def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None =
 
     rows: list[Any] = []
     names: list[str] = []
-    where: list[tuple[str, int, int]] = []
+    places: list[tuple[str, int, int]] = []
     with ThreadPoolExecutor() as pool:
         for name, split in splits.items():
             for start in range(0, len(split.rows), AT_ONCE):
                 values = split.dataset[start : start + AT_ONCE]["image"]
                 numbers = split.rows[start : start + AT_ONCE].tolist()
                 rows += pool.map(seen, numbers, values)
-                names += [where(value, row) for row, value in zip(numbers, values, strict=True)]
+                names += [name_of(value) or f"row {row}" for row, value in zip(numbers, values, strict=True)]
                 labels = split.labels[start : start + AT_ONCE].tolist()
-                where += [(name, start + i, label) for i, label in enumerate(labels)]
+                places += [(name, start + i, label) for i, label in enumerate(labels)]
                 if progress is not None:
                     progress(len(values))
     broken = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
     nothing = ((0, 0), b"", np.zeros(64, bool), np.zeros((16, 16), np.uint8), False, False)
     columns = list(zip(*(nothing if i in broken else row for i, row in enumerate(rows)), strict=True))
     return Examined(
-        dict(splits), np.array([name for name, _, _ in where]), np.array([at for _, at, _ in where], dtype=np.int64),
-        np.array([label for _, _, label in where], dtype=np.int64), names, np.array(columns[0], dtype=np.int64),
+        dict(splits), np.array([name for name, _, _ in places]), np.array([at for _, at, _ in places], dtype=np.int64),
+        np.array([label for _, _, label in places], dtype=np.int64), names, np.array(columns[0], dtype=np.int64),
         np.array(columns[1], dtype=object), np.stack(columns[2]), np.stack(columns[3]), np.array(columns[4]),
         np.array(columns[5]), broken,
     )  # fmt: skip

@@ -155,10 +155,10 @@ class Trainer:
                     with self._saving_on_failure():
                         self._evaluate(bar)
                 best = progress.best_epoch == progress.epoch
-                if last or stop or best or progress.epoch % recipe.checkpoint.every == 0:
-                    self.save()
                 if stop and not last:
                     raise self._stopped()
+                if last or best or progress.epoch % recipe.checkpoint.every == 0:
+                    self.save()
         if not recipe.train.epochs:
             self.save()
 
@@ -196,7 +196,6 @@ class Trainer:
                 for one in metrics.drain():
                     self._count(one)
                 progress.seconds += time.monotonic() - started
-                self.save()
                 raise self._stopped()
         for one in metrics.drain():
             self._count(one)
@@ -281,10 +280,13 @@ class Trainer:
             print(epoch_line(epochs, means, images_per_second, progress.seconds, left), flush=True)
 
     def _stopped(self) -> Stopped:
-        return Stopped(
-            f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}; all is saved in "
-            f"{self.folder}: continue with --resume"
-        )
+        """Save, and say so; a run that was asked to stop stops where it cannot save too."""
+        where = f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}"
+        try:
+            self.save()
+        except (CheckpointError, NonFiniteLoss) as error:
+            return Stopped(f"{where}, which is not saved: {error}")
+        return Stopped(f"{where}; all is saved in {self.folder}: continue with --resume")
 
     # ---------------------------------------------------------------- evaluation
 

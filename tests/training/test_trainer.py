@@ -30,7 +30,7 @@ from rescom_timm.sharing import publish
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training import trainer as training
 from rescom_timm.training.build import speed_up
-from rescom_timm.training.errors import with_advice
+from rescom_timm.training.errors import Stopped, with_advice
 from rescom_timm.training.evaluate import evaluate, evaluate_run
 from rescom_timm.training.launch import refuse_what_cannot_be_sharded
 from rescom_timm.training.run_folder import lines
@@ -327,6 +327,22 @@ def test_an_evaluation_that_fails_loses_no_epoch(alone, tmp_path):
     (tmp_path / "data/test/7.png").write_bytes((tmp_path / "data/test/8.png").read_bytes())
     folder = train(load_dict(tree), resume=True)
     assert last(tree)[1]["progress"]["epoch"] == 3 and (folder / "evaluation/test-last.json").is_file()
+
+
+@pytest.mark.parametrize("batch_size", [32, 364], ids=["within an epoch", "at its end"])
+def test_a_run_that_is_asked_to_stop_stops_where_it_cannot_save_too(alone, tmp_path, monkeypatch, batch_size):
+    """Else a sweep would go on with its next run."""
+
+    def full(*arguments):
+        raise checkpoint.CheckpointError("no space")
+
+    trainer = trainer_of(recipe(tmp_path, train__batch_size=batch_size, data__validation="none", data__index="all"))
+    trainer.open(resume=False)
+    monkeypatch.setattr(checkpoint, "save", full)
+    trainer.signals.requested = True
+    with pytest.raises(Stopped, match="asked to stop in epoch . after step .*, which is not saved: no space"):
+        trainer.fit()
+    trainer.close()
 
 
 def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkeypatch):
