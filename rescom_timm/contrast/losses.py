@@ -139,20 +139,19 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
 
 
 def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:
-    """The regulariser of LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 9 to 11), which drives f_k(x) to
-    log p_u(x | k) / p_u(x) of a balanced source u:
+    """The regulariser of LADE (LADER, Hong et al. 2021, arXiv 2012.00321, eq. 16), of a balanced target:
 
     sum_k pi_k [ -mean of f_k over the class's images + D_k + regularization * D_k^2 ],
-    D_k = log( 1/N sum_i (1 / K) / pi_(y_i) * exp f_k(x_i) )
+    D_k = log( 1/N sum_i (1 / K) / pi_k * exp f_k(x_i) )
 
-    logits: (N, K), the f. A class without an image in the batch has no first term.
+    logits: (N, K), the f. A class without an image in the batch has no first term. D_k is that of the authors'
+    training, which shifts each class's scores by its own prior; importance weights of the images would have pi_(y_i).
     """
     logits = at_least_float32(logits)
     prior = log_prior(counts).to(logits.dtype)
     own = F.one_hot(labels, len(counts)).to(logits.dtype)
     first = (own * logits).sum(dim=0) / own.sum(dim=0).clamp(min=1)
-    importance = -math.log(len(counts)) - prior[labels]
-    second = (logits + importance[:, None]).logsumexp(dim=0) - math.log(len(labels))
+    second = (logits - prior - math.log(len(counts))).logsumexp(dim=0) - math.log(len(labels))
     return (prior.exp() * (second - first + regularization * second**2)).sum()
 
 
@@ -172,12 +171,12 @@ def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466, eq. 3): cross-entropy with the target
-    1 - eps_y at the label and eps_y / (K - 1) elsewhere. smoothing: (K,), the eps of each class."""
+    eps_y / K of every class and 1 - eps_y more at the label. smoothing: (K,), the eps of each class. This is the
+    authors' training; their equation spreads eps_y over the K - 1 other classes."""
     log_p = at_least_float32(logits).log_softmax(dim=1)
     eps = smoothing.to(log_p.dtype)[labels]
     own = log_p.gather(1, labels[:, None]).squeeze(1)
-    others = (log_p.sum(dim=1) - own) / (log_p.shape[1] - 1)
-    return -((1 - eps) * own + eps * others).mean()
+    return -((1 - eps) * own + eps * log_p.mean(dim=1)).mean()
 
 
 def smoothing_by_count(
@@ -246,7 +245,8 @@ def robust_centroids(
     -mean over its z of log( exp(-(|mu_c - z| + eps_c) / tau) / sum_z' exp(-(|mu_c - z'| + eps_c [z' of c]) / tau) ),
 
     the mean over the classes. features: (N, F). centroids: (K, F). known: (K,) bool, classes that have a centroid.
-    epsilon: (K,) radius of each class's ball of uncertainty. Zero where no class of the batch is known.
+    epsilon: (K,) radius of each class's ball of uncertainty. Zero where no class of the batch is known. The authors'
+    code hands unequal radii to the wrong images (in batch order to pairs in class order), which is not followed here.
     """
     features, centroids = at_least_float32(features), centroids.to(at_least_float32(features).dtype)
     squares = (centroids**2).sum(dim=1)[:, None] + (features**2).sum(dim=1) - 2 * centroids @ features.T

@@ -42,8 +42,8 @@ class DroLtConfig:
     weight: float = 0.5
     """lambda: total loss = lambda * cross-entropy + (1 - lambda) * robust loss."""
     temperature: float = 1.0
-    """tau of the distances: 1 as in the paper's equations. The authors' code has 0.07, with which features collapsed in
-    our runs on the digits."""
+    """tau of the distances: 1 in the paper's equations and the authors' published command. The default of their code
+    is 0.07, with which features collapsed in our runs on the digits."""
     radius: Literal["shared", "by_count", "learned"] = "by_count"
     """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon and is
     kept from going below 0 (below it, the loss would fall without any feature moving)."""

@@ -123,18 +123,22 @@ class TauNormalized(nn.Linear):
 
 class Aligned(nn.Linear):
     """sigma(x) (alpha_k s_k + beta_k) + (1 - sigma(x)) s_k, sigma(x) the sigmoid of a linear function of x (DisAlign,
-    eqs. 4 to 6). It starts as the linear classifier that it takes the weights of."""
+    eqs. 4 to 6), over the scores s of the linear classifier that it takes the weights of.
+
+    As the authors train it: class_gain is alpha - 1, so that weight decay draws it to the plain classifier, and starts
+    at 1, as do the weights of sigma at 0.1; scores are then scaled by 1 + sigma(x), and predictions are still s's."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self.class_scale = nn.Parameter(torch.ones(out_features))
+        self.class_gain = nn.Parameter(torch.ones(out_features))
         self.class_shift = nn.Parameter(torch.zeros(out_features))
         self.confidence = nn.Linear(in_features, 1)
+        nn.init.constant_(self.confidence.weight, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         scores = super().forward(x)
         sigma = self.confidence(x).sigmoid()
-        return sigma * (self.class_scale * scores + self.class_shift) + (1 - sigma) * scores
+        return (1 + sigma * self.class_gain) * scores + sigma * self.class_shift
 
 
 # ----------------------------------------------------------------------------------------------------------- methods

@@ -65,9 +65,7 @@ def lader(logits, labels, counts, regularization):
     for k in range(classes):
         own = [row[k] for row, y in zip(logits, labels, strict=True) if y == k]
         first = mean(own) if own else 0.0
-        second = torch.log(
-            mean([(1 / classes) / prior[y] * torch.exp(row[k]) for row, y in zip(logits, labels, strict=True)])
-        )
+        second = torch.log(mean([(1 / classes) / prior[k] * torch.exp(row[k]) for row in logits]))
         total = total + prior[k] * (-first + second + regularization * second**2)
     return total
 
@@ -76,7 +74,7 @@ def smoothed(logits, labels, eps):
     terms = []
     for row, y in zip(logits, labels, strict=True):
         p = softmax(row)
-        target = [1 - eps[y] if k == y else eps[y] / (len(p) - 1) for k in range(len(p))]
+        target = [(1 - eps[y]) * (k == y) + eps[y] / len(p) for k in range(len(p))]
         terms.append(-sum(t * torch.log(q) for t, q in zip(target, p, strict=True)))
     return mean(terms)
 

@@ -43,7 +43,7 @@ def changed(method, steps=3):
         (
             DisAlignConfig(),
             {
-                "classifier.class_scale",
+                "classifier.class_gain",
                 "classifier.class_shift",
                 "classifier.confidence.weight",
                 "classifier.confidence.bias",
@@ -85,7 +85,11 @@ def test_crt_starts_from_a_new_classifier_and_the_others_from_the_trained_one():
         method = make(config).eval()
         assert torch.equal(method.net.classifier.weight, trained)
         shift = make_net().classifier.bias if config.name == "tau_norm" else 0.0  # its logits have no bias
-        assert torch.allclose(method.net.classify(images) + shift, expected)
+        gain = 1.0
+        if config.name == "disalign":  # alpha starts at 2, so that an image's scores are scaled alike
+            sums = 0.1 * method.net.encoder(images).sum(dim=1, keepdim=True)
+            gain = 1 + (sums + method.net.classifier.confidence.bias).sigmoid()
+        assert torch.allclose(method.net.classify(images) + shift, gain * expected)
 
 
 def test_lws_las_and_tau_norm_are_their_equations():
@@ -113,7 +117,8 @@ def test_disalign_is_its_equation():
     for x in features:
         s = [x @ head.weight[k] + head.bias[k] for k in range(4)]
         sigma = 1 / (1 + torch.exp(-(x @ head.confidence.weight[0] + head.confidence.bias[0])))
-        rows.append([sigma * (head.class_scale[k] * s[k] + head.class_shift[k]) + (1 - sigma) * s[k] for k in range(4)])
+        alpha = [1 + head.class_gain[k] for k in range(4)]
+        rows.append([sigma * (alpha[k] * s[k] + head.class_shift[k]) + (1 - sigma) * s[k] for k in range(4)])
     assert torch.allclose(method.net.classify(data["image"][:, 0]), stack(rows))
     weights = [(COUNTS.sum() / n).item() ** 1.2 for n in COUNTS]
     labels = data["label"].tolist()
