@@ -193,6 +193,31 @@ class HubConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Trackers that are told of a run beside metrics.jsonl. One that is not installed, has no network or fails is one
+    line, and never stops a training. Accounts and servers are set as each tracker documents (wandb login,
+    MLFLOW_TRACKING_URI ...), never in a recipe."""
+
+    log_with: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"], ...
+    ] = ("tensorboard",)
+    """Accelerate's names of them; tensorboard writes RUN/tensorboard."""
+    project: str = "rescom-timm"
+    """Project, or experiment, that the run stands in."""
+    name: str | None = None
+    """What the run is called there; null: its folder's name."""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.log_with)) != len(self.log_with):
+            raise ValueError("log_with names a tracker twice")
+        if not self.project or self.name == "" or "" in self.tags:
+            raise ValueError("project, name and tags must not be empty text")
+        if "'" in self.project:
+            raise ValueError(f"project must be without quotes, not {self.project!r}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # of every section too
 
@@ -214,6 +239,7 @@ class Recipe:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
     hub: HubConfig = HubConfig()
     speed: SpeedConfig = SpeedConfig()
 

@@ -96,9 +96,7 @@ class Trainer:
         self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None
     ) -> None:
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
-        self.follower = follower or Follower()
-        self.main = accelerator.is_main_process
-        self.folder = recipe.folder
+        self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
         self.log: Log | None = None
         self.signals = StopSignals()
         self.lock = ExitStack()
@@ -330,6 +328,8 @@ class Trainer:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
+            if self.log is not None:
+                self.log.trackers.table(results, progress.step)
             try:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
