@@ -128,10 +128,14 @@ class EvaluationConfig:
     batch_size: int = 256
     select: Literal["top1", "many", "medium", "few", "mean_class"] = "top1"
     """Figure by which the best checkpoint is chosen on the validation split."""
+    patience: int | None = None
+    """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.batch_size < 1:
             raise ValueError("every and batch_size must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError("patience must be at least 1, or null for none")
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,8 @@ class Recipe:
             ):
                 if odd:
                     raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
+        if self.evaluation.patience is not None and self.data.validation == "none":
+            raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
             raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
 

@@ -145,13 +145,13 @@ class Trainer:
             unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
         )  # fmt: skip
         with bar:
-            while self.progress.epoch < recipe.train.epochs:
+            progress = self.progress
+            while not progress.ended(recipe):
                 stop = self._epoch(bar)
-                progress = self.progress
-                last = progress.epoch == recipe.train.epochs
-                if last or progress.epoch % recipe.evaluation.every == 0:
+                if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
                     with self._saving_on_failure():
                         self._evaluate(bar)
+                last = progress.ended(recipe)
                 best = progress.best_epoch == progress.epoch
                 if stop and not last:
                     raise self._stopped()
