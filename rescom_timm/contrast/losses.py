@@ -42,14 +42,15 @@ def class_weights(counts: Tensor, beta: float, form: WeightForm = "normalized") 
     raise ValueError(f"unknown form of class weights {form!r}: normalized or printed")
 
 
-def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor, smoothing: float = 0.0) -> Tensor:
     """Balanced Softmax: cross-entropy of s + log N_k. Over the 2B stacked rows of two views it is Siamese Balanced
     Softmax (paper eq. 6).
 
-    logits: (N, K). labels: (N,). counts: (K,) training images. Returns a scalar, the mean.
+    logits: (N, K). labels: (N,). counts: (K,) training images. smoothing: share of the target spread evenly over
+    all classes. Returns a scalar, the mean.
     """
     logits = at_least_float32(logits)
-    return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels)
+    return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels, label_smoothing=smoothing)
 
 
 def check_temperature(temperature: float) -> None:

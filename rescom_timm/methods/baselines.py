@@ -39,6 +39,10 @@ class BalancedSoftmaxConfig:
     name: Literal["balanced_softmax"] = "balanced_softmax"
     views: Views = 1
     """Augmented views of each image in a batch; 2 is Siamese Balanced Softmax (eq. 6)."""
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, label_smoothing=BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class CrossEntropy(Classification):
 
 class BalancedSoftmax(Classification):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return losses.balanced_softmax(logits, labels, self.counts)
+        return losses.balanced_softmax(logits, labels, self.counts, self.config.label_smoothing)
 
 
 class Focal(Classification):

@@ -128,10 +128,14 @@ class EvaluationConfig:
     batch_size: int = 256
     select: Literal["top1", "many", "medium", "few", "mean_class"] = "top1"
     """Figure by which the best checkpoint is chosen on the validation split."""
+    patience: int | None = None
+    """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.batch_size < 1:
             raise ValueError("every and batch_size must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError("patience must be at least 1, or null for none")
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,31 @@ class HubConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Trackers that are told of a run beside metrics.jsonl. One that is not installed, has no network or fails is one
+    line, and never stops a training. Accounts and servers are set as each tracker documents (wandb login,
+    MLFLOW_TRACKING_URI ...), never in a recipe."""
+
+    log_with: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"], ...
+    ] = ("tensorboard",)
+    """Accelerate's names of them; tensorboard writes RUN/tensorboard."""
+    project: str = "rescom-timm"
+    """Project, or experiment, that the run stands in."""
+    name: str | None = None
+    """What the run is called there; null: its folder's name."""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.log_with)) != len(self.log_with):
+            raise ValueError("log_with names a tracker twice")
+        if not self.project or self.name == "" or "" in self.tags:
+            raise ValueError("project, name and tags must not be empty text")
+        if "'" in self.project:
+            raise ValueError(f"project must be without quotes, not {self.project!r}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # of every section too
 
@@ -214,6 +243,7 @@ class Recipe:
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
     hub: HubConfig = HubConfig()
     speed: SpeedConfig = SpeedConfig()
 
@@ -248,6 +278,8 @@ class Recipe:
             ):
                 if odd:
                     raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
+        if self.evaluation.patience is not None and self.data.validation == "none":
+            raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
             raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
 

@@ -26,11 +26,11 @@ from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
-    "train.nonfinite", "hub",
+    "train.nonfinite", "track", "hub",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained."""
-FETCHED_KEYS = ("output", "hub")
-"""What of a recipe from the Hub is not followed: where is written and pushed is for the command line to say."""
+FETCHED_KEYS = ("output", "track", "hub")
+"""What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says."""
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run on the Hub, which somebody else may have written: what it says of output and hub is left out
-    with a warning, and its name is a plain folder's. Raises RecipeError as load does, and for one with a base."""
+    """The recipe of a run on the Hub, which somebody else may have written: what it says of output, track and hub is
+    left out with a warning; its name is a plain folder's. Raises RecipeError as load does, and for one with a base."""
     tree = _yaml(Path(path))
     if "base" in tree:
         raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")

@@ -1,4 +1,5 @@
-"""What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl and TensorBoard's files."""
+"""What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl, TensorBoard's files.
+The trackers of `track.log_with` are told the same."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training.run_folder import lines
+from rescom_timm.training.trackers import Trackers
 
 PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
 
@@ -37,7 +39,10 @@ class Log:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in lines(self.path) if line.get("step", 0) <= step]
         write_text(self.path, (json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        purge = step + 1 if step else None
+        boards = [str(folder / "tensorboard")] if "tensorboard" in recipe.track.log_with else []
+        self.boards = [SummaryWriter(board, purge_step=purge) for board in boards]
+        self.trackers = Trackers(folder, recipe)
 
     def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
         """epoch: epochs done. step: optimizer steps done."""
@@ -46,13 +51,17 @@ class Log:
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
         for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
+            for board in self.boards:
+                board.add_scalar(name, value, step)
+        self.trackers.log(figures, step)
 
     def close(self) -> None:
-        try:
-            self.board.close()
-        except OSError as error:
-            warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
+        self.trackers.close()
+        for board in self.boards:
+            try:
+                board.close()
+            except OSError as error:
+                warnings.warn(f"the last of {board.log_dir} could not be written: {error}", stacklevel=2)
 
 
 def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:

@@ -52,6 +52,16 @@ class Progress:
     skipped: int = 0
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
+    def ended(self, recipe: Recipe) -> bool:
+        """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end;
+        asked between epochs."""
+        patience, every = recipe.evaluation.patience, recipe.evaluation.every
+        if self.epoch >= recipe.train.epochs:
+            return True
+        if patience is None or self.best_epoch is None or self.step_in_epoch or self.epoch % every:
+            return False
+        return self.epoch - self.best_epoch >= patience
+
 
 class State:
     """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that."""

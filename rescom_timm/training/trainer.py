@@ -96,9 +96,7 @@ class Trainer:
         self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None
     ) -> None:
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
-        self.follower = follower or Follower()
-        self.main = accelerator.is_main_process
-        self.folder = recipe.folder
+        self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
         self.log: Log | None = None
         self.signals = StopSignals()
         self.lock = ExitStack()
@@ -147,13 +145,13 @@ class Trainer:
             unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
         )  # fmt: skip
         with bar:
-            while self.progress.epoch < recipe.train.epochs:
+            progress = self.progress
+            while not progress.ended(recipe):
                 stop = self._epoch(bar)
-                progress = self.progress
-                last = progress.epoch == recipe.train.epochs
-                if last or progress.epoch % recipe.evaluation.every == 0:
+                if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
                     with self._saving_on_failure():
                         self._evaluate(bar)
+                last = progress.ended(recipe)
                 best = progress.best_epoch == progress.epoch
                 if stop and not last:
                     raise self._stopped()
@@ -330,6 +328,8 @@ class Trainer:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
+            if self.log is not None:
+                self.log.trackers.table(results, progress.step)
             try:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback

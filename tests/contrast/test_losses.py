@@ -257,3 +257,15 @@ def test_pairs_that_are_not_valid_count_nowhere() -> None:
     everything = supcon(Pairs(similarity, positive, valid), 0.2)
     kept = supcon(Pairs(similarity[:, :2], positive[:, :2], torch.ones(3, 2, dtype=torch.bool)), 0.2)
     torch.testing.assert_close(everything, kept)
+
+
+def test_smoothed_balanced_softmax_is_the_cross_entropy_with_the_spread_target():
+    logits, labels, counts = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 3, 0]), [70, 20, 9, 1]
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        odds = [n * math.exp(s) for s, n in zip(row, counts, strict=True)]
+        for k, odd in enumerate(odds):
+            target = 0.1 / 4 + (0.9 if k == label else 0.0)
+            total -= target * math.log(odd / sum(odds))
+    ours = balanced_softmax(logits, labels, torch.tensor(counts), smoothing=0.1)
+    assert ours.item() == pytest.approx(total / 6, rel=1e-12)

@@ -152,6 +152,22 @@ def test_the_best_epoch_is_chosen_by_the_figure_on_validation_saved_and_evaluate
     assert not torch.equal(best["confidence"], final["confidence"])
 
 
+def test_patience_ends_a_training_that_gets_no_better_and_a_resumed_one_at_the_same_epoch(alone, tmp_path):
+    alone.setattr(training, "evaluate", scripted(Counter()))
+    tree = recipe(tmp_path, train__epochs=9, evaluation__select="few", evaluation__patience=2)
+    folder = train(load_dict(tree))  # the best is epoch 2, those after it are worse
+    assert last(tree)[1]["progress"]["epoch"] == 4 and len(figures(tree)) == 8
+    shutil.rmtree(folder / "checkpoints" / "step-00000044")
+    alone.setattr(training, "evaluate", scripted(Counter(validation=3, test=3)))
+    for _ in range(2):  # from epoch 3, and once more where it has ended
+        train(load_dict(tree), resume=True)
+        assert last(tree)[1]["progress"]["epoch"] == 4 and len(figures(tree)) == 8
+    with pytest.raises(RecipeError, match="evaluation.patience needs data.validation"):
+        load_dict(recipe(tmp_path, evaluation__patience=2, data__validation="none"))
+    with pytest.raises(RecipeError, match="patience must be at least 1"):
+        load_dict(recipe(tmp_path, evaluation__patience=0))
+
+
 def test_a_figure_that_validation_does_not_have_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(RecipeError, match=r"evaluation.select: digits .* has no image of a class of few"):
         train(load_dict(recipe(tmp_path, data__index="step(1)", evaluation__select="few")))

@@ -1,0 +1,152 @@
+"""Trackers of Accelerate (wandb, mlflow, trackio ...): told of a run, and never what stops it.
+
+A tracker that is not installed, has no network or fails in the middle of a run is one warning, and left out from there
+on. Which tracked run is this one's stands in trackers.json in the run's folder, so that a resumed run goes on in it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from rescom_timm.files import read_json, write_json
+from rescom_timm.recipe.config import Recipe, TrackConfig
+from rescom_timm.recipe.loading import flat
+from rescom_timm.training.errors import one_line
+
+IDS = "trackers.json"
+
+
+def _wandb(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    own = {"name": name, "tags": list(config.tags), "dir": str(folder)}
+    return own | ({"id": id, "resume": "allow"} if id else {})
+
+
+def _trackio(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    return {"name": id or name, "resume": "allow" if id else "never"}  # its name is what trackio knows a run by
+
+
+def _mlflow(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    return {"run_name": name, "tags": {tag: "true" for tag in config.tags} or None, "run_id": id}
+
+
+def _comet_ml(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    return {"experiment_key": id} if id else {}
+
+
+def _aim(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    return {"experiment": config.project, "run_hash": id}
+
+
+def _clearml(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    own = {"task_name": name, "tags": list(config.tags), "auto_connect_frameworks": False}
+    return own | {"continue_last_task": id or False, "reuse_last_task_id": False}
+
+
+def _dvclive(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    return {"dir": str(folder / "dvclive"), "resume": id is not None, "save_dvc_exp": False}
+
+
+def _swanlab(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
+    own = {"experiment_name": name, "tags": list(config.tags), "logdir": str(folder / "swanlog")}
+    return own | ({"id": id, "resume": "allow"} if id else {})
+
+
+STARTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = {
+    "wandb": (_wandb, lambda run: run.id),
+    "trackio": (_trackio, lambda run: run.name),
+    "mlflow": (_mlflow, lambda run: run.info.run_id),
+    "comet_ml": (_comet_ml, lambda run: run.id),
+    "aim": (_aim, lambda run: run.hash),
+    "clearml": (_clearml, lambda run: run.id),
+    "dvclive": (_dvclive, lambda run: "dvclive"),
+    "swanlab": (_swanlab, lambda run: run.id),
+}
+"""What each tracker's class takes, of (config, name, folder, id of the run to go on with or None), and the id of a run
+of its own."""
+
+
+class Trackers:
+    """Those of a recipe that can be started; TensorBoard's files are log.py's."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.path = folder / IDS
+        self.running: dict[str, Any] = {}
+        ids: dict[str, str] = {}
+        config, told = recipe.track, {key: _plain(value) for key, value in flat(recipe.to_dict()).items()}
+        for name in config.log_with:
+            if name not in STARTS:
+                continue
+            if name not in map(str, get_available_trackers()):
+                _left_out(name, f"it is not installed (pip install {name})")
+                continue
+            try:
+                ids = _read(self.path)
+                self.running[name] = self._start(name, config, folder, ids.get(name))
+                id = str(STARTS[name][1](self.running[name].tracker))
+                write_json(self.path, {**ids, name: id})
+                if ids.get(name) is None:
+                    self.running[name].store_init_configuration(told)
+            except Exception as error:  # whatever a tracker raises
+                self._drop(name, error)
+
+    @staticmethod
+    def _start(name: str, config: TrackConfig, folder: Path, id: str | None) -> Any:
+        kind, options = LOGGER_TYPE_TO_CLASS[name], STARTS[name][0](config, config.name or folder.name, folder, id)
+        place = [str(folder)] if kind.requires_logging_directory else []
+        # aim names the run after what the others call the project
+        first = (config.name or folder.name) if name == "aim" else config.project
+        tracker = kind(first, *place, **options)
+        tracker.start()
+        if name == "comet_ml":
+            tracker.tracker.set_name(config.name or folder.name)
+            tracker.tracker.add_tags(list(config.tags))
+        return tracker
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """step: optimizer steps done."""
+        self._each(lambda tracker: tracker.log(figures, step=step))
+
+    def table(self, rows: dict[str, dict[str, float]], step: int) -> None:
+        """The last table of a run, where the tracker takes tables. rows: figures by what was evaluated."""
+        names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+        data = [[row, *(figures.get(name) for name in names)] for row, figures in rows.items()]
+        self._each(
+            lambda tracker: (
+                tracker.log_table("final", ["evaluation", *names], data, step=step)
+                if hasattr(tracker, "log_table")
+                else None
+            )
+        )
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.finish())
+        self.running.clear()
+
+    def _each(self, tell: Callable[[Any], Any]) -> None:
+        for name, tracker in list(self.running.items()):
+            try:
+                tell(tracker)
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        self.running.pop(name, None)
+        _left_out(name, " ".join(one_line(error).split()))
+
+
+def _left_out(name: str, why: str) -> None:
+    warnings.warn(f"track.log_with: {name} is left out, the training goes on: {why}", stacklevel=4)
+
+
+def _read(path: Path) -> dict[str, str]:
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _plain(value: Any) -> Any:
+    """What every tracker takes as a setting."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
