@@ -20,11 +20,15 @@ import timm
 from torch import nn
 
 from rescom_timm.data.memory import MEMORY, InMemory, in_memory
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import write_figures
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import flat, load, load_dict
-from rescom_timm.sharing.predict import Prediction, Prior, predict
+from rescom_timm.sharing.neighbours import Embeddings
+from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predict
+from rescom_timm.sharing.prediction_sets import PredictionSets
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
@@ -128,6 +132,26 @@ class Run:
     def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""
         return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
+
+    def embeddings(self, split: str = "train", **options: Any) -> Embeddings:
+        """Features and embeddings of a split's images, train, test or validation: for predict(..., among=, nearest=).
+        options: as embed's. Raises ValueError where there is no such split."""
+        found, names = self._split(split)
+        return embed(self.pretrained(), found, class_names=names, **options)
+
+    def prediction_sets(self, coverage: float, by_group: bool = False, **options: Any) -> PredictionSets:
+        """Sets of classes that hold the right one with a probability of `coverage`, by the validation images: for
+        predict(..., sets=). options: as calibrate's. Raises ValueError where there are none, or too few."""
+        found, names = self._split("validation")
+        return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
+
+    def _split(self, name: str) -> tuple[Split, list[str]]:
+        with in_memory(self.dataset):
+            data = load_data(self.recipe.data)
+        found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
+        if found is None:
+            raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
+        return found, data.class_names
 
     def model(self) -> nn.Module:
         """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm

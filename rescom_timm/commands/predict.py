@@ -1,9 +1,20 @@
 """Labels for images:  rescom-timm predict MODEL IMAGES ... [--top-k 5] [-o labels.csv] [--prior train|uniform|FILE]
 
-MODEL: a run's folder, an exported folder or a Hub id such as me/rescom-r50. IMAGES: files and folders; or a data set's
-test split with --data SOURCE [--split test] (its share of right labels is told then). An image that cannot be read is
-named in the CSV's column `error` and stops nothing. --prior: how frequent the classes are where the images come from:
-as in training, evenly, or a file with one number a class, a line each.
+MODEL: a run's folder, an exported folder or a Hub id such as me/rescom-r50. IMAGES: files and folders. An image that
+cannot be read is named in the CSV's column `error` and stops nothing. --prior: how frequent the classes are where the
+images come from: as in training, evenly, or a file with one number a class, a line each.
+
+Images of known classes, whose share of right labels is told: --data SOURCE (a folder of class folders, a data set,
+digits), with --list labels.csv for a list of the images in a folder; --split, test by default, where it has splits.
+
+--embeddings FILE.safetensors  keeps every image's features and embedding
+--nearest 3                    also names the nearest training images of a RUN; --among FILE keeps their embeddings, or
+                               names another such file to look in
+--coverage 0.9                 also gives the set of classes that holds the right one so often, by the RUN's
+                               validation images; --by-group promises it for many, medium and few each
+--five-crops                   also tells the label by the mean of five crops
+
+rescom-timm predict runs/my_photos --data photos --list labels.csv --coverage 0.9 -o labels.csv
 """
 
 from __future__ import annotations
@@ -12,10 +23,17 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rescom_timm.data.sources import load
+import numpy as np
+
+from rescom_timm.data.sources import Data, labelled, load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.sharing.predict import Prediction, Prior, predictions, write_csv
+from rescom_timm.metrics import groups
+from rescom_timm.sharing.neighbours import Embeddings, Gatherer
+from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predictions, write_csv
+from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
+from rescom_timm.training.run_folder import run_recipe
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -24,49 +42,140 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("images", nargs="*", help="image files and folders")
-    parser.add_argument("--data", metavar="SOURCE", help="a data set instead of files: digits, a Hub id, a folder")
+    parser.add_argument("--data", metavar="SOURCE", help="labelled images: digits, a Hub id, a folder")
+    parser.add_argument("--list", metavar="FILE", help="a list of the labelled images in the folder SOURCE")
     parser.add_argument("--split", default="test", help="of the data set; test by default")
     parser.add_argument("--top-k", type=int, default=5, help="classes of each image, 5 by default")
     parser.add_argument("--prior", help="train, uniform, or a file of one number a class")
+    parser.add_argument("--embeddings", metavar="FILE", help="keep features and embeddings, as safetensors")
+    parser.add_argument("--nearest", type=int, default=0, metavar="K", help="name the K nearest training images")
+    parser.add_argument("--among", metavar="FILE", help="embeddings of the images to look in; made if not there")
+    parser.add_argument("--coverage", type=float, metavar="C", help="prediction sets that are right so often: 0.9")
+    parser.add_argument("--by-group", action="store_true", help="coverage for many, medium and few each")
+    parser.add_argument("--five-crops", action="store_true", help="also the label by the mean of five crops")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--device", help="cuda if there is one")
     parser.add_argument("-o", "--output", default="predictions.csv", metavar="CSV", help="predictions.csv by default")
-    arguments = parser.parse_args(words)
-    if bool(arguments.images) == bool(arguments.data):
+    options = parser.parse_args(words)
+    if bool(options.images) == bool(options.data):
         parser.error("give images, or --data SOURCE")
+    if options.list and not options.data:
+        parser.error("--list is a list of the images of --data SOURCE")
+    if options.among and not options.nearest:
+        parser.error("--among goes with --nearest")
+    if options.by_group and options.coverage is None:
+        parser.error("--by-group goes with --coverage")
     try:
-        other = "test" if arguments.split == "train" else "train"  # so that the split is not its own training images
-        data = load(DataConfig(arguments.data, train=other, test=arguments.split)) if arguments.data else None
-        images = data.test if data else arguments.images
-        found = predictions(
-            arguments.model, images, arguments.top_k, read_prior(arguments.prior), arguments.batch_size,
-            arguments.workers, arguments.device,
-        )  # fmt: skip
-        score = Score()
-        number, broken = write_csv(score.count(found), arguments.output, arguments.top_k)
+        return _run(options)
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(f"{number} images, {broken} unreadable: {arguments.output}{score.told()}")
+
+
+def _run(options: argparse.Namespace) -> int:
+    model = from_pretrained(options.model)
+    prior, names = read_prior(options.prior), None
+    images: Any = options.images
+    if options.data:
+        images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
+        names = names or model.class_names
+        if model.class_names and not set(names) & set(model.class_names):
+            raise ValueError(
+                f"none of the classes of {options.data} ({', '.join(names[:3])} ...) is one of the model's "
+                f"({', '.join(model.class_names[:3])} ...)"
+            )
+    reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
+    data = _data(options.model) if options.coverage is not None or _makes_embeddings(options) else None
+    sets = among = None
+    if options.coverage is not None:
+        assert data is not None
+        if data.validation is None:
+            raise ValueError(
+                f"{options.model} has no validation images, by which prediction sets are found: train it with "
+                "data.validation=holdout(0.1)"
+            )
+        sets = calibrate(
+            model, data.validation, options.coverage, by_group=options.by_group, prior=prior,
+            class_names=data.class_names, **reading,
+        )  # fmt: skip
+        print(f"prediction sets: {sets.told}")
+    if options.nearest:
+        among = _among(options, model, data, reading)
+    gatherer = Gatherer() if options.embeddings else None
+    found = predictions(
+        model, images, options.top_k, prior, class_names=names, crops=options.five_crops, sets=sets, among=among,
+        nearest=options.nearest, gatherer=gatherer, **reading,
+    )  # fmt: skip
+    score = Score(model, sets is not None, options.five_crops)
+    number, broken = write_csv(
+        score.count(found), options.output, options.top_k, sets=sets is not None, nearest=options.nearest,
+        crops=options.five_crops,
+    )  # fmt: skip
+    if gatherer is not None:
+        gatherer.gathered().save(options.embeddings)
+    print(f"{number} images, {broken} unreadable: {options.output}{score.told()}")
     return 0
+
+
+def _makes_embeddings(options: argparse.Namespace) -> bool:
+    return bool(options.nearest) and not (options.among and Path(options.among).is_file())
+
+
+def _data(run: str) -> Data:
+    """The data that a run was trained on. Raises ValueError for a model that is no run."""
+    if not (Path(run) / "checkpoints").is_dir():
+        raise ValueError(f"{run} is no run's folder, so its training and validation images are not known")
+    return load(run_recipe(Path(run)).data)
+
+
+def _among(options: argparse.Namespace, model: Pretrained, data: Data | None, reading: dict[str, Any]) -> Embeddings:
+    if data is None or not _makes_embeddings(options):
+        return Embeddings.load(options.among)
+    found = embed(model, data.train, class_names=data.class_names, **reading)
+    if options.among:
+        found.save(options.among)
+        print(f"{options.among}: embeddings of {len(found.images):,} training images")
+    return found
 
 
 class Score:
     """How many of the images whose class is known were labelled right."""
 
-    def __init__(self) -> None:
-        self.right = self.known = 0
+    def __init__(self, model: Pretrained, sets: bool = False, crops: bool = False) -> None:
+        self.names = model.class_names
+        self.counts = model.counts
+        self.sets, self.crops = sets, crops
+        self.right: dict[str, list[tuple[bool, bool, int, bool]]] = {}
 
     def count(self, found: Iterable[Prediction]) -> Iterator[Prediction]:
         for one in found:
             if one.label and one.labels:
-                self.known += 1
-                self.right += one.labels[0] == one.label
+                inside = one.inside or []
+                crops = one.five_crops is not None and one.five_crops[0] == one.label
+                row = (one.labels[0] == one.label, one.label in inside, len(inside), crops)
+                self.right.setdefault(one.label, []).append(row)
             yield one
 
     def told(self) -> str:
-        return f"; top-1 {100 * self.right / self.known:.2f} % of {self.known}" if self.known else ""
+        if not self.right:
+            return ""
+        rows = {label: np.array(found, dtype=float) for label, found in self.right.items()}
+        every = np.concatenate(list(rows.values()))
+        lines = [f"; top-1 {100 * every[:, 0].mean():.2f} % of {len(every)}"]
+        lines.append(f"mean of {len(rows)} classes {100 * np.mean([one[:, 0].mean() for one in rows.values()]):.2f} %")
+        if self.counts is not None:
+            for group, classes in groups(self.counts).items():
+                own = [rows[self.names[k]] for k in classes.tolist() if self.names[k] in rows]
+                if own:
+                    lines.append(f"{group} {100 * np.concatenate(own)[:, 0].mean():.2f} %")
+        if self.crops:
+            lines.append(f"five crops {100 * every[:, 3].mean():.2f} %")
+        if self.sets:
+            lines.append(f"sets hold the class {100 * every[:, 1].mean():.2f} %, of {every[:, 2].mean():.2f} classes")
+        if unknown := sum(len(found) for label, found in rows.items() if label not in self.names and self.names):
+            lines.append(f"{unknown} are of classes that the model does not have, and count as wrong")
+        return ", ".join(lines)
 
 
 def read_prior(word: str | None) -> Prior | None:

@@ -85,6 +85,11 @@ METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
 """Lists within a folder, as `datasets` has them."""
 
 
+def holds_list(root: Path, split: str) -> bool:
+    """Whether a folder of images, or its subfolder of a split, has a list of them within."""
+    return any((folder / name).is_file() for folder in (root / split, root) for name in METADATA)
+
+
 def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index | None) -> tuple[Path, str]:
     """The list that a spec means, and the folder, ending in /, that its paths start from."""
     drawn = spec == "all" or parse_call(spec, RULES) is not None

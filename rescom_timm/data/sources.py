@@ -11,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.data.image_folders import folder_part, holds_tables
+from rescom_timm.data.image_folders import class_folders, folder_part, holds_list, holds_tables
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY
@@ -94,6 +95,19 @@ def training_index(config: DataConfig, cache: str | Path | None = None, allow_em
 def training_split(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Split:
     """The rows of ``training_index``, to read their images."""
     return _opener(config, cache)(config.train, config.index, allow_empty=allow_empty).split()
+
+
+def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split, list[str] | None]:
+    """The rows of ``training_index`` and their classes' names, None where they have numbers alone: to score predictions
+    by. Of a folder without a list, the images of its class folders, or of those of its subfolder ``config.train``."""
+    root = Path(config.source).expanduser()
+    with TemporaryDirectory() as place:
+        if config.index == "all" and root.is_dir() and not holds_tables(root) and not holds_list(root, config.train):
+            root = root / config.train if (root / config.train).is_dir() else root
+            class_folders(root)[0].save(f"{place}/{root.resolve().name}.txt")
+            config = replace(config, source=str(root), index=f"{place}/{root.resolve().name}.txt")
+        part = _opener(config, cache)(config.train, config.index, allow_empty=True)
+    return part.split(), part.index.class_names
 
 
 def _opener(config: DataConfig, cache: str | Path | None) -> Opened:

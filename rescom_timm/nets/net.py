@@ -132,8 +132,11 @@ class Net(nn.Module):
     def classify(self, images: Tensor) -> Tensor:
         """Logits only, (N, K): encoder and classifier, as at inference. Mixed precision spares the classifier, for
         bfloat16 makes equal what is not, and a tie goes to the lower class, which is often the more frequent one."""
-        features = self.encoder(self.normalize(images))
-        with torch.autocast(images.device.type, enabled=False):
+        return self.classify_features(self.encoder(self.normalize(images)))
+
+    def classify_features(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, F), as `classify` gives them."""
+        with torch.autocast(features.device.type, enabled=False):
             return self.classifier(features.to(next(self.classifier.parameters()).dtype))
 
     @torch.no_grad()

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, files_under
 from rescom_timm.data.splits import Split
-from rescom_timm.data.views import parse
+from rescom_timm.data.views import Policy, parse
 from rescom_timm.files import write_rows
 from rescom_timm.nets.net import Net
+from rescom_timm.sharing.neighbours import Embeddings, Gatherer, Neighbour
+from rescom_timm.sharing.prediction_sets import PredictionSets, calibrated
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
+from rescom_timm.training.evaluate import five_crops
 
 LONG_TAILED = ("cross_entropy", "focal")
 """Methods whose logits hold the class frequencies of the training data; those of all others are balanced."""
@@ -39,6 +44,12 @@ class Prediction:
     """Why the image could not be read; labels and probabilities are empty then."""
     label: str = ""
     """Its true class, where the images are a data set's."""
+    inside: list[str] | None = None
+    """The classes of its prediction set, most probable first, where sets were asked for."""
+    nearest: list[Neighbour] = field(default_factory=list)
+    """The nearest of other images, where they were asked for."""
+    five_crops: tuple[str, float] | None = None
+    """The most probable class by the mean of five crops, with its probability, where that was asked for."""
 
 
 def predict(
@@ -50,6 +61,11 @@ def predict(
     batch_size: int = 64,
     workers: int = 0,
     device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+    five_crops: bool = False,
+    sets: PredictionSets | None = None,
+    among: Embeddings | None = None,
+    nearest: int = 0,
 ) -> list[Prediction]:
     """The top-k classes of every image, in order; an unreadable image is told in its Prediction and stops nothing.
 
@@ -59,9 +75,15 @@ def predict(
     answer. The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training
     frequencies were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon
     et al. 2021); of a model trained by plain cross-entropy the log of the training frequencies is taken off first.
+    class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
+    sets, as `calibrate` makes them. among, nearest: how many of the nearest of other images, as `embed` makes them.
     Raises FileNotFoundError and ValueError for a model, images or a prior that cannot be.
     """
-    return list(predictions(model, images, top_k, prior, batch_size, workers, device))
+    found = predictions(
+        model, images, top_k, prior, batch_size, workers, device, class_names=class_names, crops=five_crops, sets=sets,
+        among=among, nearest=nearest,
+    )  # fmt: skip
+    return list(found)
 
 
 def predictions(
@@ -72,37 +94,179 @@ def predictions(
     batch_size: int = 64,
     workers: int = 0,
     device: str | torch.device | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    crops: bool = False,
+    sets: PredictionSets | None = None,
+    among: Embeddings | None = None,
+    nearest: int = 0,
+    gatherer: Gatherer | None = None,
 ) -> Iterator[Prediction]:
-    """As predict, one after the other: for more images than one wants to hold results of."""
-    if top_k < 1 or batch_size < 1:
-        raise ValueError("top_k and batch_size must be at least 1")
-    source = _Images(images)
-    model = model if isinstance(model, Pretrained) else from_pretrained(model)
-    shift = adjustment(model, prior)
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        net = copy.deepcopy(model.net).to(device).eval()  # the caller's stays where and as it is
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-    return _run(model, net, source, min(top_k, net.classifier.out_features), shift, batch_size, workers, device)
+    """As predict, one after the other: for more images than one wants to hold results of. gatherer: is given the
+    embeddings of all images that could be read."""
+    if top_k < 1:
+        raise ValueError("top_k must be at least 1")
+    if nearest < 0 or bool(nearest) != (among is not None):
+        raise ValueError("nearest and among belong together: how many images, and the embeddings that they are among")
+    reader = _Reader(model, images, prior, batch_size, workers, device, class_names, crops)
+    return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer)
 
 
-@torch.inference_mode()
-def _run(
-    model: Pretrained, net: Net, source: _Images, top_k: int, shift: Tensor, batch_size: int, workers: int, device: Any
+def _predictions(
+    reader: _Reader,
+    top_k: int,
+    sets: PredictionSets | None,
+    among: Embeddings | None,
+    nearest: int,
+    gatherer: Gatherer | None,
 ) -> Iterator[Prediction]:
-    names = model.class_names or [str(k) for k in range(net.classifier.out_features)]
-    source.prepare(model)
-    for batch in DataLoader(source, batch_size, num_workers=workers, collate_fn=list):
-        read = [image for image, _ in batch if image is not None]
-        rows: list[tuple[list[float], list[int]]] = []
+    names = reader.names
+    for batch in reader.batches(embed=among is not None or gatherer is not None):
+        found: list[dict[str, Any]] = []
+        read = [about for about in batch.about if "error" not in about]
         if read:
-            logits = net.classify(torch.stack(read).to(device)).float() + shift.to(device)
-            top = logits.softmax(dim=1).topk(top_k)
-            rows = list(zip(top.values.tolist(), top.indices.tolist(), strict=True))
-        for image, about in batch:
-            probabilities, classes = rows.pop(0) if image is not None else ([], [])
-            yield Prediction(labels=[names[k] for k in classes], probabilities=probabilities, **about)
+            top = batch.probabilities.topk(top_k)
+            for probabilities, classes in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                found.append({"labels": [names[k] for k in classes], "probabilities": probabilities})
+            if sets is not None:
+                inside = sets.of(batch.probabilities)
+                for one, row, members in zip(found, batch.probabilities, inside, strict=True):
+                    order = row.masked_fill(~members, -1).argsort(descending=True, stable=True)
+                    one["inside"] = [names[k] for k in order[: int(members.sum())].tolist()]
+            if among is not None:
+                for one, neighbours in zip(found, among.nearest(batch.features, nearest), strict=True):
+                    one["nearest"] = neighbours
+            if batch.crops is not None:
+                best = batch.crops.max(dim=1)
+                for one, share, k in zip(found, best.values.tolist(), best.indices.tolist(), strict=True):
+                    one["five_crops"] = (names[k], share)
+            if gatherer is not None:
+                images, labels = ([about.get(key, "") for about in read] for key in ("image", "label"))
+                gatherer.add(batch.features, batch.embeddings, images, labels)
+        for about in batch.about:
+            yield Prediction(
+                **{"labels": [], "probabilities": [], **about, **(found.pop(0) if "error" not in about else {})}
+            )
+
+
+def embed(
+    model: str | Path | Pretrained,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Embeddings:
+    """Features and embeddings of all images that can be read; arguments and errors as predict's."""
+    gatherer = Gatherer()
+    for _ in predictions(
+        model, images, 1, None, batch_size, workers, device, class_names=class_names, gatherer=gatherer
+    ):
+        pass
+    return gatherer.gathered()
+
+
+def calibrate(
+    model: str | Path | Pretrained,
+    split: Split,
+    coverage: float,
+    *,
+    by_group: bool = False,
+    prior: Prior | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+) -> PredictionSets:
+    """Prediction sets that hold the right class with a probability of `coverage`, from labelled images that the model
+    was not trained on: a run's validation split. by_group: for the images of many, medium and few each. prior: as it
+    will be in predict. Raises ValueError for too few images, and classes that the model does not have."""
+    reader = _Reader(model, split, prior, batch_size, workers, device, class_names, crops=False)
+    numbers = {name: k for k, name in enumerate(reader.names)}
+    probabilities, labels = [], []
+    for batch in reader.batches():
+        for about in batch.about:
+            if "error" in about:
+                raise ValueError(f"{about['error']}: repair it or leave it out")
+            if about["label"] not in numbers:
+                raise ValueError(f"{about['image']} is of class {about['label']!r}, which the model does not have")
+            labels.append(numbers[about["label"]])
+        probabilities.append(batch.probabilities.cpu())
+    counts = _counts(reader.model) if by_group else None
+    return calibrated(torch.cat(probabilities), torch.tensor(labels), coverage, counts)
+
+
+class _Batch(NamedTuple):
+    """about: of each image, with an error where it could not be read. The tensors are of the R that could: (R, K), and
+    features (R, F), embeddings (R, D) and the mean of five crops (R, K) where they were asked for."""
+
+    about: list[dict[str, str]]
+    probabilities: Tensor
+    features: Tensor
+    embeddings: Tensor
+    crops: Tensor | None
+
+
+class _Reader:
+    """A model, ready on its device, and the images that it is shown."""
+
+    def __init__(
+        self,
+        model: str | Path | Pretrained,
+        images: Any,
+        prior: Prior | None,
+        batch_size: int,
+        workers: int,
+        device: str | torch.device | None,
+        class_names: Sequence[str] | None,
+        crops: bool,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
+        self.source = _Images(images)
+        self.model = model if isinstance(model, Pretrained) else from_pretrained(model)
+        self.names = self.model.class_names or [str(k) for k in range(self.model.net.classifier.out_features)]
+        self.shift = adjustment(self.model, prior)
+        self.batch_size, self.workers = batch_size, workers
+        policies = five_crops(self.model.eval_policy) if crops else []
+        self.source.prepare(self.model, class_names or self.names, policies)
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's stays where and as it is
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+            raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+    @torch.inference_mode()
+    def batches(self, embed: bool = False) -> Iterator[_Batch]:
+        for batch in DataLoader(self.source, self.batch_size, num_workers=self.workers, collate_fn=list):
+            read = [views for views, _ in batch if views is not None]
+            features = embeddings = probabilities = torch.empty(0, 0)
+            crops = None
+            if read:
+                views = torch.stack(read).to(self.device)  # (R, 1 or 6, 3, H, W)
+                first = views[:, 0]
+                if embed:
+                    features, logits, embeddings = self._embed(first)
+                else:
+                    logits = self.net.classify(first)
+                probabilities = self._answer(logits)
+                if views.shape[1] > 1:
+                    each = self.net.classify(views[:, 1:].flatten(0, 1))
+                    crops = self._answer(each.unflatten(0, (len(views), -1)).float().mean(dim=1))
+            yield _Batch([about for _, about in batch], probabilities, features, embeddings, crops)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """features, logits and embeddings, float32; the logits as `classify` gives them."""
+        if type(self.net) is not Net:  # experts, who classify in their own way
+            features, _, embeddings, *_ = self.net(images)
+            return features.float().cpu(), self.net.classify(images), embeddings.cpu()
+        features = self.net.encoder(self.net.normalize(images))
+        embeddings = torch.nn.functional.normalize(self.net.projector(features).float(), dim=1)
+        return features.float().cpu(), self.net.classify_features(features), embeddings.cpu()
+
+    def _answer(self, logits: Tensor) -> Tensor:
+        return (logits.float() + self.shift.to(self.device)).softmax(dim=1)
 
 
 def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
@@ -139,11 +303,11 @@ def _counts(model: Pretrained) -> Tensor:
 
 
 class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
-    """Anything predict takes: position -> (uint8 (3, H, W) or None, what to tell of it)."""
+    """Anything predict takes: position -> (uint8 (views, 3, H, W) or None, what to tell of it)."""
 
     def __init__(self, images: Any) -> None:
         self.split = images if isinstance(images, Split) else None
-        self.names: list[str] = []
+        self.names: Sequence[str] = []
         self.items: Any = images
         if self.split is not None:
             self.items = self.split.dataset
@@ -160,12 +324,14 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         if not self.items:
             raise ValueError("there are no images to predict")
 
-    def prepare(self, model: Pretrained) -> None:
+    def prepare(self, model: Pretrained, names: Sequence[str], crops: Sequence[str]) -> None:
+        """names: of a split's labels. crops: policies of further views of each image."""
         _, height, width = model.input_size
-        self.policy, self.size = parse(model.eval_policy if model.eval_policy != "none" else ""), (width, height)
+        own = model.eval_policy if model.eval_policy != "none" else ""
+        self.policies, self.size = [parse(policy) for policy in (own, *crops)], (width, height)
         # Images of another size than those in training are brought to it, as timm's own transform does.
         self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
-        self.names = model.class_names
+        self.names = names
 
     def __len__(self) -> int:
         return len(self.items)
@@ -180,14 +346,19 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
             number = int(self.true[position])
             about["label"] = self.names[number] if number < len(self.names) else str(number)
         try:
-            image = self.policy.augment(decode(str(value) if isinstance(value, Path) else value, position))
-            if image.size != self.size:
-                image = self.fit.augment(image)
-            if image.size != self.size:
-                raise BrokenImage(f"it has {image.size} pixels, the model wants {self.size}")
+            decoded = decode(str(value) if isinstance(value, Path) else value, position)
+            views = [self._view(decoded, policy) for policy in self.policies]
         except BrokenImage as error:
             return None, {**about, "error": str(error)}
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), about
+        return torch.stack(views), about
+
+    def _view(self, decoded: Image.Image, policy: Policy) -> Tensor:
+        image = policy.augment(decoded)
+        if image.size != self.size:
+            image = self.fit.augment(image)
+        if image.size != self.size:
+            raise BrokenImage(f"it has {image.size} pixels, the model wants {self.size}")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _files(path: Path) -> list[Path]:
@@ -204,19 +375,38 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def write_csv(found: Iterable[Prediction], path: str | Path, top_k: int) -> tuple[int, int]:
-    """image, label_1, probability_1 ... label_k, probability_k, error, true_label; returns (images, unreadable)."""
+def write_csv(
+    found: Iterable[Prediction],
+    path: str | Path,
+    top_k: int,
+    *,
+    sets: bool = False,
+    nearest: int = 0,
+    crops: bool = False,
+) -> tuple[int, int]:
+    """image, label_1, probability_1 ... label_k, probability_k, error, true_label, and what else was asked for:
+    set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
+    five_crops_probability. Returns (images, unreadable)."""
     images = broken = 0
 
     def rows() -> Iterator[list[str]]:
         nonlocal images, broken
         pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
-        yield ["image", *pairs, "error", "true_label"]
+        near = [f"{name}_{k}" for k in range(1, nearest + 1) for name in ("nearest", "nearest_label", "similarity")]
+        ends = ["five_crops_label", "five_crops_probability"] if crops else []
+        yield ["image", *pairs, "error", "true_label", *(["set_size", "set"] if sets else []), *near, *ends]
         for one in found:
             cells = [
                 cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
             ]
-            yield [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
+            row = [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
+            if sets:
+                row += ["", ""] if one.inside is None else [f"{len(one.inside)}", json.dumps(one.inside)]
+            close = [cell for other in one.nearest for cell in (other.image, other.label, f"{other.similarity:.6f}")]
+            row += [*close, *[""] * (3 * nearest - len(close))]
+            if crops:
+                row += ["", ""] if one.five_crops is None else [one.five_crops[0], f"{one.five_crops[1]:.6f}"]
+            yield row
             images, broken = images + 1, broken + bool(one.error)
 
     # Row by row, so that what was predicted stays if the rest cannot be; a name that is no UTF-8 keeps its bytes.

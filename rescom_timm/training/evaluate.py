@@ -21,7 +21,7 @@ from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
-from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.data.views import parse
 from rescom_timm.files import write_json, write_tensors
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net, check_weights
@@ -61,11 +61,11 @@ def evaluate_views(
     return meter
 
 
-def five_crops(views: ViewsConfig) -> list[str]:
+def five_crops(policy: str) -> list[str]:
     """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to R + 24 pixels for crops of R,
-    four in the corners and one in the middle; policies for views.eval. Raises ValueError for an evaluation that does
-    not end in center_crop(R)."""
-    text = parse(views.eval, views.mean).text
+    four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in its place come back.
+    Raises ValueError for one that does not end in center_crop(R)."""
+    text = parse(policy).text
     end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
     if end is None:
         raise ValueError(f"five crops are made where views.eval ends in center_crop(R), not of {text or 'none'!r}")
@@ -178,7 +178,7 @@ def evaluate_run(
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
     load_net(method.net, whole_weights(method.net, weights, state, path), path)
-    policies = five_crops(recipe.views) if crops else [recipe.views.eval]
+    policies = five_crops(recipe.views.eval) if crops else [recipe.views.eval]
     loaders = []
     for policy in policies:
         views = replace(recipe.views, eval=policy)

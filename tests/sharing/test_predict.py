@@ -1,4 +1,6 @@
 import csv
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +13,15 @@ import rescom_timm
 from rescom_timm.commands import predict as tool
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.views import parse
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import Run, train_recipe
 from rescom_timm.sharing.export import export, export_run
-from rescom_timm.sharing.predict import adjustment, predictions, write_csv
+from rescom_timm.sharing.neighbours import Embeddings
+from rescom_timm.sharing.predict import adjustment, embed, predictions, write_csv
 from rescom_timm.sharing.pretrained import from_pretrained
+from rescom_timm.training.evaluate import five_crops
+from tests.training.child import recipe
 from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
 
 
@@ -198,6 +206,139 @@ def test_the_tool_takes_the_split_that_it_is_told(tmp_path):
         assert tool.main([*words, "--split", name]) == 0
         expected = [data.test.dataset[number]["image"]["path"] for number in numbers]
         assert [row["image"] for row in table(tmp_path / "labels.csv")] == expected
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run on the digits, with validation images."""
+    tree = recipe(tmp_path_factory.mktemp("digits"), train__epochs=1, schedule__warmup_epochs=0)
+    tree["views"]["eval"] = "upscale(12) | center_crop(8)"
+    return train_recipe(load_dict(tree, "digits", ["data.validation=holdout(0.2)"]))
+
+
+def test_embeddings_are_the_nets_and_keep_their_names(model, photos, tmp_path):
+    found = embed(model, photos, batch_size=2)
+    assert [name.rpartition("/")[2] for name in found.images] == ["a.PNG", "b.png", "c.png"], (
+        "the broken one is left out"
+    )
+    x = torch.from_numpy(np.stack([pixels(1), pixels(0), pixels(2)])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        outputs = model.net(x)
+    assert_close(found.features, outputs.features)
+    assert_close(found.embeddings, outputs.embeddings)
+    found.save(tmp_path / "e.safetensors")
+    again = Embeddings.load(tmp_path / "e.safetensors")
+    assert torch.equal(again.features, found.features) and torch.equal(again.embeddings, found.embeddings)
+    assert (again.images, again.labels) == (found.images, ["", "", ""])
+
+
+def test_the_nearest_are_those_of_the_greatest_cosine(model):
+    images = [pixels(seed) for seed in range(20)]
+    among = embed(model, images)
+    found = rescom_timm.predict(model, [pixels(4), pixels(50)], among=among, nearest=3)
+    assert found[0].nearest[0].similarity == pytest.approx(1, abs=1e-5)
+    other = embed(model, [pixels(50)]).features[0].double()
+    cosines = [float(one @ other / one.norm() / other.norm()) for one in among.features.double()]
+    best = sorted(cosines, reverse=True)[:3]
+    assert [one.similarity for one in found[1].nearest] == pytest.approx(best, abs=1e-5)
+    assert [cosines[int(one.image)] for one in found[1].nearest] == pytest.approx(best, abs=1e-5)
+    spread = Embeddings(torch.eye(4), torch.eye(4), list("abcd"), list("wxyz"))
+    ((first, second),) = spread.nearest(torch.tensor([[0.1, 0.0, 2.0, 1.0]]), 2)
+    assert (first.image, first.label, second.image, second.label) == ("c", "y", "d", "z")
+
+
+def test_what_is_no_file_of_embeddings(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file of embeddings"):
+        Embeddings.load(tmp_path / "none")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="is no file of embeddings"):
+        Embeddings.load(tmp_path / "text")
+    other = Embeddings(torch.rand(3, 5), torch.rand(3, 2), ["a", "b", "c"], ["", "", ""])
+    with pytest.raises(ValueError, match="have 5 features and the model"):
+        rescom_timm.predict(model, [pixels()], among=other, nearest=1)
+    replace(other, images=["a"]).save(tmp_path / "short")
+    with pytest.raises(ValueError, match="not as many as each other"):
+        Embeddings.load(tmp_path / "short")
+    with pytest.raises(ValueError, match="nearest and among belong together"):
+        rescom_timm.predict(model, [pixels()], nearest=1)
+    with pytest.raises(ValueError, match="no image could be read"):
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(b"no image")
+        embed(model, [broken])
+
+
+def test_five_crops_stand_beside_the_single_one(digits):
+    model = from_pretrained(digits)
+    images = [pixels(seed, 20, 30) for seed in range(3)]
+    found = rescom_timm.predict(model, images, five_crops=True)
+    assert [(one.labels, one.probabilities) for one in found] == [
+        (one.labels, one.probabilities) for one in rescom_timm.predict(model, images)
+    ]
+    for one, image in zip(found, images, strict=True):
+        views = [parse(policy).augment(Image.fromarray(image)) for policy in five_crops("upscale(12) | center_crop(8)")]
+        x = torch.stack([torch.from_numpy(np.array(view)).permute(2, 0, 1) for view in views])
+        mean = model.net.classify(x).detach().mean(dim=0).softmax(dim=0)
+        name, share = one.five_crops
+        assert name == model.class_names[int(mean.argmax())] and share == pytest.approx(float(mean.max()), abs=1e-5)
+
+
+def test_folders_and_lists_with_labels_are_scored_by_name(folder, model, tmp_path, capsys):
+    """Class folders of which one is unknown to the model, in another order than its classes."""
+    root, out = tmp_path / "photos", tmp_path / "labels.csv"
+    names = ["zebra", *NAMES[::-1][:2]]
+    lines = ["file,species"]
+    for i, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for j in range(3):
+            Image.fromarray(pixels(10 * i + j)).save(root / name / f"{j}.png")
+            lines.append(f"{name}/{j}.png,{name}")
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    predicted = rescom_timm.predict(model, [pixels(10 * i + j) for i in range(3) for j in range(3)])
+    right = sum(one.labels[0] == names[i // 3] for i, one in enumerate(predicted))
+    for words in ([], ["--list", str(tmp_path / "list.csv")]):
+        assert tool.main([str(folder), "--data", str(root), "-o", str(out), *words]) == 0
+        told = capsys.readouterr().out
+        assert f"top-1 {100 * right / 9:.2f} % of 9, mean of 3 classes" in told
+        assert "3 are of classes that the model does not have, and count as wrong" in told
+        assert [row["true_label"] for row in table(out)] == [name for name in sorted(names) for _ in range(3)] or words
+    for name in names[1:]:
+        (root / name).rename(root / f"not {name}")
+    assert tool.main([str(folder), "--data", str(root), "-o", str(out)]) == 1
+    assert "none of the classes of" in capsys.readouterr().err
+
+
+def test_the_tool_gives_sets_neighbours_and_embeddings(digits, tmp_path, capsys):
+    out, kept, among = tmp_path / "labels.csv", tmp_path / "kept.safetensors", tmp_path / "train.safetensors"
+    words = [str(digits), "--data", "digits", "-o", str(out), "--top-k", "1", "--coverage", "0.8", "--five-crops"]
+    words += ["--nearest", "2", "--among", str(among), "--embeddings", str(kept), "--batch-size", "250"]
+    assert tool.main(words) == 0
+    told, rows = capsys.readouterr().out, table(out)
+    train = Run(digits).embeddings("train")
+    assert Embeddings.load(among).images == train.images and len(train.images) == len(set(train.images))
+    test = Embeddings.load(kept)
+    assert len(rows) == len(test.images) == 500 and test.labels == [row["true_label"] for row in rows]
+    near = train.nearest(test.features[:9], 2)
+    assert [row["nearest_2"] for row in rows[:9]] == [found[1].image for found in near]
+    assert [row["nearest_label_1"] for row in rows[:9]] == [found[0].label for found in near]
+    inside = [json.loads(row["set"]) for row in rows]
+    assert [int(row["set_size"]) for row in rows] == [len(one) for one in inside]
+    assert all(row["label_1"] == one[0] for row, one in zip(rows, inside, strict=True))
+    holds = 100 * sum(row["true_label"] in one for row, one in zip(rows, inside, strict=True)) / 500
+    assert f"sets hold the class {holds:.2f} %" in told and "five crops" in told and "coverage 0.8 over all" in told
+    sets = Run(digits).prediction_sets(0.8)
+    found = Run(digits).predict([pixels()], sets=sets, among=train, nearest=1)
+    assert len(found[0].nearest) == 1 and found[0].inside
+    assert tool.main([*words, "--by-group"]) == 0
+    assert "within each group: many on 26" in capsys.readouterr().out
+
+
+def test_what_the_tool_needs_for_that(folder, photos, tmp_path, capsys):
+    for words in (["--coverage", "0.9"], ["--nearest", "2"]):
+        assert tool.main([str(folder), str(photos), *words]) == 1
+        assert "is no run's folder" in capsys.readouterr().err
+    for words in (["--by-group"], ["--among", "x"], ["--list", "x"]):
+        with pytest.raises(SystemExit):
+            tool.main([str(folder), str(photos), *words])
 
 
 def test_write_csv_counts(tmp_path, model):

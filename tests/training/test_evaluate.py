@@ -139,10 +139,10 @@ def test_long_names_stand_above_their_figures_so_that_the_table_fits_a_terminal(
     ],
 )
 def test_five_crops_are_lifts(policy, expected):
-    found = five_crops(ViewsConfig(eval=policy))
+    found = five_crops(policy)
     assert len(found) == 5 and found[3] == expected and found[4].endswith(" | center_crop(224)")
     with pytest.raises(ValueError, match="ends in center_crop.R., not of 'none'"):
-        five_crops(ViewsConfig(eval="none"))
+        five_crops("none")
 
 
 def test_five_crops_are_the_corners_and_the_middle_of_one_image():
@@ -168,7 +168,7 @@ def test_the_mean_of_five_crops_stands_beside_the_single_one(alone, tmp_path):
     views, sums = ViewsConfig(eval="resize(8) | center_crop(8)"), 0
     net = from_pretrained(folder, None).net
     test = load(load_dict(tree).data).test
-    for policy in five_crops(views):
+    for policy in five_crops(views.eval):
         images = [parse(policy).augment(decode(row["image"])) for row in test.dataset]
         stack = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         sums = sums + net.classify(stack).detach()

@@ -1,0 +1,71 @@
+"""Prediction sets: classes of which the right one is among them with a stated probability.
+
+Split conformal prediction with the least ambiguous sets (Sadinle, Lei & Wasserman 2019, arXiv 1609.00451): a class k is
+in the set of x where 1 - p(k | x) <= q, and q is the ceil((n + 1) c)-th smallest of 1 - p(y_i | x_i) over n labelled
+images that were not trained on. For images drawn as those were, whatever the model, P(y in the set) >= c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rescom_timm.metrics import groups
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionSets:
+    coverage: float
+    thresholds: Tensor
+    """(K,): q of each class."""
+    told: str
+    """What is promised, for people: on how many images it rests, and for which groups it is not promised."""
+
+    def of(self, probabilities: Tensor) -> Tensor:
+        """Which classes (N, K) are in the sets for probabilities (N, K). The most probable one always is, which only
+        adds to the coverage."""
+        inside = 1 - probabilities.double() <= self.thresholds.to(probabilities.device)
+        return inside.scatter(1, probabilities.argmax(dim=1, keepdim=True), True)
+
+
+def calibrated(
+    probabilities: Tensor, labels: Tensor, coverage: float, counts: Sequence[int] | Tensor | None = None
+) -> PredictionSets:
+    """Prediction sets from the probabilities (N, K) of images of known labels (N,) that the net was not trained on.
+
+    counts: (K,) training images of each class, for a threshold of each group many, medium and few of its own: the
+    coverage is then promised for the images of each group, however frequent the groups are later. A group with fewer
+    than c / (1 - c) images takes the common threshold, without promise, which is told. Raises ValueError where that is
+    so of all images together.
+    """
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage must be between 0 and 1, such as 0.9, not {coverage:g}")
+    scores = (1 - probabilities.double()).gather(1, labels[:, None]).flatten()
+    common = _threshold(scores, coverage)
+    least = math.ceil(coverage / (1 - coverage) - 1e-9)
+    if common is None:
+        raise ValueError(f"a coverage of {coverage:g} needs at least {least} labelled images; there are {len(scores)}")
+    thresholds = torch.full((probabilities.shape[1],), common, dtype=torch.float64)
+    told = f"coverage {coverage:g} over all images like the {len(scores)} that it rests on"
+    if counts is not None:
+        parts = []
+        for name, classes in groups(counts).items():
+            own = scores[torch.isin(labels, classes)]
+            threshold = _threshold(own, coverage)
+            if threshold is None:
+                parts.append(f"{name} not promised ({len(own)} images, {least} are needed)")
+            else:
+                thresholds[classes] = threshold
+                parts.append(f"{name} on {len(own)}")
+        told = f"coverage {coverage:g} within each group: {', '.join(parts)}"
+    return PredictionSets(coverage, thresholds, told)
+
+
+def _threshold(scores: Tensor, coverage: float) -> float | None:
+    """The ceil((n + 1) c)-th smallest score, or None where there are too few."""
+    rank = math.ceil((len(scores) + 1) * coverage - 1e-9)
+    return float(scores.sort().values[rank - 1]) if rank <= len(scores) else None
