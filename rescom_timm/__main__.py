@@ -22,6 +22,7 @@ VERBS = {
     "doctor": ("doctor", "what may be wrong with a data set, image by image"),
     "describe": ("index", "class counts and long tail of an index"),
     "overlap": ("index", "images that stand in two indexes"),
+    "class-features": ("class_features", "class features from class names, by CLIP's text tower"),
     "evaluate": ("evaluate", "evaluate a checkpoint of a run"),
     "predict": ("predict", "labels for images"),
     "figures": ("figures", "pictures and a report of runs"),

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rescom_timm"
 FLOORS: dict[str, set[str]] = {
     "files": set(),
     "contrast": set(),
-    "nets": set(),
+    "nets": {"files"},
     "data": {"files"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
@@ -28,7 +28,8 @@ FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks"}
 FLOORS["__main__"] = {"commands"}
 """Room: the rooms below it that it may import."""
 
-THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm", "peft"}}  # peft only where LoRA is asked for
+# peft and transformers only where LoRA or text features are asked for
+THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm", "safetensors", "peft", "transformers"}}
 """Rooms that people use alone, and all that those may need."""
 
 

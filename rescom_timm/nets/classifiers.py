@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
     kind: Literal["linear", "cosine"] = "linear"
-    """cosine: features and class vectors normalised, no bias. It has no place in a plain timm model: its export is read
-    by rescom_timm.from_pretrained alone."""
+    """cosine: features and class vectors normalised, no bias. It has no place in a plain timm model, whose linear layer
+    ranks the classes the same with other probabilities; rescom_timm.from_pretrained has the exact ones."""
     scale: float = 25.0
     """By which cosines are multiplied (LIFT's)."""
-    init: Literal["random", "class_means"] = "random"
+    init: Literal["random", "class_means", "file"] = "random"
     """class_means: each class's vector starts as the mean of its training images' features, normalised: one pass over
-    them before training."""
+    them before training. file: as it stands in `file`."""
+    file: str | None = None
+    """Safetensors with a tensor class_features (K, F), such as  rescom-timm class-features  makes of class names."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1000:
             raise ValueError(f"scale must be above 0 and at most 1,000, not {self.scale:g}")
+        if (self.init == "file") != (self.file is not None):
+            raise ValueError("init: file and the file's name in file belong together")
 
 
 def full_precision(x: Tensor) -> Any:
@@ -43,11 +51,52 @@ class Cosine(nn.Linear):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
+    def ranking_alike(self, norm: float) -> nn.Linear:
+        """A linear layer that ranks the classes of every feature as this one does. Its logits are these ones times the
+        feature's norm / `norm`."""
+        layer = nn.Linear(self.in_features, self.out_features)
+        with torch.no_grad():
+            layer.weight.copy_(self.scale / norm * F.normalize(self.weight, dim=1))
+            layer.bias.zero_()
+        return layer
+
 
 def classifier(config: ClassifierConfig, in_features: int, out_features: int) -> nn.Linear:
     if config.kind == "cosine":
         return Cosine(in_features, out_features, config.scale)
     return nn.Linear(in_features, out_features)
+
+
+def read_class_features(path: str | Path, class_names: Sequence[str], width: int) -> Tensor:
+    """Class features (K, F) from a file, in the order of the classes. Raises ValueError, naming them, where its classes
+    are others, or its shape is not (K, width); FileNotFoundError where there is none."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of class features {path}: make one with  rescom-timm class-features")
+    try:
+        with safe_open(path, framework="pt") as file:
+            features = file.get_tensor("class_features")
+            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} holds no tensor class_features: {error}") from None
+    if names is not None:
+        lacking = [name for name in class_names if name not in set(names)]
+        unknown = [name for name in names if name not in set(class_names)]
+        if lacking or unknown or len(set(names)) != len(names):
+            told = [f"it lacks {_first(lacking)}"] * bool(lacking) + [f"only it has {_first(unknown)}"] * bool(unknown)
+            raise ValueError(f"{path} is of other classes: {'; '.join(told) or 'it names one twice'}")
+        place = {name: row for row, name in enumerate(names)}
+        features = features[[place[name] for name in class_names]] if len(features) == len(names) else features
+    if features.shape != (len(class_names), width) or not bool(features.isfinite().all()):
+        raise ValueError(
+            f"{path} holds class features of {tuple(features.shape)}, and ({len(class_names)}, {width}) finite ones "
+            "are needed: classes, and features of the backbone"
+        )
+    return features.float()
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @torch.no_grad()

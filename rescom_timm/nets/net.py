@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.nets.classifiers import ClassifierConfig, classifier
+from rescom_timm.nets.classifiers import ClassifierConfig, Cosine, classifier
 from rescom_timm.nets.trainable import freeze_statistics
 from rescom_timm.nets.tuning import TuningConfig, tune, untuned
 
@@ -141,7 +141,8 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def to_timm(self) -> Any:
-        """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits.
+        """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits: of a cosine
+        classifier, which timm does not have, but for one factor an image, near 1, that changes no ranking.
 
         Raises ValueError for a backbone of which timm has no classifier that takes these weights.
         """
@@ -151,8 +152,13 @@ class Net(nn.Module):
         untuned(net.encoder)  # before the work of making a model
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
         name = self.recreate["model_name"]
+        channels, *default = model.pretrained_cfg["input_size"]
+        size = self.recreate.get("img_size") or default
+        images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
         head: Any = net.classifier
         classifier = head.as_linear() if hasattr(head, "as_linear") else head
+        if isinstance(head, Cosine):
+            classifier = head.ranking_alike(float(net.encoder(images).norm(dim=1).mean()))
         if type(classifier) is not nn.Linear:
             raise ValueError(
                 f"the classifier ({type(classifier).__name__}) is not linear: {name} in timm has no such head"
@@ -162,15 +168,21 @@ class Net(nn.Module):
                 own.weight.copy_(classifier.weight.view_as(own.weight))
                 own.bias.copy_(classifier.bias)
             model.load_state_dict({**model.state_dict(), **untuned(net.encoder).state_dict()})
-            channels, *default = model.pretrained_cfg["input_size"]
-            size = self.recreate.get("img_size") or default
-            images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
-            agree = torch.allclose(model(images), net.classify(images), rtol=1e-3, atol=1e-4)
+            agree = same_logits(model, net, images)
         except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
             raise ValueError(f"{name} cannot be exported as a plain timm model: {error}") from error
         if not agree:
             raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")
         return model
+
+
+@torch.no_grad()
+def same_logits(model: nn.Module, net: Net, images: Tensor) -> bool:
+    """Whether a plain timm model gives the net's logits; of a cosine classifier, up to one positive factor an image."""
+    found, own = model(images), net.classify(images)
+    if isinstance(net.classifier, Cosine):
+        found, own = F.normalize(found, dim=1), F.normalize(own, dim=1)
+    return torch.allclose(found, own, rtol=1e-3, atol=1e-4)
 
 
 def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:

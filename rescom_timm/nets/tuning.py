@@ -1,4 +1,4 @@
-"""Fine-tuning with few weights: LoRA, AdaptFormer, or all as they are.
+"""Fine-tuning with few weights: LoRA, AdaptFormer, prompts, or all as they are.
 
 The backbone's own weights stay frozen; what is added trains. Shapes: F the width of a block, r the rank, K classes, L
 blocks.
@@ -15,30 +15,44 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 LORA_LAYERS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "kv", "proj", "fc1", "fc2", "fc1_g", "fc1_x")
 """Last names of the linear layers of timm's attention and MLP."""
 MAX_RANK = 4096
+MAX_TOKENS = 1000
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    name: Literal["full", "lora", "adaptformer"] = "full"
+    name: Literal["full", "lora", "adaptformer", "prompt"] = "full"
     """full: the weights that `net.trainable` names. lora: low-rank updates beside linear layers and convolutions (Hu et
     al. 2022, arXiv 2106.09685; by the peft library), merged into a plain timm model at export. adaptformer: a small
-    bottleneck beside each block's MLP (Chen et al. 2022, arXiv 2205.13535), as LIFT has it; it cannot be merged."""
+    bottleneck beside each block's MLP (Chen et al. 2022, arXiv 2205.13535), as LIFT has it. prompt: learnt tokens
+    before the patches (VPT, Jia et al. 2022, arXiv 2203.12119), in ViTs of timm's VisionTransformer. The last two
+    cannot be merged."""
     rank: int | None = None
     """r; null: LIFT's rule 2^floor(log2(K / 2L)), with which all adapters together have about as many weights as the
     classifier, and at least 1."""
     layers: tuple[str, ...] = ()
     """LoRA: patterns of layer names, such as layer4.*.conv2; none: the linear layers of every attention and MLP."""
+    tokens: int = 10
+    """Prompts: how many in a layer."""
+    deep: bool = True
+    """Prompts: new ones in every block (VPT-deep); false: in the first, going on through all (VPT-shallow)."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
             raise ValueError(f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
         if self.layers and self.name != "lora":
             raise ValueError(f"layers are LoRA's, and tuning.name is {self.name}")
+        if self.rank is not None and self.name == "prompt":
+            raise ValueError("rank is of LoRA and AdaptFormer; prompts have tokens")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise ValueError(f"tokens must be from 1 to {MAX_TOKENS:,}, not {self.tokens}")
+        if (self.tokens, self.deep) != (10, True) and self.name != "prompt":
+            raise ValueError(f"tokens and deep are of prompts, and tuning.name is {self.name}")
 
 
 def tune(encoder: nn.Module, config: TuningConfig, num_classes: int) -> TuningConfig:
@@ -51,13 +65,17 @@ def tune(encoder: nn.Module, config: TuningConfig, num_classes: int) -> TuningCo
         return config
     for parameter in encoder.parameters():
         parameter.requires_grad_(False)
+    if config.name == "prompt":
+        _add_prompts(encoder, config)
+        return config
     add = _add_lora if config.name == "lora" else _add_adapters
     return replace(config, rank=add(encoder, config, num_classes))
 
 
 def added(encoder: nn.Module) -> Iterator[nn.Parameter]:
     """The weights that `tune` has added."""
-    return (weight for name, weight in encoder.named_parameters() if "lora_" in name or ".adapter." in name)
+    marks = ("lora_", ".adapter.", ".prompts")
+    return (weight for name, weight in encoder.named_parameters() if any(mark in name for mark in marks))
 
 
 def default_rank(num_classes: int, blocks: int) -> int:
@@ -68,8 +86,10 @@ def default_rank(num_classes: int, blocks: int) -> int:
 @torch.no_grad()
 def untuned(encoder: nn.Module) -> nn.Module:
     """A copy of an encoder with timm's own layers alone: LoRA is merged into them. Raises ValueError for adapters,
-    which are not linear."""
+    which are not linear, and prompts, for which timm has no place."""
     encoder = copy.deepcopy(encoder)
+    if any(isinstance(module, PromptedBlock) for module in encoder.modules()):
+        raise ValueError("timm's models have no place for prompts, so they are no part of a plain timm model")
     if any(isinstance(module, Adapter) for module in encoder.modules()):
         raise ValueError("AdaptFormer's adapters are not linear, so they cannot be merged into a plain timm model")
     for name, module in list(encoder.named_modules()):
@@ -154,6 +174,46 @@ def _probe_images(encoder: Any) -> Tensor:
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or default
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1, channels, *size, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+
+class PromptedBlock(nn.Module):
+    """A block of a ViT that sees prompts (P, F) between the prefix (class token, registers) and the patches.
+
+    They are put in before the block, where it has any, and `drop` are taken out behind it: all P of them in every block
+    of VPT-deep; in VPT-shallow the first block puts in and the last takes out.
+    """
+
+    def __init__(self, block: nn.Module, prompts: Tensor | None, prefix: int, drop: int) -> None:
+        super().__init__()
+        self.block, self.prefix, self.drop = block, prefix, drop
+        self.prompts = None if prompts is None else nn.Parameter(prompts)
+
+    def forward(self, x: Tensor, *arguments: Any, **words: Any) -> Tensor:
+        if self.prompts is not None:
+            prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
+        x = self.block(x, *arguments, **words)
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix + self.drop :]], dim=1) if self.drop else x
+
+
+def _add_prompts(encoder: Any, config: TuningConfig) -> None:
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(
+            f"tuning.name: prompts are for ViTs of timm's VisionTransformer, and this is a {type(encoder).__name__}: "
+            "take lora or adaptformer"
+        )
+    width, patch = encoder.embed_dim, encoder.patch_embed.patch_size
+    bound = math.sqrt(6 / (3 * math.prod(patch) + width))  # VPT's, Xavier's for the patch embedding
+    last = len(encoder.blocks) - 1
+    for i, block in enumerate(encoder.blocks):
+        weight = next(block.parameters())
+        own = torch.empty(config.tokens, width, dtype=weight.dtype, device=weight.device).uniform_(-bound, bound)
+        prompts = own if config.deep or i == 0 else None
+        drop = config.tokens if config.deep or i == last else 0
+        encoder.blocks[i] = PromptedBlock(block, prompts, encoder.num_prefix_tokens, drop)
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRA

@@ -248,6 +248,11 @@ names = model.pretrained_cfg["label_names"]
 ```
 """
     )
+    if facts.details.get("ranks_alike"):
+        plain += (
+            "\nIts classifier compares directions, which timm's does not: the classes are ranked as trained, but these "
+            "probabilities are not the trained ones, which rescom_timm gives.\n"
+        )
     if facts.plain_reason:
         plain = f"## Use\n\nPlain timm cannot read this model ({facts.plain_reason}); rescom_timm can.\n"
     return f"""{plain}

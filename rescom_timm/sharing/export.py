@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig, parse
 from rescom_timm.files import atomic_folder, read_json, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
-from rescom_timm.nets.net import Net
+from rescom_timm.nets.classifiers import Cosine
+from rescom_timm.nets.net import Net, same_logits
 from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
@@ -40,6 +42,7 @@ from rescom_timm.training.build import base_net, build_net, whole_weights
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
 """What an export's folder holds; other files in it are their owner's."""
+RANKS_ALIKE = "which ranks classes as trained, but with other probabilities than the cosine classifier's: those give"
 KEPT = (
     "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
     "num_classes", "pool_size", "first_conv", "classifier",
@@ -83,7 +86,8 @@ def export(
         "version": 1,
         **_recreate(net),
         "tuning": asdict(net.tuning if model is None else TuningConfig()),  # merged into a plain model
-        "classifier": asdict(net.head),
+        "classifier": {"kind": net.head.kind, "scale": net.head.scale},
+        "ranks_alike": model is not None and isinstance(net.classifier, Cosine),
         "head": head,
         "class_names": list(class_names),
         "counts": None if counts is None else [int(count) for count in counts],
@@ -143,7 +147,10 @@ def save_model(run: Path) -> str:
     what export_run does where no model could be written."""
     try:
         folder = export_run(run, run / "model")
-        return f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+        told = f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+        if read_json(folder / DETAILS)["ranks_alike"]:
+            told += f", {RANKS_ALIKE} rescom_timm.from_pretrained"
+        return told
     except ValueError as error:
         export_run(run, run / "model", plain=False)
         return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
@@ -172,10 +179,8 @@ def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
     """net.to_timm(), its logits compared once more on images of the size that is really used."""
     model = net.to_timm()
     own = copy.deepcopy(net).cpu().float().eval()
-    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        if not torch.allclose(model(images), own.classify(images), rtol=1e-3, atol=1e-4):
-            raise ValueError(f"the plain timm model gives other logits on images of {input_size}; not exported")
+    if not same_logits(model, own, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))):
+        raise ValueError(f"the plain timm model gives other logits on images of {input_size}; not exported")
     return model
 
 
@@ -183,9 +188,14 @@ def _head(model: nn.Module, net: Net) -> str:
     """The name of the layer of a plain model that holds the net's classifier."""
     own: Any = net.classifier
     weight = (own.as_linear() if hasattr(own, "as_linear") else own).weight.detach().cpu().float()
+    cosine = isinstance(own, Cosine)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and torch.equal(module.weight.flatten(1), weight):
-            return name
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.flatten(1).shape == weight.shape:
+            found = module.weight.flatten(1)
+            if cosine and torch.allclose(F.normalize(found, dim=1), F.normalize(weight, dim=1), atol=1e-5):
+                return name
+            if torch.equal(found, weight):
+                return name
     raise ValueError("the plain timm model holds the classifier in no single layer; not exported")
 
 

@@ -142,7 +142,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             **details["options"],
         )  # fmt: skip
         if details["head"] is not None:
-            tensors = {**_from_plain(net, folder / PLAIN, details["head"]), **tensors}
+            has_head = any(name.startswith("classifier.") for name in tensors)
+            tensors |= _from_plain(net, folder / PLAIN, None if has_head else details["head"])
         names, counts = details["class_names"], details["counts"] and torch.tensor(details["counts"])
         recipe = _recipe(folder / "recipe.yaml")
         trained = None
@@ -166,11 +167,11 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
     return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained)
 
 
-def _from_plain(net: Net, path: Path, head: str) -> dict[str, Tensor]:
-    """Encoder and classifier of a plain timm file, under the names of a Net."""
+def _from_plain(net: Net, path: Path, head: str | None) -> dict[str, Tensor]:
+    """Encoder and classifier (the layer `head`, if any) of a plain timm file, under the names of a Net."""
     with safe_open(path, framework="pt") as file:
         tensors = {f"encoder.{name}": file.get_tensor(name) for name in net.encoder.state_dict()}
-        for name, own in net.classifier.state_dict().items():
+        for name, own in net.classifier.state_dict().items() if head else ():
             tensors[f"classifier.{name}"] = file.get_tensor(f"{head}.{name}").view_as(own)
     return tensors
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import SECOND_STAGE, Method, create_method
-from rescom_timm.nets.classifiers import ClassifierConfig
+from rescom_timm.nets.classifiers import ClassifierConfig, read_class_features, start_from_means
 from rescom_timm.nets.net import Net, NetConfig, create_model
 from rescom_timm.nets.trainable import digest, set_trainable
 from rescom_timm.nets.tuning import added
@@ -85,6 +85,12 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
         load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
     elif start and recipe.method.name in SECOND_STAGE:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
+    elif start and recipe.net.classifier.file is not None:
+        try:
+            features = read_class_features(recipe.net.classifier.file, data.class_names, net.classifier.in_features)
+        except (ValueError, OSError) as error:
+            raise RecipeError(f"net.classifier.file: {error}") from error
+        start_from_means(net.classifier, features)
     head = net.classifier
     try:
         method = create_method(net, torch.as_tensor(data.counts), recipe.method)

@@ -109,9 +109,57 @@ def test_adapters_are_refused_as_plain_timm() -> None:
         untuned(net.encoder)
 
 
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("options", [{}, {"global_pool": "avg", "class_token": False}], ids=str)
+def test_prompts_are_vpts(options: dict, deep: bool) -> None:
+    """Block by block: prompts behind the prefix, thrown away and replaced in each block (deep) or kept (shallow)."""
+    net = encoder("test_vit", img_size=64, **options).eval()
+    plain = copy.deepcopy(net)
+    tune(net, TuningConfig("prompt", tokens=3, deep=deep), 10)
+    given = list(added(net))
+    assert len(given) == (len(net.blocks) if deep else 1) and all(one.shape == (3, 64) for one in given)
+    assert max(float(one.detach().abs().max()) for one in given) <= (6 / (3 * 16 * 16 + 64)) ** 0.5
+    moved(net)
+    prefix = plain.num_prefix_tokens
+    assert prefix == (0 if options else 1)
+    x = plain.norm_pre(plain._pos_embed(plain.patch_embed(IMAGES)))
+    p = None
+    for i, block in enumerate(plain.blocks):
+        p = given[i].expand(2, -1, -1) if deep or i == 0 else p
+        y = block(torch.cat([x[:, :prefix], p, x[:, prefix:]], dim=1))
+        x, p = torch.cat([y[:, :prefix], y[:, prefix + 3 :]], dim=1), y[:, prefix : prefix + 3]
+    expected = plain.forward_head(plain.norm(x), pre_logits=True)
+    assert torch.allclose(net(IMAGES), expected, atol=1e-5)
+    net(IMAGES).square().sum().backward()
+    assert all((one.grad is not None) == one.requires_grad for one in net.parameters())
+    assert {id(one) for one in net.parameters() if one.requires_grad} == {id(one) for one in given}
+    with pytest.raises(ValueError, match="no place for prompts"):
+        untuned(net)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_cosine_classifier_in_plain_timm_ranks_the_same(kind: str) -> None:
+    tuning = TuningConfig(kind, **({"rank": 2} if kind == "lora" else {}))
+    net = create_model(
+        "test_vit", 7, projector=SMALL, tuning=tuning, head=ClassifierConfig("cosine"), img_size=64
+    ).eval()
+    moved(net.encoder)
+    images = torch.rand(30, 3, 64, 64)
+    with torch.no_grad():
+        own, features = net.classify(images), net(images).features
+        plain = net.to_timm()(images)
+    assert torch.equal(plain.argsort(dim=1), own.argsort(dim=1))
+    factor = plain / own
+    assert torch.allclose(factor, factor[:, :1].expand_as(factor), rtol=1e-3)
+    ratio = features.norm(dim=1) / features.norm(dim=1).mean()
+    assert torch.allclose(factor[:, 0] / factor[:, 0].mean(), ratio, rtol=1e-3)
+    assert factor.min() > 0.8 and factor.max() < 1.25, "the norms of a ViT's features are nearly equal"
+
+
 @pytest.mark.parametrize(
     ("backbone", "config", "expected"),
     [
+        ("resnet18", TuningConfig("prompt"), "prompts are for ViTs of timm's VisionTransformer, and this is a ResNet"),
         ("resnet18", TuningConfig("adaptformer"), "has no blocks with a norm2 and an MLP"),
         ("resnet18", TuningConfig("lora"), "has no attention or MLP that timm names so: say the layers"),
         ("resnet18", TuningConfig("lora", layers=("layr4.*",)), "no linear layer or convolution is named 'layr4.*'"),
@@ -125,9 +173,17 @@ def test_what_cannot_be_tuned_so_is_refused(backbone: str, config: TuningConfig,
         tune(encoder(backbone), config, 10)
 
 
-@pytest.mark.parametrize("words", [{"rank": 0}, {"rank": 5000}, {"name": "adaptformer", "layers": ("a",)}])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"rank": 0}, {"rank": 5000}, {"name": "adaptformer", "layers": ("a",)}, {"name": "prompt", "rank": 2},
+        {"name": "prompt", "tokens": 0}, {"name": "lora", "tokens": 5}, {"deep": False},
+    ],
+)  # fmt: skip
 def test_impossible_configs_are_refused(words: dict) -> None:
-    with pytest.raises(ValueError, match="rank must be from 1|layers are LoRA's"):
+    with pytest.raises(
+        ValueError, match="rank must be from 1|layers are LoRA's|tokens (must|and deep)|rank is of LoRA"
+    ):
         TuningConfig(**words)
 
 

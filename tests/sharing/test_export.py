@@ -13,11 +13,15 @@ from torch.testing import assert_close
 
 import rescom_timm
 from rescom_timm.data.views import parse
+from rescom_timm.nets.classifiers import Cosine
 from rescom_timm.nets.net import ProjectorConfig
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import export, export_run, save_model
 from rescom_timm.sharing.hub import sha256
 from rescom_timm.sharing.onnx import export_onnx
 from rescom_timm.sharing.pretrained import from_pretrained
+from tests.training.child import recipe
 from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
 
 SOURCE = ("tag", "license", "paper_ids", "paper_name", "origin_url", "notes", "description", "url", "hf_hub_id", "file")
@@ -154,8 +158,21 @@ def test_classifiers_of_other_methods(tmp_path, method):
     assert_close(plain(model.net.normalize(x)), model.net.classify(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [{"name": "experts", "experts": 2}, {"name": "ldam"}], ids=str)
-def test_a_net_that_timm_has_no_place_for(tmp_path, method):
+def test_the_cosines_of_ldam_are_ranked_alike_in_plain_timm(tmp_path, capsys):
+    changes = {"method": {"name": "ldam"}, "net": {"backbone": "resnet20_cifar"}, "schedule__warmup_epochs": 0}
+    tree = recipe(tmp_path, train__epochs=1, **changes)
+    run = train_recipe(load_dict(tree))
+    assert "other probabilities than the cosine classifier's" in capsys.readouterr().out
+    own = from_pretrained(run / "model")
+    assert type(own.net.classifier) is Cosine and own.method().net is own.net
+    whole = from_pretrained(export_run(run, tmp_path / "whole", plain=False)).net
+    plain, x = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval(), images(8)
+    assert torch.equal(own.net.classify(x), whole.classify(x))
+    assert torch.equal(plain(own.net.normalize(x)).argsort(dim=1), own.net.classify(x).argsort(dim=1))
+
+
+def test_a_net_that_timm_has_no_place_for(tmp_path):
+    method = {"name": "experts", "experts": 2}
     run = make_run(tmp_path / "run", steps=(3,), best=None, method=method)
     with pytest.raises(ValueError, match="no plain timm model|is not linear"):
         export_run(run, tmp_path / "out")
@@ -164,9 +181,8 @@ def test_a_net_that_timm_has_no_place_for(tmp_path, method):
     assert not (run / "model" / "config.json").exists()
     model = from_pretrained(run)
     assert model.net.classify(images(8)).shape == (3, 4) and model.method().net is model.net
-    if method["name"] == "experts":
-        with pytest.raises(ValueError, match="with a fresh classifier"):
-            from_pretrained(run, num_classes=5)
+    with pytest.raises(ValueError, match="with a fresh classifier"):
+        from_pretrained(run, num_classes=5)
 
 
 @pytest.mark.parametrize(
