@@ -104,7 +104,7 @@ def test_every_recipe_that_a_page_names_exists(page):
 
 
 def test_the_table_of_verbs_is_that_of_the_command():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXTS["tools/README.md"], re.M)
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \|", TEXTS["tools/README.md"], re.M)
     assert dict(rows) == {verb: about for verb, (_, about) in VERBS.items()}
 
 

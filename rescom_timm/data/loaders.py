@@ -59,7 +59,9 @@ def train_loader(
     dataset = ViewsDataset(
         split, policy, num_views, config.broken, config.exif, speed, config.device_views, config.max_pixels
     )
-    order = Order(split.labels, config.sampler, seed, epochs)
+    if policy.moves and epochs is None:
+        raise ValueError(f"{policy.text!r} moves over the whole run: give the number of epochs")
+    order = Order(split.labels, config.sampler, seed, epochs, policy.set_progress if policy.moves else None)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
 
 

@@ -1,14 +1,10 @@
 """Which images an epoch draws, and in which order."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
-
-if TYPE_CHECKING:
-    pass
-
 
 Item = tuple[int, int]
 SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive"]
@@ -20,7 +16,15 @@ SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive"]
 class Order(Sampler[Item]):
     """The items (position, seed) of an epoch, a pure function of (seed, epoch)."""
 
-    def __init__(self, labels: np.ndarray, sampler: SamplerName, seed: int = 0, epochs: int | None = None) -> None:
+    def __init__(
+        self,
+        labels: np.ndarray,
+        sampler: SamplerName,
+        seed: int = 0,
+        epochs: int | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """progress: is told at the start of each epoch how far the run is, from 0 in the first to 1 in the last."""
         if sampler == "progressive" and epochs is None:
             raise ValueError("the progressive sampler moves over the whole run: give the number of epochs")
         if not 0 <= seed < 2**63:
@@ -29,6 +33,7 @@ class Order(Sampler[Item]):
         self.sampler: SamplerName = sampler
         self.seed = seed
         self.epochs = epochs
+        self.progress = progress
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,6 +43,8 @@ class Order(Sampler[Item]):
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Item]:
+        if self.progress is not None:
+            self.progress(run_progress(self.epoch, self.epochs))
         seeds = _random_bits(len(self), self.seed, self.epoch, stream=1) >> np.uint64(1)  # torch takes 63 bits
         yield from zip(self.positions().tolist(), seeds.tolist(), strict=True)
 
@@ -53,6 +60,11 @@ class Order(Sampler[Item]):
         return np.searchsorted(ends, uniform * ends[-1], side="right")
 
 
+def run_progress(epoch: int, epochs: int | None) -> float:
+    """t / T of an epoch, from 0 in the first to 1 in the last."""
+    return min(epoch / max((epochs or 1) - 1, 1), 1.0)
+
+
 def class_probabilities(
     counts: np.ndarray, sampler: SamplerName, epoch: int = 0, epochs: int | None = None
 ) -> np.ndarray:
@@ -60,7 +72,7 @@ def class_probabilities(
     q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
     t/T from 0 in the first epoch to 1 in the last. Classes without images get 0."""
     if sampler == "progressive":
-        t = min(epoch / max((epochs or 1) - 1, 1), 1.0)
+        t = run_progress(epoch, epochs)
         return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")
     power = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}[sampler]
     weights = np.where(counts > 0, np.asarray(counts, dtype=np.float64) ** power, 0.0)

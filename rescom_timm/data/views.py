@@ -13,6 +13,7 @@ Colours stay 8-bit: the mean and the standard deviation of `ViewsConfig` are app
 import difflib
 import functools
 import inspect
+import math
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -26,6 +27,7 @@ from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
 
 Step = Callable[[Image.Image], Image.Image]
 Colour = tuple[int, int, int]
@@ -85,6 +87,17 @@ class Policy:
     def __init__(self, steps: list[Step], text: str) -> None:
         self.steps = steps
         self.text = text
+
+    @property
+    def moves(self) -> bool:
+        """Whether a step changes over a run, and so needs `set_progress`."""
+        return any(isinstance(step, RisingCrop) for step in self.steps)
+
+    def set_progress(self, t: float) -> None:
+        """How far the run is, from 0 in its first epoch to 1 in its last. Workers that have the policy see it too."""
+        for step in self.steps:
+            if isinstance(step, RisingCrop):
+                step.progress.fill_(t)
 
     def augment(self, image: Image.Image) -> Image.Image:
         for step in self.steps:
@@ -240,6 +253,37 @@ def random_resized_crop(
     if not 0 < lo <= hi <= 1:
         raise ValueError(f"the fractions of the area must satisfy 0 < lo <= hi <= 1, not {lo} and {hi}")
     return transforms.RandomResizedCrop(size, scale=(lo, hi), interpolation=InterpolationMode(interpolation))
+
+
+class RisingCrop(torch.nn.Module):
+    """A square crop of a part of the area that is uniform from `least` to 1, as far as the image has so large a square;
+    `least` rises over the run."""
+
+    def __init__(self, size: int, lo: float, interpolation: InterpolationMode) -> None:
+        super().__init__()
+        self.size, self.lo, self.interpolation = size, lo, interpolation
+        self.progress = torch.zeros((), dtype=torch.float64).share_memory_()
+
+    @property
+    def least(self) -> float:
+        return self.lo + (1 - self.lo) * (1 - math.sqrt(1 - float(self.progress) ** 2))
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        area, most = image.width * image.height, min(image.size) ** 2
+        lowest = min(self.least * area, most)
+        side = round(math.sqrt(lowest + (most - lowest) * float(torch.rand(()))))
+        y, x = (int(torch.randint(length - side + 1, ())) for length in (image.height, image.width))
+        size = [self.size, self.size]
+        return cast(Image.Image, resized_crop(cast(Any, image), y, x, side, side, size, self.interpolation))
+
+
+def rising_crop(size: int, lo: float = 0.08, interpolation: Interpolation = "bicubic") -> Step:
+    """LIFT+'s crop (arXiv 2504.13282): a square of `least` to all of the area, resized to `size` pixels, where `least`
+    rises over the epochs t = 0 .. 1 from `lo` to 1 as lo + (1 - lo)(1 - sqrt(1 - t^2))."""
+    _positive(size=size)
+    if not 0 < lo <= 1:
+        raise ValueError(f"the least fraction of the area must satisfy 0 < lo <= 1, not {lo}")
+    return RisingCrop(size, lo, InterpolationMode(interpolation))
 
 
 def flip(p: float = 0.5) -> Step:
@@ -415,6 +459,7 @@ STEPS: dict[str, Callable[..., Step]] = {
     for step in (
         crop,
         random_resized_crop,
+        rising_crop,
         flip,
         rotate,
         autoaugment,

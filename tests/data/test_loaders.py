@@ -190,6 +190,24 @@ def test_the_global_random_states_stay_untouched(split: Any, workers: int) -> No
     assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
 
 
+def test_workers_see_how_far_the_run_is(split: Any) -> None:
+    """The crop that rises with the epochs: as without workers, in each epoch anew, and all of the image in the last."""
+    views = ViewsConfig(train="rising_crop(10,0.08,nearest)")
+    with pytest.raises(ValueError, match="moves over the whole run: give the number of epochs"):
+        train_loader(split, views, 1, 8)
+    loaders = [train_loader(split, views, 1, 8, epochs=3, speed=SpeedConfig(workers=n, cache=0)) for n in (0, 2)]
+    changed = []
+    for epoch in (0, 1, 2, 1):
+        ours, theirs = (epoch_of(loader, epoch) for loader in loaders)
+        assert_equal(ours, theirs)
+        changed.append(torch.cat([batch["image"].flatten() for batch in ours]))
+    assert torch.equal(changed[1], changed[3]) and not torch.equal(changed[0], changed[1])
+    whole = torch.cat([batch["image"] for batch in eval_loader(split, ViewsConfig(), 8)])  # in the order of the rows
+    place = {int(row): i for i, row in enumerate(split.rows)}
+    for batch in epoch_of(loaders[1], 2):
+        assert torch.equal(batch["image"][:, 0], whole[[place[int(row)] for row in batch["row"]]])
+
+
 def test_evaluation_gives_every_image_once_in_order(split: Any) -> None:
     for workers in (0, 2):
         batches = list(eval_loader(split, VIEWS, 16, speed=SpeedConfig(workers=workers)))

@@ -133,6 +133,7 @@ def test_every_step_runs_and_leaves_the_shared_image_alone(step: str) -> None:
     required = {
         "crop": "20",
         "random_resized_crop": "20",
+        "rising_crop": "20",
         "rotate": "15",
         "autoaugment": "svhn",
         "grayscale": "1",
@@ -154,6 +155,31 @@ def test_every_step_runs_and_leaves_the_shared_image_alone(step: str) -> None:
     fixed = step in ("resize", "upscale", "center_crop", "corner_crop", "flip", "grayscale")
     assert (len(views) == 1) == fixed
     assert usage(step).startswith(step + "(") and "colour" not in usage(step)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (60, 30)], ids=str)
+def test_the_least_area_of_the_rising_crop_rises_over_the_run(size: tuple[int, int]) -> None:
+    """Areas, read off a ramp of one level a column and one a row; a square larger than the image is its largest."""
+    width, height = size
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
+    policy = parse("rising_crop(64,0.1,nearest)")
+    for t, least in ((0.0, 0.1), (0.6, 0.1 + 0.9 * (1 - 0.8)), (1.0, 1.0)):
+        policy.set_progress(t)
+        sides = []
+        for seed in range(300):
+            seeded(seed)
+            view = policy(Image.fromarray(ramp)).numpy()
+            columns, rows = (int(view[c].max()) - int(view[c].min()) + 1 for c in (0, 1))
+            assert columns == rows
+            sides.append(columns)
+        whole = width * height
+        assert min(sides) >= round(min(least * whole, height**2) ** 0.5) and max(sides) <= height
+        if t == 1:
+            assert set(sides) == {height}
+        else:
+            assert min(sides) <= 1 + round((least * whole) ** 0.5) and max(sides) >= height - 1
+    assert parse("rising_crop(8)").moves and not parse("random_resized_crop(8)").moves
 
 
 def test_crop_pads_with_black_and_keeps_pixels() -> None:
