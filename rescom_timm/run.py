@@ -29,8 +29,7 @@ from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
 from rescom_timm.training.evaluate import evaluate_run
-from rescom_timm.training.run_folder import lines, run_recipe
-from rescom_timm.training.trainer import Resume
+from rescom_timm.training.run_folder import Resume, lines, run_recipe
 from rescom_timm.training.trainer import train as train_only
 
 

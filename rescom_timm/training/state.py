@@ -52,6 +52,20 @@ class Progress:
     skipped: int = 0
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
+    def count(self, figures: dict[str, float]) -> None:
+        """Add the figures of a forward pass to those of the epoch."""
+        self.passes += 1
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def close_epoch(self, seconds: float) -> dict[str, float]:
+        """Go to the start of the next epoch, after so many seconds more; returns the means of the figures."""
+        means = {name: total / self.passes for name, total in self.sums.items()}
+        self.seconds += seconds
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.sums, self.passes, self.skipped = {}, 0, 0
+        return means
+
     def ended(self, recipe: Recipe) -> bool:
         """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end;
         asked between epochs."""

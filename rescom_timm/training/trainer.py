@@ -8,7 +8,6 @@ loss that is NaN), step_metrics.py (reading a loss late), errors.py.
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 
 from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import set_epoch
@@ -34,11 +32,11 @@ from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
-from rescom_timm.training.errors import FAILURES, CheckpointError, NonFiniteLoss, Stopped, one_line, with_advice
+from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.training.evaluate import about, evaluate, table, title, write
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line
+from rescom_timm.training.log import Log, epoch_line, progress_bar
 from rescom_timm.training.prepare import (
     check_image_size,
     check_images,
@@ -48,13 +46,10 @@ from rescom_timm.training.prepare import (
     to_device,
     training_loader,
 )
-from rescom_timm.training.run_folder import RunElsewhere, check_place, choose_folder, locked
+from rescom_timm.training.run_folder import Resume, check_place, newest_of_all, open_folder
 from rescom_timm.training.state import Progress, State, check_resumable
 from rescom_timm.training.step_metrics import LAG, MetricsQueue, StepMetrics
 from rescom_timm.training.stop_signals import StopSignals
-
-Resume = bool | Path | RunElsewhere
-"""Whether to resume a run: with the last of the recipe's name (True), or the one in a folder or elsewhere."""
 
 
 def train(
@@ -139,13 +134,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch. Raises Stopped, after saving, where a signal asked for it."""
-        recipe, images = self.recipe, self.recipe.train.batch_size
-        bar = tqdm(
-            total=recipe.train.epochs * self.steps_per_epoch * images, initial=self.progress.step * images, unit="img",
-            unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
-        )  # fmt: skip
-        with bar:
-            progress = self.progress
+        recipe, progress, images = self.recipe, self.progress, self.recipe.train.batch_size
+        total = recipe.train.epochs * self.steps_per_epoch * images
+        with progress_bar(total, progress.step * images, self.main) as bar:
             while not progress.ended(recipe):
                 stop = self._epoch(bar)
                 if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
@@ -251,21 +242,15 @@ class Trainer:
             lr, skip = self.optimizer.param_groups[0]["lr"], self.recipe.train.nonfinite == "skip"
             nonfinite.report(metrics, lr, self.folder, self.accelerator.process_index, skip)
             return False
-        progress = self.progress
-        progress.passes += 1
-        for name, value in metrics.figures.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        self.progress.count(metrics.figures)
         return True
 
     def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
         progress = self.progress
         if not progress.passes:
             raise NonFiniteLoss(f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it")
-        means = {name: total / progress.passes for name, total in progress.sums.items()}
         skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
-        progress.seconds += seconds
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        progress.sums, progress.passes, progress.skipped = {}, 0, 0
+        means = progress.close_epoch(seconds)
         lr = self.optimizer.param_groups[0]["lr"]
         told = {f"train/{name}": value for name, value in means.items()}
         pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
@@ -354,24 +339,8 @@ class Trainer:
     def open(self, resume: Resume) -> None:
         """Choose the run's folder, go on from its newest checkpoint if asked to, and start the log and the signals."""
         self.signals.listen()
-        trouble: Exception | None = None
-        if self.main:
-            try:
-                self.folder = choose_folder(self.recipe, resume)
-                self.lock.enter_context(locked(self.folder))
-                if isinstance(resume, RunElsewhere):
-                    resume.fetch(self.folder)
-            except FAILURES as error:
-                trouble = error
-        raise_everywhere(trouble)
-        self.folder = broadcast_object_list([self.folder])[0]
-        before = checkpoint.newest(self.folder / "checkpoints") if resume else None
-        seen = gather_object([before[0].name if before else "none"])
-        if len(set(seen)) > 1:
-            raise CheckpointError(
-                f"the processes see different checkpoints in {self.folder} ({', '.join(seen)}): "
-                "put the run's folder on a disk that all machines share (output=...)"
-            )
+        self.folder = open_folder(self.recipe, resume, self.lock)
+        before = newest_of_all(self.folder) if resume else None
         if before is not None:
             self._restore(*before)
         elif self.recipe.net.classifier.init == "class_means" and self.recipe.init_from is None:
@@ -441,10 +410,3 @@ class Trainer:
             pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
             on = ", ".join(split.name for split in self.splits.values())
             print(f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on}. Nothing was written.")
-
-
-def raise_everywhere(trouble: Exception | None) -> None:
-    """Raises the main process's trouble in every process, so that none waits for one that has left."""
-    trouble = broadcast_object_list([trouble])[0]
-    if trouble is not None:
-        raise trouble
