@@ -17,11 +17,12 @@ import pydantic
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
+from rescom_timm.data.mixing import MixConfig
 from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.samples import SpeedConfig as LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.views import ViewsConfig
-from rescom_timm.methods import MethodConfig, RescomConfig
+from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
 from rescom_timm.nets.net import NetConfig
 
 MAX_NAME = 200
@@ -236,6 +237,7 @@ class Recipe:
     optimizer, the epochs and the queue start anew."""
     views: ViewsConfig = ViewsConfig()
     loader: LoaderConfig = LoaderConfig()
+    mix: MixConfig = MixConfig()
     net: NetConfig = NetConfig()
     method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = RescomConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -264,6 +266,12 @@ class Recipe:
                 raise ValueError(
                     f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
                 )
+        if self.mix.on and not per_image(self.method.name):
+            able = ", ".join(name for name in METHODS if per_image(name))
+            raise ValueError(
+                f"mix: the loss of method {self.method.name} is not one of single images, so mixed images have no "
+                f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
+            )
         if self.train.accumulate > 1 and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
@@ -273,6 +281,7 @@ class Recipe:
             for key, odd in (
                 ("train.accumulate", self.train.accumulate > 1),
                 ("train.nonfinite: skip", self.train.nonfinite == "skip"),
+                ("mix", self.mix.on),
                 ("train.precision: fp16", self.train.precision == "fp16"),
                 (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
             ):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import set_epoch
+from rescom_timm.data.mixing import mix
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
 from rescom_timm.nets.classifiers import start_from_means
@@ -167,6 +169,7 @@ class Trainer:
             if skips and index % accumulate == 0:
                 before = nonfinite.copy_buffers(self.method)
             last = (index + 1) % accumulate == 0
+            batch = self._mixed(batch, index)
             outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
@@ -202,6 +205,13 @@ class Trainer:
         if self.captured is not None and hasattr(self.method, "set_epoch"):
             self.captured.forget()
         set_epoch(self.loader, epoch)
+
+    def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """The batch of pass `index` of the epoch, mixed where the recipe says so."""
+        if not self.recipe.mix.on:
+            return batch
+        where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
+        return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
 
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         """Scalars of a forward pass, its gradients added to the others of the step, of which it may be the last."""
@@ -396,7 +406,7 @@ class Trainer:
         """One step and one evaluation batch of each split; writes nothing."""
         check_place(self.recipe)
         self.method.train()
-        batch = next(iter(self.completed(self.loader)))
+        batch = self._mixed(next(iter(self.completed(self.loader))), 0)
         loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")

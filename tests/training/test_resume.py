@@ -84,6 +84,17 @@ def test_two_processes(tmp_path, whole):
     assert_same(tree, whole(2, **TWO))
 
 
+def test_mixed_batches(tmp_path, whole):
+    """The mixing draws from the epoch, the pass and the process alone: a part of an epoch is that part of the whole."""
+    changes = {
+        "method": {"name": "balanced_softmax", "views": 2}, "mix": {"mixup": 0.4, "cutmix": 1.0}, "train__epochs": 2,
+        "train__accumulate": 2,
+    }  # fmt: skip
+    tree = recipe(tmp_path, **changes)
+    assert survive(tree, [("signal_at_pass", TERM, 9)], ranks=2) == [[143, 143]]
+    assert_same(tree, whole(2, **changes))
+
+
 def test_stopped_at_the_last_step_of_an_epoch(tmp_path, whole):
     """The epoch is closed and evaluated before it is saved, so that its lines and the best score are not lost."""
     tree = recipe(tmp_path, train__epochs=2)
