@@ -100,6 +100,23 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights and of BatchNorm's statistics (timm's ModelEmaV3), evaluated and saved beside
+    them."""
+
+    decay: float = 0.9999
+    """Of the average, once an optimizer step."""
+    warmup: bool = True
+    """The decay of step t is at most 1 - t^(-2/3), so that a short training has a short average."""
+    export: bool = False
+    """The exported model has the average in the place of the weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay:g}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     epochs: int = 400
     """0 evaluates and saves the net as it is, for stages that train nothing (tau_norm)."""
@@ -113,6 +130,8 @@ class TrainConfig:
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss that is NaN or infinite stops the run, or its batch is left out: weights, BatchNorm statistics and queue
     stay as they were (the host then waits for each step)."""
+    ema: EmaConfig | None = None
+    """Average of the weights, such as {decay: 0.9999}; null: none."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -282,6 +301,7 @@ class Recipe:
                 ("train.accumulate", self.train.accumulate > 1),
                 ("train.nonfinite: skip", self.train.nonfinite == "skip"),
                 ("mix", self.mix.on),
+                ("train.ema", self.train.ema is not None),
                 ("train.precision: fp16", self.train.precision == "fp16"),
                 (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
             ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import timm.optim
@@ -166,6 +166,21 @@ def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, A
             "here: put them back (net.weights_file, or timm's cache)"
         )
     return {**{name: value.detach() for name, value in frozen.items()}, **weights}
+
+
+Weights = Literal["raw", "ema"]
+"""Those of a net as it was trained, or their moving average (train.ema)."""
+
+
+def chosen_weights(
+    which: Weights, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path
+) -> Mapping[str, Tensor]:
+    """A checkpoint's weights, or their average in it. Raises CheckpointError where it has none."""
+    if which == "raw":
+        return weights
+    if not state.get("average"):
+        raise CheckpointError(f"{path} holds no average of the weights: it was trained without train.ema")
+    return state["average"]
 
 
 def speed_up(net: Net, config: SpeedConfig) -> None:

@@ -35,11 +35,12 @@ from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
 from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
-from rescom_timm.training.evaluate import about, evaluate, table, title, write
+from rescom_timm.training.evaluate import about, evaluate, file_name, table, title, write
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
 from rescom_timm.training.log import Log, epoch_line, progress_bar
 from rescom_timm.training.prepare import (
+    average_of,
     check_image_size,
     check_images,
     check_selection,
@@ -108,11 +109,15 @@ class Trainer:
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
         check_image_size(self.net, recipe, data.train, accelerator.device)
+        self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
+        self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
-        self.state = State(accelerator, method, self.net, self.optimizer, recipe)
+        self.state = State(
+            accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema", torch.nn.Module())
+        )
         self.captured: CapturedStep | None = None
         if recipe.speed.capture:
             if accelerator.num_processes > 1 or self.state.sharded:
@@ -242,6 +247,8 @@ class Trainer:
         if finite:
             self.optimizer.step()
             call_if_defined(self.method, "after_step")
+            if self.average is not None:
+                self.average.update(self.net, self.progress.step + 1)
         self.optimizer.zero_grad()
         return finite
 
@@ -296,8 +303,10 @@ class Trainer:
 
     def _evaluate(self, bar: Any) -> None:
         figures: dict[str, dict[str, float]] = {}
-        for name, loader in self.eval_loaders.items():
-            figures[name] = evaluate(self.accelerator, self.net, loader, self.data.counts).compute()
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                name = split if weights == "raw" else f"{split}_{weights}"
+                figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
         self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
         progress = self.progress
         if "validation" in figures:
@@ -315,8 +324,8 @@ class Trainer:
         best = progress.best_checkpoint
         if best is not None and best != f"step-{progress.step:08d}":
             try:
-                net, _ = checkpoint.load(self.folder / "checkpoints" / best)
-                self.state.load_weights(net)
+                net, state = checkpoint.load(self.folder / "checkpoints" / best)
+                self.state.load_weights(net, state.get("average"))
                 chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
                 results |= self._final("best", chosen)
             except CheckpointError as error:
@@ -336,12 +345,13 @@ class Trainer:
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
         rows = {}
-        for split, loader in self.eval_loaders.items():
-            meter = evaluate(self.accelerator, self.net, loader, self.data.counts)
-            record = about(self.splits[split], name, chosen, self.data.class_names)
-            if self.main:
-                write(self.folder, f"{split}-{name}", meter, record)
-            rows[title(record)] = meter.compute()
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                meter = evaluate(self.accelerator, net, loader, self.data.counts)
+                record = about(self.splits[split], name, chosen, self.data.class_names, weights)
+                if self.main:
+                    write(self.folder, file_name(split, name, weights), meter, record)
+                rows[title(record)] = meter.compute()
         return rows
 
     # ---------------------------------------------------------------- the run's folder
@@ -356,6 +366,8 @@ class Trainer:
         elif self.recipe.net.classifier.init == "class_means" and self.recipe.init_from is None:
             sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
             start_from_means(self.net.classifier, sums.to(self.accelerator.device))
+            if self.average is not None:
+                self.average.set(self.net)
         if self.main:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)

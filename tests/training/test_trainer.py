@@ -538,6 +538,9 @@ def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
     skipping = load_dict(recipe(tmp_path, train__nonfinite="skip"))
     with pytest.raises(RecipeError, match="does not work with train.nonfinite: skip"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
+    averaging = load_dict(recipe(tmp_path, train__ema={}))
+    with pytest.raises(RecipeError, match="does not work with train.ema"):
+        refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), averaging, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
 
