@@ -72,7 +72,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate by epoch: linear warm-up, then steps or a cosine."""
+    """Learning rate: linear warm-up, then steps or a cosine."""
 
     name: Literal["cosine", "steps", "constant"] = "cosine"
     warmup_epochs: int = 0
@@ -82,6 +82,9 @@ class ScheduleConfig:
     gamma: float = 0.1
     final: float = 1e-5
     """Where the cosine ends, as a fraction of lr."""
+    by: Literal["epoch", "update"] = "epoch"
+    """When it moves: at each epoch, as the papers train, or at each optimizer step (timm's --sched-on-updates), along
+    the same curve."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs < 0:

@@ -103,7 +103,9 @@ class Trainer:
         self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
         self.steps_per_epoch = len(loader) // recipe.train.accumulate
         optimizer = build_optimizer(recipe.optimizer, method.net)
-        self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
+        self.schedule = build_schedule(
+            recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs, self.steps_per_epoch
+        )
         size = sum(parameter.numel() for parameter in method.net.parameters())
         self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
         self.net = method.net  # as it is under what prepare wraps around it
@@ -174,6 +176,7 @@ class Trainer:
             if skips and index % accumulate == 0:
                 before = nonfinite.copy_buffers(self.method)
             last = (index + 1) % accumulate == 0
+            self.schedule.step_update(progress.step)
             batch = self._mixed(batch, index)
             outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)

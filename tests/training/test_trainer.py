@@ -451,6 +451,17 @@ def test_the_schedule_is_applied(tmp_path):
     assert rates == pytest.approx([0.05, 0.1, 0.01, 0.001])
 
 
+def test_the_schedule_by_updates_is_applied_before_each_step(alone, tmp_path):
+    trainer = trainer_of(recipe(tmp_path, train__epochs=2, schedule__by="update", train__accumulate=2))
+    update, rates = trainer._update, []
+    trainer._update = lambda finite: rates.append(trainer.optimizer.param_groups[0]["lr"]) or update(finite)
+    trainer.open(resume=False)
+    trainer.fit()
+    trainer.close()
+    cosine = [0.1 * (1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * k / 12)) / 2) for k in range(1, 12)]
+    assert rates == pytest.approx([0.1 * (k + 1) / 11 for k in range(11)] + cosine)
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
