@@ -127,6 +127,10 @@ class TrainConfig:
     """Images of one optimizer step, over all processes and accumulated gradients; each image is seen in its views."""
     accumulate: int = 1
     """Forward and backward passes that share one optimizer step."""
+    fit_batch: bool = False
+    """Raise accumulate until a pass fits the memory of the devices, which is tried before training; batch and learning
+    rate stay. Only for methods whose loss is one of single images. BatchNorm then sees the images of a pass, as do the
+    weighted means of ldam and disalign. The run's own recipe holds the number that was found."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the net; the loss is always in float32. With fp16 the host waits for each step, whose scale
     it must know; bf16 has none."""
@@ -294,7 +298,13 @@ class Recipe:
                 f"mix: the loss of method {self.method.name} is not one of single images, so mixed images have no "
                 f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
             )
-        if self.train.accumulate > 1 and self.speed.compile in ("reduce-overhead", "max-autotune"):
+        if self.train.fit_batch and not per_image(self.method.name):
+            raise ValueError(
+                f"train.fit_batch: the loss of method {self.method.name} compares the images of a pass with each "
+                "other, so fewer of them make another loss: set train.accumulate to choose that"
+            )
+        parts = self.train.accumulate > 1 or self.train.fit_batch
+        if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
                 "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
@@ -302,6 +312,7 @@ class Recipe:
         if self.speed.capture:
             for key, odd in (
                 ("train.accumulate", self.train.accumulate > 1),
+                ("train.fit_batch", self.train.fit_batch),
                 ("train.nonfinite: skip", self.train.nonfinite == "skip"),
                 ("mix", self.mix.on),
                 ("train.ema", self.train.ema is not None),

@@ -46,7 +46,7 @@ def with_advice() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
-            f"batch into parts, or lower evaluation.batch_size; {AGAIN}"
+            f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size; {AGAIN}"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -36,6 +36,7 @@ from rescom_timm.training.build import build_method, build_optimizer, build_sche
 from rescom_timm.training.captured_step import CapturedStep
 from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.training.evaluate import about, evaluate, file_name, table, title, write
+from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
 from rescom_timm.training.log import Log, epoch_line, progress_bar
@@ -72,6 +73,7 @@ def train(
         accelerator = launch(recipe)
         set_seed(recipe.seed)
         data = load(recipe.data)
+        recipe = fitted(recipe, accelerator, data, resume)
         method = build_method(recipe, data, start=True)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
         trainer = Trainer(recipe, accelerator, data, method, follower)
