@@ -32,9 +32,9 @@ from rescom_timm.sharing.prediction_sets import PredictionSets
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
+from rescom_timm.training.build import Weights
 from rescom_timm.training.evaluate import evaluate_run
-from rescom_timm.training.run_folder import lines, run_recipe
-from rescom_timm.training.trainer import Resume
+from rescom_timm.training.run_folder import Resume, lines, run_recipe
 from rescom_timm.training.trainer import train as train_only
 
 
@@ -121,13 +121,14 @@ class Run:
         return lines(self.folder / "metrics.jsonl")
 
     def evaluate(
-        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False
-    ) -> dict[str, float]:
+        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False,
+        weights: Weights = "raw",
+    ) -> dict[str, float]:  # fmt: skip
         """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
         last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
-        five_crops: the mean of five crops instead of the single one."""
+        five_crops: the mean of five crops instead of the single one. weights: raw, or ema for those of train.ema."""
         with in_memory(self.dataset):
-            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops)[2].compute()
+            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops, weights)[2].compute()
 
     def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""

@@ -25,15 +25,16 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
+    parser.add_argument("--weights", default="raw", choices=["raw", "ema"], help="as trained, or averaged (train.ema)")
     parser.add_argument("--five-crops", action="store_true", help="also the mean of five crops, beside the single one")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     arguments = parser.parse_intermixed_args(words)
     try:
         what = (arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
-        name, title, meter = evaluate_run(*what)
+        name, title, meter = evaluate_run(*what, weights=arguments.weights)
         rows = {title: meter.compute()}
         if arguments.five_crops:
-            _, title, meter = evaluate_run(*what, crops=True)
+            _, title, meter = evaluate_run(*what, crops=True, weights=arguments.weights)
             rows[title] = meter.compute()
     except (RecipeError, CheckpointError, ValueError, OSError) as error:
         print(one_line(error), file=sys.stderr)

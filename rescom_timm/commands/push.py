@@ -29,6 +29,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("--repo", help="owner/name; the recipe's hub.repo by default")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write what would be pushed, and push nothing")
+    parser.add_argument(
+        "--weights", choices=["raw", "ema"], help="with --export: as trained, or averaged (train.ema.export by default)"
+    )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write the classifier as ONNX, and push nothing")
     arguments = parser.parse_intermixed_args(words)
     try:
@@ -37,7 +40,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
             return 0
         overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
         if arguments.export:
-            print(export_push(arguments.run, arguments.export, overrides))
+            print(export_push(arguments.run, arguments.export, overrides, arguments.weights))
         else:
             print(f"pushed: {push_run(arguments.run, overrides)}")
     except (HubError, CheckpointError, ValueError, OSError) as error:

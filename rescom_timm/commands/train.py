@@ -22,8 +22,7 @@ from rescom_timm.recipe.loading import keys, load, load_fetched
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.hub import PushedRun
 from rescom_timm.training.errors import FAILURES, Stopped, one_line
-from rescom_timm.training.run_folder import run_recipe
-from rescom_timm.training.trainer import Resume
+from rescom_timm.training.run_folder import Resume, run_recipe
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -2,7 +2,9 @@
 
 A method is a module with `net` (all that is trained), `views` (how many it wants of each image) and forward(batch) ->
 {"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
-epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`.
+epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. Where
+its loss is a sum over images, each of its own logits and label, it says `per_image = True`: its batches may be mixed
+(batch["partner"], batch["share"]) or cut into parts.
 """
 
 from __future__ import annotations
@@ -89,6 +91,11 @@ SECOND_STAGE = ("crt", "lws", "tau_norm", "las", "disalign")
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
     """counts: (K,) training images of each class. Raises ValueError where the config does not fit them."""
     return METHODS[config.name][1](net, counts, config)
+
+
+def per_image(name: str) -> bool:
+    """Whether a method's loss is a sum over images, each of its own logits and label."""
+    return getattr(METHODS[name][1], "per_image", False)
 
 
 def call_if_defined(method: nn.Module, name: str, *arguments: Any) -> None:

@@ -230,6 +230,7 @@ class Classification(nn.Module):
     """A net trained by a loss on its logits alone (`loss`); the projector is not trained."""
 
     counts: Tensor
+    per_image = True
 
     def __init__(self, net: Net, counts: Tensor, config: Any) -> None:
         """counts: (K,) training images of each class. config: the method's own."""
@@ -241,9 +242,14 @@ class Classification(nn.Module):
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar) and logits (V * B, K)."""
+        """batch: image (B, V, 3, H, W), label (B,); of mixed images also partner (B,), labels of the partners, and
+        share, a scalar, of their own. Returns loss (scalar) and logits (V * B, K)."""
         _, logits, _ = self.net(stack_views(batch["image"]))
-        return {"loss": self.loss(logits, batch["label"].repeat(self.views)), "logits": logits}
+        loss = self.loss(logits, batch["label"].repeat(self.views))
+        if "partner" in batch:
+            share = batch["share"]
+            loss = share * loss + (1 - share) * self.loss(logits, batch["partner"].repeat(self.views))
+        return {"loss": loss, "logits": logits}
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits: (N, K). labels: (N,). Returns a scalar, the mean over N."""
@@ -316,6 +322,8 @@ class LogitAdjustment(Classification):
 
 
 class Lade(Classification):
+    per_image = False  # the regularizer is of the batch
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         config = self.config
         regularizer = losses.lader(logits, labels, self.counts, config.regularization)

@@ -17,11 +17,12 @@ import pydantic
 import yaml
 from huggingface_hub.utils import validate_repo_id
 
+from rescom_timm.data.mixing import MixConfig
 from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.samples import SpeedConfig as LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.views import ViewsConfig
-from rescom_timm.methods import MethodConfig, RescomConfig
+from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
 from rescom_timm.nets.net import NetConfig
 
 MAX_NAME = 200
@@ -71,7 +72,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate by epoch: linear warm-up, then steps or a cosine."""
+    """Learning rate: linear warm-up, then steps or a cosine."""
 
     name: Literal["cosine", "steps", "constant"] = "cosine"
     warmup_epochs: int = 0
@@ -81,6 +82,9 @@ class ScheduleConfig:
     gamma: float = 0.1
     final: float = 1e-5
     """Where the cosine ends, as a fraction of lr."""
+    by: Literal["epoch", "update"] = "epoch"
+    """When it moves: at each epoch, as the papers train, or at each optimizer step (timm's --sched-on-updates), along
+    the same curve."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs < 0:
@@ -99,6 +103,23 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights and of BatchNorm's statistics (timm's ModelEmaV3), evaluated and saved beside
+    them."""
+
+    decay: float = 0.9999
+    """Of the average, once an optimizer step."""
+    warmup: bool = True
+    """The decay of step t is at most 1 - t^(-2/3), so that a short training has a short average."""
+    export: bool = False
+    """The exported model has the average in the place of the weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay:g}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     epochs: int = 400
     """0 evaluates and saves the net as it is, for stages that train nothing (tau_norm)."""
@@ -106,12 +127,18 @@ class TrainConfig:
     """Images of one optimizer step, over all processes and accumulated gradients; each image is seen in its views."""
     accumulate: int = 1
     """Forward and backward passes that share one optimizer step."""
+    fit_batch: bool = False
+    """Raise accumulate until a pass fits the memory of the devices, which is tried before training; batch and learning
+    rate stay. Only for methods whose loss is one of single images. BatchNorm then sees the images of a pass, as do the
+    weighted means of ldam and disalign. The run's own recipe holds the number that was found."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the net; the loss is always in float32. With fp16 the host waits for each step, whose scale
     it must know; bf16 has none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss that is NaN or infinite stops the run, or its batch is left out: weights, BatchNorm statistics and queue
     stay as they were (the host then waits for each step)."""
+    ema: EmaConfig | None = None
+    """Average of the weights, such as {decay: 0.9999}; null: none."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -236,6 +263,7 @@ class Recipe:
     optimizer, the epochs and the queue start anew."""
     views: ViewsConfig = ViewsConfig()
     loader: LoaderConfig = LoaderConfig()
+    mix: MixConfig = MixConfig()
     net: NetConfig = NetConfig()
     method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = RescomConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -264,7 +292,19 @@ class Recipe:
                 raise ValueError(
                     f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
                 )
-        if self.train.accumulate > 1 and self.speed.compile in ("reduce-overhead", "max-autotune"):
+        if self.mix.on and not per_image(self.method.name):
+            able = ", ".join(name for name in METHODS if per_image(name))
+            raise ValueError(
+                f"mix: the loss of method {self.method.name} is not one of single images, so mixed images have no "
+                f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
+            )
+        if self.train.fit_batch and not per_image(self.method.name):
+            raise ValueError(
+                f"train.fit_batch: the loss of method {self.method.name} compares the images of a pass with each "
+                "other, so fewer of them make another loss: set train.accumulate to choose that"
+            )
+        parts = self.train.accumulate > 1 or self.train.fit_batch
+        if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
                 "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
@@ -272,7 +312,10 @@ class Recipe:
         if self.speed.capture:
             for key, odd in (
                 ("train.accumulate", self.train.accumulate > 1),
+                ("train.fit_batch", self.train.fit_batch),
                 ("train.nonfinite: skip", self.train.nonfinite == "skip"),
+                ("mix", self.mix.on),
+                ("train.ema", self.train.ema is not None),
                 ("train.precision: fp16", self.train.precision == "fp16"),
                 (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
             ):

@@ -26,7 +26,7 @@ from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
-    "train.nonfinite", "track", "hub",
+    "train.nonfinite", "train.ema.export", "track", "hub",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained."""
 FETCHED_KEYS = ("output", "track", "hub")

@@ -75,7 +75,8 @@ class Facts:
 
     def accuracy(self) -> float | None:
         """Top-1 in percent on the test split, of the checkpoint exported where that was evaluated."""
-        for name in ("test-best", "test-last"):
+        exported = "-ema" if self.details.get("weights") == "ema" else ""
+        for name in (f"test-best{exported}", f"test-last{exported}"):
             if name in self.evaluations:
                 return self.evaluations[name]["numbers"].get("top1")
         return None

@@ -37,7 +37,7 @@ from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.hub import sha256
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import base_net, build_net, whole_weights
+from rescom_timm.training.build import Weights, base_net, build_net, chosen_weights, whole_weights
 
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
@@ -117,10 +117,13 @@ def describe(run: Path, data: Data, views: ViewsConfig) -> None:
     write_json(run / "classes.json", record, indent=None)
 
 
-def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: bool = True) -> Path:
+def export_run(
+    run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None
+) -> Path:
     """Export a checkpoint of a run's folder: which = "best" (the last where none was selected), "last", or its name.
 
-    Raises FileNotFoundError where the run holds no checkpoint or no classes.json, ValueError as export does.
+    weights: those trained (raw) or their average (ema); None: as train.ema.export says. Raises CheckpointError where it
+    has no average, FileNotFoundError where the run holds no checkpoint or no classes.json, ValueError as export does.
     """
     run = Path(run)
     path, tensors, state = _checkpoint(run, which)
@@ -131,14 +134,16 @@ def export_run(run: str | Path, folder: str | Path, which: str = "best", plain: 
             f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
         ) from None
     recipe = load_dict(state["recipe"], str(path))
+    if weights is None:
+        weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
     net = build_net(base_net(recipe, state), recipe.views, len(classes["class_names"]))
     net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
-    net.load_state_dict(whole_weights(net, tensors, state, path))
+    net.load_state_dict(whole_weights(net, chosen_weights(weights, tensors, state, path), state, path))
     progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
     return export(
         net, folder, classes["class_names"], tuple(classes["input_size"]), counts=classes["counts"],
         eval_policy=recipe.views.eval, recipe=recipe, state=state["method"], plain=plain,
-        about={"name": recipe.name, "checkpoint": path.name, "progress": progress},
+        about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress},
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from rescom_timm.sharing.export import DETAILS, export_run
 from rescom_timm.sharing.hub import HubError, explain
 from rescom_timm.sharing.staging import stage, staged, status
 from rescom_timm.training import checkpoint
+from rescom_timm.training.build import Weights
 from rescom_timm.training.errors import CheckpointError
 from rescom_timm.training.run_folder import run_recipe
 
@@ -81,13 +82,14 @@ def stage_now(run: Path, config: HubConfig) -> Path:
     return stage(run, config, newest[0].name, newest[2]["progress"].get("best_checkpoint"), end=True)
 
 
-def export_push(run: Path, folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Copy what would be pushed into a folder, which needs no network. Raises as stage_now and build do."""
+def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
+    """Copy what would be pushed into a folder, which needs no network. weights: as export_run's. Raises as stage_now
+    and build do."""
     config = run_recipe(run, overrides).hub
     request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
     waiting = stage_now(run, config)
     try:
-        for name, path in build(waiting, {**request, "checkpoints": False}).items():
+        for name, path in build(waiting, {**request, "checkpoints": False, "weights": weights}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     finally:
@@ -147,10 +149,10 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
     upload, refusal = stage / "upload", stage / "refusal.txt"
     if not (upload / "hashes.json").is_file():
         try:
-            export_run(stage, upload, request["export"])
+            export_run(stage, upload, request["export"], weights=request.get("weights"))
         except ValueError as error:
             write_text(refusal, str(error))
-            export_run(stage, upload, request["export"], plain=False)
+            export_run(stage, upload, request["export"], plain=False, weights=request.get("weights"))
     reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import timm.optim
@@ -174,6 +174,21 @@ def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, A
     return {**{name: value.detach() for name, value in frozen.items()}, **weights}
 
 
+Weights = Literal["raw", "ema"]
+"""Those of a net as it was trained, or their moving average (train.ema)."""
+
+
+def chosen_weights(
+    which: Weights, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path
+) -> Mapping[str, Tensor]:
+    """A checkpoint's weights, or their average in it. Raises CheckpointError where it has none."""
+    if which == "raw":
+        return weights
+    if not state.get("average"):
+        raise CheckpointError(f"{path} holds no average of the weights: it was trained without train.ema")
+    return state["average"]
+
+
 def speed_up(net: Net, config: SpeedConfig) -> None:
     """Memory format and torch.compile, in place, so that the net's names stay plain.
 
@@ -215,17 +230,24 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
     return create_optimizer_v2(parameters, config.name, config.lr, config.weight_decay, config.momentum, **extra)
 
 
-def build_schedule(config: ScheduleConfig, optimizer: torch.optim.Optimizer, lr: float, epochs: int) -> Scheduler:
-    """timm's schedule, a pure function of the epoch: `schedule.step(epoch)` at the start of each.
+def build_schedule(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, lr: float, epochs: int, updates: int = 1
+) -> Scheduler:
+    """timm's schedule, a pure function of the epoch, `schedule.step(epoch)` at the start of each, or of the optimizer
+    steps done, `schedule.step_update(steps)` before each; of the two, the one that config.by is not does nothing.
 
-    Warm-up gives lr * (t + 1) / W in epoch t < W; the cosine starts from its end, as in the authors' training.
+    updates: optimizer steps of an epoch. Warm-up gives lr * (t + 1) / W in epoch (or step) t < W; the cosine starts
+    from its end, as in the authors' training.
     """
-    ramp = max(config.warmup_epochs - 1, 0)
-    warmup = {"warmup_t": ramp, "warmup_lr_init": lr / max(config.warmup_epochs, 1)}
+    by_epoch = config.by == "epoch"
+    each = 1 if by_epoch else updates
+    whole = config.warmup_epochs * each
+    ramp = max(whole - 1, 0)
+    common = {"warmup_t": ramp, "warmup_lr_init": lr / max(whole, 1), "t_in_epochs": by_epoch}
     if config.name == "cosine":
         return CosineLRScheduler(
-            optimizer, t_initial=max(epochs - ramp, 2), lr_min=config.final * lr, warmup_prefix=True, **warmup
+            optimizer, t_initial=max(epochs * each - ramp, 2), lr_min=config.final * lr, warmup_prefix=True, **common
         )
-    # timm applies milestone m in epoch m - 1.
-    milestones = [milestone + 1 for milestone in config.milestones]
-    return MultiStepLRScheduler(optimizer, milestones, config.gamma, warmup_prefix=False, **warmup)
+    # timm applies milestone m at m - 1.
+    milestones = [milestone * each + 1 for milestone in config.milestones]
+    return MultiStepLRScheduler(optimizer, milestones, config.gamma, warmup_prefix=False, **common)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from rescom_timm.recipe.config import RecipeError
 
@@ -45,7 +46,7 @@ def with_advice() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
-            f"batch into parts, or lower evaluation.batch_size; {AGAIN}"
+            f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size; {AGAIN}"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -55,6 +56,13 @@ def with_advice() -> Iterator[None]:
         if not worker_was_lost(error):
             raise
         raise CheckpointError(f"{one_line(error)}; {AGAIN}") from error
+
+
+def raise_everywhere(trouble: Exception | None) -> None:
+    """Raises the main process's trouble in every process, so that none waits for one that has left."""
+    trouble = broadcast_object_list([trouble])[0]
+    if trouble is not None:
+        raise trouble
 
 
 def one_line(error: BaseException) -> str:

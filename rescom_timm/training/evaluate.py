@@ -28,7 +28,7 @@ from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import differences, flat
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import base_net, build_method, whole_weights
+from rescom_timm.training.build import Weights, base_net, build_method, chosen_weights, whole_weights
 from rescom_timm.training.launch import new_accelerator
 from rescom_timm.training.run_folder import run_recipe
 
@@ -115,12 +115,17 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def about(split: Split, which: str, chosen: str, class_names: list[str]) -> dict[str, Any]:
+def file_name(split: str, which: str, weights: Weights) -> str:
+    """Of an evaluation: <split>-<checkpoint>, with -ema for averaged weights."""
+    return f"{split}-{which}" if weights == "raw" else f"{split}-{which}-{weights}"
+
+
+def about(split: Split, which: str, chosen: str, class_names: list[str], weights: Weights = "raw") -> dict[str, Any]:
     """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
     return {
         "split": split.name,
         "images": len(split.labels),
-        "checkpoint": which,
+        "checkpoint": which if weights == "raw" else f"{which}, averaged weights",
         "chosen": chosen,
         "class_names": class_names,
     }
@@ -159,25 +164,28 @@ def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], st
 
 
 def evaluate_run(
-    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = (), crops: bool = False
-) -> tuple[str, str, Meter]:
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = (), crops: bool = False,
+    weights: Weights = "raw",
+) -> tuple[str, str, Meter]:  # fmt: skip
     """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
 
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
     overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
     whose name ends in -changed- and a digest of them, so that the run's own figures stay. crops: average the logits of
-    `five_crops`; the name then ends in -five-crops. Raises RecipeError, CheckpointError or ValueError.
+    `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
+    Raises RecipeError, CheckpointError or ValueError.
     """
     own = run_recipe(run)
     recipe = run_recipe(run, overrides) if overrides else own
-    path, weights, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
+    path, tensors, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
+    taken = chosen_weights(weights, tensors, state, path)
     data = load_data(recipe.data)
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
-    load_net(method.net, whole_weights(method.net, weights, state, path), path)
+    load_net(method.net, whole_weights(method.net, taken, state, path), path)
     policies = five_crops(recipe.views.eval) if crops else [recipe.views.eval]
     loaders = []
     for policy in policies:
@@ -186,8 +194,8 @@ def evaluate_run(
         loaders.append(accelerator.prepare(batches))
     meter = evaluate_views(accelerator, method.net, loaders, data.counts)
     label = which if which in ("last", "best") else path.name
-    record = about(part, label, chosen, data.class_names)
-    name = f"{split}-{label}"
+    record = about(part, label, chosen, data.class_names, weights)
+    name = file_name(split, label, weights)
     changed, told, suffix = evaluated_otherwise(own, recipe)
     if changed:
         record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}

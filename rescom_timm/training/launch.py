@@ -71,11 +71,10 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
         # Vectors that the method reads from the net outside of its forward pass, where they would be stale shards.
         outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, nn.ParameterList)]
-        if outside or recipe.train.nonfinite == "skip":
-            raise RecipeError(
-                "FSDP2 shards only the net, so it does not work with "
-                f"{outside[0] if outside else 'train.nonfinite: skip'}"
-            )
+        outside += ["train.nonfinite: skip"] if recipe.train.nonfinite == "skip" else []
+        outside += ["train.ema"] if recipe.train.ema is not None else []
+        if outside:
+            raise RecipeError(f"FSDP2 shards only the net, so it does not work with {outside[0]}")
 
 
 def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
@@ -62,6 +63,14 @@ class Log:
                 board.close()
             except OSError as error:
                 warnings.warn(f"the last of {board.log_dir} could not be written: {error}", stacklevel=2)
+
+
+def progress_bar(total: int, done: int, main: bool) -> Any:
+    """Of images, on a terminal of the main process."""
+    return tqdm(
+        total=total, initial=done, unit="img", unit_scale=True, smoothing=0.05, mininterval=0.5,
+        disable=not (main and sys.stderr.isatty()),
+    )  # fmt: skip
 
 
 def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:

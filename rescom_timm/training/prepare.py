@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from rescom_timm.data.views import parse
 from rescom_timm.methods import Method
 from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.nets.net import Net
-from rescom_timm.recipe.config import Recipe, RecipeError
+from rescom_timm.recipe.config import EmaConfig, Recipe, RecipeError
 from rescom_timm.training.build import speed_up
 from rescom_timm.training.launch import prepare_to_shard
 from rescom_timm.training.stop_signals import in_own_process_group
@@ -60,6 +61,15 @@ def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
         prepare_to_shard(accelerator, method.net)
     # FSDP takes no weights that are not contiguous.
     speed_up(method.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not sharded))
+
+
+def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
+    """A moving average of the net on its device, whose frozen weights are the net's own."""
+    average = ModelEmaV3(net, config.decay, use_warmup=config.warmup)
+    for ours, theirs in zip(net.parameters(), average.module.requires_grad_(False).parameters(), strict=True):
+        if not ours.requires_grad:
+            theirs.data = ours.data
+    return average
 
 
 @torch.no_grad()

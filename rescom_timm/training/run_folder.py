@@ -9,18 +9,21 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from rescom_timm.files import read_json, write_json
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import load, load_dict
 from rescom_timm.training import checkpoint
-from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.errors import FAILURES, CheckpointError, raise_everywhere
 
 LOCK, OWNER = ".lock", ".lock.json"
 PATIENCE = 10.0
@@ -85,7 +88,11 @@ class RunElsewhere(ABC):
         is as far."""
 
 
-def choose_folder(recipe: Recipe, resume: bool | Path | RunElsewhere) -> Path:
+Resume = bool | Path | RunElsewhere
+"""Whether to resume a run: with the last of the recipe's name (True), or the one in a folder or elsewhere."""
+
+
+def choose_folder(recipe: Recipe, resume: Resume) -> Path:
     """A new folder; to resume, the last of the recipe's name, the one told, or the one of the run elsewhere.
 
     Raises CheckpointError where the one told is not there, RecipeError where none can be made.
@@ -103,6 +110,34 @@ def choose_folder(recipe: Recipe, resume: bool | Path | RunElsewhere) -> Path:
             print(f"{there[-1]} is another run than {resume}, which is downloaded into {folder}")
         return folder
     return there[-1] if resume and there else make(recipe)
+
+
+def open_folder(recipe: Recipe, resume: Resume, lock: ExitStack) -> Path:
+    """The run's folder, the same in all processes, locked while `lock` is open, with what a run elsewhere has."""
+    trouble: Exception | None = None
+    folder = recipe.folder
+    if PartialState().is_main_process:
+        try:
+            folder = choose_folder(recipe, resume)
+            lock.enter_context(locked(folder))
+            if isinstance(resume, RunElsewhere):
+                resume.fetch(folder)
+        except FAILURES as error:
+            trouble = error
+    raise_everywhere(trouble)
+    return Path(broadcast_object_list([folder])[0])
+
+
+def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """checkpoint.newest of a run's folder. Raises CheckpointError where the processes see different ones."""
+    before = checkpoint.newest(folder / "checkpoints")
+    seen = gather_object([before[0].name if before else "none"])
+    if len(set(seen)) > 1:
+        raise CheckpointError(
+            f"the processes see different checkpoints in {folder} ({', '.join(seen)}): "
+            "put the run's folder on a disk that all machines share (output=...)"
+        )
+    return before
 
 
 @contextmanager

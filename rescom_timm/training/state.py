@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as shards
 from torch.distributed.fsdp import FSDPModule
 
@@ -52,6 +52,20 @@ class Progress:
     skipped: int = 0
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
+    def count(self, figures: dict[str, float]) -> None:
+        """Add the figures of a forward pass to those of the epoch."""
+        self.passes += 1
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def close_epoch(self, seconds: float) -> dict[str, float]:
+        """Go to the start of the next epoch, after so many seconds more; returns the means of the figures."""
+        means = {name: total / self.passes for name, total in self.sums.items()}
+        self.seconds += seconds
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.sums, self.passes, self.skipped = {}, 0, 0
+        return means
+
     def ended(self, recipe: Recipe) -> bool:
         """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end;
         asked between epochs."""
@@ -64,13 +78,15 @@ class Progress:
 
 
 class State:
-    """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that."""
+    """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that; average:
+    of its weights, empty where there is none."""
 
     def __init__(
-        self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe
-    ) -> None:
+        self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe,
+        average: nn.Module,
+    ) -> None:  # fmt: skip
         self.accelerator, self.method, self.net, self.optimizer = accelerator, method, net, optimizer
-        self.sharded = accelerator.is_fsdp2
+        self.average, self.sharded = average, accelerator.is_fsdp2
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         self.progress = Progress()
         self.frozen: dict[str, Tensor] = {}
@@ -87,7 +103,7 @@ class State:
         """
         own = {"random": checkpoint.random_state(), "buffers": {k: v.cpu() for k, v in self._own_buffers()}}
         ranks = gather_object([own])
-        with agreed_statistics(self.net):
+        with agreed_statistics(self.net), agreed_statistics(self.average):
             weights, optimizer = self._whole()
             broken = [k for k, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]
             if broken:
@@ -95,6 +111,7 @@ class State:
             if not self.accelerator.is_main_process:
                 return None
             weights = {name: value for name, value in weights.items() if name not in self.frozen}
+            average = {name: value for name, value in self.average.state_dict().items() if name not in self.frozen}
             scaler = self.accelerator.scaler
             state = {
                 "progress": asdict(self.progress),
@@ -102,6 +119,7 @@ class State:
                 "index": index,
                 "processes": self.accelerator.num_processes,
                 "method": self._beside_the_net(),
+                "average": average,
                 "sharded": self.sharded,
                 "frozen": self.frozen_digest,
                 "optimizer": optimizer,
@@ -131,7 +149,7 @@ class State:
             check_weights(state["method"], self._beside_the_net(), f"the method in {path}")
         except ValueError as error:
             raise CheckpointError(f"{error}; the run cannot be resumed from it") from None
-        self.load_weights(weights)
+        self.load_weights(weights, state.get("average"))
         self.method.load_state_dict(state["method"], strict=False)
         self._load_optimizer(state["optimizer"])
         if accelerator.scaler is not None and state["scaler"] is not None:
@@ -150,8 +168,10 @@ class State:
                 stacklevel=2,
             )
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """The whole net's weights, into shards where FSDP has cut it."""
+    def load_weights(self, weights: dict[str, Tensor], average: dict[str, Tensor] | None) -> None:
+        """The whole net's weights, into shards where FSDP has cut it, and their average where there is one."""
+        if average:
+            self.average.load_state_dict(self._with_frozen(average))
         if self.sharded:
             for module in self.net.modules():
                 if isinstance(module, FSDPModule):
@@ -192,6 +212,7 @@ class State:
     def _own_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers that each process has for itself (BatchNorm's, running means): all but the queues."""
         shared = {id(buffer) for queue in self.queues for buffer in queue.buffers()}
+        yield from self.average.named_buffers(prefix="average")
         for name, buffer in self.method.named_buffers():
             if id(buffer) not in shared:
                 yield name.replace("net.module.", "net.", 1), buffer

@@ -8,7 +8,6 @@ loss that is NaN), step_metrics.py (reading a loss late), errors.py.
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,15 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 
 from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import set_epoch
+from rescom_timm.data.mixing import mix
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
 from rescom_timm.nets.classifiers import start_from_means
@@ -34,12 +34,14 @@ from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
-from rescom_timm.training.errors import FAILURES, CheckpointError, NonFiniteLoss, Stopped, one_line, with_advice
-from rescom_timm.training.evaluate import about, evaluate, table, title, write
+from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
+from rescom_timm.training.evaluate import about, evaluate, file_name, table, title, write
+from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line
+from rescom_timm.training.log import Log, epoch_line, progress_bar
 from rescom_timm.training.prepare import (
+    average_of,
     check_image_size,
     check_images,
     check_selection,
@@ -48,13 +50,10 @@ from rescom_timm.training.prepare import (
     to_device,
     training_loader,
 )
-from rescom_timm.training.run_folder import RunElsewhere, check_place, choose_folder, locked
+from rescom_timm.training.run_folder import Resume, check_place, newest_of_all, open_folder
 from rescom_timm.training.state import Progress, State, check_resumable
 from rescom_timm.training.step_metrics import LAG, MetricsQueue, StepMetrics
 from rescom_timm.training.stop_signals import StopSignals
-
-Resume = bool | Path | RunElsewhere
-"""Whether to resume a run: with the last of the recipe's name (True), or the one in a folder or elsewhere."""
 
 
 def train(
@@ -74,6 +73,7 @@ def train(
         accelerator = launch(recipe)
         set_seed(recipe.seed)
         data = load(recipe.data)
+        recipe = fitted(recipe, accelerator, data, resume)
         method = build_method(recipe, data, start=True)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
         trainer = Trainer(recipe, accelerator, data, method, follower)
@@ -105,17 +105,23 @@ class Trainer:
         self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
         self.steps_per_epoch = len(loader) // recipe.train.accumulate
         optimizer = build_optimizer(recipe.optimizer, method.net)
-        self.schedule = build_schedule(recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs)
+        self.schedule = build_schedule(
+            recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs, self.steps_per_epoch
+        )
         size = sum(parameter.numel() for parameter in method.net.parameters())
         self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
         check_image_size(self.net, recipe, data.train, accelerator.device)
+        self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
+        self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
-        self.state = State(accelerator, method, self.net, self.optimizer, recipe)
+        self.state = State(
+            accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema", torch.nn.Module())
+        )
         self.captured: CapturedStep | None = None
         if recipe.speed.capture:
             if accelerator.num_processes > 1 or self.state.sharded:
@@ -139,13 +145,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch. Raises Stopped, after saving, where a signal asked for it."""
-        recipe, images = self.recipe, self.recipe.train.batch_size
-        bar = tqdm(
-            total=recipe.train.epochs * self.steps_per_epoch * images, initial=self.progress.step * images, unit="img",
-            unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
-        )  # fmt: skip
-        with bar:
-            progress = self.progress
+        recipe, progress, images = self.recipe, self.progress, self.recipe.train.batch_size
+        total = recipe.train.epochs * self.steps_per_epoch * images
+        with progress_bar(total, progress.step * images, self.main) as bar:
             while not progress.ended(recipe):
                 stop = self._epoch(bar)
                 if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
@@ -176,6 +178,8 @@ class Trainer:
             if skips and index % accumulate == 0:
                 before = nonfinite.copy_buffers(self.method)
             last = (index + 1) % accumulate == 0
+            self.schedule.step_update(progress.step)
+            batch = self._mixed(batch, index)
             outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
@@ -212,6 +216,13 @@ class Trainer:
             self.captured.forget()
         set_epoch(self.loader, epoch)
 
+    def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """The batch of pass `index` of the epoch, mixed where the recipe says so."""
+        if not self.recipe.mix.on:
+            return batch
+        where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
+        return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
+
     def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         """Scalars of a forward pass, its gradients added to the others of the step, of which it may be the last."""
         accumulate = self.recipe.train.accumulate
@@ -241,6 +252,8 @@ class Trainer:
         if finite:
             self.optimizer.step()
             call_if_defined(self.method, "after_step")
+            if self.average is not None:
+                self.average.update(self.net, self.progress.step + 1)
         self.optimizer.zero_grad()
         return finite
 
@@ -251,21 +264,15 @@ class Trainer:
             lr, skip = self.optimizer.param_groups[0]["lr"], self.recipe.train.nonfinite == "skip"
             nonfinite.report(metrics, lr, self.folder, self.accelerator.process_index, skip)
             return False
-        progress = self.progress
-        progress.passes += 1
-        for name, value in metrics.figures.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        self.progress.count(metrics.figures)
         return True
 
     def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
         progress = self.progress
         if not progress.passes:
             raise NonFiniteLoss(f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it")
-        means = {name: total / progress.passes for name, total in progress.sums.items()}
         skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
-        progress.seconds += seconds
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
-        progress.sums, progress.passes, progress.skipped = {}, 0, 0
+        means = progress.close_epoch(seconds)
         lr = self.optimizer.param_groups[0]["lr"]
         told = {f"train/{name}": value for name, value in means.items()}
         pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
@@ -301,8 +308,10 @@ class Trainer:
 
     def _evaluate(self, bar: Any) -> None:
         figures: dict[str, dict[str, float]] = {}
-        for name, loader in self.eval_loaders.items():
-            figures[name] = evaluate(self.accelerator, self.net, loader, self.data.counts).compute()
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                name = split if weights == "raw" else f"{split}_{weights}"
+                figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
         self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
         progress = self.progress
         if "validation" in figures:
@@ -320,8 +329,8 @@ class Trainer:
         best = progress.best_checkpoint
         if best is not None and best != f"step-{progress.step:08d}":
             try:
-                net, _ = checkpoint.load(self.folder / "checkpoints" / best)
-                self.state.load_weights(net)
+                net, state = checkpoint.load(self.folder / "checkpoints" / best)
+                self.state.load_weights(net, state.get("average"))
                 chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
                 results |= self._final("best", chosen)
             except CheckpointError as error:
@@ -341,12 +350,13 @@ class Trainer:
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
         rows = {}
-        for split, loader in self.eval_loaders.items():
-            meter = evaluate(self.accelerator, self.net, loader, self.data.counts)
-            record = about(self.splits[split], name, chosen, self.data.class_names)
-            if self.main:
-                write(self.folder, f"{split}-{name}", meter, record)
-            rows[title(record)] = meter.compute()
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                meter = evaluate(self.accelerator, net, loader, self.data.counts)
+                record = about(self.splits[split], name, chosen, self.data.class_names, weights)
+                if self.main:
+                    write(self.folder, file_name(split, name, weights), meter, record)
+                rows[title(record)] = meter.compute()
         return rows
 
     # ---------------------------------------------------------------- the run's folder
@@ -354,29 +364,15 @@ class Trainer:
     def open(self, resume: Resume) -> None:
         """Choose the run's folder, go on from its newest checkpoint if asked to, and start the log and the signals."""
         self.signals.listen()
-        trouble: Exception | None = None
-        if self.main:
-            try:
-                self.folder = choose_folder(self.recipe, resume)
-                self.lock.enter_context(locked(self.folder))
-                if isinstance(resume, RunElsewhere):
-                    resume.fetch(self.folder)
-            except FAILURES as error:
-                trouble = error
-        raise_everywhere(trouble)
-        self.folder = broadcast_object_list([self.folder])[0]
-        before = checkpoint.newest(self.folder / "checkpoints") if resume else None
-        seen = gather_object([before[0].name if before else "none"])
-        if len(set(seen)) > 1:
-            raise CheckpointError(
-                f"the processes see different checkpoints in {self.folder} ({', '.join(seen)}): "
-                "put the run's folder on a disk that all machines share (output=...)"
-            )
+        self.folder = open_folder(self.recipe, resume, self.lock)
+        before = newest_of_all(self.folder) if resume else None
         if before is not None:
             self._restore(*before)
         elif self.recipe.net.classifier.init == "class_means" and self.recipe.init_from is None:
             sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
             start_from_means(self.net.classifier, sums.to(self.accelerator.device))
+            if self.average is not None:
+                self.average.set(self.net)
         if self.main:
             record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
@@ -427,7 +423,7 @@ class Trainer:
         """One step and one evaluation batch of each split; writes nothing."""
         check_place(self.recipe)
         self.method.train()
-        batch = next(iter(self.completed(self.loader)))
+        batch = self._mixed(next(iter(self.completed(self.loader))), 0)
         loss = self._forward_backward(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")
@@ -441,10 +437,3 @@ class Trainer:
             pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
             on = ", ".join(split.name for split in self.splits.values())
             print(f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on}. Nothing was written.")
-
-
-def raise_everywhere(trouble: Exception | None) -> None:
-    """Raises the main process's trouble in every process, so that none waits for one that has left."""
-    trouble = broadcast_object_list([trouble])[0]
-    if trouble is not None:
-        raise trouble

@@ -6,12 +6,14 @@ import torch.nn.functional as F
 
 from rescom_timm.contrast import losses
 from rescom_timm.methods import (
+    METHODS,
     CausalNormConfig,
     ClassBalancedConfig,
     FocalConfig,
     LadeConfig,
     LdamConfig,
     LogitAdjustmentConfig,
+    per_image,
 )
 from rescom_timm.nets.net import ProjectorConfig, create_model
 from tests.methods import reference
@@ -68,6 +70,30 @@ def test_ldam_is_its_equation_before_and_after_deferred_reweighting():
     never = make(LdamConfig(reweight_from=1.0))
     never.set_epoch(9, 10)
     assert not never.reweighted
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_loss_of_mixed_images_is_that_of_both_labels_by_their_shares(views):
+    data = batch(views=views)
+    share, ones = 0.3, [1.0] * 4
+    data |= {"partner": data["label"].flip(0), "share": torch.tensor(share)}
+    own, partners = (data[name].repeat(views).tolist() for name in ("label", "partner"))
+    for config, loss in (
+        (FocalConfig(views=views, gamma=2.0), lambda s, labels: reference.focal(s, labels, 2.0, ones)),
+        (LogitAdjustmentConfig(views=views), lambda s, labels: reference.adjusted(s, labels, COUNTS, 1.0)),
+    ):
+        method = make(config)
+        logits = logits_of(method, data)
+        check(method, share * loss(logits, own) + (1 - share) * loss(logits, partners), data)
+    method = make(FocalConfig(views=views, gamma=0.0))  # cross-entropy: that of the soft target
+    target = share * F.one_hot(torch.tensor(own), 4) + (1 - share) * F.one_hot(torch.tensor(partners), 4)
+    check(method, F.cross_entropy(logits_of(method, data), target.double()), data)
+
+
+def test_only_losses_of_single_images_are_mixed():
+    able = {name for name in METHODS if per_image(name)}
+    assert not able & {"rescom", "moco", "paco", "hybrid_psc", "dro_lt", "experts", "lade"}
+    assert {"cross_entropy", "balanced_softmax", "focal", "class_balanced", "ldam", "logit_adjustment", "las"} <= able
 
 
 def test_half_precision_logits_are_raised_and_large_ones_stay_finite():

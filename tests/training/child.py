@@ -25,6 +25,7 @@ from torch import nn
 
 from rescom_timm.data.sources import load
 from rescom_timm.methods.rescom import ResCom
+from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import train_recipe
@@ -354,6 +355,18 @@ def slow(seconds: float) -> None:
     _count(trainer.Trainer, "_forward_backward", [0], lambda count: time.sleep(seconds))
 
 
+def little_memory(views: int, rank: int | None = None) -> None:
+    """In this process, or in all, the net's forward pass takes so many views and no more, as a GPU's memory would."""
+    forward = Net.forward
+
+    def limited(self: Any, images: torch.Tensor) -> Any:
+        if len(images) > views and rank in (None, int(os.environ.get("RANK", 0))):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, images)
+
+    Net.forward = limited  # type: ignore[method-assign]
+
+
 def no_shared_disk() -> None:
     """All processes but the first see an empty disk."""
     if os.environ.get("RANK", "0") != "0":
@@ -377,4 +390,6 @@ def fsdp() -> None:
     trainer.launch = launched
 
 
-FAULTS = {f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, no_shared_disk, fsdp)}
+FAULTS = {
+    f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, little_memory, no_shared_disk, fsdp)
+}

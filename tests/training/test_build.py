@@ -90,3 +90,35 @@ def test_the_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_training(vit
         cosine = (1 + math.cos(math.pi * (epoch - top) / (epochs - top))) / 2
         expected = lr * (epoch + 1) / warmup if epoch < warmup else lr * (final + (1 - final) * cosine)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize(
+    ("config", "curve"),
+    [
+        (ScheduleConfig("cosine", 2, final=0.01, by="update"), lambda x: 0.01 + 0.99 * (1 + math.cos(math.pi * x)) / 2),
+        (ScheduleConfig("steps", 2, milestones=(3, 4), by="update"), None),
+        (ScheduleConfig("constant", 2, by="update"), lambda x: 1.0),
+    ],
+)
+def test_by_updates_the_same_curve_moves_at_each_step(vit, config, curve):
+    """5 epochs of 7 steps; warm-up ends with the last step of its epochs."""
+    lr, epochs, updates = 0.4, 5, 7
+    optimizer = build_optimizer(OptimizerConfig(lr=lr), vit)
+    schedule = build_schedule(config, optimizer, lr, epochs, updates)
+    top = 2 * updates - 1
+    for step in range(epochs * updates):
+        schedule.step(step // updates)  # does nothing
+        schedule.step_update(step)
+        steps = 0.1 ** sum(step >= milestone * updates for milestone in (3, 4))
+        after = curve((step - top) / (epochs * updates - top)) if curve else steps
+        expected = lr * min((step + 1) / (2 * updates), after if step > top else 1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected), f"step {step}"
+
+
+def test_by_epochs_updates_change_nothing(vit):
+    optimizer = build_optimizer(OptimizerConfig(lr=0.4), vit)
+    schedule = build_schedule(ScheduleConfig("cosine"), optimizer, 0.4, 5, 7)
+    schedule.step(3)
+    before = optimizer.param_groups[0]["lr"]
+    schedule.step_update(34)
+    assert optimizer.param_groups[0]["lr"] == before < 0.2

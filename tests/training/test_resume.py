@@ -84,6 +84,18 @@ def test_two_processes(tmp_path, whole):
     assert_same(tree, whole(2, **TWO))
 
 
+def test_mixed_batches_averaged_weights_and_a_rate_by_steps(tmp_path, whole):
+    """The mixing draws from the epoch, the pass and the process alone; of the average each process has BatchNorm
+    statistics of its own."""
+    changes = {
+        "method": {"name": "balanced_softmax", "views": 2}, "mix": {"mixup": 0.4, "cutmix": 1.0}, "train__epochs": 2,
+        "train__accumulate": 2, "train__ema": {"decay": 0.9}, "schedule__by": "update",
+    }  # fmt: skip
+    tree = recipe(tmp_path, **changes)
+    assert survive(tree, [("signal_at_pass", TERM, 9)], ranks=2) == [[143, 143]]
+    assert_same(tree, whole(2, **changes))
+
+
 def test_stopped_at_the_last_step_of_an_epoch(tmp_path, whole):
     """The epoch is closed and evaluated before it is saved, so that its lines and the best score are not lost."""
     tree = recipe(tmp_path, train__epochs=2)

@@ -451,6 +451,17 @@ def test_the_schedule_is_applied(tmp_path):
     assert rates == pytest.approx([0.05, 0.1, 0.01, 0.001])
 
 
+def test_the_schedule_by_updates_is_applied_before_each_step(alone, tmp_path):
+    trainer = trainer_of(recipe(tmp_path, train__epochs=2, schedule__by="update", train__accumulate=2))
+    update, rates = trainer._update, []
+    trainer._update = lambda finite: rates.append(trainer.optimizer.param_groups[0]["lr"]) or update(finite)
+    trainer.open(resume=False)
+    trainer.fit()
+    trainer.close()
+    cosine = [0.1 * (1e-5 + (1 - 1e-5) * (1 + math.cos(math.pi * k / 12)) / 2) for k in range(1, 12)]
+    assert rates == pytest.approx([0.1 * (k + 1) / 11 for k in range(11)] + cosine)
+
+
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
@@ -538,6 +549,9 @@ def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
     skipping = load_dict(recipe(tmp_path, train__nonfinite="skip"))
     with pytest.raises(RecipeError, match="does not work with train.nonfinite: skip"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
+    averaging = load_dict(recipe(tmp_path, train__ema={}))
+    with pytest.raises(RecipeError, match="does not work with train.ema"):
+        refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), averaging, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
 
@@ -629,6 +643,51 @@ def test_a_run_that_was_not_captured_goes_on_captured(alone, tmp_path):
     train(load_dict({**tree, "speed": {**tree["speed"], "capture": True}}), resume=True)
     for ours, theirs in zip(figures(tree), before, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- mixed batches
+
+
+def test_each_pass_is_mixed_by_draws_of_its_own_and_the_loader_draws_the_same(alone, tmp_path):
+    plain = trainer_of(recipe(tmp_path, method={"name": "cross_entropy"}))
+    trainer = trainer_of(recipe(tmp_path, method={"name": "cross_entropy"}, mix={"mixup": 1.0}))
+    shares = []
+    for index, (batch, untouched) in enumerate(zip(trainer.loader, plain.loader, strict=True)):
+        assert torch.equal(batch["image"], untouched["image"])
+        mixed, again = trainer._mixed(batch, index), trainer._mixed(batch, index)
+        assert torch.equal(mixed["image"], again["image"])
+        own = trainer.net.normalize(batch["image"])
+        draws = np.random.default_rng((0, 0, index, 0))
+        draws.random()
+        share = draws.beta(1.0, 1.0)
+        order = torch.from_numpy(draws.permutation(len(own)))
+        torch.testing.assert_close(mixed["image"], share * own + (1 - share) * own[order])
+        shares.append(share)
+    assert len(set(shares)) == len(shares) == 11
+    trainer.progress.epoch = 1
+    assert trainer._mixed(batch, index)["share"] != shares[-1]
+
+
+def test_a_mixed_run_learns(alone, tmp_path):
+    tree = recipe(
+        tmp_path, net__backbone="resnet20_cifar", method={"name": "cross_entropy"}, train__epochs=4,
+        evaluation__every=4, data__validation="none", mix={"mixup": 0.2, "cutmix": 1.0},
+    )  # fmt: skip
+    train(load_dict(tree))
+    assert figures(tree)[-1]["test/top1"] > 30, "chance is 10"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "mix: the loss of method rescom is not one of single images"),
+        ({"method": {"name": "lade"}}, "mix: the loss of method lade is not .*cross_entropy, balanced_softmax, focal"),
+        ({"method": {"name": "focal"}, "speed__capture": True}, "speed.capture does not go together with mix"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_dict(recipe(tmp_path, **{"mix": {"mixup": 0.2}, **changes}))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_a_checkpoint_holds_what_trains_and_resumes_bit_equal(alone, tmp_path, b
     assert figures(whole) == figures(parts)
 
 
+def test_an_average_is_saved_of_what_trains_alone_and_resumes_bit_equal(alone, tmp_path, base):
+    whole, parts = (tuned(tmp_path / name, base, "lora", train__ema={"decay": 0.9}) for name in ("whole", "parts"))
+    folder = train_recipe(load_dict(whole))
+    assert last(whole)[1]["average"].keys() == weights_of(folder)[0]
+    shutil.copytree(folder, tmp_path / "parts/run")
+    shutil.rmtree(tmp_path / "parts/run/checkpoints/step-00000022")
+    train_recipe(load_dict(parts), resume=True)
+    assert differences(last(whole), last(parts)) == []
+    assert evaluate_run(folder, weights="ema")[2].compute()["top1"] == figures(whole)[-1]["test_ema/top1"]
+
+
 @pytest.mark.parametrize("kind", ["lora", "adaptformer", "prompt", "full"])
 def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
     trainer = trainer_of(tuned(tmp_path, base, kind))

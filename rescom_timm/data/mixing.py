@@ -1,0 +1,79 @@
+"""Mixup and CutMix: the images of a completed batch mixed with those of partners, on their device.
+
+timm.data.Mixup and torchvision's MixUp draw from the global generators, so that a resumed run would be another, and
+give soft targets, which losses that look up the label (its margin, weight or smoothing) do not take. Here the draws are
+the caller's, and labels stay labels: the loss is share * L(label) + (1 - share) * L(partner).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rescom_timm.data.samples import Batch
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Whether training images are mixed. Every pass has one share, drawn from Beta(alpha, alpha), and each process
+    mixes its part of the batch; both views of an image have the same partner."""
+
+    mixup: float = 0.0
+    """alpha of mixup (Zhang et al. 2018, arXiv 1710.09412); 0: off."""
+    cutmix: float = 0.0
+    """alpha of CutMix (Yun et al. 2019, arXiv 1905.04899); 0: off."""
+    probability: float = 1.0
+    """That a pass is mixed at all."""
+    switch_probability: float = 0.5
+    """That a mixed pass is one of CutMix, where both are on."""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, where it is off")
+        for name in ("probability", "switch_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1]")
+
+    @property
+    def on(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def mix(batch: Batch, config: MixConfig, draws: np.random.Generator, normalize: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with mixed images, the labels of their `partner` (B,) and the `share` (scalar) of their own; as it is
+    where the draw says so.
+
+    batch: image (B, V, 3, H, W), label (B,). normalize: eight-bit images to floats.
+    """
+    if draws.random() >= config.probability:
+        return batch
+    cuts = config.cutmix > 0 and (not config.mixup or draws.random() < config.switch_probability)
+    alpha = config.cutmix if cuts else config.mixup
+    share = float(draws.beta(alpha, alpha))
+    partner = torch.from_numpy(draws.permutation(len(batch["label"]))).to(batch["label"].device)
+    images = normalize(batch["image"])
+    if cuts:
+        height, width = images.shape[-2:]
+        rows, columns = box(height, width, share, draws)
+        share = 1 - len(range(height)[rows]) * len(range(width)[columns]) / (height * width)
+        others, images = images[partner, ..., rows, columns], images.clone()
+        images[..., rows, columns] = others
+    else:
+        images = images.lerp(images[partner], 1 - share)
+    mixed = {"image": images, "partner": batch["label"][partner], "share": torch.tensor(share)}
+    return {**batch, **mixed}
+
+
+def box(height: int, width: int, share: float, draws: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns that CutMix takes from the partner: 1 - share of the area, around a pixel of the image and cut
+    off at its edges (eq. 2)."""
+    ratio = math.sqrt(1 - share)
+    ends = []
+    for size in (height, width):
+        cut, middle = int(size * ratio), int(draws.integers(size))
+        ends.append(slice(max(middle - cut // 2, 0), min(middle + (cut + 1) // 2, size)))
+    return ends[0], ends[1]
