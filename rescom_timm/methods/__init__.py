@@ -2,7 +2,8 @@
 
 A method is a module with `net` (all that is trained), `views` (how many it wants of each image) and forward(batch) ->
 {"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
-epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`.
+epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. With
+`second_sampler` (a loader.sampler) its batches have 2 B rows: below the B rows of the recipe's draw, B of that one's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, experts, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, branches, experts, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -22,6 +23,7 @@ from rescom_timm.methods.baselines import (
     LdamConfig,
     LogitAdjustmentConfig,
 )
+from rescom_timm.methods.branches import BbnConfig, ResltConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
@@ -44,6 +46,8 @@ MethodConfig = (
     | HybridPscConfig
     | DroLtConfig
     | ExpertsConfig
+    | BbnConfig
+    | ResltConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -58,6 +62,8 @@ Method = (
     | prototypes.HybridPsc
     | prototypes.DroLt
     | experts.Experts
+    | branches.Bbn
+    | branches.Reslt
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -75,6 +81,8 @@ METHODS: dict[str, tuple[type, Any]] = {
     "hybrid_psc": (HybridPscConfig, prototypes.HybridPsc),
     "dro_lt": (DroLtConfig, prototypes.DroLt),
     "experts": (ExpertsConfig, experts.Experts),
+    "bbn": (BbnConfig, branches.Bbn),
+    "reslt": (ResltConfig, branches.Reslt),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
