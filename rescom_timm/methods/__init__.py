@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, branches, experts, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, branches, experts, gistnet, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -25,6 +25,7 @@ from rescom_timm.methods.baselines import (
 )
 from rescom_timm.methods.branches import BbnConfig, ResltConfig
 from rescom_timm.methods.experts import ExpertsConfig
+from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
@@ -48,6 +49,7 @@ MethodConfig = (
     | ExpertsConfig
     | BbnConfig
     | ResltConfig
+    | GistNetConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -83,6 +85,7 @@ METHODS: dict[str, tuple[type, Any]] = {
     "experts": (ExpertsConfig, experts.Experts),
     "bbn": (BbnConfig, branches.Bbn),
     "reslt": (ResltConfig, branches.Reslt),
+    "gistnet": (GistNetConfig, gistnet.GistNet),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),

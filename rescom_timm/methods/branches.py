@@ -26,6 +26,7 @@ class BbnConfig:
     view each, of which the second branch learns: rare classes are drawn for it the more often (`reversed`)."""
 
     name: Literal["bbn"] = "bbn"
+    views: Literal[1] = 1
     branch: str | None = None
     """First child of the encoder, in the order in which it runs them, of which both branches have their own copy, as
     they have of all that follow; null: the last block, as the authors' (layer3.4 of a ResNet-32)."""
@@ -89,7 +90,6 @@ class BbnNet(BranchedNet):
 
 class Bbn(nn.Module):
     alpha: Tensor
-    views = 1
     second_sampler = "reversed"
 
     def __init__(self, net: Net, counts: Tensor, config: BbnConfig) -> None:
@@ -99,6 +99,7 @@ class Bbn(nn.Module):
         if config.fresh:
             self.net.check_trained()
         self.config = config
+        self.views: int = config.views
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:

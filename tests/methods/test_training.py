@@ -115,10 +115,10 @@ def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_p
     assert not moved(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("name", ["bbn", "reslt"])
+@pytest.mark.parametrize("name", ["bbn", "reslt", "gistnet"])
 def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name, monkeypatch):
     """Two draws a step, weights of the branches, what an epoch sets: bit for bit; then evaluated and exported."""
-    words = ["train.epochs=2", "train.batch_size=52"]  # of 7 steps each
+    words = ["train.epochs=2", "train.batch_size=52", "net.backbone=resnet8_cifar"]  # epochs of 7 steps
     whole = run(f"digits_lt_{name}", tmp_path, *words, "name=whole")
     halved = load(RECIPES / f"digits_lt_{name}.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     forward, passes = METHODS[name][1].forward, Probe()
@@ -142,6 +142,7 @@ def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name,
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.allclose(pretrained.net.classify(images), pretrained.net(images).logits, atol=1e-4)
+    assert (whole / "model" / "model.safetensors").is_file() == (name == "reslt"), "a plain timm model where it can be"
     written = json.loads((whole / "evaluation" / "test-last.json").read_text())["numbers"]
     assert evaluate_run(resumed)[2].compute() == written
 
@@ -243,7 +244,7 @@ def test_any_method_may_start_from_a_run_or_a_file(first):
 
 def test_all_that_a_net_trains_is_in_the_optimizer_also_in_groups():
     data = load_data(DataConfig(source="digits", index="exponential(50)"))
-    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt"):
+    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt", "gistnet"):
         for words in ([], ["optimizer.decay_norm_and_bias=false"]):
             recipe = load(RECIPES / f"digits_lt_{name}.yaml", [*QUICK, *words])
             net = build_method(recipe, data).net
