@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from rescom_timm.data.batched_views import BatchedPolicy
 from rescom_timm.data.plane_views import near_resized
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
-from rescom_timm.data.sampling import Order
+from rescom_timm.data.sampling import Order, SamplerName
 from rescom_timm.data.views import ViewsConfig, parse
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ def train_loader(
     epochs: int | None = None,
     config: LoaderConfig = LoaderConfig(),
     speed: SpeedConfig = SpeedConfig(),
+    second: SamplerName | None = None,
 ) -> DataLoader[Batch]:
     """Batches of `num_views` views each; the last incomplete batch of an epoch is dropped.
 
-    `batch_size` counts the images of all processes together. `epochs`, the length of the run, is needed by the
-    progressive sampler. Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and
-    before `skip_first_batches`. `finish` completes the batches, on their device. Raises ValueError if the split has
-    fewer images than one batch, no step of the policy can be done on the device (config.device_views), or its images
-    and policy are none for speed.resident.
+    With a `second` sampler each batch has twice the rows: those that config.sampler draws, and below them as many that
+    the second one draws; each of several processes gets both halves of its part. `batch_size` counts the images of all
+    processes together, without the second draw. `epochs`, the length of the run, is needed by the progressive sampler.
+    Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and before
+    `skip_first_batches`. `finish` completes the batches, on their device. Raises ValueError if the split has fewer
+    images than one batch, no step of the policy can be done on the device (config.device_views), or its images and
+    policy are none for speed.resident.
     """
     if num_views < 1:
         raise ValueError(f"an image needs at least 1 view, not {num_views}")
@@ -61,7 +64,8 @@ def train_loader(
     )
     if policy.moves and epochs is None:
         raise ValueError(f"{policy.text!r} moves over the whole run: give the number of epochs")
-    order = Order(split.labels, config.sampler, seed, epochs, policy.set_progress if policy.moves else None)
+    progress = policy.set_progress if policy.moves else None
+    order = Order(split.labels, config.sampler, seed, epochs, second, progress)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
 
 

@@ -36,8 +36,9 @@ class LoaderConfig:
 
     sampler: SamplerName = "uniform"
     """uniform: every image once an epoch. The others make as many draws, with replacement, and choose the class first:
-    evenly (class_balanced), by the root of its count (square_root), or by its count in the first epoch and evenly in
-    the last (progressive). See `class_probabilities`."""
+    evenly (class_balanced), by the root of its count (square_root), by its count in the first epoch and evenly in
+    the last (progressive), or by the inverse of its count (reversed). See `class_probabilities`. Methods that learn
+    from two draws at a time (bbn, gistnet) bring the second one's sampler themselves."""
     broken: Literal["stop", "skip"] = "stop"
     """An unreadable training image stops the run, or is skipped: another of its class takes its place and a warning
     names it. Evaluation always stops, for its figures are those of the whole split."""
@@ -100,7 +101,8 @@ class SpeedConfig:
 
 
 class ViewsDataset(Dataset[Batch]):
-    """Reads items of a split in batches: decodes each image once and draws its views.
+    """Reads items of a split in batches: decodes each image once and draws its views. Of B pairs of items it makes a
+    batch of 2B rows: the pairs' first ones, then their second ones.
 
     `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
     its place to another (None with broken="stop"). With device=True a batch holds, for `complete_views`, the images
@@ -175,7 +177,8 @@ class ViewsDataset(Dataset[Batch]):
         """One item as a sample: image (V, 3, H, W), or (3, H, W) in evaluation; label and row ()."""
         return {key: value[0] for key, value in self.__getitems__([item]).items()}
 
-    def __getitems__(self, items: list[Item]) -> Batch:
+    def __getitems__(self, items: list[Item] | list[tuple[Item, Item]]) -> Batch:
+        items = unpaired(items)
         rows: list[int] = []
         if self.resident:
             rows = [position for position, _ in items]
@@ -305,6 +308,13 @@ class ViewsDataset(Dataset[Batch]):
         if self.replaced[position] == 0:
             warnings.warn(f"{error}; another image of its class takes its place", RuntimeWarning, stacklevel=2)
         self.replaced[position] += 1
+
+
+def unpaired(items: list[Item] | list[tuple[Item, Item]]) -> list[Item]:
+    """Pairs of items as a list of all their first ones and then all their second ones; items as they are."""
+    if items and isinstance(items[0][0], tuple):
+        return [item for drawn in zip(*items, strict=True) for item in cast(tuple[Item, ...], drawn)]
+    return cast(list[Item], items)
 
 
 def _drawn(draws: Draws, num_views: int) -> Batch:

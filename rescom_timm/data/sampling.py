@@ -7,14 +7,15 @@ import numpy as np
 from torch.utils.data import Sampler
 
 Item = tuple[int, int]
-SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive"]
+SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive", "reversed"]
 
 
 # ------------------------------------------------------------------------------------------------------------- order
 
 
-class Order(Sampler[Item]):
-    """The items (position, seed) of an epoch, a pure function of (seed, epoch)."""
+class Order(Sampler[Item | tuple[Item, Item]]):
+    """The items (position, seed) of an epoch, a pure function of (seed, epoch); with a `second` sampler, pairs of an
+    item and another that is drawn by it."""
 
     def __init__(
         self,
@@ -22,15 +23,17 @@ class Order(Sampler[Item]):
         sampler: SamplerName,
         seed: int = 0,
         epochs: int | None = None,
+        second: SamplerName | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """progress: is told at the start of each epoch how far the run is, from 0 in the first to 1 in the last."""
-        if sampler == "progressive" and epochs is None:
+        if "progressive" in (sampler, second) and epochs is None:
             raise ValueError("the progressive sampler moves over the whole run: give the number of epochs")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
         self.labels = np.asarray(labels)
         self.sampler: SamplerName = sampler
+        self.second = second
         self.seed = seed
         self.epochs = epochs
         self.progress = progress
@@ -42,19 +45,28 @@ class Order(Sampler[Item]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Item | tuple[Item, Item]]:
         if self.progress is not None:
             self.progress(run_progress(self.epoch, self.epochs))
-        seeds = _random_bits(len(self), self.seed, self.epoch, stream=1) >> np.uint64(1)  # torch takes 63 bits
-        yield from zip(self.positions().tolist(), seeds.tolist(), strict=True)
+        if self.second is None:
+            yield from self._items(self.sampler, stream=0)
+        else:
+            yield from zip(self._items(self.sampler, stream=0), self._items(self.second, stream=2), strict=True)
 
     def positions(self) -> np.ndarray:
         """The positions (N,) int64 that this epoch visits, in order."""
-        bits = _random_bits(len(self), self.seed, self.epoch, stream=0)
-        if self.sampler == "uniform":
+        return self._positions(self.sampler, stream=0)
+
+    def _items(self, sampler: SamplerName, stream: int) -> Iterator[Item]:
+        seeds = _random_bits(len(self), self.seed, self.epoch, stream + 1) >> np.uint64(1)  # torch takes 63 bits
+        yield from zip(self._positions(sampler, stream).tolist(), seeds.tolist(), strict=True)
+
+    def _positions(self, sampler: SamplerName, stream: int) -> np.ndarray:
+        bits = _random_bits(len(self), self.seed, self.epoch, stream)
+        if sampler == "uniform":
             return np.argsort(bits, kind="stable")
         counts = np.bincount(self.labels)
-        share = class_probabilities(counts, self.sampler, self.epoch, self.epochs) / np.maximum(counts, 1)
+        share = class_probabilities(counts, sampler, self.epoch, self.epochs) / np.maximum(counts, 1)
         ends = np.cumsum(share[self.labels])
         uniform = (bits >> np.uint64(11)) * 2.0**-53
         return np.searchsorted(ends, uniform * ends[-1], side="right")
@@ -70,12 +82,13 @@ def class_probabilities(
 ) -> np.ndarray:
     """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1) with
     q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
-    t/T from 0 in the first epoch to 1 in the last. Classes without images get 0."""
+    t/T from 0 in the first epoch to 1 in the last; reversed is q = -1 (Zhou et al. 2020, arXiv 1912.02413). Classes
+    without images get 0."""
     if sampler == "progressive":
         t = run_progress(epoch, epochs)
         return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")
-    power = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0}[sampler]
-    weights = np.where(counts > 0, np.asarray(counts, dtype=np.float64) ** power, 0.0)
+    power = {"uniform": 1.0, "square_root": 0.5, "class_balanced": 0.0, "reversed": -1.0}[sampler]
+    weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** power, 0.0)
     return weights / weights.sum()
 
 

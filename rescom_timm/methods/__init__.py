@@ -4,7 +4,8 @@ A method is a module with `net` (all that is trained), `views` (how many it want
 {"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
 epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. Where
 its loss is a sum over images, each of its own logits and label, it says `per_image = True`: its batches may be mixed
-(batch["partner"], batch["share"]) or cut into parts.
+(batch["partner"], batch["share"]) or cut into parts. With `second_sampler` (a loader.sampler) its batches have 2 B
+rows: below the B rows of the recipe's draw, B of that one's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, experts, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, branches, experts, gistnet, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -24,7 +25,9 @@ from rescom_timm.methods.baselines import (
     LdamConfig,
     LogitAdjustmentConfig,
 )
+from rescom_timm.methods.branches import BbnConfig, ResltConfig
 from rescom_timm.methods.experts import ExpertsConfig
+from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
@@ -46,6 +49,9 @@ MethodConfig = (
     | HybridPscConfig
     | DroLtConfig
     | ExpertsConfig
+    | BbnConfig
+    | ResltConfig
+    | GistNetConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -60,6 +66,8 @@ Method = (
     | prototypes.HybridPsc
     | prototypes.DroLt
     | experts.Experts
+    | branches.Bbn
+    | branches.Reslt
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -77,6 +85,9 @@ METHODS: dict[str, tuple[type, Any]] = {
     "hybrid_psc": (HybridPscConfig, prototypes.HybridPsc),
     "dro_lt": (DroLtConfig, prototypes.DroLt),
     "experts": (ExpertsConfig, experts.Experts),
+    "bbn": (BbnConfig, branches.Bbn),
+    "reslt": (ResltConfig, branches.Reslt),
+    "gistnet": (GistNetConfig, gistnet.GistNet),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),

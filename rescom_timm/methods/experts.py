@@ -6,12 +6,10 @@ second stage is left out, and experts keep the backbone's width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +18,8 @@ from rescom_timm.contrast.losses import at_least_float32, check_temperature, div
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.branched import BranchedNet, branch_sources
 from rescom_timm.nets.net import Net
-from rescom_timm.nets.trainable import freeze_statistics
 
 
 @dataclass(frozen=True)
@@ -80,31 +78,19 @@ class ExpertOutputs(NamedTuple):
     experts: Tensor
 
 
-class ExpertsNet(Net):
+class ExpertsNet(BranchedNet):
     """A stem (`encoder`), E copies of the rest of the backbone and E classifiers; its logits are their mean."""
 
+    kind = "experts"
+
     def __init__(self, net: Net, sources: Sequence[nn.Module], branch: str, scale: float) -> None:
-        """Takes over the net's encoder and projector. sources: E encoders from which each expert's part is copied.
-        Raises ValueError where they cannot be cut at `branch`."""
-        nn.Module.__init__(self)
-        self.encoder, _ = cut(net.encoder, branch)
-        self.experts = nn.ModuleList(cut(source, branch)[1] for source in sources)
+        """As a BranchedNet."""
+        super().__init__(net, sources, branch)
         width, classes = net.classifier.in_features, net.classifier.out_features
         self.classifier = Heads(Cosine(width, classes, scale) for _ in sources)  # type: ignore[assignment]
-        self.projector = net.projector.requires_grad_(False)
-        self.recreate, self.tuning, self.head = None, net.tuning, net.head
-        self.frozen_statistics = net.frozen_statistics
-        for name in ("mean", "std"):
-            self.register_buffer(name, getattr(net, name), persistent=False)
-
-    def train(self, mode: bool = True) -> ExpertsNet:
-        super().train(mode)
-        if self.frozen_statistics:
-            freeze_statistics(self.experts)
-        return self
 
     def forward(self, images: Tensor) -> ExpertOutputs:  # type: ignore[override]
-        stem = self.encoder.forward_features(self.normalize(images))  # type: ignore[operator]
+        stem = self.stem(images)
         features = torch.stack([expert(stem) for expert in self.experts])
         logits = self.classifier(features)
         mean = features.mean(dim=0)
@@ -113,47 +99,6 @@ class ExpertsNet(Net):
 
     def classify(self, images: Tensor) -> Tensor:
         return self(images).logits
-
-    def to_timm(self) -> nn.Module:
-        raise ValueError("a net of several experts is no plain timm model, so it is not exported")
-
-
-def cut(encoder: nn.Module, branch: str) -> tuple[nn.Module, nn.Module]:
-    """(stem, tail): copies of a timm encoder such that tail(stem.forward_features(x)) is encoder(x), all children from
-    `branch` on in the tail. Raises ValueError where there is no such child or the encoder is no chain of them."""
-    names = []
-    for name, child in encoder.named_children():
-        nested = branch.startswith(name + ".")
-        names += [f"{name}.{inner}" for inner, _ in child.named_children()] if nested else [name]
-    if branch not in names[1:]:
-        raise ValueError(f"branch: the backbone has no child {branch!r} to cut at; there are: {', '.join(names[1:])}")
-    at = names.index(branch)
-    stem, tail = copy.deepcopy(encoder), copy.deepcopy(encoder)
-    for model, dropped in ((stem, names[at:]), (tail, names[:at])):
-        for name in dropped:
-            model.set_submodule(name, nn.Identity())
-    if not _same(encoder, stem, tail):
-        raise ValueError(
-            f"branch: this backbone is not a chain of modules that can be cut at {branch!r}; "
-            "use a ResNet or a ConvNeXt, or another branch"
-        )
-    return stem, tail
-
-
-@torch.no_grad()
-def _same(encoder: nn.Module, stem: nn.Module, tail: nn.Module) -> bool:
-    size = encoder.pretrained_cfg["input_size"]  # type: ignore[index]
-    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    modes = [model.training for model in (encoder, stem, tail)]
-    try:
-        encoder.eval(), stem.eval(), tail.eval()
-        parts = tail(stem.forward_features(images))  # type: ignore[operator]
-        return torch.allclose(parts, encoder(images), rtol=1e-4, atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    finally:
-        for model, mode in zip((encoder, stem, tail), modes, strict=True):
-            model.train(mode)
 
 
 class Experts(nn.Module):
@@ -165,14 +110,10 @@ class Experts(nn.Module):
     def __init__(self, net: Net, counts: Tensor, config: ExpertsConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
         super().__init__()
-        sources = [net.encoder] * config.experts
-        if config.fresh and net.recreate is not None:
-            sources[1:] = [timm.create_model(**net.recreate, num_classes=0) for _ in sources[1:]]
+        sources = branch_sources(net, config.experts, config.fresh)
         self.net = ExpertsNet(net, sources, config.branch, config.scale)
-        if config.fresh and not all(weight.requires_grad for weight in self.net.experts[0].parameters()):
-            raise ValueError(
-                "net.trainable freezes weights of the experts' own parts, which start at random: say fresh: false"
-            )
+        if config.fresh:
+            self.net.check_trained()
         self.config = config
         self.views: int = config.views
         self.reweighted = False

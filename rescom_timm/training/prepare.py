@@ -34,7 +34,7 @@ def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Ba
     """Batches of one forward pass. Raises RecipeError where there are fewer images than the recipe's batch."""
     loader = train_loader(
         data.train, recipe.views, method.views, recipe.train.batch_size // recipe.train.accumulate, recipe.seed,
-        recipe.train.epochs, recipe.loader, recipe.speed,
+        recipe.train.epochs, recipe.loader, recipe.speed, getattr(method, "second_sampler", None),
     )  # fmt: skip
     if len(loader) < recipe.train.accumulate:
         raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")

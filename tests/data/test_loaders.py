@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rescom_timm.data.decoding import BrokenImage
+from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.sampling import Order, class_probabilities
@@ -122,9 +123,11 @@ def test_class_probabilities_by_hand() -> None:
     assert np.allclose(middle, (first + last) / 2)
     assert np.allclose(last, [1 / 3, 0, 1 / 3, 1 / 3])
     assert np.allclose(class_probabilities(counts, "progressive", 0, 1), first)
+    inverse = np.array([1 / 100, 0, 1 / 16, 1 / 4])
+    assert np.allclose(class_probabilities(counts, "reversed"), inverse / inverse.sum())
 
 
-@pytest.mark.parametrize("sampler", ["class_balanced", "square_root", "progressive"])
+@pytest.mark.parametrize("sampler", ["class_balanced", "square_root", "progressive", "reversed"])
 def test_samplers_draw_classes_as_they_should_and_images_evenly(sampler: Any) -> None:
     counts = np.array([800, 0, 160, 40])
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
@@ -392,6 +395,64 @@ def test_each_process_gets_its_slice_of_the_same_global_batch(split: Any) -> Non
         resumed = [list(skip_first_batches(rank, 2)) for rank in ranks]
         assert_equal(resumed[0], parts[0][2:])
         assert_equal(resumed[1], parts[1][2:])
+
+
+# --------------------------------------------------------------------------------------------------------- two draws
+
+
+def in_pairs(split: Any, config: LoaderConfig = LoaderConfig(), **speed: Any) -> Any:
+    speed = {"workers": 0} | speed
+    return train_loader(split, VIEWS, 2, 8, 1, config=config, speed=SpeedConfig(**speed), second="reversed")
+
+
+def test_the_second_draw_lies_below_the_first_and_leaves_it_as_it_is(split: Any) -> None:
+    plain, paired = train_loader(split, VIEWS, 2, 8, seed=1, speed=HERE), in_pairs(split)
+    assert len(paired) == len(plain) == 4
+    for epoch in (0, 3):
+        batches = epoch_of(paired, epoch)
+        assert_equal([{key: value[:8] for key, value in batch.items()} for batch in batches], epoch_of(plain, epoch))
+        for batch, pairs in zip(batches, np.split(np.array(list(paired.sampler))[:32], 4), strict=True):
+            alone = [paired.dataset[position, seed] for position, seed in pairs[:, 1].tolist()]
+            assert all(torch.equal(batch[key][8:], torch.stack([one[key] for one in alone])) for key in batch)
+            assert batch["row"][8:].tolist() == [100 + 3 * position for position in pairs[:, 1, 0]]
+    assert_equal(list(in_pairs(split, workers=2)), list(in_pairs(split)))
+
+
+def test_the_second_draw_is_its_samplers_and_independent_of_the_first() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (800, 0, 160, 40)))
+    order = Order(labels, "class_balanced", 1, second="class_balanced")
+    (first, seeds), (second, others) = (np.array(drawn).T for drawn in zip(*order, strict=True))
+    assert first.tolist() == order.positions().tolist() and len(set(seeds) | set(others)) == 2000
+    assert np.mean(first == second) < 0.05
+    reversed_ = Order(labels, "uniform", 1, second="reversed")
+    drawn = np.bincount(labels[[position for _, (position, _) in reversed_]], minlength=4) / 1000
+    assert np.abs(drawn - class_probabilities(np.bincount(labels), "reversed")).max() < 0.05
+    with pytest.raises(ValueError, match="progressive"):
+        Order(labels, "uniform", second="progressive")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_each_process_gets_both_halves_of_its_pairs_and_resumes_exactly(split: Any) -> None:
+    whole = epoch_of(in_pairs(split), 2)
+    ranks = [prepare_data_loader(in_pairs(split), None, 2, rank, split_batches=True) for rank in range(2)]
+    parts = [epoch_of(rank, 2) for rank in ranks]
+    for batch, *own in zip(whole, *parts, strict=True):
+        for half in range(2):
+            for key in batch:
+                joined = torch.cat([part[key].chunk(2)[half] for part in own])
+                assert torch.equal(joined, batch[key].chunk(2)[half])
+    for rank, part in zip(ranks, parts, strict=True):
+        set_epoch(rank, 2)
+        assert_equal(list(skip_first_batches(rank, 3)), part[3:])
+
+
+@pytest.mark.parametrize("way", ["device_views", "resident"])
+def test_pairs_are_augmented_on_the_device_too(split: Any, way: str) -> None:
+    views = ViewsConfig(train="crop(8,2) | flip | cutout(4)")
+    config, speed = LoaderConfig(device_views=way == "device_views"), SpeedConfig(workers=0, resident=way == "resident")
+    loader = train_loader(split, views, 2, 8, 1, config=config, speed=speed, second="reversed")
+    plain = train_loader(split, views, 2, 8, 1, speed=HERE, second="reversed")
+    assert_equal(list(complete(loader, views, config, torch.device("cpu"))(loader)), list(plain))
 
 
 SCRIPT = """

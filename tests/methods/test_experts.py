@@ -5,7 +5,7 @@ import timm
 import torch
 
 from rescom_timm.methods import ExpertsConfig, create_method
-from rescom_timm.methods.experts import cut
+from rescom_timm.nets.branched import cut
 from rescom_timm.nets.net import ProjectorConfig, create_model
 from rescom_timm.nets.trainable import set_trainable
 from rescom_timm.recipe.config import OptimizerConfig, RecipeError

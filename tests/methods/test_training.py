@@ -1,6 +1,8 @@
 """Methods in real runs on the digits: second stages over a run, stages that train nothing, hooks, several processes."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from rescom_timm.run import train_recipe as train
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_method, build_optimizer
+from rescom_timm.training.errors import Stopped
 from rescom_timm.training.evaluate import evaluate_run
 from rescom_timm.training.trainer import Trainer
 
@@ -110,6 +113,38 @@ def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_p
     assert {"momentum_net.copy.encoder.conv1.weight", "queue.keys"} <= set(states[0])
     assert not moved(*states)
     assert not moved(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("name", ["bbn", "reslt", "gistnet"])
+def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name, monkeypatch):
+    """Two draws a step, weights of the branches, what an epoch sets: bit for bit; then evaluated and exported."""
+    words = ["train.epochs=2", "train.batch_size=52", "net.backbone=resnet8_cifar"]  # epochs of 7 steps
+    whole = run(f"digits_lt_{name}", tmp_path, *words, "name=whole")
+    halved = load(RECIPES / f"digits_lt_{name}.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
+    forward, passes = METHODS[name][1].forward, Probe()
+
+    def stop_at_the_ninth(self, batch):
+        passes(batch["label"])
+        if len(passes.calls) == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(METHODS[name][1], "forward", stop_at_the_ninth)
+        train(halved)
+    assert {len(labels) for (labels,) in passes.calls} == {104 if hasattr(METHODS[name][1], "second_sampler") else 52}
+    stopped = checkpoint.listed(tmp_path / "halved" / "checkpoints")[-1].name
+    resumed = train(halved, resume=True)
+    assert "step-00000007" < stopped < "step-00000014", "it stopped in the second epoch"
+    assert not moved(weights(whole), weights(resumed))
+    pretrained = from_pretrained(resumed)
+    assert not moved(weights(whole), pretrained.net.state_dict())
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(pretrained.net.classify(images), pretrained.net(images).logits, atol=1e-4)
+    assert (whole / "model" / "model.safetensors").is_file() == (name == "reslt"), "a plain timm model where it can be"
+    written = json.loads((whole / "evaluation" / "test-last.json").read_text())["numbers"]
+    assert evaluate_run(resumed)[2].compute() == written
 
 
 class Probe:
@@ -209,7 +244,7 @@ def test_any_method_may_start_from_a_run_or_a_file(first):
 
 def test_all_that_a_net_trains_is_in_the_optimizer_also_in_groups():
     data = load_data(DataConfig(source="digits", index="exponential(50)"))
-    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm"):
+    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt", "gistnet"):
         for words in ([], ["optimizer.decay_norm_and_bias=false"]):
             recipe = load(RECIPES / f"digits_lt_{name}.yaml", [*QUICK, *words])
             net = build_method(recipe, data).net

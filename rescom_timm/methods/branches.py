@@ -1,0 +1,211 @@
+"""Nets of branches with different tasks: BBN (two ends of the backbone, two draws), ResLT (three light branches).
+
+Shapes: B images of V views, N = V * B, K classes, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rescom_timm.contrast.losses import at_least_float32
+from rescom_timm.methods.baselines import linear, replace_classifier
+from rescom_timm.methods.bounds import PART, check
+from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.branched import BranchedNet, Remade, agrees, branch_sources, last_block
+from rescom_timm.nets.net import Net, Outputs
+
+
+@dataclass(frozen=True)
+class BbnConfig:
+    """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 8). A step has as many images again, one
+    view each, of which the second branch learns: rare classes are drawn for it the more often (`reversed`)."""
+
+    name: Literal["bbn"] = "bbn"
+    views: Literal[1] = 1
+    branch: str | None = None
+    """First child of the encoder, in the order in which it runs them, of which both branches have their own copy, as
+    they have of all that follow; null: the last block, as the authors' (layer3.4 of a ResNet-32)."""
+    fresh: bool = True
+    """The second branch starts from weights of its own; false: from the first's, as a pretrained backbone wants."""
+
+
+@dataclass(frozen=True)
+class ResltConfig:
+    """Residual learning over groups of classes (Cui et al. 2021, arXiv 2101.10633): branches for all classes, for the
+    medium and rare ones and for the rare ones, whose logits are added. Each is a BatchNorm over the last feature map,
+    as in the authors' code for CIFAR, so that one linear layer is left of them; the 1x1 convolutions of their code for
+    ImageNet-LT and iNaturalist are not here."""
+
+    name: Literal["reslt"] = "reslt"
+    views: Literal[1, 2] = 1
+    beta: float = 0.998
+    """Weight of the branches' own losses; 1 - beta is that of their sum's. The authors', for imbalance factors 100, 50,
+    10: 0.998, 0.998, 0.96 on CIFAR-10 and 0.995, 0.99, 0.72 on CIFAR-100."""
+    medium: float = 0.8
+    """Part of the classes, from the rarest on, that the second branch learns. The authors': 0.8, 0.65 on CIFAR-100."""
+    tail: float = 0.6
+    """The same of the third branch. The authors': 0.6, 0.3 on CIFAR-100."""
+
+    def __post_init__(self) -> None:
+        check(self, beta=PART, medium=PART, tail=PART)
+        if self.tail > self.medium:
+            raise ValueError(f"tail ({self.tail:g}) must not be above medium ({self.medium:g})")
+
+
+# --------------------------------------------------------------------------------------------------------------- BBN
+
+
+class BbnNet(BranchedNet):
+    """A stem, two ends of the backbone and one classifier over both ends' features (2F)."""
+
+    def __init__(self, net: Net, config: BbnConfig) -> None:
+        """Raises ValueError where the backbone cannot be cut."""
+        sources = branch_sources(net, 2, config.fresh)
+        super().__init__(net, sources, config.branch or last_block(net.encoder))
+        width, classes = net.classifier.in_features, net.classifier.out_features
+        self.classifier = nn.Linear(2 * width, classes)
+
+    def forward(self, images: Tensor, alpha: Tensor | None = None) -> Outputs:
+        """images: (N, 3, H, W), all seen by both branches; with alpha (), as in training, the first half is for the
+        first branch and the rest for the second, whose features are weighted (eqs. 1 and 2; N is then that of half)."""
+        if alpha is None:
+            stem = self.stem(images)
+            parts = [end(stem) for end in self.experts]
+            features = torch.cat(parts, dim=1)  # 2 * [f_a / 2, f_b / 2]
+        else:
+            halves = zip(self.experts, images.chunk(2), strict=True)
+            parts = [end(self.stem(half)) for end, half in halves]  # BatchNorm sees each draw by itself
+            features = 2 * torch.cat([alpha * parts[0], (1 - alpha) * parts[1]], dim=1)
+        embeddings = F.normalize(at_least_float32(self.projector((parts[0] + parts[1]) / 2)), dim=1)
+        return Outputs(features, self.classifier(features), embeddings)
+
+    def classify(self, images: Tensor) -> Tensor:
+        return self(images).logits
+
+
+class Bbn(nn.Module):
+    alpha: Tensor
+    second_sampler = "reversed"
+
+    def __init__(self, net: Net, counts: Tensor, config: BbnConfig) -> None:
+        """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
+        super().__init__()
+        self.net = BbnNet(net, config)
+        if config.fresh:
+            self.net.check_trained()
+        self.config = config
+        self.views: int = config.views
+        self.register_buffer("alpha", torch.ones(()), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: the parabola alpha = 1 - (t / T)^2 (eq. 8)."""
+        self.alpha.fill_(1 - (epoch / max(epochs, 1)) ** 2)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (2B, 1, 3, H, W), label (2B,), of which the lower half is of the second draw. Returns loss
+        (scalar, eq. 3) and logits (2B, K), those of each pair once for either label."""
+        logits = at_least_float32(self.net(stack_views(batch["image"]), self.alpha).logits)
+        first, second = (F.cross_entropy(logits, labels) for labels in batch["label"].chunk(2))
+        return {"loss": self.alpha * first + (1 - self.alpha) * second, "logits": logits.repeat(2, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------------- ResLT
+
+
+class Residual(nn.Linear):
+    """Three BatchNorms in front of one linear classifier, whose logits are added."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(in_features) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps (N, F, H, W) to each branch's logits (3, N, K). Features (N, F) to their sum (N, K), in
+        evaluation, where BatchNorm scales and shifts, before the mean over the map or after it."""
+        maps = x if x.ndim == 4 else x[:, :, None, None]
+        logits = super().forward(torch.stack([norm(maps).mean(dim=(2, 3)) for norm in self.norms]))
+        return logits if x.ndim == 4 else logits.sum(dim=0)
+
+    def as_linear(self) -> nn.Linear:
+        norms: list[Any] = list(self.norms)
+        scales = [norm.weight / (norm.running_var + norm.eps).sqrt() for norm in norms]
+        shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
+        bias = F.linear(torch.stack(shifts).sum(dim=0), self.weight) + len(norms) * self.bias
+        return linear(self.weight * torch.stack(scales).sum(dim=0), bias)
+
+
+class ResltOutputs(NamedTuple):
+    """features (N, F), the sum of the branches' logits (N, K), and branches (3, N, K), each one's own."""
+
+    features: Tensor
+    logits: Tensor
+    embeddings: Tensor
+    branches: Tensor
+
+
+class ResltNet(Remade):
+    """A Net whose classifier is given the feature map in training."""
+
+    def __init__(self, net: Net) -> None:
+        """Raises ValueError for a backbone whose features are not the mean of its last feature map."""
+        super().__init__(net)
+        if not agrees(net.encoder, lambda images: self._maps(images).mean(dim=(2, 3))):
+            raise ValueError(
+                "the branches are over a feature map (N, F, H, W) whose mean is the features, and this backbone has "
+                "none: use a ResNet, a RegNet or an EfficientNet"
+            )
+        replace_classifier(self, Residual(net.classifier.in_features, net.classifier.out_features))
+
+    def _maps(self, images: Tensor) -> Tensor:
+        return self.encoder.forward_features(images)  # type: ignore[operator]
+
+    def forward(self, images: Tensor) -> ResltOutputs:  # type: ignore[override]
+        maps = self._maps(self.normalize(images))
+        branches = self.classifier(maps)
+        features = maps.mean(dim=(2, 3))
+        embeddings = F.normalize(at_least_float32(self.projector(features)), dim=1)
+        return ResltOutputs(features, branches.sum(dim=0), embeddings, branches)
+
+
+class Reslt(nn.Module):
+    taught: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: ResltConfig) -> None:
+        """counts: (K,) training images of each class. Raises ValueError for a backbone without a feature map."""
+        super().__init__()
+        self.net = ResltNet(net)
+        self.config = config
+        self.views: int = config.views
+        classes = len(counts)
+        rank = counts.argsort(descending=True, stable=True).argsort()  # 0: the most frequent
+        taught = [rank >= classes - round(part * classes) for part in (1.0, config.medium, config.tail)]
+        self.register_buffer("taught", torch.stack(taught).float(), persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        outputs = self.net(stack_views(batch["image"]))
+        labels, beta = batch["label"].repeat(self.views), self.config.beta
+        fused = F.cross_entropy(at_least_float32(outputs.logits), labels)
+        own = reslt_branches(outputs.branches, labels, self.taught)
+        return {
+            "loss": (1 - beta) * fused + beta * own,
+            "logits": outputs.logits,
+            "loss_fused": fused.detach(),
+            "loss_branches": own.detach(),
+        }
+
+
+def reslt_branches(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+    """The mean cross-entropy over pairs of a branch and an image of a class that it is taught.
+
+    logits: (3, N, K). labels: (N,). taught: (3, K), 1 where a branch learns a class.
+    """
+    raised = at_least_float32(logits)
+    weights = taught[:, labels].to(raised.dtype)
+    each = F.cross_entropy(raised.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view_as(weights)
+    return (weights * each).sum() / weights.sum()
