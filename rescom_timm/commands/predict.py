@@ -8,19 +8,22 @@ as in training, evenly, or a file with one number a class, a line each.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
-from rescom_timm.sharing.predict import Prediction, Prior, predictions, write_csv
+from rescom_timm.commands import new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.sharing.predict import Prediction, Prior
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm predict runs/digits_lt photos/ --top-k 3 -o labels.csv",
     )
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("images", nargs="*", help="image files and folders")
@@ -35,6 +38,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parser.parse_args(words)
     if bool(arguments.images) == bool(arguments.data):
         parser.error("give images, or --data SOURCE")
+    from rescom_timm.data.sources import load
+    from rescom_timm.data.splits import DataConfig
+    from rescom_timm.sharing.predict import predictions, write_csv
+
     try:
         other = "test" if arguments.split == "train" else "train"  # so that the split is not its own training images
         data = load(DataConfig(arguments.data, train=other, test=arguments.split)) if arguments.data else None

@@ -8,20 +8,19 @@ The token comes from  hf auth login  or HF_TOKEN.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.sharing.hub import HubError
-from rescom_timm.sharing.onnx import export_onnx
-from rescom_timm.sharing.push import export_push, push_run
-from rescom_timm.training.errors import CheckpointError
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm push runs/digits_lt --repo me/digits",
+        "rescom-timm push runs/digits_lt --onnx digits.onnx",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
@@ -31,6 +30,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write what would be pushed, and push nothing")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write the classifier as ONNX, and push nothing")
     arguments = parser.parse_intermixed_args(words)
+    from rescom_timm.sharing.hub import HubError
+    from rescom_timm.sharing.onnx import export_onnx
+    from rescom_timm.sharing.push import export_push, push_run
+    from rescom_timm.training.errors import CheckpointError
+
     try:
         if arguments.onnx:
             print(export_onnx(arguments.run, arguments.onnx))

@@ -12,24 +12,21 @@ Exit codes: 0 trained, 1 failed, 2 a wrong word, 143 stopped by a signal with al
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from rescom_timm.recipe.loading import keys, load, load_fetched
-from rescom_timm.run import train_recipe
-from rescom_timm.sharing.hub import PushedRun
-from rescom_timm.training.errors import FAILURES, Stopped, one_line
-from rescom_timm.training.run_folder import run_recipe
-from rescom_timm.training.trainer import Resume
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm train digits_lt train.epochs=10",
+        "rescom-timm train digits_lt --resume",
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a YAML file, and keys over it")
     parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
@@ -49,6 +46,13 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(
             f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
         )
+    from rescom_timm.recipe.loading import load, load_fetched
+    from rescom_timm.run import train_recipe
+    from rescom_timm.sharing.hub import PushedRun
+    from rescom_timm.training.errors import FAILURES, Stopped, one_line
+    from rescom_timm.training.run_folder import run_recipe
+    from rescom_timm.training.trainer import Resume
+
     resume: Resume = arguments.resume
     try:
         if addresses:
@@ -79,6 +83,8 @@ def _as_key(option: str, words: Sequence[str]) -> str:
     name, _, value = option.lstrip("-").replace("-", "_").partition("=")
     after = list(words)[list(words).index(option) + 1 :][:1]
     value = value or next((word for word in after if not word.startswith("-")), "VALUE")
+    from rescom_timm.recipe.loading import keys
+
     known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
     near = get_close_matches(name, [*known, *known.values()], n=1)
     return f": keys of the recipe are said without dashes, {known.get(near[0], near[0])}={value}" if near else ""
