@@ -4,8 +4,6 @@ The floors; every import points down, and tests/test_architecture.py holds it so
 
     commands/   roof       one verb a file: rescom-timm VERB, python -m rescom_timm, tools/*.py (with __main__)
     benchmarks/ roof       the parts of the verb benchmark: speed and memory, side by side
-    sweep       roof       grids of runs, as one table
-    indexes     roof       what the verbs of index files do
     run         attic      runs from Python: train(...) -> Run
     figures/    attic      pictures and reports of runs: measure -> arrays, draw -> picture
     sharing/    third      export, model card, the Hub, predictions

@@ -24,8 +24,7 @@ FLOORS["sharing"] = FLOORS["training"] | {"training"}
 FLOORS["figures"] = FLOORS["sharing"] | {"sharing"}
 FLOORS["run"] = FLOORS["figures"] | {"figures"}
 FLOORS["benchmarks"] = FLOORS["run"] | {"run"}
-FLOORS["sweep"] = FLOORS["indexes"] = FLOORS["benchmarks"]
-FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks", "sweep", "indexes"}
+FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks"}
 FLOORS["__main__"] = {"commands"}
 """Room: the rooms below it that it may import."""
 

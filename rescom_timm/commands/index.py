@@ -23,7 +23,7 @@ VERBS = {
     "overlap": "Say which images stand in both of two indexes.",
     "init": "Write a recipe for one's own images: class folders, a folder with a list, or a local or Hub data set.",
 }
-"""Functions of rescom_timm/indexes.py, which take seconds to import."""
+"""Functions of parts/index.py, which take seconds to import."""
 EXAMPLES = dict((line.split()[1], line) for line in __doc__.splitlines() if line.startswith("rescom-timm "))
 
 
@@ -87,10 +87,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = parser(prog).parse_args(arguments)
-    from rescom_timm import indexes
+    from rescom_timm.commands.parts import index
 
     try:
-        code = int(getattr(indexes, options.verb)(options))
+        code = int(getattr(index, options.verb)(options))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # a reader such as head has seen enough

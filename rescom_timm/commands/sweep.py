@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from rescom_timm.commands import new_parser
@@ -50,12 +51,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--output", type=Path)
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
     parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
+    parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the table only")
     parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
     options = parser.parse_intermixed_args(arguments)
     from accelerate import PartialState
 
-    from rescom_timm.sweep import cells, measure, remember, run, split, summary, write
+    from rescom_timm.commands.parts.sweep import cells, measure, remember, run, split, summary, write
     from rescom_timm.training.errors import Stopped
+    from rescom_timm.training.log import quiet
 
     recipes = [word for word in options.words if "=" not in word]
     grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
@@ -72,7 +75,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     found = cells(recipes, grid, seeds)
     known = remember(found, output) if PartialState().is_main_process else []
     try:
-        wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
+        with quiet() if options.quiet else nullcontext():
+            wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
     except Stopped as error:
         print(f"{error}, or the sweep with the same command", file=sys.stderr)
         return 143

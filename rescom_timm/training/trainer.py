@@ -8,7 +8,6 @@ loss that is NaN), step_metrics.py (reading a loss late), errors.py.
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from rescom_timm.training.errors import FAILURES, CheckpointError, NonFiniteLoss
 from rescom_timm.training.evaluate import about, evaluate, table, title, write
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line
+from rescom_timm.training.log import Log, bars_shown, epoch_line, evaluation_line
 from rescom_timm.training.prepare import (
     check_image_size,
     check_images,
@@ -142,7 +141,7 @@ class Trainer:
         recipe, images = self.recipe, self.recipe.train.batch_size
         bar = tqdm(
             total=recipe.train.epochs * self.steps_per_epoch * images, initial=self.progress.step * images, unit="img",
-            unit_scale=True, smoothing=0.05, disable=not (self.main and sys.stderr.isatty()), mininterval=0.5,
+            unit_scale=True, smoothing=0.05, disable=not (self.main and bars_shown()), mininterval=0.5,
         )  # fmt: skip
         with bar:
             progress = self.progress
@@ -311,7 +310,8 @@ class Trainer:
                 progress.best, progress.best_epoch = score, progress.epoch
                 progress.best_checkpoint = f"step-{progress.step:08d}"
         if self.main:
-            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
+            line = evaluation_line(progress.epoch, figures)
+            bar.write(line if bar.disable else f"after epoch {progress.epoch}\n{table(figures)}")
 
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rescom_timm import sweep as grids
 from rescom_timm.commands import sweep as command
+from rescom_timm.commands.parts import sweep as grids
 from rescom_timm.recipe.loading import load
 
 ROOT = Path(__file__).parents[2]
