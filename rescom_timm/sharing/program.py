@@ -73,9 +73,8 @@ def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(net, (images,), dynamic_shapes={"images": {0: batch}})
     except Exception as error:  # of many kinds, none of them public
-        raise ValueError(
-            f"this net cannot be exported by torch.export: {str(error).strip().splitlines()[0]}"
-        ) from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"this net cannot be exported by torch.export: {first}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as new:
         with new.open("wb") as file:
