@@ -17,12 +17,16 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     files       ground     files written whole and read within bounds
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rescom_timm.nets.net import Net, ProjectorConfig, create_model  # registers the CIFAR ResNets in timm
-
 if TYPE_CHECKING:
+    from rescom_timm.nets.net import Net, ProjectorConfig, create_model
     from rescom_timm.run import Run, train
     from rescom_timm.sharing.predict import predict
     from rescom_timm.sharing.pretrained import from_pretrained
@@ -30,12 +34,15 @@ if TYPE_CHECKING:
 __all__ = ["Net", "ProjectorConfig", "Run", "create_model", "from_pretrained", "predict", "train"]
 
 LATER = {
+    "Net": "rescom_timm.nets.net",
+    "ProjectorConfig": "rescom_timm.nets.net",
+    "create_model": "rescom_timm.nets.net",
     "Run": "rescom_timm.run",
     "train": "rescom_timm.run",
     "predict": "rescom_timm.sharing.predict",
     "from_pretrained": "rescom_timm.sharing.pretrained",
 }
-"""Names of the floors above, which take seconds to import: only when asked for."""
+"""Names that take seconds to import: only when asked for."""
 
 
 def __getattr__(name: str) -> Any:
@@ -46,3 +53,29 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *LATER})
+
+
+class _RegisterWithTimm(MetaPathFinder):
+    """Whoever imports rescom_timm and timm, in whatever order, finds the CIFAR ResNets in timm's registry; and a
+    command that needs neither torch nor timm does not wait for them."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                import_module("rescom_timm.nets.cifar_resnet")
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("rescom_timm.nets.cifar_resnet")
+else:
+    sys.meta_path.insert(0, _RegisterWithTimm())

@@ -45,6 +45,7 @@ def usage() -> str:
             *lines,
             "",
             "example: rescom-timm train digits_lt",
+            "exit codes: 0 done, 1 failed (one line says why), 2 a wrong word, 143 stopped by a signal with all saved",
             "on several processes: accelerate launch -m rescom_timm train RECIPE",
         ]
     )

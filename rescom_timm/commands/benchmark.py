@@ -16,27 +16,37 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-import torch
+from rescom_timm.commands import new_parser
 
-from rescom_timm.benchmarks import head, loader, loop, startup, step
+PARTS = {
+    "head": "the contrastive part of a step, embeddings given",
+    "loader": "one core's way from encoded images to a batch of two views",
+    "step": "a whole training step, and inference, against plain ones",
+    "loop": "the trainer's own loop over a recipe's data, for some steps",
+    "startup": "the time from the start of a process to the end of its first training step",
+}
+"""Files of benchmarks/, each imported when its part is asked for."""
 
-PARTS = {"head": head, "loader": loader, "step": step, "loop": loop, "startup": startup}
 
-
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=style)
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    parser = new_parser(__doc__, prog, "rescom-timm benchmark step resnet8_cifar --classes 10 100 --batch 32")
     commands = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    for name, part in PARTS.items():
-        about = part.__doc__ or ""
-        summary = about.split("\n")[0].partition(": ")[2]
-        part.arguments(commands.add_parser(name, help=summary, description=about, formatter_class=style))
-    options = parser.parse_args(arguments)
+    for name, summary in PARTS.items():
+        one = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in words[:1]:
+            part = import_module(f"rescom_timm.benchmarks.{name}")
+            one.description = part.__doc__
+            part.arguments(one)
+    options = parser.parse_args(words)
+    import torch
+
     try:
         if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
-        return PARTS[options.part].run(options)
+        return int(part.run(options))
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,7 @@
 """Class features from class names:  rescom-timm class-features CLASSES --model MODEL -o FILE [--prompt "a {}."]
 
-A classifier over a frozen CLIP or SigLIP may start from what its text tower makes of the classes' names:
-
-rescom-timm class-features places.txt --model openai/clip-vit-base-patch16 -o places_clip.safetensors
-rescom-timm train places_lt_clip_b16 net.classifier.init=file net.classifier.file=places_clip.safetensors
+A classifier over a frozen CLIP or SigLIP may start from what its text tower makes of the classes' names, with
+net.classifier.init=file net.classifier.file=FILE.
 
 CLASSES: an index file with class names, a recipe (by path or name), or a text file with one name a line, in the order
 of the classes. MODEL: a CLIP or SigLIP of transformers, a Hub id or a folder, whose image tower is the recipe's
@@ -12,26 +10,26 @@ backbone. Several --prompt are averaged.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.data.index import Index
-from rescom_timm.data.sources import load
-from rescom_timm.nets.text_features import PROMPT, save_class_features, text_features
-from rescom_timm.recipe.loading import load as load_recipe
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm class-features places.txt --model openai/clip-vit-base-patch16 -o places_clip.safetensors",
     )
     parser.add_argument("classes", help="an index, a recipe, or a text file of one name a line")
     parser.add_argument("--model", required=True, help="a CLIP or SigLIP of transformers")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help=f"with {{}} for the class; {PROMPT!r}")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="with {} for the class; 'a photo of a {}.'")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a file of safetensors")
     options = parser.parse_args(words)
+    from rescom_timm.nets.text_features import PROMPT, save_class_features, text_features
+
     try:
         names, prompts = names_of(options.classes), options.prompt or [PROMPT]
         features = text_features(names, options.model, prompts)
@@ -46,6 +44,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def names_of(source: str) -> list[str]:
     """Class names, in order. Raises ValueError where there are none, or the same twice, and FileNotFoundError."""
+    from rescom_timm.data.index import Index
+    from rescom_timm.data.sources import load
+    from rescom_timm.recipe.loading import load as load_recipe
+
     path = Path(source).expanduser()
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
         names: list[str] | None = load(load_recipe(source).data).class_names

@@ -10,33 +10,41 @@ Data of your own: rescom-timm init FOLDER first.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from rescom_timm.commands import new_parser
 
-from rescom_timm.data.doctor import Examined, Finding, examine, findings, wrong_labels
-from rescom_timm.data.sources import Data, load
-from rescom_timm.figures.doctor_page import page, told
-from rescom_timm.figures.opened import open_run
-from rescom_timm.files import write_text
-from rescom_timm.recipe.loading import load as load_recipe
-from rescom_timm.training.errors import FAILURES, one_line
-from rescom_timm.training.run_folder import run_recipe
+if TYPE_CHECKING:
+    from rescom_timm.data.doctor import Examined, Finding
+    from rescom_timm.data.sources import Data
+
 
 GRAVE = ("broken", "exact_leak", "exact_label")
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm doctor my_photos.yaml -o doctor.html",
     )
     parser.add_argument("recipe", help="a recipe, by path or name, or a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
     options = parser.parse_intermixed_args(words)
+    from tqdm import tqdm
+
+    from rescom_timm.data.doctor import examine, findings
+    from rescom_timm.data.sources import load
+    from rescom_timm.figures.doctor_page import page, told
+    from rescom_timm.files import write_text
+    from rescom_timm.recipe.loading import load as load_recipe
+    from rescom_timm.training.errors import FAILURES, one_line
+    from rescom_timm.training.run_folder import run_recipe
+
     run = Path(options.recipe)
     try:
         is_run = (run / "recipe.yaml").is_file()
@@ -63,6 +71,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:
     """Labels of held-out images that a run's net contradicts."""
+    from rescom_timm.data.doctor import Finding, wrong_labels
+    from rescom_timm.figures.opened import open_run
+
     opened, groups, lines = open_run(run, overrides=overrides), [], []
     for name in ("test", "validation"):
         if name in images.splits:

@@ -6,21 +6,18 @@ key=value changes the run's recipe, such as data.source=PATH for another place o
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.figures import confusion, style
-from rescom_timm.figures.folder import RunFolder
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.training.errors import CheckpointError, one_line
-from rescom_timm.training.evaluate import evaluate_run, table
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm evaluate runs/digits_lt --checkpoint best",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -29,6 +26,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--five-crops", action="store_true", help="also the mean of five crops, beside the single one")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     arguments = parser.parse_intermixed_args(words)
+    from rescom_timm.figures import confusion, style
+    from rescom_timm.figures.folder import RunFolder
+    from rescom_timm.recipe.config import RecipeError
+    from rescom_timm.training.errors import CheckpointError, one_line
+    from rescom_timm.training.evaluate import evaluate_run, table
+
     try:
         what = (arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
         name, title, meter = evaluate_run(*what, weights=arguments.weights)

@@ -8,26 +8,34 @@ several runs they are drawn only where --only names them. key=value changes the 
 data.source=PATH. With --only, the report shows the figures named beside it (--only curves,report), or all.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.figures import files
-from rescom_timm.figures.folder import open_runs
-from rescom_timm.figures.writing import write_figures
+from rescom_timm.commands import new_parser
+
+NAMES = (
+    "curves", "schedule", "robustness", "longtail", "confusion", "reliability", "views", "pairs", "queue_pairs",
+    "queues", "similarity", "gradients", "tsne", "mistakes", "rare",
+)  # fmt: skip
+"""Of the figures: FROM_FILES and FROM_NET of figures/files.py, which takes seconds to import."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm figures runs/digits_lt --only curves,confusion",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; and key=value")
-    parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(files.NAMES)}, report")
+    parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(NAMES)}, report")
     parser.add_argument("--evaluation", default="", metavar="NAME", help="<split>-<checkpoint>; test-last by default")
     parser.add_argument("--checkpoint", default="last", help="of the net: last, best, or the folder of a checkpoint")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="RUN/figures by default; ./figures for several runs")
     options = parser.parse_intermixed_args(arguments)
+    from rescom_timm.figures.folder import open_runs
+    from rescom_timm.figures.writing import write_figures
+
     overrides = [word for word in options.runs if "=" in word and not Path(word).exists()]
     try:
         runs = open_runs(word for word in options.runs if word not in overrides)

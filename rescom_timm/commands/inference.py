@@ -9,20 +9,20 @@ rescom-timm inference resnet32_cifar --batch-size 8 --classes 100 --rounds 10
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+from rescom_timm.commands import new_parser
 
-from rescom_timm.figures import inference, style
-from rescom_timm.files import write_json
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm inference resnet32_cifar --batch-size 8 --classes 100 --rounds 10",
     )
     parser.add_argument("backbone", help="any name of timm.list_models()")
     parser.add_argument("options", nargs="*", metavar="key=value", help="of timm.create_model")
@@ -32,11 +32,16 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--size", type=int, metavar="PIXELS", help="of the square images; the backbone's by default")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--device", help="cuda if there is one")
-    parser.add_argument("--precision", default="float32", choices=list(inference.PRECISIONS))
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("-o", "--output", default="inference", metavar="FOLDER", help="inference by default")
     arguments = parser.parse_intermixed_args(words)
+    import yaml
+
+    from rescom_timm.figures import inference, style
+    from rescom_timm.files import write_json
+
     try:
         if wrong := [word for word in arguments.options if "=" not in word]:
             raise ValueError(f"{wrong[0]!r} is not key=value, such as img_size=384")

@@ -2,26 +2,26 @@
 
 What the training left in RUN/hub/ is uploaded; where nothing is left, the run as it stands is. key=value changes the
 recipe's hub section, such as hub.strategy=checkpoint or hub.license=apache-2.0. --export FOLDER only writes what would
-be pushed, with its model card, and needs no network; --onnx FILE writes the classifier as ONNX.
+be pushed, with its model card, and needs no network; --onnx FILE writes the classifier as ONNX, --torch-export FILE
+as a program of torch.export, both with class names and preprocessing inside.
 The token comes from  hf auth login  or HF_TOKEN.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.sharing.hub import HubError
-from rescom_timm.sharing.onnx import export_onnx
-from rescom_timm.sharing.push import export_push, push_run
-from rescom_timm.training.errors import CheckpointError
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm push runs/digits_lt --repo me/digits",
+        "rescom-timm push runs/digits_lt --onnx digits.onnx",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
@@ -33,10 +33,22 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--weights", choices=["raw", "ema"], help="with --export: as trained, or averaged (train.ema.export by default)"
     )
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write the classifier as ONNX, and push nothing")
+    parser.add_argument(
+        "--torch-export", type=Path, metavar="FILE", help="the same as a program of torch.export (.pt2)"
+    )
     arguments = parser.parse_intermixed_args(words)
+    from rescom_timm.sharing.hub import HubError
+    from rescom_timm.sharing.onnx import export_onnx
+    from rescom_timm.sharing.program import export_program
+    from rescom_timm.sharing.push import export_push, push_run
+    from rescom_timm.training.errors import CheckpointError
+
     try:
-        if arguments.onnx:
-            print(export_onnx(arguments.run, arguments.onnx))
+        if arguments.onnx or arguments.torch_export:
+            if arguments.onnx:
+                print(export_onnx(arguments.run, arguments.onnx))
+            if arguments.torch_export:
+                print(export_program(arguments.run, arguments.torch_export))
             return 0
         overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
         if arguments.export:

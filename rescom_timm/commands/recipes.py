@@ -7,23 +7,26 @@ rescom-timm recipes digits_lt > mine.yaml
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import find, load, shipped
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm recipes digits_lt > mine.yaml",
     )
     parser.add_argument("name", nargs="?", help="print this one")
     parser.add_argument("--table", action="store_true", help="in Markdown, with what each is expected to give")
     options = parser.parse_args(words)
+    from rescom_timm.recipe.config import RecipeError
+    from rescom_timm.recipe.loading import find, shipped
+
     if options.table:
         print(table())
         return 0
@@ -50,6 +53,8 @@ def summary(path: Path) -> str:
 def table() -> str:
     """Every shipped recipe in Markdown: what it is, its method and backbone, and the first of what it is expected to
     give, by its header."""
+    from rescom_timm.recipe.loading import load, shipped
+
     lines = ["| recipe | what it is | method | backbone | expected |", "|---|---|---|---|---|"]
     for path in shipped():
         recipe = load(path)

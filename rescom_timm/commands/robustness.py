@@ -15,18 +15,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rescom_timm.data.corruptions import COMMON, KINDS, prepared
-from rescom_timm.figures import robustness, style
-from rescom_timm.figures.folder import open_runs
-from rescom_timm.figures.opened import Opened, open_run
-from rescom_timm.figures.robustness import Robustness
-from rescom_timm.training.errors import CheckpointError
+from rescom_timm.commands import new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.figures.opened import Opened
+    from rescom_timm.figures.robustness import Robustness
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm robustness runs/digits_lt --kinds gaussian_noise,fog",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -38,6 +40,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="so many images, by seed the same of every kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args(words)
+    from rescom_timm.training.errors import CheckpointError
+
     try:
         return run(options)
     except (ValueError, ImportError, OSError, CheckpointError) as error:
@@ -46,6 +50,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    from rescom_timm.figures import robustness, style
+    from rescom_timm.figures.folder import open_runs
+    from rescom_timm.figures.opened import open_run
+    from rescom_timm.figures.robustness import Robustness
+
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
     with_run = options.baseline not in (None, "alexnet")
@@ -80,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
 
 def measured(opened: Opened, folder: Path, options: argparse.Namespace) -> tuple[Robustness, Robustness, Path]:
     """A run's errors, measured or known: of all kinds that it ever met, of those asked for, and where they are kept."""
+    from rescom_timm.data.corruptions import COMMON, KINDS, prepared
+    from rescom_timm.figures import robustness
+
     source = prepared(options.prepared, opened.data.class_names) if options.prepared else None
     named = {"common": COMMON, "all": KINDS}.get(options.kinds) or options.kinds.split(",")
     kinds = [kind for kind in named if source is None or kind in source.kinds or options.kinds not in ("common", "all")]

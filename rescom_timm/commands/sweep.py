@@ -36,208 +36,30 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
-import itertools
-import json
-import shutil
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-from filelock import FileLock
-
-from rescom_timm.figures import style
-from rescom_timm.files import atomic_path, read_json, write_json, write_text
-from rescom_timm.recipe.config import Recipe, RecipeError
-from rescom_timm.recipe.loading import differences, load
-from rescom_timm.run import train_recipe
-from rescom_timm.sharing.export import DETAILS
-from rescom_timm.training.errors import FAILURES, Stopped, one_line
-from rescom_timm.training.run_folder import lines, run_recipe
-
-FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a sweep. settings: the words of the command line that vary, (key, value) each."""
-
-    recipe: str
-    settings: tuple[tuple[str, str], ...]
-    words: tuple[str, ...]
-    seed: int
-
-    @property
-    def row(self) -> tuple[str, ...]:
-        """What its line of the table is called: recipe and settings."""
-        return (Path(self.recipe).stem, *(f"{_short(key)}={value}" for key, value in self.settings))
-
-    @property
-    def name(self) -> str:
-        return "-".join((*self.row, f"seed={self.seed}")).replace("/", "_")
-
-    def load(self, output: Path) -> Recipe:
-        words = [word.replace("{seed}", str(self.seed)) for word in self.words]
-        return load(self.recipe, [*words, f"seed={self.seed}", f"output={output}", f"name={json.dumps(self.name)}"])
-
-
-def cells(recipes: list[str], grid: dict[str, list[str]], seeds: list[int]) -> list[Cell]:
-    """Every combination, seed by seed, so that a sweep cut short has few seeds of everything."""
-    varied = [key for key, values in grid.items() if len(values) > 1]
-    found = []
-    for seed, recipe, values in itertools.product(seeds, recipes, itertools.product(*grid.values())):
-        chosen = dict(zip(grid, values, strict=True))
-        words = tuple(f"{key}={value}" for key, value in chosen.items())
-        found.append(Cell(recipe, tuple((key, chosen[key]) for key in varied), words, seed))
-    return found
-
-
-def split(text: str) -> list[str]:
-    """'a,b' at its commas, but for those within brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether this run was trained, evaluated and exported. Raises RecipeError where another recipe's is there."""
-    folder = recipe.folder
-    if not (folder / "recipe.yaml").is_file():
-        return False
-    if differ := differences(run_recipe(folder).to_dict(), recipe.to_dict()):
-        raise RecipeError(f"{folder} was made with another {', '.join(differ)}: name another folder with --output")
-    epochs = max((line.get("epoch", 0) for line in lines(folder / "metrics.jsonl")), default=0)
-    there = (folder / "evaluation" / "test-last.json", folder / "model" / DETAILS)
-    return epochs >= recipe.train.epochs and all(path.is_file() for path in there)
-
-
-def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
-    """Train what is not finished; returns what went wrong, a sentence each. lean: drop checkpoints of what is."""
-    main, wrong = PartialState().is_main_process, []
-    for number, cell in enumerate(todo, start=1):
-        try:
-            recipe = cell.load(output)
-            done = finished(recipe)
-            if main:
-                print(f"[{number}/{len(todo)}] {cell.name}{': finished' if done else ''}", flush=True)
-            if not done:
-                train_recipe(recipe, resume=True)
-            if lean and main:
-                shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
-        except FAILURES as error:
-            wrong.append(f"{cell.name}: {one_line(error)}")
-            if main:
-                print(f"left out: {wrong[-1]}", file=sys.stderr, flush=True)
-    return wrong
-
-
-def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str]]:
-    """The cells of every command so far, (row, name) each, kept in sweep.json, which several commands may add to."""
-    path = output / "sweep.json"
-    output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / ".sweep.lock"):
-        before = read_json(path, list) if path.is_file() else []
-        known = {name: tuple(row) for row, name in before} | {cell.name: cell.row for cell in found}
-        if found:
-            write_json(path, [[row, name] for name, row in known.items()], indent=0)
-    return [(row, name) for name, row in known.items()]
-
-
-def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """The test figures of each row's finished runs, in percent, and their minutes of training."""
-    rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for row, name in known:
-        path = output / name / "evaluation" / "test-last.json"
-        if path.is_file():
-            numbers = read_json(path)["numbers"]
-            seconds = [line["seconds"] for line in lines(output / name / "metrics.jsonl") if "seconds" in line]
-            rows.setdefault(row, []).append(numbers | ({"minutes": seconds[-1] / 60} if seconds else {}))
-    return rows
-
-
-def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A line for each row: its name, seeds, and mean and deviation of each figure (None for a single seed)."""
-    table = []
-    for row, runs in rows.items():
-        line: dict[str, Any] = {"run": " ".join(row), "seeds": len(runs)}
-        for figure in FIGURES:
-            values = [numbers[figure] for numbers in runs if figure in numbers]
-            line[figure] = statistics.fmean(values) if values else None
-            line[f"{figure}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
-        table.append(line)
-    return table
-
-
-def markdown(table: list[dict[str, Any]]) -> str:
-    shown = [figure for figure in FIGURES if any(line[figure] is not None for line in table)]
-    text = [f"| run | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
-    for line in table:
-        told = (_told(line[figure], line[f"{figure}_deviation"]) for figure in shown)
-        text.append(f"| {line['run']} | {line['seeds']} | {' | '.join(told)} |")
-    return "\n".join(text) + "\n"
-
-
-def draw(table: list[dict[str, Any]], title: str) -> Any:
-    """Top-1 of every line with its deviation, in the order of the table."""
-    figure = style.new_figure(7.0, 1.0 + 0.28 * len(table))
-    axes = figure.subplots()
-    places = range(len(table))
-    deviations = [line["top1_deviation"] or 0.0 for line in table]
-    axes.errorbar([line["top1"] for line in table], places, xerr=deviations, fmt="o", color=style.color(0), capsize=3)
-    axes.set_yticks(places, [style.plain(line["run"], 60) for line in table])
-    axes.invert_yaxis()
-    style.tidy(axes, title, "test top-1, last epoch (%)", "", "x")
-    return figure
-
-
-def write(table: list[dict[str, Any]], output: Path) -> None:
-    text = markdown(table)
-    write_text(output / "sweep.md", text)
-    rows = io.StringIO()
-    writer = csv.DictWriter(rows, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    write_text(output / "sweep.csv", rows.getvalue())
-    seeds = sorted({line["seeds"] for line in table})
-    figure = draw(table, f"mean and deviation of {' or '.join(map(str, seeds))} seeds")
-    for ending in (".png", ".svg"):
-        with atomic_path(output / f"sweep{ending}") as path:
-            figure.savefig(path, format=ending[1:])
-    print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
-
-
-def _told(mean: float | None, deviation: float | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
-
-
-def _short(key: str) -> str:
-    return key.removeprefix("method.")
+from rescom_timm.commands import new_parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__, prog, "rescom-timm sweep digits_lt method.beta=0,0.9,0.999 --seeds 0,1,2")
     parser.add_argument("words", nargs="*", metavar="RECIPE or key=a,b,c")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
     parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
+    parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the table only")
     parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
     options = parser.parse_intermixed_args(arguments)
+    from accelerate import PartialState
+
+    from rescom_timm.commands.parts.sweep import cells, measure, remember, run, split, summary, write
+    from rescom_timm.training.errors import Stopped
+    from rescom_timm.training.log import quiet
+
     recipes = [word for word in options.words if "=" not in word]
     grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
     try:
@@ -253,7 +75,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     found = cells(recipes, grid, seeds)
     known = remember(found, output) if PartialState().is_main_process else []
     try:
-        wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
+        with quiet() if options.quiet else nullcontext():
+            wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
     except Stopped as error:
         print(f"{error}, or the sweep with the same command", file=sys.stderr)
         return 143

@@ -1,4 +1,4 @@
-"""Train a recipe:  rescom-timm train RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run]
+"""Train a recipe:  rescom-timm train RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run] [--quiet]
 
 RECIPE is a YAML file, or the name of one that comes with the package (rescom-timm recipes). On several processes or
 GPUs:  accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accelerate launch tools/train.py RECIPE ...
@@ -12,27 +12,27 @@ Exit codes: 0 trained, 1 failed, 2 a wrong word, 143 stopped by a signal with al
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
-from rescom_timm.recipe.loading import keys, load, load_fetched
-from rescom_timm.run import train_recipe
-from rescom_timm.sharing.hub import PushedRun
-from rescom_timm.training.errors import FAILURES, Stopped, one_line
-from rescom_timm.training.run_folder import Resume, run_recipe
+from rescom_timm.commands import new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm train digits_lt train.epochs=10",
+        "rescom-timm train digits_lt --resume",
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a YAML file, and keys over it")
     parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
+    parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the last figures only")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     arguments, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
@@ -48,6 +48,16 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(
             f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
         )
+    from accelerate import PartialState
+
+    from rescom_timm.recipe.loading import load, load_fetched
+    from rescom_timm.run import train_recipe
+    from rescom_timm.sharing.hub import PushedRun
+    from rescom_timm.training.errors import FAILURES, Stopped, one_line
+    from rescom_timm.training.log import quiet
+    from rescom_timm.training.run_folder import run_recipe
+    from rescom_timm.training.trainer import Resume
+
     resume: Resume = arguments.resume
     try:
         if addresses:
@@ -62,11 +72,22 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         if arguments.print:
             print(recipe.to_yaml())
             return 0
-        train_recipe(recipe, resume, arguments.dry_run)
+        with quiet() if arguments.quiet and not arguments.dry_run else nullcontext():
+            folder = train_recipe(recipe, resume, arguments.dry_run)
+        if arguments.quiet and not arguments.dry_run and PartialState().is_main_process:
+            print(last_figures(folder))
     except (*FAILURES, Stopped) as error:
         print(one_line(error), file=sys.stderr)
         return 143 if isinstance(error, Stopped) else 1
     return 0
+
+
+def last_figures(folder: Path) -> str:
+    """The run's folder and its test figures at the last epoch, in percent."""
+    from rescom_timm.files import read_json
+
+    numbers = read_json(folder / "evaluation" / "test-last.json")["numbers"]
+    return f"{folder}: {', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}"
 
 
 def is_recipe_of_run(path: Path) -> bool:
@@ -78,6 +99,8 @@ def _as_key(option: str, words: Sequence[str]) -> str:
     name, _, value = option.lstrip("-").replace("-", "_").partition("=")
     after = list(words)[list(words).index(option) + 1 :][:1]
     value = value or next((word for word in after if not word.startswith("-")), "VALUE")
+    from rescom_timm.recipe.loading import keys
+
     known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
     near = get_close_matches(name, [*known, *known.values()], n=1)
     return f": keys of the recipe are said without dashes, {known.get(near[0], near[0])}={value}" if near else ""

@@ -215,7 +215,7 @@ def _save_plain(
         str(folder),
         safe_serialization=True,
         model_config={"label_names": list(class_names)},
-        data_config={"input_size": size, "mean": mean, "std": std, **_timm_view(eval_policy, size[-1])},
+        data_config={"input_size": size, "mean": mean, "std": std, **timm_view(eval_policy, size[-1])},
     )
     config = read_json(folder / "config.json")
     # The number of classes stands beside them; readers such as transformers pass both on, and timm wants one.
@@ -224,7 +224,7 @@ def _save_plain(
     (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
 
 
-def _timm_view(policy: str, size: int) -> dict[str, Any]:
+def timm_view(policy: str, size: int) -> dict[str, Any]:
     """The evaluation policy in timm's words, so that timm's own transform prepares images as ours."""
     text = parse(policy).text
     if match := re.fullmatch(rf"resize\((\d+),(\w+)\) \| center_crop\({size}\)", text):

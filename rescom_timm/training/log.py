@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -69,15 +72,54 @@ def progress_bar(total: int, done: int, main: bool) -> Any:
     """Of images, on a terminal of the main process."""
     return tqdm(
         total=total, initial=done, unit="img", unit_scale=True, smoothing=0.05, mininterval=0.5,
-        disable=not (main and sys.stderr.isatty()),
+        disable=not (main and bars_shown()),
     )  # fmt: skip
+
+
+_quiet = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A training within tells warnings and errors (on stderr) alone: no line of an epoch, no table, no bar."""
+    global _quiet
+    _quiet = True
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        _quiet = False
+
+
+def bars_shown() -> bool:
+    """Whether a progress bar is of use: on a terminal that was not asked to be quiet. A file gets lines instead."""
+    return sys.stderr.isatty() and not _quiet
 
 
 def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:
     """What a log tells of an epoch. epochs: such as 3/30. trained, left: seconds."""
     told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
     times = f"{timedelta(seconds=round(trained))} trained, {timedelta(seconds=round(left))} left"
-    return f"epoch {epochs}: {told}, {images_per_second:,.0f} images/s, {times}"
+    memory = f"{peak_memory() / 2**30:.2f} GiB at most"
+    return f"epoch {epochs}: {told}, {images_per_second:,.0f} images/s, {times}, {memory}"
+
+
+def evaluation_line(epoch: int, figures: dict[str, dict[str, float]]) -> str:
+    """What a log tells of an evaluation. figures: of each split, in percent."""
+    told = ("  ".join([split, *(f"{name} {value:.2f}" for name, value in of.items())]) for split, of in figures.items())
+    return f"after epoch {epoch}: {'; '.join(told)}"
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held so far, of the GPU where it trains on one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held
 
 
 def environment() -> dict[str, Any]:

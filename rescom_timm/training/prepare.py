@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import EmaConfig, Recipe, RecipeError
 from rescom_timm.training.build import speed_up
 from rescom_timm.training.launch import prepare_to_shard
+from rescom_timm.training.log import bars_shown
 from rescom_timm.training.stop_signals import in_own_process_group
 
 
@@ -112,9 +112,7 @@ def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net
     sums = torch.zeros(len(data.counts), net.classifier.in_features, dtype=torch.float64)
     was_training = net.training
     net.eval()
-    bar = tqdm(
-        accelerator.prepare(loader), "class means", disable=not (accelerator.is_main_process and sys.stderr.isatty())
-    )
+    bar = tqdm(accelerator.prepare(loader), "class means", disable=not (accelerator.is_main_process and bars_shown()))
     for images in bar:
         with accelerator.autocast():
             features = net.encoder(net.normalize(images["image"]))

@@ -39,7 +39,7 @@ from rescom_timm.training.evaluate import about, evaluate, file_name, table, tit
 from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line, progress_bar
+from rescom_timm.training.log import Log, epoch_line, evaluation_line, progress_bar
 from rescom_timm.training.prepare import (
     average_of,
     check_image_size,
@@ -320,7 +320,8 @@ class Trainer:
                 progress.best, progress.best_epoch = score, progress.epoch
                 progress.best_checkpoint = f"step-{progress.step:08d}"
         if self.main:
-            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
+            line = evaluation_line(progress.epoch, figures)
+            bar.write(line if bar.disable else f"after epoch {progress.epoch}\n{table(figures)}")
 
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""

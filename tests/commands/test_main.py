@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from rescom_timm.__main__ import VERBS, main
+from rescom_timm.commands import benchmark as benchmark_command
+from rescom_timm.commands import figures as figures_command
+from rescom_timm.commands import index as index_command
+from rescom_timm.commands import inference as inference_command
+from rescom_timm.figures import files as figures
+from rescom_timm.figures import inference
 from rescom_timm.recipe.loading import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +27,48 @@ def test_every_verb_has_help_that_names_it_as_it_is_called(verb, capsys):
     assert told.startswith(f"usage: rescom-timm {verb} ")
     about = import_module(f"rescom_timm.commands.{VERBS[verb][0]}").__doc__
     assert f"rescom-timm {verb}" in about, "its docstring shows how it is called"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_ends_with_an_example_of_its_verb(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    start = next(i for i, line in enumerate(lines) if line in ("example:", "examples:"))
+    assert lines[start + 1 :] and all(line.startswith(f"  rescom-timm {verb} ") for line in lines[start + 1 :])
+
+
+def test_help_imports_neither_torch_nor_timm():
+    code = f"""
+import sys
+from rescom_timm.__main__ import main
+for words in ([], *([verb] for verb in {list(VERBS)})):
+    try:
+        main([*words, "--help"])
+    except SystemExit:
+        pass
+assert not {{"torch", "timm", "datasets", "numpy"}} & sys.modules.keys(), "help waits for them"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(VERBS) + 1
+
+
+def test_words_that_help_lists_are_those_of_the_rooms():
+    assert figures_command.NAMES == figures.NAMES
+    assert inference_command.PRECISIONS == tuple(inference.PRECISIONS)
+    assert {name for name, (file, _) in VERBS.items() if file == "index"} == index_command.VERBS.keys()
+    for part, summary in benchmark_command.PARTS.items():
+        about = import_module(f"rescom_timm.benchmarks.{part}").__doc__
+        assert about.startswith(f"`{part}`: {summary}")
+
+
+@pytest.mark.parametrize("first", ["rescom_timm, timm", "timm, rescom_timm"])
+def test_the_cifar_resnets_are_in_timm_whichever_is_imported_first(first):
+    look = "import importlib.util; importlib.util.find_spec('timm')"  # as transformers looks whether it is there
+    code = f"import {first.split(', ')[0]}; {look}; import {first}; assert timm.is_model('resnet32_cifar')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_command_has_a_verb_and_every_tool_is_a_face_of_one():

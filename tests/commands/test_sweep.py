@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rescom_timm.commands import sweep as command
+from rescom_timm.commands.parts import sweep as grids
 from rescom_timm.recipe.loading import load
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ QUICK = ["train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.
 
 @pytest.fixture(scope="module")
 def sweep():
-    return command
+    return grids
 
 
 def test_cells_are_every_combination_with_readable_names(sweep):
@@ -46,7 +47,7 @@ def test_the_seed_stands_in_a_value_where_a_second_stage_wants_it(sweep, tmp_pat
 
 def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsys):
     words = [DIGITS, *QUICK, "--output", str(tmp_path), "--seeds", "0,1"]
-    assert sweep.main(words) == 0
+    assert command.main(words) == 0
     capsys.readouterr()
     first, second = (tmp_path / f"digits_lt_cross_entropy-seed={seed}" for seed in (0, 1))
     tops = [top1(folder) for folder in (first, second)]
@@ -61,27 +62,27 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
     # A cell that was killed after its last save is resumed, the other is left as it is.
     (first / "evaluation" / "test-last.json").unlink()
     before = (second / "metrics.jsonl").stat().st_mtime_ns
-    assert sweep.main(words) == 0
+    assert command.main(words) == 0
     told = capsys.readouterr().out
     assert told.count(": finished") == 1 and "resumed from step-00000001" in told
     assert (second / "metrics.jsonl").stat().st_mtime_ns == before
     assert top1(first) == tops[0]
 
     # Checkpoints of finished cells can be dropped: they stay finished, with figures and model.
-    assert sweep.main([*words, "--lean"]) == 0
+    assert command.main([*words, "--lean"]) == 0
     assert capsys.readouterr().out.count(": finished") == 2
     assert not list(tmp_path.glob("*/checkpoints")) and len(list(tmp_path.glob("*/model/model.safetensors"))) == 2
 
     # A cell whose model could not be written, for the disk was full, is not finished.
     shutil.rmtree(first / "model")
-    assert sweep.main(words) == 0
+    assert command.main(words) == 0
     assert capsys.readouterr().out.count(": finished") == 1 and (first / "model" / "rescom.json").is_file()
 
     # The table can be made again, and a finished run of other settings is not taken for this one.
     (tmp_path / "sweep.md").unlink()
-    assert sweep.main(["--table", "--output", str(tmp_path)]) == 0
+    assert command.main(["--table", "--output", str(tmp_path)]) == 0
     assert "| digits_lt_cross_entropy | 2 |" in (tmp_path / "sweep.md").read_text()
-    assert sweep.main([*words, "optimizer.lr=0.3"]) == 1
+    assert command.main([*words, "optimizer.lr=0.3"]) == 1
     assert "was made with another optimizer.lr: name another folder with --output" in capsys.readouterr().err
 
 
@@ -114,7 +115,7 @@ def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep
 
 def test_a_cell_that_does_not_fit_is_left_out_with_its_reason(sweep, tmp_path, capsys):
     words = [str(ROOT / "recipes" / "digits_lt.yaml"), "method.positives=99", "--seeds", "0", "--output", str(tmp_path)]
-    assert sweep.main(words) == 1
+    assert command.main(words) == 1
     assert "left out: digits_lt-seed=0: " in capsys.readouterr().err
     assert not (tmp_path / "sweep.md").exists()
 
@@ -123,18 +124,18 @@ def test_shares_cut_the_cells(sweep, tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(sweep, "run", lambda todo, output, lean: taken.append([cell.name for cell in todo]) or [])
     for share in ("1/2", "2/2"):
-        sweep.main([DIGITS, "train.epochs=1,2,3", "--seeds", "0", "--share", share, "--output", str(tmp_path)])
+        command.main([DIGITS, "train.epochs=1,2,3", "--seeds", "0", "--share", share, "--output", str(tmp_path)])
     assert [len(names) for names in taken] == [2, 1] and not set(taken[0]) & set(taken[1])
 
 
 @pytest.mark.parametrize("words", [[], ["train.epochs=1"], [DIGITS, "--seeds", "a"], [DIGITS, "--share", "3/2"]])
 def test_commands_that_say_too_little_are_refused(sweep, words):
     with pytest.raises(SystemExit):
-        sweep.main(words)
+        command.main(words)
 
 
 def test_the_commands_of_its_docstring_name_recipes_and_keys_that_exist(sweep):
-    text = sweep.__doc__.replace("\\\n", " ")
+    text = command.__doc__.replace("\\\n", " ")
     commands = [line.split()[2:] for line in text.splitlines() if line.strip().startswith("rescom-timm sweep recipes/")]
     assert len(commands) >= 5
     for words in commands:

@@ -1,5 +1,6 @@
 """tools/train.py: what it answers to the shell."""
 
+import json
 import os
 import signal
 import sys
@@ -58,6 +59,17 @@ def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):
     assert train(str(moved / "recipe.yaml"), "--resume").startswith(f"run folder: {moved}, resumed from step-")
     told = train(DIGITS, *QUICK, f"output={tmp_path / 'new'}", "--resume")
     assert told.endswith("no checkpoint to resume from: starting from the beginning")
+
+
+def test_quiet_tells_the_last_figures_alone(alone, tmp_path, capsys):
+    words = [DIGITS, *QUICK, f"output={tmp_path}", "--quiet"]
+    assert tool.main(words) == 0
+    told = capsys.readouterr()
+    folder = tmp_path / "digits_lt_cross_entropy"
+    numbers = json.loads((folder / "evaluation/test-last.json").read_text())["numbers"]
+    assert told.out.startswith(f"{folder}: top1 {numbers['top1']:.2f}, ") and told.out.count("\n") == 1
+    assert told.err == "", told.err
+    assert tool.main([*words, "--dry-run"]) == 0 and capsys.readouterr().out.startswith("dry run: ")
 
 
 def test_of_a_workers_error_its_own_words_are_told():

@@ -1,7 +1,9 @@
 import json
+import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_sample_image
 from torch.testing import assert_close
 
 import rescom_timm
+from rescom_timm.commands import push
 from rescom_timm.data.views import parse
 from rescom_timm.nets.classifiers import Cosine
 from rescom_timm.nets.net import ProjectorConfig
@@ -21,6 +25,7 @@ from rescom_timm.sharing.export import export, export_run, save_model
 from rescom_timm.sharing.hub import sha256
 from rescom_timm.sharing.onnx import export_onnx
 from rescom_timm.sharing.pretrained import from_pretrained
+from rescom_timm.sharing.program import export_program
 from tests.training.child import recipe
 from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
 
@@ -323,7 +328,10 @@ def check_onnx(net, folder, size):
     export(net, folder, NAMES, (3, size, size))
     path = export_onnx(folder, folder / "net.onnx")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == NAMES
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == NAMES and json.loads(told["input_size"]) == [3, size, size]
+    assert told["crop_mode"] == "center" and json.loads(told["crop_pct"]) == 1.0
+    assert_close(json.loads(told["mean"]) + json.loads(told["std"]), [0.4, 0.5, 0.6, 0.2, 0.3, 0.25])
     for number in (1, 2, 5):
         x = net.normalize(images(size, number))
         (logits,) = session.run(["logits"], {"images": x.numpy()})
@@ -338,6 +346,67 @@ def test_onnx(tmp_path):
 @pytest.mark.parametrize(("backbone", "size", "options"), CASES[:-1], ids=[case[0] for case in CASES[:-1]])
 def test_onnx_of_more_families(tmp_path, backbone, size, options):
     check_onnx(tiny(backbone, **options), tmp_path, size)
+
+
+def check_program(net, folder, size):
+    export(net, folder, NAMES, (3, size, size), eval_policy=f"resize({size + 8},bicubic) | center_crop({size})")
+    before = os.umask(0o027)
+    try:
+        path = export_program(folder, folder / "net.pt2")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640, "as the umask says"
+    extra = {"rescom.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    told = json.loads(extra["rescom.json"])
+    assert (told["class_names"], told["input_size"]) == (NAMES, [3, size, size])
+    assert (told["interpolation"], told["crop_mode"]) == ("bicubic", "center")
+    assert int(size / told["crop_pct"]) == size + 8 and told["eval_policy"].startswith("resize(")
+    assert_close(told["mean"] + told["std"], [0.4, 0.5, 0.6, 0.2, 0.3, 0.25])
+    for number in (1, 3, 5):
+        x = net.normalize(images(size, number))
+        assert_close(program(x), net.classify(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_of_torch_export(tmp_path):
+    check_program(tiny("resnet20_cifar"), tmp_path, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size", "options"), CASES[:-1], ids=[case[0] for case in CASES[:-1]])
+def test_a_program_of_torch_export_of_more_families(tmp_path, backbone, size, options):
+    check_program(tiny(backbone, **options), tmp_path, size)
+
+
+def test_a_program_is_read_without_our_code(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert push.main([str(run), "--torch-export", str(tmp_path / "net.pt2")]) == 0
+    code = "import sys, torch; m = torch.export.load(sys.argv[1]).module(); print(m(torch.zeros(2, 3, 8, 8)).shape[0])"
+    code += "; assert not {'timm', 'rescom_timm'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "net.pt2")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+def test_a_program_that_gives_other_logits_is_not_kept(tmp_path, monkeypatch):
+    export(tiny("resnet20_cifar"), tmp_path / "model", NAMES, (3, 8, 8))
+    monkeypatch.setattr(
+        torch.export, "load", lambda file: SimpleNamespace(module=lambda: lambda x: torch.zeros(len(x), 4))
+    )
+    with pytest.raises(ValueError, match="exported program gives other logits than the net; not exported"):
+        export_program(tmp_path / "model", tmp_path / "out" / "net.pt2")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_every_file_of_an_export_has_the_rights_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = export(tiny("resnet20_cifar"), tmp_path / "model", NAMES, (3, 8, 8), counts=COUNTS)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
+        path.name: "0o640" for path in folder.iterdir()
+    }
+    assert folder.stat().st_mode & 0o777 == 0o750
 
 
 def test_the_front_door_opens():
@@ -381,3 +450,27 @@ def test_transformers_reads_what_timm_reads(tmp_path):
     theirs = reader(Image.fromarray(pixels), top_k=3)
     assert [one["label"] for one in theirs] == ours.labels
     assert [one["score"] for one in theirs] == pytest.approx(ours.probabilities, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "size"), [("resize(72,bicubic) | center_crop(64)", 64), ("upscale(48)", 48)], ids=["crop", "squash"]
+)
+def test_transformers_prepares_and_labels_a_photograph_as_we_do(tmp_path, policy, size):
+    transformers = pytest.importorskip("transformers", reason="the extra test is not installed")
+    net = tiny("resnet18")
+    folder = export(net, tmp_path / "model", NAMES, (3, size, size), eval_policy=policy)
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+        reader = transformers.pipeline("image-classification", model=model, image_processor=processor)
+        theirs = reader(photograph, top_k=4)
+    prepared = processor(photograph, return_tensors="pt")["pixel_values"]
+    ours = parse(policy)(photograph)[None]
+    assert_close(prepared, net.normalize(ours), atol=1e-5, rtol=0)
+    probabilities, classes = net.classify(ours)[0].softmax(dim=0).sort(descending=True)
+    assert [one["label"] for one in theirs] == [NAMES[k] for k in classes]
+    assert [one["score"] for one in theirs] == pytest.approx(probabilities.tolist(), abs=1e-5)
+    with torch.no_grad():
+        assert_close(model(prepared).logits, net.classify(ours), rtol=1e-4, atol=1e-4)

@@ -1,12 +1,15 @@
 """What a run writes beside its checkpoints."""
 
 import json
+import sys
 
+import psutil
 import pytest
+import torch
 import yaml
 
 from rescom_timm.recipe.loading import load, load_dict
-from rescom_timm.training.log import Log, environment, lines
+from rescom_timm.training.log import Log, bars_shown, environment, evaluation_line, lines, peak_memory, quiet
 from tests.training.child import recipe
 
 
@@ -58,6 +61,27 @@ def test_the_command_is_that_of_the_launcher(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert environment()["command"].startswith("accelerate launch --num_processes 2 tools/train.py ")
+
+
+def test_an_evaluation_is_one_line():
+    figures = {"test": {"top1": 88.123, "few": 79.0}, "validation": {"top1": 90.0}}
+    assert evaluation_line(3, figures) == "after epoch 3: test  top1 88.12  few 79.00; validation  top1 90.00"
+
+
+def test_the_most_memory_held_never_falls_and_is_of_this_process():
+    before, held = peak_memory(), torch.zeros(2**24)  # 64 MiB
+    assert peak_memory() >= before >= psutil.Process().memory_info().rss / 2
+    assert peak_memory() < psutil.virtual_memory().total and held.sum() == 0
+
+
+def test_quiet_is_for_what_happens_within(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert bars_shown()
+    with quiet():
+        print("an epoch")
+        print("an error", file=sys.stderr)
+        assert not bars_shown()
+    assert bars_shown() and tuple(capsys.readouterr()) == ("", "an error\n")
 
 
 def test_a_full_disk_is_an_error_of_the_write(tmp_path, monkeypatch):

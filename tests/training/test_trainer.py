@@ -305,8 +305,14 @@ def test_a_log_has_a_line_an_epoch_and_nothing_drawn_over(alone, tmp_path, capsy
     train(load_dict(recipe(tmp_path, train__epochs=2)))
     told = capsys.readouterr()
     first, second = [line for line in told.out.splitlines() if re.match(r"epoch \d/2: ", line)]
-    assert re.fullmatch(r"epoch 1/2: loss [\d.]+, .*top1 [\d.]+, [\d,]+ images/s, 0:\d\d:\d\d trained, .* left", first)
-    assert second.endswith("trained, 0:00:00 left") and "\r" not in told.out + told.err
+    pattern = (
+        r"epoch 1/2: loss [\d.]+, .*top1 [\d.]+, [\d,]+ images/s, 0:\d\d:\d\d trained, .* left, [\d.]+ GiB at most"
+    )
+    assert re.fullmatch(pattern, first)
+    assert "trained, 0:00:00 left, " in second and "\r" not in told.out + told.err
+    evaluations = [line for line in told.out.splitlines() if line.startswith("after epoch ")]
+    pattern = r"after epoch (\d): test  top1 [\d.]+  .*; validation  top1 .*"
+    assert [re.fullmatch(pattern, line)[1] for line in evaluations] == ["1", "2"]
 
 
 def folder_of_digits(root: Path, broken: bytes | None) -> dict[str, object]:

@@ -1,0 +1,136 @@
+"""What the verb predict does with its words."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rescom_timm.data.sources import Data, labelled, load
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.metrics import groups
+from rescom_timm.sharing.neighbours import Embeddings, Gatherer
+from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predictions, write_csv
+from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
+from rescom_timm.training.run_folder import run_recipe
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Raises ValueError and OSError for what cannot be."""
+    model = from_pretrained(options.model)
+    prior, names = read_prior(options.prior), None
+    images: Any = options.images
+    if options.data:
+        images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
+        names = names or model.class_names
+        if model.class_names and not set(names) & set(model.class_names):
+            raise ValueError(
+                f"none of the classes of {options.data} ({', '.join(names[:3])} ...) is one of the model's "
+                f"({', '.join(model.class_names[:3])} ...)"
+            )
+    reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
+    data = _data(options.model) if options.coverage is not None or _makes_embeddings(options) else None
+    sets = among = None
+    if options.coverage is not None:
+        assert data is not None
+        if data.validation is None:
+            raise ValueError(
+                f"{options.model} has no validation images, by which prediction sets are found: train it with "
+                "data.validation=holdout(0.1)"
+            )
+        sets = calibrate(
+            model, data.validation, options.coverage, by_group=options.by_group, prior=prior,
+            class_names=data.class_names, **reading,
+        )  # fmt: skip
+        print(f"prediction sets: {sets.told}")
+    if options.nearest:
+        among = _among(options, model, data, reading)
+    gatherer = Gatherer() if options.embeddings else None
+    found = predictions(
+        model, images, options.top_k, prior, class_names=names, crops=options.five_crops, sets=sets, among=among,
+        nearest=options.nearest, gatherer=gatherer, **reading,
+    )  # fmt: skip
+    score = Score(model, sets is not None, options.five_crops)
+    number, broken = write_csv(
+        score.count(found), options.output, options.top_k, sets=sets is not None, nearest=options.nearest,
+        crops=options.five_crops,
+    )  # fmt: skip
+    if gatherer is not None:
+        gatherer.gathered().save(options.embeddings)
+    print(f"{number} images, {broken} unreadable: {options.output}{score.told()}")
+    return 0
+
+
+def _makes_embeddings(options: argparse.Namespace) -> bool:
+    return bool(options.nearest) and not (options.among and Path(options.among).is_file())
+
+
+def _data(run: str) -> Data:
+    """The data that a run was trained on. Raises ValueError for a model that is no run."""
+    if not (Path(run) / "checkpoints").is_dir():
+        raise ValueError(f"{run} is no run's folder, so its training and validation images are not known")
+    return load(run_recipe(Path(run)).data)
+
+
+def _among(options: argparse.Namespace, model: Pretrained, data: Data | None, reading: dict[str, Any]) -> Embeddings:
+    if data is None or not _makes_embeddings(options):
+        return Embeddings.load(options.among)
+    found = embed(model, data.train, class_names=data.class_names, **reading)
+    if options.among:
+        found.save(options.among)
+        print(f"{options.among}: embeddings of {len(found.images):,} training images")
+    return found
+
+
+class Score:
+    """How many of the images whose class is known were labelled right."""
+
+    def __init__(self, model: Pretrained, sets: bool = False, crops: bool = False) -> None:
+        self.names = model.class_names
+        self.counts = model.counts
+        self.sets, self.crops = sets, crops
+        self.right: dict[str, list[tuple[bool, bool, int, bool]]] = {}
+
+    def count(self, found: Iterable[Prediction]) -> Iterator[Prediction]:
+        for one in found:
+            if one.label and one.labels:
+                inside = one.inside or []
+                crops = one.five_crops is not None and one.five_crops[0] == one.label
+                row = (one.labels[0] == one.label, one.label in inside, len(inside), crops)
+                self.right.setdefault(one.label, []).append(row)
+            yield one
+
+    def told(self) -> str:
+        if not self.right:
+            return ""
+        rows = {label: np.array(found, dtype=float) for label, found in self.right.items()}
+        every = np.concatenate(list(rows.values()))
+        lines = [f"; top-1 {100 * every[:, 0].mean():.2f} % of {len(every)}"]
+        lines.append(f"mean of {len(rows)} classes {100 * np.mean([one[:, 0].mean() for one in rows.values()]):.2f} %")
+        if self.counts is not None:
+            for group, classes in groups(self.counts).items():
+                own = [rows[self.names[k]] for k in classes.tolist() if self.names[k] in rows]
+                if own:
+                    lines.append(f"{group} {100 * np.concatenate(own)[:, 0].mean():.2f} %")
+        if self.crops:
+            lines.append(f"five crops {100 * every[:, 3].mean():.2f} %")
+        if self.sets:
+            lines.append(f"sets hold the class {100 * every[:, 1].mean():.2f} %, of {every[:, 2].mean():.2f} classes")
+        if unknown := sum(len(found) for label, found in rows.items() if label not in self.names and self.names):
+            lines.append(f"{unknown} are of classes that the model does not have, and count as wrong")
+        return ", ".join(lines)
+
+
+def read_prior(word: str | None) -> Prior | None:
+    """train, uniform, or the numbers in a file. Raises FileNotFoundError or ValueError."""
+    if word is None or word == "train" or word == "uniform":
+        return word  # type: ignore[return-value]
+    try:
+        return [float(line) for line in Path(word).read_text(encoding="utf-8").split()]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {word}: --prior is train, uniform or a file of one number a class") from None
+    except ValueError as error:
+        raise ValueError(f"{word} is not one number a class: {error}") from None
