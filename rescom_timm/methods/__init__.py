@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, branches, experts, gistnet, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, branches, elf, experts, gistnet, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -24,6 +24,7 @@ from rescom_timm.methods.baselines import (
     LogitAdjustmentConfig,
 )
 from rescom_timm.methods.branches import BbnConfig, ResltConfig
+from rescom_timm.methods.elf import ElfConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
@@ -50,6 +51,7 @@ MethodConfig = (
     | BbnConfig
     | ResltConfig
     | GistNetConfig
+    | ElfConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -66,6 +68,7 @@ Method = (
     | experts.Experts
     | branches.Bbn
     | branches.Reslt
+    | elf.Elf
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -86,6 +89,7 @@ METHODS: dict[str, tuple[type, Any]] = {
     "bbn": (BbnConfig, branches.Bbn),
     "reslt": (ResltConfig, branches.Reslt),
     "gistnet": (GistNetConfig, gistnet.GistNet),
+    "elf": (ElfConfig, elf.Elf),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
