@@ -123,20 +123,29 @@ def ldam(
     cosines: (N, K) of features and class vectors. margins: (K,). weights: (K,), for deferred re-weighting; the loss
     is then the weighted mean, as in the authors' training.
     """
-    cosines = at_least_float32(cosines)
-    logits = scale * (cosines - F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype))
+    logits = scale * less_margins(cosines, labels, margins)
     return F.cross_entropy(logits, labels) if weights is None else weighted_cross_entropy(logits, labels, weights)
 
 
+def less_margins(cosines: Tensor, labels: Tensor, margins: Tensor) -> Tensor:
+    """z - Delta_y at the label, z elsewhere, (N, K), of cosines (N, K), labels (N,) and margins (K,)."""
+    cosines = at_least_float32(cosines)
+    return cosines - F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype)
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """sum w_y CE / sum w_y over the batch of all processes: each one's share, times their number, so that their mean
-    (which DistributedDataParallel takes) is that of one process with the whole batch. weights: (K,) of the classes."""
+    """sum w_y CE / sum w_y, as `weighted_mean`. weights: (K,) of the classes."""
     logits = at_least_float32(logits)
-    own = weights.to(logits.dtype)[labels]
-    total = own.sum()
+    return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), weights.to(logits.dtype)[labels])
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """sum w v / sum w over the batch of all processes: each one's share, times their number, so that their mean (which
+    DistributedDataParallel takes) is that of one process with the whole batch. values, weights: of one shape."""
+    total = weights.sum()
     if processes()[1] > 1:
         dist.all_reduce(total)
-    return processes()[1] / total * (own * F.cross_entropy(logits, labels, reduction="none")).sum()
+    return processes()[1] / total * (weights * values).sum()
 
 
 def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:

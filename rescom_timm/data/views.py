@@ -13,7 +13,6 @@ Colours stay 8-bit: the mean and the standard deviation of `ViewsConfig` are app
 import difflib
 import functools
 import inspect
-import math
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -27,7 +26,8 @@ from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import resized_crop
+
+from rescom_timm.data.crops import CornerCrop, RisingCrop
 
 Step = Callable[[Image.Image], Image.Image]
 Colour = tuple[int, int, int]
@@ -255,28 +255,6 @@ def random_resized_crop(
     return transforms.RandomResizedCrop(size, scale=(lo, hi), interpolation=InterpolationMode(interpolation))
 
 
-class RisingCrop(torch.nn.Module):
-    """A square crop of a part of the area that is uniform from `least` to 1, as far as the image has so large a square;
-    `least` rises over the run."""
-
-    def __init__(self, size: int, lo: float, interpolation: InterpolationMode) -> None:
-        super().__init__()
-        self.size, self.lo, self.interpolation = size, lo, interpolation
-        self.progress = torch.zeros((), dtype=torch.float64).share_memory_()
-
-    @property
-    def least(self) -> float:
-        return self.lo + (1 - self.lo) * (1 - math.sqrt(1 - float(self.progress) ** 2))
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        area, most = image.width * image.height, min(image.size) ** 2
-        lowest = min(self.least * area, most)
-        side = round(math.sqrt(lowest + (most - lowest) * float(torch.rand(()))))
-        y, x = (int(torch.randint(length - side + 1, ())) for length in (image.height, image.width))
-        size = [self.size, self.size]
-        return cast(Image.Image, resized_crop(cast(Any, image), y, x, side, side, size, self.interpolation))
-
-
 def rising_crop(size: int, lo: float = 0.08, interpolation: Interpolation = "bicubic") -> Step:
     """LIFT+'s crop (arXiv 2504.13282): a square of `least` to all of the area, resized to `size` pixels, where `least`
     rises over the epochs t = 0 .. 1 from `lo` to 1 as lo + (1 - lo)(1 - sqrt(1 - t^2))."""
@@ -433,25 +411,12 @@ def center_crop(size: int) -> Step:
     return transforms.CenterCrop(size)
 
 
-@dataclass(frozen=True)
-class _CornerCrop:
-    size: int
-    corner: int
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if min(image.size) < self.size:
-            raise ValueError(f"an image of {image.width} x {image.height} pixels has no crop of {self.size}")
-        x = (image.width - self.size) * (self.corner % 2)
-        y = (image.height - self.size) * (self.corner // 2)
-        return image.crop((x, y, x + self.size, y + self.size))
-
-
 def corner_crop(size: int, corner: int) -> Step:
     """The square of `size` pixels in a corner: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
     _positive(size=size)
     if not 0 <= corner <= 3:
         raise ValueError(f"corner must be from 0 to 3, not {corner}")
-    return _CornerCrop(size, corner)
+    return CornerCrop(size, corner)
 
 
 STEPS: dict[str, Callable[..., Step]] = {

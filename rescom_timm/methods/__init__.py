@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, branches, experts, gistnet, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, branches, elf, experts, gistnet, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -26,6 +26,7 @@ from rescom_timm.methods.baselines import (
     LogitAdjustmentConfig,
 )
 from rescom_timm.methods.branches import BbnConfig, ResltConfig
+from rescom_timm.methods.elf import ElfConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
@@ -52,6 +53,7 @@ MethodConfig = (
     | BbnConfig
     | ResltConfig
     | GistNetConfig
+    | ElfConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -68,6 +70,7 @@ Method = (
     | experts.Experts
     | branches.Bbn
     | branches.Reslt
+    | elf.Elf
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -88,6 +91,7 @@ METHODS: dict[str, tuple[type, Any]] = {
     "bbn": (BbnConfig, branches.Bbn),
     "reslt": (ResltConfig, branches.Reslt),
     "gistnet": (GistNetConfig, gistnet.GistNet),
+    "elf": (ElfConfig, elf.Elf),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),

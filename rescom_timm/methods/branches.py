@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32
+from rescom_timm.contrast.losses import at_least_float32, weighted_mean
 from rescom_timm.methods.baselines import linear, replace_classifier
 from rescom_timm.methods.bounds import PART, check
 from rescom_timm.methods.rescom import stack_views
@@ -208,4 +208,4 @@ def reslt_branches(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
     raised = at_least_float32(logits)
     weights = taught[:, labels].to(raised.dtype)
     each = F.cross_entropy(raised.flatten(0, 1), labels.repeat(len(logits)), reduction="none").view_as(weights)
-    return (weights * each).sum() / weights.sum()
+    return weighted_mean(each, weights)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run is asked to stop, saves its state and ends."""
+"""SIGTERM, Ctrl-C and, as SLURM warns jobs with, SIGUSR1: a run is asked to stop, saves its state and ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import threading
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WARNING = tuple(getattr(signal, name) for name in ["SIGUSR1"] if hasattr(signal, name))  # Windows has none
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *WARNING)
 
 
 class StopSignals:
@@ -35,6 +36,9 @@ class StopSignals:
 
 def in_own_process_group(worker: int) -> None:
     """Puts a loader's worker into a process group of its own, so that a signal to the group of its parent (Ctrl-C, or
-    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers."""
+    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers. Workers go
+    on after SLURM's warning, which every process of a job gets."""
+    for number in WARNING:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

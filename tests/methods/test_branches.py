@@ -25,13 +25,13 @@ def batch(size=8, views=1, seed=1):
     return {"image": images, "label": torch.arange(size) % 4}
 
 
-def same(method, loss, expected):
+def same(method, loss, expected, rtol=1e-9):
     """Two losses and their gradients in every trained weight."""
-    assert torch.allclose(loss, expected, rtol=1e-9)
+    assert torch.allclose(loss, expected, rtol=rtol)
     weights = [p for p in method.net.parameters() if p.requires_grad]
     mine = torch.autograd.grad(loss, weights)
     theirs = torch.autograd.grad(expected, weights, materialize_grads=True)
-    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-10) for a, b in zip(mine, theirs, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e3 * rtol, atol=rtol / 10) for a, b in zip(mine, theirs, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- BBN

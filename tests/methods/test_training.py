@@ -115,27 +115,27 @@ def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_p
     assert not moved(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("name", ["bbn", "reslt", "gistnet"])
+@pytest.mark.parametrize("name", ["bbn", "reslt", "gistnet", "elf"])
 def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name, monkeypatch):
     """Two draws a step, weights of the branches, what an epoch sets: bit for bit; then evaluated and exported."""
-    words = ["train.epochs=2", "train.batch_size=52", "net.backbone=resnet8_cifar"]  # epochs of 7 steps
+    words = ["train.epochs=2", "train.batch_size=91", "net.backbone=resnet8_cifar"]  # epochs of 4 steps
     whole = run(f"digits_lt_{name}", tmp_path, *words, "name=whole")
     halved = load(RECIPES / f"digits_lt_{name}.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     forward, passes = METHODS[name][1].forward, Probe()
 
-    def stop_at_the_ninth(self, batch):
+    def stop_at_the_fifth(self, batch):
         passes(batch["label"])
-        if len(passes.calls) == 9:
+        if len(passes.calls) == 5:
             signal.raise_signal(signal.SIGTERM)
         return forward(self, batch)
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(METHODS[name][1], "forward", stop_at_the_ninth)
+        patched.setattr(METHODS[name][1], "forward", stop_at_the_fifth)
         train(halved)
-    assert {len(labels) for (labels,) in passes.calls} == {104 if hasattr(METHODS[name][1], "second_sampler") else 52}
+    assert {len(labels) for (labels,) in passes.calls} == {182 if name in ("bbn", "gistnet") else 91}
     stopped = checkpoint.listed(tmp_path / "halved" / "checkpoints")[-1].name
     resumed = train(halved, resume=True)
-    assert "step-00000007" < stopped < "step-00000014", "it stopped in the second epoch"
+    assert "step-00000004" < stopped < "step-00000008", "it stopped in the second epoch"
     assert not moved(weights(whole), weights(resumed))
     pretrained = from_pretrained(resumed)
     assert not moved(weights(whole), pretrained.net.state_dict())
@@ -244,7 +244,7 @@ def test_any_method_may_start_from_a_run_or_a_file(first):
 
 def test_all_that_a_net_trains_is_in_the_optimizer_also_in_groups():
     data = load_data(DataConfig(source="digits", index="exponential(50)"))
-    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt", "gistnet"):
+    for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt", "gistnet", "elf"):
         for words in ([], ["optimizer.decay_norm_and_bias=false"]):
             recipe = load(RECIPES / f"digits_lt_{name}.yaml", [*QUICK, *words])
             net = build_method(recipe, data).net

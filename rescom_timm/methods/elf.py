@@ -1,0 +1,177 @@
+"""ELF: early exits, by which easy images leave and hard ones make up the loss of later layers (Duggal et al. 2020,
+arXiv 2006.11979).
+
+Shapes: B images of V views, N of a forward pass, E exits (the last is the net's end), K classes, F features. Built from
+the paper's abstract, for no code of the authors is known. Where the exits are, what they are made of, how sure one must
+be and how the exits' losses are added is our reading of it, and not the paper's word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rescom_timm.contrast.losses import at_least_float32, ldam_margins, less_margins, weighted_mean
+from rescom_timm.methods.baselines import balanced_weights
+from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.rescom import stack_views
+from rescom_timm.nets.branched import Remade, agrees
+from rescom_timm.nets.classifiers import Cosine
+from rescom_timm.nets.net import Net
+
+
+@dataclass(frozen=True)
+class ElfConfig:
+    """In training an image leaves at the first exit that is right and sure enough, and adds the LDAM loss of that exit
+    and of all before it; in evaluation it is classified by the first exit that is sure enough."""
+
+    name: Literal["elf"] = "elf"
+    views: Literal[1, 2] = 1
+    exits: int = 2
+    """Early exits, one behind each of so many stages before the last: the mean of the stage's map, a cosine classifier.
+    Of a ResNet-32 behind layer1 and layer2, of a ResNet-50 behind layer2 and layer3."""
+    threshold: float = 0.9
+    """Probability of the likeliest class from which an exit is sure enough."""
+    margin: float = 0.5
+    scale: float = 30.0
+    reweight_from: float = 0.8
+    """Fraction of the epochs after which classes are weighted; 1: never."""
+    beta: float = 0.9999
+
+    def __post_init__(self) -> None:
+        check(self, exits=AT_LEAST_ONE, threshold=PART, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check(self, reweight_from=PART, beta=BELOW_ONE)
+
+
+class ElfOutputs(NamedTuple):
+    """features (N, F) of the net's end, logits (N, K) of the exit where each image leaves, exits (E, N, K), those of
+    each exit."""
+
+    features: Tensor
+    logits: Tensor
+    embeddings: Tensor
+    exits: Tensor
+
+
+class ElfNet(Remade):
+    """A Net with classifiers behind earlier stages too. All exits are computed for all images, as a batch wants."""
+
+    costs: Tensor
+
+    def __init__(self, net: Net, config: ElfConfig) -> None:
+        """Raises ValueError for a backbone without so many stages, or of which timm gives no feature maps."""
+        super().__init__(net)
+        stages = len(getattr(net.encoder, "feature_info", ()))
+        if not agrees(net.encoder, lambda images: self._run(images, [0])[0]):
+            raise ValueError(
+                "exits are behind stages, and timm does not give this backbone's feature maps (forward_intermediates): "
+                "use a ResNet, a ConvNeXt or a ViT"
+            )
+        if config.exits >= stages:
+            raise ValueError(f"exits must be at most {stages - 1}, for this backbone has {stages} stages")
+        self.stages = list(range(stages - 1 - config.exits, stages - 1))
+        self.threshold = config.threshold
+        widths, costs = self._measure()
+        classes, width = net.classifier.out_features, net.classifier.in_features
+        self.exits = nn.ModuleList(Cosine(own, classes, config.scale) for own in widths)
+        self.classifier = Cosine(width, classes, config.scale)
+        self.register_buffer("costs", torch.tensor([*costs, 1.0]), persistent=False)
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[list[int], list[float]]:
+        """The channels of each early exit's map, and the part of the encoder's operations that are done by then."""
+        encoder: Any = self.encoder
+        images, training = torch.zeros(1, *encoder.pretrained_cfg["input_size"]), encoder.training
+        encoder.eval()
+        widths, operations = [], []
+        for until in [*([stage] for stage in self.stages), None]:
+            with FlopCounterMode(display=False) as counter:
+                if until is None:
+                    encoder(images)
+                else:
+                    early = {"stop_early": True, "intermediates_only": True}
+                    widths.append(encoder.forward_intermediates(images, indices=until, **early)[0].shape[1])
+            operations.append(counter.get_total_flops())
+        encoder.train(training)
+        return widths, [one / operations[-1] for one in operations[:-1]]
+
+    def _run(self, images: Tensor, stages: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Features (N, F) and the maps (N, C, H, W) of these stages."""
+        encoder: Any = self.encoder
+        end, maps = encoder.forward_intermediates(images, indices=stages)
+        return encoder.forward_head(end, pre_logits=True), maps
+
+    def forward(self, images: Tensor) -> ElfOutputs:  # type: ignore[override]
+        features, maps = self._run(self.normalize(images), self.stages)
+        early = [head(own.mean(dim=(2, 3))) for head, own in zip(self.exits, maps, strict=True)]
+        exits = torch.stack([*early, self.classifier(features)])
+        chosen = self.left(exits)[None, :, None].expand(1, -1, exits.shape[2])
+        embeddings = F.normalize(at_least_float32(self.projector(features)), dim=1)
+        return ElfOutputs(features, exits.gather(0, chosen)[0], embeddings, exits)
+
+    def left(self, exits: Tensor) -> Tensor:
+        """The exit (N,) by which each image leaves in evaluation. exits: (E, N, K)."""
+        sure = (exits.softmax(dim=2).amax(dim=2) >= self.threshold).to(exits.dtype)
+        sure[-1] = 1
+        return sure.argmax(dim=0)
+
+    def classify(self, images: Tensor) -> Tensor:
+        return self(images).logits
+
+    def to_timm(self) -> nn.Module:
+        raise ValueError("a net with early exits is no plain timm model, so it is not exported")
+
+
+class Elf(nn.Module):
+    margins: Tensor
+    weights: Tensor
+
+    def __init__(self, net: Net, counts: Tensor, config: ElfConfig) -> None:
+        """counts: (K,) training images of each class. Raises ValueError where the backbone has no such stages."""
+        super().__init__()
+        self.net = ElfNet(net, config)
+        self.plain = (self.net,)  # a tuple: the net as it is under what is wrapped around it
+        self.config = config
+        self.views: int = config.views
+        self.reweighted = False
+        self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
+        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: re-weighting starts after its fraction of the run."""
+        self.reweighted = epoch >= self.config.reweight_from * epochs
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K), stayed (percent of images
+        still in at the net's end, in training) and flops_saved (percent of the encoder's operations that the images'
+        leaving would spare, as they would leave in evaluation)."""
+        outputs = self.net(stack_views(batch["image"]))
+        labels, config = batch["label"].repeat(self.views), self.config
+        stayed = still_in(outputs.exits, labels, config.threshold)
+        cosines = [less_margins(own / config.scale, labels, self.margins) for own in outputs.exits]
+        each = torch.stack([F.cross_entropy(config.scale * own, labels, reduction="none") for own in cosines])
+        weights = self.weights.to(each.dtype)[labels] if self.reweighted else torch.ones_like(each[0])
+        costs = self.plain[0].costs[self.plain[0].left(outputs.exits)]
+        return {
+            "loss": weighted_mean((stayed * each).sum(dim=0), weights),
+            "logits": outputs.logits,
+            "stayed": 100 * stayed[-1].mean(),
+            "flops_saved": 100 * (1 - costs.mean()),
+        }
+
+
+@torch.no_grad()
+def still_in(exits: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """1 where an image has not left before an exit, (E, N): by one before it that is right and sure enough.
+
+    exits: (E, N, K) logits. labels: (N,).
+    """
+    confidence, predicted = exits.softmax(dim=2).max(dim=2)
+    leaves = (predicted == labels) & (confidence >= threshold)
+    stays = (~leaves[:-1]).to(exits.dtype).cumprod(dim=0)
+    return torch.cat([torch.ones_like(stays[:1]), stays])

@@ -1,0 +1,8 @@
+"""Labels for images: the same as  rescom-timm class-features  (rescom_timm/commands.class_features.py)."""
+
+import sys
+
+from rescom_timm.commands.class_features import main
+
+if __name__ == "__main__":
+    sys.exit(main())
