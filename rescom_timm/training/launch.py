@@ -42,6 +42,8 @@ def launch(recipe: Recipe) -> Accelerator:
             f"Start them with: torchrun --nproc_per_node {started} -m rescom_timm train RECIPE "
             "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)"
         )
+    if recipe.speed.capture and (processes > 1 or accelerator.is_fsdp2):
+        raise RecipeError("speed.capture is for one process that is not sharded; turn it off")
     if train.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
     if accelerator.device.type == "cuda":
@@ -75,6 +77,8 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside += ["train.ema"] if recipe.train.ema is not None else []
         if outside:
             raise RecipeError(f"FSDP2 shards only the net, so it does not work with {outside[0]}")
+        if recipe.net.classifier.init == "class_means":
+            raise RecipeError("net.classifier.init: class_means does not work with FSDP; start from random")
 
 
 def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:

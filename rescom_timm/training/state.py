@@ -79,14 +79,14 @@ class Progress:
 
 class State:
     """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that; average:
-    of its weights, empty where there is none."""
+    of its weights, None where there is none."""
 
     def __init__(
         self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe,
-        average: nn.Module,
+        average: nn.Module | None = None,
     ) -> None:  # fmt: skip
         self.accelerator, self.method, self.net, self.optimizer = accelerator, method, net, optimizer
-        self.average, self.sharded = average, accelerator.is_fsdp2
+        self.average, self.sharded = average if average is not None else nn.Module(), accelerator.is_fsdp2
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         self.progress = Progress()
         self.frozen: dict[str, Tensor] = {}

@@ -30,7 +30,7 @@ from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
 from rescom_timm.nets.classifiers import start_from_means
 from rescom_timm.nets.trainable import trained_fraction
-from rescom_timm.recipe.config import Recipe, RecipeError
+from rescom_timm.recipe.config import Recipe
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
@@ -119,16 +119,10 @@ class Trainer:
         if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
-        self.state = State(
-            accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema", torch.nn.Module())
-        )
+        self.state = State(accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema"))
         self.captured: CapturedStep | None = None
         if recipe.speed.capture:
-            if accelerator.num_processes > 1 or self.state.sharded:
-                raise RecipeError("speed.capture is for one process that is not sharded; turn it off")
             self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
-        if self.state.sharded and recipe.net.classifier.init == "class_means":
-            raise RecipeError("net.classifier.init: class_means does not work with FSDP; start from random")
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
         check_selection(recipe, data)
