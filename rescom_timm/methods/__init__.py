@@ -2,7 +2,8 @@
 
 A method is a module with `net` (all that is trained), `views` (how many it wants of each image) and forward(batch) ->
 {"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
-epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`.
+epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. One
+that learns from a teacher has it as `teacher`, which is set before training.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, experts, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, distillation, experts, momentum, prototypes, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -22,6 +23,7 @@ from rescom_timm.methods.baselines import (
     LdamConfig,
     LogitAdjustmentConfig,
 )
+from rescom_timm.methods.distillation import DiveConfig, SsdConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
@@ -44,6 +46,8 @@ MethodConfig = (
     | HybridPscConfig
     | DroLtConfig
     | ExpertsConfig
+    | DiveConfig
+    | SsdConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -58,6 +62,8 @@ Method = (
     | prototypes.HybridPsc
     | prototypes.DroLt
     | experts.Experts
+    | distillation.Dive
+    | distillation.Ssd
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -75,6 +81,8 @@ METHODS: dict[str, tuple[type, Any]] = {
     "hybrid_psc": (HybridPscConfig, prototypes.HybridPsc),
     "dro_lt": (DroLtConfig, prototypes.DroLt),
     "experts": (ExpertsConfig, experts.Experts),
+    "dive": (DiveConfig, distillation.Dive),
+    "ssd": (SsdConfig, distillation.Ssd),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
@@ -84,6 +92,10 @@ METHODS: dict[str, tuple[type, Any]] = {
 
 SECOND_STAGE = ("crt", "lws", "tau_norm", "las", "disalign")
 """Methods that need a trained net to start from."""
+
+
+DISTILLED = ("dive", "ssd")
+"""Methods that need a teacher."""
 
 
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
