@@ -32,6 +32,7 @@ from rescom_timm.sharing.prediction_sets import PredictionSets
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
+from rescom_timm.sharing.teacher import read_teacher
 from rescom_timm.training.build import Weights
 from rescom_timm.training.evaluate import evaluate_run
 from rescom_timm.training.run_folder import Resume, lines, run_recipe
@@ -41,7 +42,7 @@ from rescom_timm.training.trainer import train as train_only
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
     for the arguments and what is raised."""
-    return train_only(recipe, resume, dry_run, Publisher())
+    return train_only(recipe, resume, dry_run, Publisher(), read_teacher(recipe))
 
 
 def train(

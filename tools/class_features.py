@@ -1,4 +1,4 @@
-"""Labels for images: the same as  rescom-timm class-features  (rescom_timm/commands.class_features.py)."""
+"""Class features from names: the same as  rescom-timm class-features  (rescom_timm/commands/class_features.py)."""
 
 import sys
 

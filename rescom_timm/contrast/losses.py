@@ -179,6 +179,17 @@ def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
     return temperature.mean() ** 2 * divergence
 
 
+def distillation(logits: Tensor, teacher: Tensor, temperature: float, power: float = 1.0) -> Tensor:
+    """tau^2 KL(p || softmax(s / tau)), the mean over N, p_k ~ softmax(t / tau)_k^power (Hinton et al. 2015, arXiv
+    1503.02531; the power: DiVE, He et al. 2021, arXiv 2103.15042).
+
+    logits: (N, K) of the student, s. teacher: (N, K), t, which get no gradient. temperature: tau.
+    """
+    logits, teacher = at_least_float32(logits), at_least_float32(teacher.detach())
+    p = (power / temperature * teacher).softmax(dim=1)
+    return temperature**2 * F.kl_div((logits / temperature).log_softmax(dim=1), p, reduction="batchmean")
+
+
 def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466, eq. 3): cross-entropy with the target
     eps_y / K of every class and 1 - eps_y more at the label. smoothing: (K,), the eps of each class. This is the

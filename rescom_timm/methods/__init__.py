@@ -5,7 +5,8 @@ A method is a module with `net` (all that is trained), `views` (how many it want
 epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. Where
 its loss is a sum over images, each of its own logits and label, it says `per_image = True`: its batches may be mixed
 (batch["partner"], batch["share"]) or cut into parts. With `second_sampler` (a loader.sampler) its batches have 2 B
-rows: below the B rows of the recipe's draw, B of that one's.
+rows: below the B rows of the recipe's draw, B of that one's. One that learns from a teacher has it as `teacher`, which
+is set before training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, branches, elf, experts, gistnet, momentum, prototypes, second_stage
+from rescom_timm.methods import (
+    baselines,
+    branches,
+    distillation,
+    elf,
+    experts,
+    gistnet,
+    momentum,
+    prototypes,
+    second_stage,
+)
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -26,6 +37,7 @@ from rescom_timm.methods.baselines import (
     LogitAdjustmentConfig,
 )
 from rescom_timm.methods.branches import BbnConfig, ResltConfig
+from rescom_timm.methods.distillation import DiveConfig, SsdConfig
 from rescom_timm.methods.elf import ElfConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.gistnet import GistNetConfig
@@ -54,6 +66,8 @@ MethodConfig = (
     | ResltConfig
     | GistNetConfig
     | ElfConfig
+    | DiveConfig
+    | SsdConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -71,6 +85,8 @@ Method = (
     | branches.Bbn
     | branches.Reslt
     | elf.Elf
+    | distillation.Dive
+    | distillation.Ssd
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -92,6 +108,8 @@ METHODS: dict[str, tuple[type, Any]] = {
     "reslt": (ResltConfig, branches.Reslt),
     "gistnet": (GistNetConfig, gistnet.GistNet),
     "elf": (ElfConfig, elf.Elf),
+    "dive": (DiveConfig, distillation.Dive),
+    "ssd": (SsdConfig, distillation.Ssd),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
@@ -101,6 +119,10 @@ METHODS: dict[str, tuple[type, Any]] = {
 
 SECOND_STAGE = ("crt", "lws", "tau_norm", "las", "disalign")
 """Methods that need a trained net to start from."""
+
+
+DISTILLED = ("dive", "ssd")
+"""Methods that need a teacher."""
 
 
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:

@@ -14,9 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, check_temperature, diversity, ldam, ldam_margins
+from rescom_timm.contrast.losses import (
+    at_least_float32,
+    check_temperature,
+    distillation,
+    diversity,
+    ldam,
+    ldam_margins,
+)
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.distillation import Teacher, ask
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.branched import BranchedNet, branch_sources
 from rescom_timm.nets.net import Net
@@ -45,12 +53,18 @@ class ExpertsConfig:
     reweight_from: float = 0.8
     """Fraction of the epochs after which classes are weighted; 1: never."""
     beta: float = 0.9999
+    teacher: str | None = None
+    """Run, export or Hub id of a net to learn from besides, such as one of more experts (RIDE's distillation, which its
+    authors do from 6 experts)."""
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.5
 
     def __post_init__(self) -> None:
         if self.experts < 2:
             raise ValueError("experts must be at least 2")
         check_temperature(self.temperature)
-        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check_temperature(self.distill_temperature)
+        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE, distill_weight=NOT_NEGATIVE)
         check(self, temperature_by_count=BELOW_ONE, reweight_from=PART, beta=BELOW_ONE)
 
 
@@ -106,6 +120,7 @@ class Experts(nn.Module):
     margins: Tensor
     weights: Tensor
     temperature: Tensor
+    teacher: Teacher | None = None
 
     def __init__(self, net: Net, counts: Tensor, config: ExpertsConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
@@ -128,8 +143,11 @@ class Experts(nn.Module):
         self.reweighted = epoch >= self.config.reweight_from * epochs
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
-        outputs = self.net(stack_views(batch["image"]))
+        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts.
+
+        A teacher's logits are distilled into the experts' mean; its authors' sum of both is E times as large."""
+        images = stack_views(batch["image"])
+        outputs = self.net(images)
         labels, config = batch["label"].repeat(self.views), self.config
         weights = self.weights if self.reweighted else None
         classification = torch.stack(
@@ -137,9 +155,14 @@ class Experts(nn.Module):
         ).sum()
         even = torch.full_like(self.temperature, config.temperature)
         distance = diversity(outputs.experts, self.temperature if self.reweighted else even)
+        loss, parts = classification - config.diversity * distance, {}
+        if config.teacher is not None:
+            distilled = distillation(outputs.logits, ask(self.teacher, images), config.distill_temperature)
+            loss, parts = loss + config.distill_weight * distilled, {"loss_distillation": distilled.detach()}
         return {
-            "loss": classification - config.diversity * distance,
+            "loss": loss,
             "logits": outputs.logits,
             "loss_classification": classification.detach(),
             "diversity": distance.detach(),
+            **parts,
         }

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import balanced_softmax, check_temperature, log_prior, paco, supcon
+from rescom_timm.contrast.losses import at_least_float32, balanced_softmax, check_temperature, log_prior, paco, supcon
 from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
 from rescom_timm.contrast.queue import FifoQueue, gather
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
@@ -24,16 +25,20 @@ from rescom_timm.nets.net import Net
 
 @dataclass(frozen=True)
 class MocoConfig:
-    """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) beside Balanced Softmax of the first view."""
+    """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) beside Balanced Softmax of the first view, or beside plain
+    cross-entropy as in SSD's first stage (Li et al. 2021, arXiv 2109.04075)."""
 
     name: Literal["moco"] = "moco"
     contrast_weight: float = 0.5
-    """lambda: total loss = Balanced Softmax + lambda * contrastive loss."""
+    """lambda: total loss = classification + lambda * contrastive loss."""
     temperature: float = 0.2
     momentum: float = 0.999
     """m: of the momentum encoder, once an optimizer step."""
     queue_size: int = 4000
     """Most recent keys, of whatever class."""
+    classification: Literal["balanced_softmax", "cross_entropy"] = "balanced_softmax"
+    same_class_negatives: bool = True
+    """Keys of a query's own class are negatives too, as in MoCo; false leaves them out (SSD, as its authors train)."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -83,7 +88,8 @@ class MomentumNet(nn.Module):
 
 
 class Moco(nn.Module):
-    """Positive pair: the two views of an image, the second through the momentum encoder. Negatives: the whole queue."""
+    """Positive pair: the two views of an image, the second through the momentum encoder. Negatives: the whole queue, or
+    what of it is of other classes."""
 
     counts: Tensor
     views = 2
@@ -104,9 +110,12 @@ class Moco(nn.Module):
         first, second = batch["image"].unbind(dim=1)
         _, logits, queries = self.net(first)
         keys = self.momentum_net(second)
-        contrast = supcon(self.pairs(queries, keys), self.config.temperature)
+        contrast = supcon(self.pairs(queries, keys, labels), self.config.temperature)
         self.queue.enqueue(gather(keys), gather(labels))
-        classification = balanced_softmax(logits, labels, self.counts)
+        if self.config.classification == "balanced_softmax":
+            classification = balanced_softmax(logits, labels, self.counts)
+        else:
+            classification = F.cross_entropy(at_least_float32(logits), labels)
         return {
             "loss": classification + self.config.contrast_weight * contrast,
             "logits": logits,
@@ -114,14 +123,14 @@ class Moco(nn.Module):
             "loss_contrast": contrast.detach(),
         }
 
-    def pairs(self, queries: Tensor, keys: Tensor) -> Pairs:
+    def pairs(self, queries: Tensor, keys: Tensor, labels: Tensor) -> Pairs:
         """(B, 1 + S): each query against its own key, positive, and the S slots of the queue, none of them positive
-        whatever their class. queries, keys: (B, D)."""
+        whatever their class. queries, keys: (B, D). labels: (B,)."""
         own = (queries * keys).sum(dim=1, keepdim=True)
         yes = torch.ones_like(own, dtype=torch.bool)
-        labels = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         queue = against_queue(queries, labels, self.queue)
-        return Pairs(own, yes, yes).join(queue._replace(positive=torch.zeros_like(queue.positive)))
+        valid = queue.valid if self.config.same_class_negatives else queue.valid & ~queue.positive
+        return Pairs(own, yes, yes).join(queue._replace(positive=torch.zeros_like(queue.positive), valid=valid))
 
     def after_step(self) -> None:
         """Called after each optimizer step."""

@@ -26,9 +26,10 @@ from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
-    "train.nonfinite", "train.ema.export", "track", "hub",
+    "train.nonfinite", "train.ema.export", "track", "hub", "method.teacher",
 )  # fmt: skip
-"""Keys and sections that may change when a run goes on: they do not change what is trained."""
+"""Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may
+have moved, the weights are compared)."""
 FETCHED_KEYS = ("output", "track", "hub")
 """What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says."""
 

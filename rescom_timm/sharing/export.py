@@ -79,8 +79,8 @@ def export(
     model = _plain(net, input_size) if plain else None
     if model is not None:
         head = _head(model, net)
-        own = ("projector.",) if type(net.classifier) is nn.Linear else ("projector.", "classifier.")
-        tensors = {name: value for name, value in tensors.items() if name.startswith(own)}
+        there = ("encoder.", "classifier.") if type(net.classifier) is nn.Linear else ("encoder.",)
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(there)}
     method = {f"method.{name}": value for name, value in (state or {}).items()}
     details = {
         "version": 1,

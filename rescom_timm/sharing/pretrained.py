@@ -150,7 +150,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         if num_classes is not None:
             net.classifier = classifier(head, net.classifier.in_features, num_classes)
             names, counts = [], None
-            tensors = {name: value for name, value in tensors.items() if not name.startswith("classifier.")}
+            known = [name for name, _ in net.named_children() if name != "classifier"]  # not what a method has added
+            tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
         elif recipe is not None and counts is not None:
             trained = create_method(net, counts, recipe.method)

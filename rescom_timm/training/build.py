@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
-from rescom_timm.methods import SECOND_STAGE, Method, create_method
+from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method
+from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import ClassifierConfig, read_class_features, start_from_means
 from rescom_timm.nets.net import Net, NetConfig, create_model
 from rescom_timm.nets.trainable import digest, set_trainable
@@ -70,10 +71,12 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     return net
 
 
-def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
-    """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from.
+def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teacher | None = None) -> Method:
+    """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from and the
+    teacher that it learns from.
 
-    Raises RecipeError where the method's settings do not fit the data's classes, or that run's weights the net.
+    Raises RecipeError where the method's settings do not fit the data's classes, that run's weights the net, or the
+    teacher the data.
     """
     classes = len(data.counts)
     if (queue := getattr(recipe.method, "queue", None)) is not None:
@@ -100,7 +103,32 @@ def build_method(recipe: Recipe, data: Data, start: bool = False) -> Method:
         raise RecipeError(
             f"net.classifier: method {recipe.method.name} has a classifier of its own; leave net.classifier as it is"
         )
+    if start:
+        check_teacher(recipe, data, teacher)
+        if teacher is not None:
+            method.teacher = teacher
     return method
+
+
+def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
+    """Raises RecipeError where there is no teacher that the method needs, or it knows other classes than the data."""
+    name, source = recipe.method.name, getattr(recipe.method, "teacher", None)
+    if teacher is None:
+        if name in DISTILLED:
+            raise RecipeError(f"method {name} learns from a teacher: name its run or export, method.teacher=RUN")
+        return
+    known, named = teacher.net.classifier.out_features, teacher.class_names
+    if known != len(data.counts):
+        raise RecipeError(
+            f"method.teacher: {source} tells {known} classes apart and data.index has {len(data.counts)}: "
+            "a teacher must have been trained on the same classes"
+        )
+    other = [(own, theirs) for own, theirs in zip(data.class_names, named, strict=False) if own != theirs]
+    if other:
+        raise RecipeError(
+            f"method.teacher: {source} was trained on other classes, or on these in another order: its class "
+            f"{other[0][1]!r} is {other[0][0]!r} here"
+        )
 
 
 def refuse_size(key: str, numbers: int) -> None:

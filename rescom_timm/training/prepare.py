@@ -61,6 +61,9 @@ def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
         prepare_to_shard(accelerator, method.net)
     # FSDP takes no weights that are not contiguous.
     speed_up(method.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not sharded))
+    if (teacher := getattr(method, "teacher", None)) is not None:
+        teacher.place(accelerator.device, accelerator.autocast)
+        speed_up(teacher.net, replace(recipe.speed, compile=False))
 
 
 def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
@@ -73,17 +76,25 @@ def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
 
 
 @torch.no_grad()
-def check_image_size(net: Net, recipe: Recipe, train: Split, device: torch.device) -> None:
-    """Raises RecipeError where the net takes no images of a view's size, as a ViT made for another."""
+def check_image_size(method: Method, recipe: Recipe, train: Split, device: torch.device) -> None:
+    """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another."""
     view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken)[0, 0]["image"]
     height, width = view.shape[-2:]
+    images = torch.zeros(1, 3, height, width, device=device)
     try:
-        net.eval().classify(torch.zeros(1, 3, height, width, device=device))
+        method.net.eval().classify(images)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
             f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
         ) from error
+    if (teacher := getattr(method, "teacher", None)) is not None:
+        try:
+            teacher(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}"
+            ) from error
 
 
 def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> None:

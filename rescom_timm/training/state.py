@@ -94,6 +94,8 @@ class State:
         if recipe.net.pretrained and recipe.init_from is None and not self.sharded:
             self.frozen = {name: value for name, value in net.named_parameters() if not value.requires_grad}
         self.frozen_digest = digest(self.frozen) if self.frozen else None
+        teacher = getattr(method, "teacher", None)
+        self.teacher_digest = None if teacher is None else teacher.digest
 
     def save(self, folder: Path, recipe: Recipe, index: str) -> str | None:
         """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name; every
@@ -122,6 +124,7 @@ class State:
                 "average": average,
                 "sharded": self.sharded,
                 "frozen": self.frozen_digest,
+                "teacher": self.teacher_digest,
                 "optimizer": optimizer,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "ranks": ranks,
@@ -141,6 +144,11 @@ class State:
             raise CheckpointError(
                 f"{path} was tuned over other pretrained weights than the net has now: put them back "
                 "(net.weights_file, or timm's cache), or start a new run without --resume"
+            )
+        if state.get("teacher") != self.teacher_digest:
+            raise CheckpointError(
+                f"{path} was trained with another teacher than method.teacher names now: put that one back, or start a "
+                "new run without --resume"
             )
         if state.get("frozen"):
             weights = self._with_frozen(weights)

@@ -28,6 +28,7 @@ from rescom_timm.data.loaders import set_epoch
 from rescom_timm.data.mixing import mix
 from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
+from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import start_from_means
 from rescom_timm.nets.trainable import trained_fraction
 from rescom_timm.recipe.config import Recipe
@@ -57,16 +58,14 @@ from rescom_timm.training.stop_signals import StopSignals
 
 
 def train(
-    recipe: Recipe,
-    resume: Resume = False,
-    dry_run: bool = False,
-    follower: Follower | None = None,
-) -> Path:
+    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Follower | None = None,
+    teacher: Teacher | None = None,
+) -> Path:  # fmt: skip
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
     name; start where there is none. A run elsewhere is brought here first.
-    dry_run: build everything, do one step and one evaluation batch, write nothing.
+    dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
     Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run elsewhere does.
     """
     with with_advice():
@@ -74,7 +73,7 @@ def train(
         set_seed(recipe.seed)
         data = load(recipe.data)
         recipe = fitted(recipe, accelerator, data, resume)
-        method = build_method(recipe, data, start=True)
+        method = build_method(recipe, data, start=True, teacher=teacher)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
         trainer = Trainer(recipe, accelerator, data, method, follower)
         if dry_run:
@@ -112,7 +111,7 @@ class Trainer:
         self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
-        check_image_size(self.net, recipe, data.train, accelerator.device)
+        check_image_size(method, recipe, data.train, accelerator.device)
         self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
         self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)

@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from rescom_timm.methods import METHODS, SECOND_STAGE, ExpertsConfig, MocoConfig, PacoConfig, create_method
+from rescom_timm.methods import DISTILLED, METHODS, SECOND_STAGE, ExpertsConfig, MocoConfig, PacoConfig, create_method
 from rescom_timm.methods import call_if_defined as hook
+from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig, RescomConfig
 from rescom_timm.nets.net import ProjectorConfig, create_model
 from tests.methods.stub import COUNTS
@@ -32,6 +33,8 @@ def main():
         torch.manual_seed(0)
         net = create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=8, dim=6))
         method = create_method(net, COUNTS, QUEUES.get(name) or config())
+        if name in DISTILLED:
+            method.teacher = Teacher(create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=8, dim=6)))
         optimizer = torch.optim.SGD([p for p in method.net.parameters() if p.requires_grad], 0.01)
         method.net, optimizer = accelerator.prepare(method.net, optimizer)
         method.train()

@@ -90,6 +90,16 @@ def diversity(experts, temperature):
     return mean(temperature) ** 2 * total
 
 
+def distilled(logits, teacher, tau, power):
+    """tau^2 KL of the teacher's softened, raised and again normalised predictions to the student's."""
+    terms = []
+    for own, other in zip(logits, teacher, strict=True):
+        raised = [p**power for p in softmax(other / tau)]
+        q = softmax(own / tau)
+        terms.append(sum(p / sum(raised) * torch.log(p / sum(raised) / b) for p, b in zip(raised, q, strict=True)))
+    return tau**2 * mean(terms)
+
+
 def contrast(queries, positives, negatives, tau):
     """InfoNCE with one positive key for each query and the same negatives for all."""
     terms = []

@@ -52,6 +52,23 @@ def test_moco_contrasts_an_image_with_its_other_view_and_the_whole_queue():
     assert torch.allclose(method.queue.keys[[5, 0, 1]].double(), keys[[6, 7, 2]], atol=1e-6)
 
 
+def test_moco_of_ssd_has_cross_entropy_and_no_negatives_of_the_own_class():
+    config = MocoConfig(
+        queue_size=6, contrast_weight=1.0, temperature=0.3, classification="cross_entropy", same_class_negatives=False
+    )
+    method = make(config)
+    held, classes = filled(method, 5)
+    data = batch()
+    keys = keys_of(method, data)
+    _, logits, queries = method.net(data["image"][:, 0])
+    expected = reference.cross_entropy(logits, data["label"].tolist())
+    terms = []
+    for q, k, y in zip(queries, keys, data["label"].tolist(), strict=True):
+        others = [key for key, c in zip(held, classes.tolist(), strict=True) if c != y]
+        terms.append(reference.contrast([q], [k], others, 0.3))
+    check(method, expected + reference.mean(terms), data)
+
+
 def test_the_momentum_encoder_follows_once_an_optimizer_step_and_gets_no_gradient():
     method = make(MocoConfig(momentum=0.9, queue_size=8))
     expected = [p.detach().clone() for p in method.net.parameters()]

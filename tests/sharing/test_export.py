@@ -163,6 +163,16 @@ def test_classifiers_of_other_methods(tmp_path, method):
     assert_close(plain(model.net.normalize(x)), model.net.classify(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [{"name": "hybrid_psc"}, {"name": "dro_lt"}, {"name": "ssd"}], ids=str)
+def test_what_a_method_adds_to_its_net_is_read_back(tmp_path, method):
+    run = make_run(tmp_path / "run", steps=(3,), best=None, method=method)
+    model, whole = (from_pretrained(export_run(run, tmp_path / str(plain), plain=plain)) for plain in (True, False))
+    assert_close(dict(model.net.state_dict()), dict(whole.net.state_dict()), rtol=0, atol=0)
+    fresh = from_pretrained(tmp_path / "True", num_classes=7).net
+    assert fresh.classifier.out_features == 7
+    assert torch.equal(fresh.projector[0].weight, model.net.projector[0].weight)
+
+
 def test_the_cosines_of_ldam_are_ranked_alike_in_plain_timm(tmp_path, capsys):
     changes = {"method": {"name": "ldam"}, "net": {"backbone": "resnet20_cifar"}, "schedule__warmup_epochs": 0}
     tree = recipe(tmp_path, train__epochs=1, **changes)
