@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -67,6 +68,20 @@ def freeze_statistics(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+
+
+@contextmanager
+def still_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics stay as they are within, whatever goes through it in training."""
+    norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 def _norm_weights(encoder: nn.Module) -> Iterator[str]:

@@ -188,6 +188,9 @@ class SpeedConfig(LoadingConfig):
     capture: bool = False
     """A whole step, optimizer and all, as one CUDA graph: for small nets on one GPU, where launching the kernels takes
     longer than running them. Together with compile: true it is fastest. Elsewhere the same step runs uncaptured."""
+    grad_checkpointing: bool = False
+    """Keep the inputs of the backbone's blocks alone, and compute what is within them a second time in the backward
+    pass (timm's switch): less memory, a third more time."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,8 @@ class Recipe:
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
                 "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
             )
+        if self.speed.grad_checkpointing and (self.speed.capture or self.speed.compile):
+            raise ValueError("speed.grad_checkpointing does not go together with speed.capture or speed.compile")
         if self.speed.capture:
             for key, odd in (
                 ("train.accumulate", self.train.accumulate > 1),

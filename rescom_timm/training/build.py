@@ -218,10 +218,16 @@ def chosen_weights(
 
 
 def speed_up(net: Net, config: SpeedConfig) -> None:
-    """Memory format and torch.compile, in place, so that the net's names stay plain.
+    """Memory format, gradient checkpointing and torch.compile, in place, so that the net's names stay plain.
 
-    A graph break inside the net is an error (fullgraph), found at the first step.
+    A graph break inside the net is an error (fullgraph), found at the first step. Raises RecipeError for a backbone
+    that timm cannot checkpoint.
     """
+    if config.grad_checkpointing:
+        try:
+            net.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AssertionError, AttributeError) as error:
+            raise RecipeError("speed.grad_checkpointing: timm has none for this backbone; turn it off") from error
     if config.channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:

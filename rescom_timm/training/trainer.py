@@ -30,7 +30,7 @@ from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import start_from_means
-from rescom_timm.nets.trainable import trained_fraction
+from rescom_timm.nets.trainable import still_statistics, trained_fraction
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
@@ -223,7 +223,9 @@ class Trainer:
             queue.holding = not last  # keys of a step are never its own pairs
         with nullcontext() if last else self.accelerator.no_sync(self.method.net):
             outputs = self.method(batch)
-            self.accelerator.backward(outputs["loss"] / accumulate)
+            # What is computed a second time moves no statistics a second time.
+            with still_statistics(self.net) if self.recipe.speed.grad_checkpointing else nullcontext():
+                self.accelerator.backward(outputs["loss"] / accumulate)
         labels = batch["label"].repeat(len(outputs["logits"]) // len(batch["label"]))
         outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
         return outputs

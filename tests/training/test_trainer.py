@@ -718,3 +718,46 @@ def test_the_share_of_trained_weights_is_told(tmp_path, capsys):
     told = re.search(r"; ([0-9.]+)% of ([0-9.]+) M weights train", capsys.readouterr().out)
     assert told and 0 < float(told[1]) < 100
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        {"backbone": "resnet20_cifar"},
+        {"backbone": "test_vit", "options": {"img_size": 8, "patch_size": 4, "drop_path_rate": 0.3}},
+    ],
+    ids=lambda net: net["backbone"],
+)
+def test_gradient_checkpointing_changes_nothing_but_what_is_kept(alone, tmp_path, net):
+    """Weights, BatchNorm's statistics and figures bit for bit; fewer bytes are saved for the backward pass."""
+    trees = [
+        recipe(tmp_path / str(on), net=net, speed__grad_checkpointing=on, train__epochs=1, schedule__warmup_epochs=0)
+        for on in (False, True)
+    ]
+    for tree in trees:
+        train(load_dict(tree))
+    assert differences(last(trees[0]), last(trees[1])) == []
+    saved = []
+    for tree in trees:
+        trainer = trainer_of({**tree, "output": str(tmp_path / "none")})
+        images = torch.rand(16, 3, 8, 8)
+        kept: dict[int, int] = {}
+
+        def keep(value, kept=kept):
+            kept[value.data_ptr()] = value.numel()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            trainer.net.encoder(images)
+        saved.append(sum(kept.values()))
+    assert saved[1] < 0.5 * saved[0]
+
+
+def test_gradient_checkpointing_that_cannot_be(alone, tmp_path):
+    tree = recipe(tmp_path, speed__grad_checkpointing=True)
+    tree["net"] = {"backbone": "vgg11", "options": {}}
+    with pytest.raises(RecipeError, match="speed.grad_checkpointing: timm has none for this backbone"):
+        trainer_of(tree)
+    tree["speed"]["compile"] = True
+    with pytest.raises(RecipeError, match="does not go together with speed.capture or speed.compile"):
+        load_dict(tree)
