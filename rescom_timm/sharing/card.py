@@ -228,6 +228,7 @@ def _model(facts: Facts) -> str:
         + f".{plain}\n\n"
         f"Checkpoint `{facts.details.get('checkpoint', '?')}`, after {progress.get('epoch', '?')} of "
         f"{facts.recipe['train']['epochs']} epochs. "
+        + ("Its weights are the moving average of those trained. " if facts.details.get("weights") == "ema" else "")
         + (f"Licence: {facts.license}." if facts.license else "No licence was named for these weights.")
     )
 

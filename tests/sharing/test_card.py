@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -57,6 +58,17 @@ def test_the_results_are_those_of_the_run(tmp_path, facts):
     assert {(result.dataset_type, result.dataset_split) for result in results.values()} == {("custom", "test")}
     assert facts.accuracy() == 63.25
     assert "license" not in header(text) and "No licence was named" in text
+
+
+def test_averaged_weights_are_told_with_their_own_figures(tmp_path, facts):
+    run = make_run(tmp_path / "run")
+    add_evaluation(run, "test-last", 61.5)
+    add_evaluation(run, "test-last-ema", 64.0)
+    export_run(run, run / "model")
+    facts = card.read_facts(run, run / "model", "me/rescom-tiny")
+    assert facts.accuracy() == 61.5 and "moving average" not in card.write(facts)
+    averaged = replace(facts, details={**facts.details, "weights": "ema"})
+    assert averaged.accuracy() == 64.0 and "Its weights are the moving average of those" in card.write(averaged)
 
 
 def test_groups_have_the_literatures_borders(facts):

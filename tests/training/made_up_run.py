@@ -98,7 +98,7 @@ def make_run(
 
 
 def add_evaluation(run: Path, name: str, top1: float) -> None:
-    split, which = name.split("-")
+    split, which = name.split("-", 1)
     record = {
         "split": f"digits {split}",
         "images": 500,
