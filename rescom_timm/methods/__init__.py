@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rescom_timm.methods import baselines, distillation, experts, momentum, prototypes, second_stage
+from rescom_timm.methods import baselines, distillation, experts, momentum, prototypes, rsg, second_stage
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -28,6 +28,7 @@ from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
+from rescom_timm.methods.rsg import RsgConfig
 from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
 from rescom_timm.nets.net import Net
 
@@ -48,6 +49,7 @@ MethodConfig = (
     | ExpertsConfig
     | DiveConfig
     | SsdConfig
+    | RsgConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -64,6 +66,7 @@ Method = (
     | experts.Experts
     | distillation.Dive
     | distillation.Ssd
+    | rsg.Rsg
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -83,6 +86,7 @@ METHODS: dict[str, tuple[type, Any]] = {
     "experts": (ExpertsConfig, experts.Experts),
     "dive": (DiveConfig, distillation.Dive),
     "ssd": (SsdConfig, distillation.Ssd),
+    "rsg": (RsgConfig, rsg.Rsg),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
