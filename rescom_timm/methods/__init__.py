@@ -24,6 +24,7 @@ from rescom_timm.methods import (
     gistnet,
     momentum,
     prototypes,
+    rsg,
     second_stage,
 )
 from rescom_timm.methods.baselines import (
@@ -44,6 +45,7 @@ from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
+from rescom_timm.methods.rsg import RsgConfig
 from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
 from rescom_timm.nets.net import Net
 
@@ -68,6 +70,7 @@ MethodConfig = (
     | ElfConfig
     | DiveConfig
     | SsdConfig
+    | RsgConfig
     | CrtConfig
     | LwsConfig
     | TauNormConfig
@@ -87,6 +90,7 @@ Method = (
     | elf.Elf
     | distillation.Dive
     | distillation.Ssd
+    | rsg.Rsg
 )
 
 METHODS: dict[str, tuple[type, Any]] = {
@@ -110,6 +114,7 @@ METHODS: dict[str, tuple[type, Any]] = {
     "elf": (ElfConfig, elf.Elf),
     "dive": (DiveConfig, distillation.Dive),
     "ssd": (SsdConfig, distillation.Ssd),
+    "rsg": (RsgConfig, rsg.Rsg),
     "crt": (CrtConfig, second_stage.Crt),
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),

@@ -63,8 +63,8 @@ class ExpertsConfig:
         if self.experts < 2:
             raise ValueError("experts must be at least 2")
         check_temperature(self.temperature)
-        check_temperature(self.distill_temperature)
-        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE, distill_weight=NOT_NEGATIVE)
+        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check(self, distill_weight=NOT_NEGATIVE, distill_temperature=POSITIVE)
         check(self, temperature_by_count=BELOW_ONE, reweight_from=PART, beta=BELOW_ONE)
 
 

@@ -326,6 +326,8 @@ class Recipe:
             ):
                 if odd:
                     raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
+        if self.method.name == "rsg" and (self.speed.capture or self.speed.compile):
+            raise ValueError("speed.capture and speed.compile do not go together with method rsg: turn them off")
         if self.evaluation.patience is not None and self.data.validation == "none":
             raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":

@@ -90,9 +90,11 @@ class State:
         self.queues = [module for module in method.modules() if isinstance(module, Queue)]
         self.progress = Progress()
         self.frozen: dict[str, Tensor] = {}
-        """Pretrained weights that do not train: a checkpoint holds their digest in their place."""
+        """Pretrained weights that do not train: a checkpoint holds their digest in their place. Not those of heads that
+        a method leaves as they are: they are random."""
         if recipe.net.pretrained and recipe.init_from is None and not self.sharded:
-            self.frozen = {name: value for name, value in net.named_parameters() if not value.requires_grad}
+            still = {name: value for name, value in net.named_parameters() if not value.requires_grad}
+            self.frozen = {name: value for name, value in still.items() if name.startswith("encoder.")}
         self.frozen_digest = digest(self.frozen) if self.frozen else None
         teacher = getattr(method, "teacher", None)
         self.teacher_digest = None if teacher is None else teacher.digest

@@ -18,7 +18,13 @@ from rescom_timm.training.evaluate import evaluate_run
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, make_net
 from tests.methods.stub import train as few_steps
-from tests.methods.test_training import QUICK, RECIPES, run, weights
+from tests.methods.test_training import QUICK, RECIPES, weights
+
+QUICK = [*QUICK, "net.backbone=resnet8_cifar"]
+
+
+def run(name, output, *words):
+    return train(load(RECIPES / f"{name}.yaml", [f"output={output}", *QUICK, *words]))
 
 
 def taught(config):

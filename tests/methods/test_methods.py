@@ -12,8 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rescom_timm import create_model
 from rescom_timm.contrast import losses
 from rescom_timm.contrast.losses import class_weights
-from rescom_timm.methods import METHODS, BalancedSoftmaxConfig, CrossEntropyConfig, RescomConfig, create_method
+from rescom_timm.methods import (
+    DISTILLED,
+    METHODS,
+    BalancedSoftmaxConfig,
+    CrossEntropyConfig,
+    RescomConfig,
+    create_method,
+)
 from rescom_timm.methods import call_if_defined as hook
+from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.nets.net import Net, ProjectorConfig
 
@@ -179,7 +187,10 @@ def test_a_step_and_its_buffers_need_no_float64(name, changes, monkeypatch):
     monkeypatch.setattr(losses, "exact", torch.Tensor.float)  # as for counts on such a device
     size = {"negatives": 8} if name == "rescom" else {"queue_size": 16} if name == "moco" else {}
     net = create_model("resnet8_cifar", len(COUNTS), projector=ProjectorConfig(hidden=8, dim=5))
+    size |= {"generate_from": 0.0} if name == "rsg" else {}
     method = create_method(net, COUNTS, METHODS[name][0](**size, **changes)).train()
+    if name in DISTILLED:
+        method.teacher = Teacher(create_model("resnet8_cifar", len(COUNTS)))
     assert [key for key, value in method.named_buffers() if value.dtype == torch.float64] == []
     hook(method, "set_epoch", 0, 2)
     images = torch.randint(0, 256, (8, method.views, 3, 32, 32), dtype=torch.uint8)

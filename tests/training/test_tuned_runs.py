@@ -85,6 +85,19 @@ def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
     assert not any(weight in trainer.optimizer.state for weight in trainer.state.frozen.values())
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_projector_that_a_method_leaves_as_it_is_is_saved(alone, tmp_path, base, kind):
+    """It is random, and made otherwise by another state of the generators."""
+    folder = train_recipe(load_dict(tuned(tmp_path, base, kind, method={"name": "balanced_softmax", "views": 2})))
+    torch.manual_seed(99)
+    before = (folder / "evaluation/test-last.json").read_text()
+    evaluate_run(folder)
+    assert (folder / "evaluation/test-last.json").read_text() == before
+    torch.manual_seed(98)
+    again, model = from_pretrained(export_run(folder, tmp_path / "out", plain=False)).net, from_pretrained(folder).net
+    assert differences(dict(again.state_dict()), dict(model.state_dict())) == []
+
+
 @pytest.mark.parametrize("kind", ["lora", "adaptformer", "prompt"])
 def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, kind, capsys):
     tree = tuned(tmp_path, base, kind)
