@@ -76,7 +76,7 @@ def predictions(
     """As predict, one after the other: for more images than one wants to hold results of."""
     if top_k < 1 or batch_size < 1:
         raise ValueError("top_k and batch_size must be at least 1")
-    source = _Images(images)
+    source = Images(images)
     model = model if isinstance(model, Pretrained) else from_pretrained(model)
     shift = adjustment(model, prior)
     try:
@@ -89,7 +89,7 @@ def predictions(
 
 @torch.inference_mode()
 def _run(
-    model: Pretrained, net: Net, source: _Images, top_k: int, shift: Tensor, batch_size: int, workers: int, device: Any
+    model: Pretrained, net: Net, source: Images, top_k: int, shift: Tensor, batch_size: int, workers: int, device: Any
 ) -> Iterator[Prediction]:
     names = model.class_names or [str(k) for k in range(net.classifier.out_features)]
     source.prepare(model)
@@ -138,7 +138,7 @@ def _counts(model: Pretrained) -> Tensor:
     return model.counts
 
 
-class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
+class Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
     """Anything predict takes: position -> (uint8 (3, H, W) or None, what to tell of it)."""
 
     def __init__(self, images: Any) -> None:

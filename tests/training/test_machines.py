@@ -69,7 +69,7 @@ def test_two_nodes_meet_and_train_one_run(tmp_path):
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_goes_on(tmp_path):
     train = ["-m", "rescom_timm", "train", "digits_lt", f"output={tmp_path}", "train.epochs=6", "checkpoint.every=1"]
-    elastic = ["--nproc_per_node", "2", "--max_restarts", "1", "--shutdown_timeout", "2"]
+    elastic = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "1", "--shutdown_timeout", "2"]
     process = start([*TORCHRUN, *elastic, *train, *KEYS])
     until(lambda: saved(tmp_path), process)
     workers = [child for child in psutil.Process(process.pid).children() if "rescom_timm" in child.cmdline()]
