@@ -67,7 +67,8 @@ def _answer(model: Pretrained, found: Prediction) -> str:
         f"<tr><td>{escape(label)}</td><td>{100 * share:.1f} %</td><td>{counts.get(label, '?')}</td></tr>"
         for label, share in zip(found.labels, found.probabilities, strict=True)
     ]
-    return f'<h3>{name}</h3><img alt="" style="height: 96px" src="{_thumbnail(found.image)}"><table>{head}{"".join(rows)}</table>'
+    picture = f'<img alt="" style="height: 96px" src="{_thumbnail(found.image)}">'
+    return f"<h3>{name}</h3>{picture}<table>{head}{''.join(rows)}</table>"
 
 
 def _thumbnail(path: str, side: int = 96) -> str:
