@@ -25,6 +25,7 @@ VERBS = {
     "class-features": ("class_features", "class features from class names, by CLIP's text tower"),
     "evaluate": ("evaluate", "evaluate a checkpoint of a run"),
     "predict": ("predict", "labels for images"),
+    "demo": ("demo", "a page to try a model on images"),
     "figures": ("figures", "pictures and a report of runs"),
     "robustness": ("robustness", "errors of a run on corrupted images"),
     "push": ("push", "push a run to the Hub, or write it as ONNX"),

@@ -3,7 +3,8 @@
 What the training left in RUN/hub/ is uploaded; where nothing is left, the run as it stands is. key=value changes the
 recipe's hub section, such as hub.strategy=checkpoint or hub.license=apache-2.0. --export FOLDER only writes what would
 be pushed, with its model card, and needs no network; --onnx FILE writes the classifier as ONNX, --torch-export FILE
-as a program of torch.export, both with class names and preprocessing inside.
+as a program of torch.export, both with class names and preprocessing inside. --space
+OWNER/NAME pushes a Space with the demo page too.
 The token comes from  hf auth login  or HF_TOKEN.
 """
 
@@ -28,6 +29,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="of the hub section, such as hub.private=false"
     )
     parser.add_argument("--repo", help="owner/name; the recipe's hub.repo by default")
+    parser.add_argument("--space", metavar="OWNER/NAME", help="also a Space with the demo page of the pushed model")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write what would be pushed, and push nothing")
     parser.add_argument(
         "--weights", choices=["raw", "ema"], help="with --export: as trained, or averaged (train.ema.export by default)"
@@ -41,7 +43,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     from rescom_timm.sharing.onnx import export_onnx
     from rescom_timm.sharing.program import export_program
     from rescom_timm.sharing.push import export_push, push_run
+    from rescom_timm.sharing.space import push_space
     from rescom_timm.training.errors import CheckpointError
+    from rescom_timm.training.run_folder import run_recipe
 
     try:
         if arguments.onnx or arguments.torch_export:
@@ -55,6 +59,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(export_push(arguments.run, arguments.export, overrides, arguments.weights))
         else:
             print(f"pushed: {push_run(arguments.run, overrides)}")
+            if arguments.space:
+                hub = run_recipe(arguments.run, overrides).hub
+                print(f"pushed: {push_space(arguments.space, str(hub.repo), hub.private)}")
     except (HubError, CheckpointError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -108,12 +108,12 @@ def predictions(
         raise ValueError("top_k must be at least 1")
     if nearest < 0 or bool(nearest) != (among is not None):
         raise ValueError("nearest and among belong together: how many images, and the embeddings that they are among")
-    reader = _Reader(model, images, prior, batch_size, workers, device, class_names, crops)
+    reader = Reader(model, images, prior, batch_size, workers, device, class_names, crops)
     return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer)
 
 
 def _predictions(
-    reader: _Reader,
+    reader: Reader,
     top_k: int,
     sets: PredictionSets | None,
     among: Embeddings | None,
@@ -182,7 +182,7 @@ def calibrate(
     """Prediction sets that hold the right class with a probability of `coverage`, from labelled images that the model
     was not trained on: a run's validation split. by_group: for the images of many, medium and few each. prior: as it
     will be in predict. Raises ValueError for too few images, and classes that the model does not have."""
-    reader = _Reader(model, split, prior, batch_size, workers, device, class_names, crops=False)
+    reader = Reader(model, split, prior, batch_size, workers, device, class_names)
     numbers = {name: k for k, name in enumerate(reader.names)}
     probabilities, labels = [], []
     for batch in reader.batches():
@@ -208,20 +208,21 @@ class _Batch(NamedTuple):
     crops: Tensor | None
 
 
-class _Reader:
+class Reader:
     """A model, ready on its device, and the images that it is shown."""
 
     def __init__(
         self,
         model: str | Path | Pretrained,
         images: Any,
-        prior: Prior | None,
-        batch_size: int,
-        workers: int,
-        device: str | torch.device | None,
-        class_names: Sequence[str] | None,
-        crops: bool,
+        prior: Prior | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        device: str | torch.device | None = None,
+        class_names: Sequence[str] | None = None,
+        crops: bool = False,
     ) -> None:
+        """As predict's arguments, which it checks."""
         if batch_size < 1:
             raise ValueError("batch_size must be at least 1")
         self.source = _Images(images)

@@ -45,6 +45,7 @@ from rescom_timm.sharing import staging
 from rescom_timm.sharing.hub import HubError, PushedRun
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.sharing.push import build, push
+from rescom_timm.sharing.space import push_space
 from rescom_timm.sharing.staging import Pusher, stage, staged, status
 from rescom_timm.training import checkpoint
 from rescom_timm.training.run_folder import choose_folder
@@ -566,6 +567,28 @@ def test_a_real_process(tmp_path, capsys):
     assert same_net(from_pretrained(REPO).net, from_pretrained(run).net) is False, "the newest, not the best"
     log = (run / "hub" / "push.log").read_text()
     assert SERVER.url in log and TOKEN not in log
+
+
+def test_a_space_shows_what_was_pushed(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    assert tool.main([str(run), "--repo", REPO, "--space", "me/rescom-demo"]) == 0
+    assert "pushed: " in capsys.readouterr().out
+    files = SERVER.repos["spaces/me/rescom-demo"].files
+    assert set(files) == {".gitattributes", "app.py", "requirements.txt", "README.md"}
+    assert SERVER.repos["spaces/me/rescom-demo"].private
+    compile(files["app.py"], "app.py", "exec")
+    assert f'page("{REPO}").launch()' in files["app.py"].decode()
+    front = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [REPO])
+    assert files["requirements.txt"] == b"rescom-timm[demo]\n"
+    assert push_space("me/rescom-demo", REPO), "the same again"
+    SERVER.repos["spaces/me/rescom-demo"].files["other.py"] = b""
+    with pytest.raises(HubError, match="holds something else already"):
+        push_space("me/rescom-demo", REPO)
+    with pytest.raises(HubError, match="403"):
+        push_space("another/demo", REPO)
+    with pytest.raises(HubError, match="no owner/name"):
+        push_space("demo", REPO)
 
 
 def test_the_tool(tmp_path, capsys):

@@ -22,6 +22,9 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+NAME = r"(?:models/|(?=spaces/))((?:spaces/)?[^/]+/[^/]+)"
+"""Of a repository in a route: a Space keeps the word before its name."""
+
 
 @dataclass
 class Fault:
@@ -189,10 +192,10 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self.repo(match[1], write=True)
             return self.batch(json.loads(body))
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/(.+)", path):
+        if match := re.fullmatch(rf"/api/{NAME}/(preupload|commit)/(.+)", path):
             repo = self.repo(match[1], write=True)
             return self.preupload(json.loads(body)) if match[2] == "preupload" else self.commit(match[1], repo, body)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path):
+        if match := re.fullmatch(rf"/api/{NAME}(?:/(revision|tree)/([^/]+)(?:/.*)?)?", path):
             return self.describe(match[1], match[2], match[3] or "main")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(match[1], match[2], match[3])
@@ -208,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     def repo(self, name: str, write: bool = False) -> Repo:
         owners = self.owners()
         repo = self.hub.repos.get(name)
-        owner = name.split("/")[0]
+        owner = name.removeprefix("spaces/").split("/")[0]
         if repo is None or (repo.private and owner not in (owners or ())):
             raise _Refused(401 if owners is None else 404, "RepoNotFound", "Repository not found")
         if write and owner not in (owners or ()):
@@ -217,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict[str, Any]) -> None:
         owners = self.owners()
-        name = f"{asked['organization']}/{asked['name']}"
+        name = f"{'spaces/' * (asked.get('type') == 'space')}{asked['organization']}/{asked['name']}"
         if owners is None:
             raise _Refused(401, text="log in")
         if asked["organization"] not in owners:

@@ -1,0 +1,98 @@
+"""A page on this machine to try a model on images:  rescom-timm demo MODEL [key=value ...]
+
+MODEL: a run's folder, an exported folder or a Hub id. Drop images: the most probable classes with their training
+images, for classes as frequent as in training, equally frequent, or as you say. Of a run whose data is there: also the
+nearest training images, and a map (t-SNE) of the test images. key=value changes the run's recipe, such as
+data.source=PATH. Nothing leaves this machine. Needs the extra demo: pip install 'rescom-timm[demo]'
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rescom_timm.commands import new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.data.sources import Data
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = new_parser(__doc__, prog, "rescom-timm demo runs/digits_lt")
+    parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
+    parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
+    arguments = parser.parse_intermixed_args(words)
+    from rescom_timm.training.errors import FAILURES, one_line
+
+    try:
+        made = page(arguments.model, arguments.overrides, not arguments.no_data)
+        made.launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
+    except (*FAILURES, ImportError) as error:
+        print(one_line(error), file=sys.stderr)
+        return 1
+    return 0
+
+
+def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> Any:
+    """The page, a gradio.Blocks to launch. Raises ImportError without the extra, and as from_pretrained does."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("the demo needs more packages: pip install 'rescom-timm[demo]'") from error
+    from rescom_timm.sharing.demo import OWN_NUMBERS, PRIORS, TrainingImages, answers
+    from rescom_timm.sharing.pretrained import from_pretrained
+
+    read = from_pretrained(model)
+    data = run_data(Path(model), overrides) if with_data else None
+    training = TrainingImages(read, data.train) if data else None
+
+    def show(files: list[str] | None, choice: str, numbers: str, top_k: float) -> tuple[str, Any]:
+        told = answers(read, files or [], choice, numbers, int(top_k))
+        return told, training.nearest(files[0]) if training and files else []
+
+    with gradio.Blocks(title="rescom_timm", analytics_enabled=False) as made:
+        gradio.Markdown("## What is on these images?")
+        files = gradio.File(label="images", file_count="multiple", file_types=["image"])
+        choice = gradio.Radio(list(PRIORS), value=next(iter(PRIORS)), label="how frequent are the classes?")
+        numbers = gradio.Textbox(label=f"{OWN_NUMBERS}: one a class, in this order", visible=False)
+        top_k = gradio.Slider(1, min(10, max(2, len(read.class_names))), value=3, step=1, label="classes shown")
+        told = gradio.HTML()
+        near = gradio.Gallery(label="nearest training images of the first", visible=training is not None, columns=5)
+        choice.change(lambda word: gradio.update(visible=word == OWN_NUMBERS), choice, numbers)
+        for part in (files, choice, numbers, top_k):
+            part.change(show, [files, choice, numbers, top_k], [told, near])
+        if data:
+            with gradio.Accordion("map of the test images", open=True):
+                gradio.Plot(test_map(read, data), show_label=False)
+    return made
+
+
+def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
+    """The data of a run's recipe; None, told on stderr, where the model is no run or its data is not there."""
+    from rescom_timm.data.sources import load
+    from rescom_timm.training.run_folder import run_recipe
+
+    try:
+        if not (run / "checkpoints").is_dir():
+            return None
+        return load(run_recipe(run, overrides).data)
+    except (ValueError, OSError) as error:
+        print(f"without nearest images and map, for the run's data cannot be opened: {error}", file=sys.stderr)
+        return None
+
+
+def test_map(model: Any, data: Data) -> Any:
+    """A picture of the test images' features in the plane."""
+    import torch
+
+    from rescom_timm.figures import tsne
+    from rescom_timm.sharing.demo import features
+
+    vectors, positions = features(model, data.test)
+    labels = torch.as_tensor(data.test.labels)[positions]
+    names = tuple(data.class_names)
+    return tsne.draw(tsne.measure(vectors, labels, data.counts, names, most=1000, title=data.test.name))

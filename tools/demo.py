@@ -1,0 +1,8 @@
+"""A page to try a model: the same as  rescom-timm demo  (rescom_timm/commands/demo.py)."""
+
+import sys
+
+from rescom_timm.commands.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())
