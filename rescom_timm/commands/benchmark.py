@@ -3,6 +3,7 @@
     rescom-timm benchmark head                   # the contrastive part of a step, embeddings given
     rescom-timm benchmark loader                 # from encoded images to batches of two views
     rescom-timm benchmark step resnet50          # a whole training step, and inference
+    rescom-timm benchmark tuning                 # a step of a ViT with all, few and none of its weights trained
     rescom-timm benchmark loop RECIPE            # the trainer's own loop over a recipe's data
     rescom-timm benchmark startup RECIPE         # from the start of a process to its first training step
     rescom-timm benchmark PART --help            # what a part measures, and its options
@@ -24,6 +25,7 @@ PARTS = {
     "head": "the contrastive part of a step, embeddings given",
     "loader": "one core's way from encoded images to a batch of two views",
     "step": "a whole training step, and inference, against plain ones",
+    "tuning": "a training step of one ViT with all, few and none of its weights trained",
     "loop": "the trainer's own loop over a recipe's data, for some steps",
     "startup": "the time from the start of a process to the end of its first training step",
 }

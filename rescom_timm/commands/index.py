@@ -80,6 +80,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     one.add_argument("--test-split", default="test", help="a data set's; the name of --split parts a fifth of it off")
     one.add_argument("--list", metavar="FILE", help="paths and labels of the images: CSV, JSON lines, Parquet, text")
     one.add_argument("--leave-out", action="store_true", help="leave out images that cannot be read")
+    tune = "train few weights over a frozen ViT of ImageNet-21k: best where images are few"
+    one.add_argument("--tune", choices=["lora", "adaptformer", "prompt"], help=tune)
     one.add_argument("--force", action="store_true", help="write over files that exist")
     data_options(one)
     return top

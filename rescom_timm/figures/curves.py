@@ -16,7 +16,7 @@ from rescom_timm.figures.folder import Missing, RunFolder
 
 _AXES = ("epoch", "step")
 _FIRST = ("loss", "top1", "many", "medium", "few", "ece", "mean_class", "top5")  # shown in this order unless told
-_NO_CURVE = ("lr", "learning_rate", "time", "seconds", "images_per_second")
+_NO_CURVE = ("lr", "learning_rate", "time", "seconds", "images_per_second", "memory_gib")
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,10 @@ def digest(weights: Mapping[str, Tensor]) -> str:
     return told.hexdigest()
 
 
-def trained_fraction(net: nn.Module) -> float:
-    """Trained weights among all, 0 to 1."""
+def count_weights(net: nn.Module) -> dict[str, int]:
+    """How many weights a net has: those that are trained, and all."""
     sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
-    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
+    return {"trained": sum(size for size, trained in sizes if trained), "all": sum(size for size, _ in sizes)}
 
 
 def freeze_statistics(encoder: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import torch
 import yaml
 
 from rescom_timm.data.decoding import decode
@@ -30,8 +31,9 @@ def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
     }
 
 
-def recipe_for(data: Data, config: DataConfig, source: str) -> str:
-    """The text of a recipe for this data, with the reasons of its settings."""
+def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = None) -> str:
+    """The text of a recipe for this data, with the reasons of its settings. tune: lora, adaptformer or prompt, over a
+    frozen ViT of ImageNet-21k."""
     section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
     chosen = settings(data.counts)
     sample = data.train.dataset.select(range(min(32, len(data.train.rows))))
@@ -40,7 +42,23 @@ def recipe_for(data: Data, config: DataConfig, source: str) -> str:
     batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
     few, many = (len(groups(data.counts)[name]) for name in ("few", "many"))
     line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
-    if side <= 64:
+    epochs, warmup = 100, 5
+    if tune is not None:
+        small = "small" if torch.cuda.is_available() else "tiny"
+        net = (
+            "net:  # less than 2% of the weights train: with few images, fine-tuning all of them hurts rare classes\n"
+            f"  backbone: vit_{small}_patch16_224.augreg_in21k  # vit_base_... where a GPU has room\n"
+            "  pretrained: true\n"
+            f"  tuning: {{name: {tune}}}\n"
+            "  classifier: {kind: cosine, scale: 25.0, init: class_means}"
+        )
+        views = (
+            'views: {train: "random_resized_crop(224,0.08,1,bicubic) | flip", eval: "resize(256,bicubic) | '
+            'center_crop(224)", mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}'
+        )
+        rate = "optimizer: {lr: 0.01, weight_decay: 5.0e-4}  # with the epochs, as LIFT's (arXiv 2309.10019)"
+        epochs, warmup = 10, 0
+    elif side <= 64:
         same = f"resize({side}) | center_crop({side})"
         net = "net: {backbone: resnet32_cifar, projector: {hidden: 64, dim: 32}}"
         views = f'views: {{train: "{same} | crop({side},4) | flip", eval: "{same}"}}'
@@ -65,6 +83,6 @@ method:
   {line["negatives"]}
   {line["beta"]}
 {rate}
-schedule: {{name: cosine, warmup_epochs: 5}}
-train: {{epochs: 100, batch_size: {batch}}}
+schedule: {{name: cosine, warmup_epochs: {warmup}}}
+train: {{epochs: {epochs}, batch_size: {batch}}}
 """

@@ -30,7 +30,7 @@ from rescom_timm.data.sources import Data, load
 from rescom_timm.methods import Method, call_if_defined
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import start_from_means
-from rescom_timm.nets.trainable import still_statistics, trained_fraction
+from rescom_timm.nets.trainable import count_weights, still_statistics
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
@@ -40,7 +40,7 @@ from rescom_timm.training.evaluate import about, evaluate, file_name, table, tit
 from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line, evaluation_line, progress_bar
+from rescom_timm.training.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar
 from rescom_timm.training.prepare import (
     average_of,
     check_image_size,
@@ -107,8 +107,9 @@ class Trainer:
         self.schedule = build_schedule(
             recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs, self.steps_per_epoch
         )
-        size = sum(parameter.numel() for parameter in method.net.parameters())
-        self.trained = f"{100 * trained_fraction(method.net):.1f}% of {size / 1e6:.2f} M weights train"
+        self.weights = count_weights(method.net)
+        share = 100 * self.weights["trained"] / self.weights["all"]
+        self.trained = f"{share:.1f}% of {self.weights['all'] / 1e6:.2f} M weights train"
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
         check_image_size(method, recipe, data.train, accelerator.device)
@@ -271,6 +272,8 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         told = {f"train/{name}": value for name, value in means.items()}
         pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
+        if self.accelerator.device.type == "cuda":
+            pace["memory_gib"] = peak_memory() / 2**30
         self._write(told | skipped | {"lr": lr} | pace)
         bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
         bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
@@ -370,7 +373,11 @@ class Trainer:
             if self.average is not None:
                 self.average.set(self.net)
         if self.main:
-            record = {"processes": self.accelerator.num_processes, "data": self.data.provenance}
+            record = {
+                "processes": self.accelerator.num_processes,
+                "weights": self.weights,
+                "data": self.data.provenance,
+            }
             self.log = Log(self.folder, self.recipe, record, self.progress.step)
             self.follower.opened(self.folder, self.recipe, self.data)
             nothing = ", no checkpoint to resume from: starting from the beginning" if resume else ""

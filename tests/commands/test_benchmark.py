@@ -73,6 +73,21 @@ def test_the_plain_pipeline_of_the_benchmark_is_the_same_policy():
     assert floats[0][0].dtype == torch.float32 and floats[0][0].shape == (2, 3, 32, 32)
 
 
+def test_tuning_compares_all_few_and_none_of_the_weights(alone, tmp_path, capsys):
+    file = tmp_path / "tuning.json"
+    small = ["--size", "32", "--classes", "6", "--batch", "2", "--repetitions", "1"]
+    assert benchmark.main(["tuning", "test_vit", *small, "-o", str(file)]) == 0
+    record = json.loads(file.read_text())
+    names = list(record["milliseconds"])
+    assert names == ["full", "full, checkpointing", "lora", "adaptformer", "prompt", "head"]
+    trained = record["trained"]
+    assert trained["full"] == trained["full, checkpointing"] > trained["lora"] > trained["head"] == 6 * 64 + 6
+    for name in names:
+        assert record["over_full"][name] == record["milliseconds"][name] / record["milliseconds"]["full"] > 0
+        assert record["memory_over_full"][name] == record["megabytes"][name] / record["megabytes"]["full"] > 0
+    assert "adaptformer" in capsys.readouterr().out
+
+
 def test_step_compares_three_losses_of_one_net(alone, tmp_path, capsys):
     file = tmp_path / "step.json"
     small = ["--classes", "6", "8", "--per-class", "3", "--negatives", "4", "--batch", "4", "--repetitions", "1"]

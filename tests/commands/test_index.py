@@ -19,6 +19,7 @@ from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load
 from rescom_timm.recipe import loading as recipe
 from rescom_timm.recipe import own_data
+from rescom_timm.run import train_recipe
 
 FILE = Path(__file__).parents[2] / "tools" / "index.py"
 Run = Callable[..., tuple[int, str]]
@@ -213,6 +214,18 @@ def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
     assert Path("mine.yaml").read_text() == before
     assert run("init", "my photos", "-o", "mine.yaml", "--force", "--imbalance", 4)[0] == 0
     assert Index.load("mine_train.txt").info["rule"].endswith("exponential(4) by count")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "adaptformer", "prompt"])
+def test_init_for_few_weights_over_a_frozen_vit(run: Run, tmp_path: Path, tuning: str) -> None:
+    photos(tmp_path / "p", {"a": 20, "b": 16})
+    assert run("init", "p", "-o", "p.yaml", "--tune", tuning)[0] == 0
+    made = recipe.load("p.yaml")
+    assert made.net.tuning.name == tuning and made.net.pretrained and made.net.backbone.startswith("vit_")
+    assert made.net.classifier.init == "class_means" and made.train.epochs == 10
+    assert "fine-tuning all of them hurts rare classes" in Path("p.yaml").read_text()
+    words = ["net.backbone=test_vit", "net.options={img_size: 224}", "net.pretrained=false", "net.projector.hidden=8"]
+    train_recipe(recipe.load("p.yaml", [*words, "speed.workers=0", "train.batch_size=4"]), dry_run=True)
 
 
 def test_init_leaves_hidden_files_out_and_asks_for_no_larger_batch_than_there_are_images(

@@ -216,7 +216,7 @@ def figures(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without speed and time."""
     text = (Path(tree["output"]) / tree["name"] / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    pace = ("images_per_second", "seconds")
+    pace = ("images_per_second", "seconds", "memory_gib")
     return [{key: value for key, value in line.items() if key not in pace} for line in lines]
 
 

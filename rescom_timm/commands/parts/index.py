@@ -164,7 +164,7 @@ def init(options: argparse.Namespace) -> int:
             indexes = {part: _without(index, lost[part]) for part, index in indexes.items()}
             data = tried()
         config = _with_lists(config, {part: _place(lists[part]) for part in indexes})
-        text = recipe_for(data, config, options.source)
+        text = recipe_for(data, config, options.source, options.tune)
     for part, index in indexes.items():
         index.save(lists[part])
         print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")

@@ -26,7 +26,7 @@ from rescom_timm.sharing.export import DETAILS
 from rescom_timm.training.errors import FAILURES, one_line
 from rescom_timm.training.run_folder import lines, run_recipe
 
-FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "minutes")
+FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "trained_thousands", "minutes", "memory_gib")
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,24 @@ def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str
 
 
 def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """The test figures of each row's finished runs, in percent, and their minutes of training."""
+    """The test figures of each row's finished runs, in percent, how many weights trained, minutes of training and, on a
+    GPU, the most memory held."""
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
         if path.is_file():
             numbers = read_json(path)["numbers"]
-            seconds = [line["seconds"] for line in lines(output / name / "metrics.jsonl") if "seconds" in line]
-            rows.setdefault(row, []).append(numbers | ({"minutes": seconds[-1] / 60} if seconds else {}))
+            about = output / name / "environment.json"
+            weights = read_json(about).get("weights", {}) if about.is_file() else {}
+            told = {key: value for line in lines(output / name / "metrics.jsonl") for key, value in line.items()}
+            for key, unit, value in (
+                ("minutes", 60, told.get("seconds")),
+                ("memory_gib", 1, told.get("memory_gib")),
+                ("trained_thousands", 1e3, weights.get("trained")),
+            ):
+                if value is not None:
+                    numbers[key] = value / unit
+            rows.setdefault(row, []).append(numbers)
     return rows
 
 
