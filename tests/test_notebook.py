@@ -14,6 +14,7 @@ def outputs(notebook):
     return [output for cell in cells for output in cell.outputs]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

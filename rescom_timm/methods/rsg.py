@@ -66,6 +66,11 @@ class Made(NamedTuple):
     vector_loss: Tensor
 
 
+def of_classes(weight: Tensor, labels: Tensor) -> Tensor:
+    """weight[labels], whose gradient is summed in one order: that of an index is not, on several threads."""
+    return F.embedding(labels, weight.flatten(1)).unflatten(1, weight.shape[1:])
+
+
 class PairClassifier(nn.Module):
     """Whether two maps are of one class, logits (B, 2) of no and yes."""
 
@@ -126,15 +131,15 @@ class Generator(nn.Module):
 
     def assign(self, maps: Tensor, labels: Tensor) -> Tensor:
         """gamma (B, J): how much a map belongs to each centre of its class."""
-        scores = torch.einsum("bc,bcj->bj", maps.mean(dim=(2, 3)), self.assign_weight[labels])
-        return (scores + self.assign_bias[labels]).softmax(dim=1)
+        scores = torch.einsum("bc,bcj->bj", maps.mean(dim=(2, 3)), of_classes(self.assign_weight, labels))
+        return (scores + of_classes(self.assign_bias, labels)).softmax(dim=1)
 
     def distances(self, maps: Tensor, labels: Tensor, gamma: Tensor) -> Tensor:
         """sum over centres of gamma |map - centre|^2 over all pixels and channels, the mean over B. The distance to a
         centre is that of the map's mean pixel, and how far its pixels are from that."""
         mean = maps.mean(dim=(2, 3))
         spread = (maps - mean[:, :, None, None]).square().sum(dim=(1, 2, 3))
-        far = (mean[:, None] - self.centers[labels]).square().sum(dim=2) * maps[0, 0].numel()
+        far = (mean[:, None] - of_classes(self.centers, labels)).square().sum(dim=2) * maps[0, 0].numel()
         return (gamma * (spread[:, None] + far)).sum(dim=1).mean()
 
     def pairs(self, maps: Tensor, labels: Tensor) -> Tensor:

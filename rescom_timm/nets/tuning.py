@@ -109,7 +109,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # not a scalar, which FSDP does not shard
         nn.init.kaiming_normal_(self.down.weight, a=math.sqrt(5))
         for values in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(values)

@@ -212,3 +212,21 @@ def test_every_recipe_of_a_frozen_vit_trains_a_small_one_of_random_weights(alone
     if load(path).method.name == "rescom":
         words += ["method.negatives=9"]
     train_recipe(load(path, words), dry_run=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+def test_fsdp2_on_two_processes_is_the_same_run_and_exported(tmp_path, base, kind):
+    trees = [tuned(tmp_path / name, base, kind, train__accumulate=1) for name in ("plain", "sharded")]
+    for tree in trees:
+        tree["net"]["classifier"] = {"kind": "cosine"}
+        tree["train"]["epochs"], tree["schedule"]["warmup_epochs"] = 1, 0
+    run(load_dict(trees[0]).to_dict(), 2)
+    run(load_dict(trees[1]).to_dict(), 2, fault=("fsdp",))
+    plain, sharded = (last(tree) for tree in trees)
+    assert sharded[1]["sharded"] and not plain[1]["sharded"]
+    trained = {name: value for name, value in sharded[0].items() if name in plain[0]}
+    torch.testing.assert_close(trained, plain[0], rtol=1e-3, atol=1e-4)
+    for name, value in load_file(base).items():  # saved whole, and not a bit has changed
+        own = sharded[0].get(f"encoder.{name}")
+        assert own is None or torch.equal(own, value)
+    assert from_pretrained(tmp_path / "sharded/run").net.tuning.name == ("full" if kind == "lora" else kind)
