@@ -18,6 +18,7 @@ from rescom_timm.training.evaluate import evaluate_run
 from rescom_timm.training.run_folder import run_recipe
 from tests.training.child import differences, figures, last, recipe, run, trainer_of
 
+FROZEN = ("vit_b16", "clip_b16", "dinov2_b14", "siglip2_b16")
 VIT = {"img_size": 8, "patch_size": 4}
 
 
@@ -124,6 +125,20 @@ def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, k
     assert torch.equal(*features), "the rank is that of training whatever the new classes ask for"
 
 
+def test_layers_below_the_first_that_trains_keep_nothing(alone, tmp_path, base):
+    """Bytes that the encoder saves for the backward pass: none where it is frozen, few where its last block trains."""
+    saved = {}
+    for trainable in ("none", "last_block", "all"):
+        tree = tuned(tmp_path, base, "full")
+        tree["net"]["trainable"] = [trainable]
+        trainer = trainer_of(tree)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            trainer.net.train().encoder(torch.rand(8, 3, 8, 8))
+        saved[trainable] = sum(kept)
+    assert saved["none"] == 0 < saved["last_block"] < 0.5 * saved["all"]
+
+
 def test_lora_under_a_linear_classifier_becomes_plain_timm(alone, tmp_path, base):
     tree = tuned(tmp_path, base, "lora")
     tree["net"]["classifier"] = {"kind": "linear", "init": "class_means"}
@@ -199,9 +214,7 @@ def test_a_method_with_a_classifier_of_its_own_is_told(alone, tmp_path, base):
         train_recipe(load_dict(tuned(tmp_path, base, "lora", method={"name": "ldam"})))
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in shipped() if "vit_b16" in path.stem or "clip_b16" in path.stem], ids=str
-)
+@pytest.mark.parametrize("path", [path for path in shipped() if any(word in path.stem for word in FROZEN)], ids=str)
 def test_every_recipe_of_a_frozen_vit_trains_a_small_one_of_random_weights(alone, tmp_path, path):
     words = [
         "data={source: digits, label_column: null, test: test, test_index: all, index: exponential(20)}",
