@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -56,6 +56,9 @@ class NetConfig:
     heads always train. With a tuning other than full, all means what the tuning adds, and others train besides."""
     tuning: TuningConfig = TuningConfig()
     classifier: ClassifierConfig = ClassifierConfig()
+    frozen_precision: Literal["float32", "bf16"] = "float32"
+    """bf16: matrices and convolutions of the backbone that do not train are kept in bfloat16, in half the memory. They
+    compute the same as with train.precision: bf16 alone, which it needs."""
     frozen_statistics: bool = False
     """Keep the running statistics of BatchNorm as they are instead of updating them."""
 

@@ -63,6 +63,13 @@ def count_weights(net: nn.Module) -> dict[str, int]:
     return {"trained": sum(size for size, trained in sizes if trained), "all": sum(size for size, _ in sizes)}
 
 
+def keep_frozen_in_bfloat16(encoder: nn.Module) -> None:
+    """The frozen weights of linear layers and convolutions as bfloat16, which is what autocast makes of them anyway."""
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.bfloat16()
+
+
 def freeze_statistics(encoder: nn.Module) -> None:
     """Put every BatchNorm into evaluation mode, so that its running statistics stay; call it after train()."""
     for module in encoder.modules():

@@ -312,6 +312,8 @@ class Recipe:
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
                 "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
             )
+        if self.net.frozen_precision == "bf16" and self.train.precision != "bf16":
+            raise ValueError("net.frozen_precision: bf16 needs train.precision: bf16")
         if self.speed.grad_checkpointing and (self.speed.capture or self.speed.compile):
             raise ValueError("speed.grad_checkpointing does not go together with speed.capture or speed.compile")
         if self.speed.capture:

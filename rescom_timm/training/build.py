@@ -23,7 +23,7 @@ from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import ClassifierConfig, read_class_features, start_from_means
 from rescom_timm.nets.net import Net, NetConfig, create_model
-from rescom_timm.nets.trainable import digest, set_trainable
+from rescom_timm.nets.trainable import digest, keep_frozen_in_bfloat16, set_trainable
 from rescom_timm.nets.tuning import added
 from rescom_timm.recipe.config import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
 from rescom_timm.training import checkpoint
@@ -68,6 +68,8 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     except ValueError as error:
         raise RecipeError(f"net.trainable: {error}") from error
     net.frozen_statistics = config.frozen_statistics
+    if config.frozen_precision == "bf16":
+        keep_frozen_in_bfloat16(net.encoder)
     return net
 
 

@@ -84,7 +84,8 @@ def check_image_size(method: Method, recipe: Recipe, train: Split, device: torch
     height, width = view.shape[-2:]
     images = torch.zeros(1, 3, height, width, device=device)
     try:
-        method.net.eval().classify(images)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            method.net.eval().classify(images)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "

@@ -125,6 +125,28 @@ def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, k
     assert torch.equal(*features), "the rank is that of training whatever the new classes ask for"
 
 
+@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+def test_frozen_weights_in_bfloat16_train_the_same(alone, tmp_path, base, kind):
+    """Under autocast it makes no difference, to the bit; what is exported is what was evaluated."""
+    trees = [tuned(tmp_path / name, base, kind, train__precision="bf16") for name in ("wide", "narrow")]
+    trees[1]["net"]["frozen_precision"] = "bf16"
+    folders = [train_recipe(load_dict(tree)) for tree in trees]
+    wide, narrow = (last(tree)[0] for tree in trees)
+    assert differences(wide, narrow) == [] and figures(trees[0]) == figures(trees[1])
+    trainer = trainer_of({**trees[1], "output": str(tmp_path / "none")})
+    kinds = {value.dtype for name, value in trainer.state.frozen.items() if value.ndim > 1 and "blocks" in name}
+    assert kinds == {torch.bfloat16}
+    told = load_file(folders[1] / "evaluation/test-last.safetensors")
+    evaluate_run(folders[1])
+    assert differences(load_file(folders[1] / "evaluation/test-last.safetensors"), told) == []
+    images = torch.rand(3, 3, 8, 8)
+    one, other = (from_pretrained(folder).net.classify(images) for folder in folders)
+    assert torch.allclose(one, other, atol=0.1) and one.dtype == other.dtype == torch.float32
+    trees[1]["train"]["precision"] = "no"
+    with pytest.raises(RecipeError, match="net.frozen_precision: bf16 needs train.precision: bf16"):
+        load_dict(trees[1])
+
+
 def test_layers_below_the_first_that_trains_keep_nothing(alone, tmp_path, base):
     """Bytes that the encoder saves for the backward pass: none where it is frozen, few where its last block trains."""
     saved = {}
