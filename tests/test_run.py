@@ -181,6 +181,7 @@ def test_every_public_name_is_documented_typed_and_there():
     assert (ROOT / "rescom_timm/py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_processes_of_a_notebook_train_together(tmp_path):
     """accelerate's launchers for notebooks hand the data set in memory to every process."""
     code = f"""

@@ -157,6 +157,7 @@ def test_a_watched_loader_gives_as_many_batches_as_asked_over_any_number_of_epoc
     assert [[batch["row"] for batch in watched] for _ in range(2)] == [[0, 0, 0], [0]]
 
 
+@pytest.mark.slow
 def test_startup_is_cut_into_its_parts(tmp_path):
     file = tmp_path / "startup.json"
     words = [DIGITS, "net.backbone=resnet8_cifar", "train.batch_size=8"]

@@ -125,7 +125,7 @@ def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, k
     assert torch.equal(*features), "the rank is that of training whatever the new classes ask for"
 
 
-@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("adaptformer", marks=pytest.mark.slow)])
 def test_frozen_weights_in_bfloat16_train_the_same(alone, tmp_path, base, kind):
     """Under autocast it makes no difference, to the bit; what is exported is what was evaluated."""
     trees = [tuned(tmp_path / name, base, kind, train__precision="bf16") for name in ("wide", "narrow")]
@@ -249,7 +249,7 @@ def test_every_recipe_of_a_frozen_vit_trains_a_small_one_of_random_weights(alone
     train_recipe(load(path, words), dry_run=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", "adaptformer"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "adaptformer"])
 def test_fsdp2_on_two_processes_is_the_same_run_and_exported(tmp_path, base, kind):
     trees = [tuned(tmp_path / name, base, kind, train__accumulate=1) for name in ("plain", "sharded")]
     for tree in trees:
