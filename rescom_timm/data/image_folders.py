@@ -85,9 +85,11 @@ METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
 """Lists within a folder, as `datasets` has them."""
 
 
-def holds_list(root: Path, split: str) -> bool:
-    """Whether a folder of images, or its subfolder of a split, has a list of them within."""
-    return any((folder / name).is_file() for folder in (root / split, root) for name in METADATA)
+def list_within(root: Path, split: str) -> tuple[Path, str] | None:
+    """The list that a split's subfolder of images, or the folder itself, has within, and where its paths start: the
+    subfolder, ending in /, or nothing; None where there is no list."""
+    places = [(folder / name, lead) for folder, lead in ((root / split, f"{split}/"), (root, "")) for name in METADATA]
+    return next(((path, lead) for path, lead in places if path.is_file()), None)
 
 
 def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index | None) -> tuple[Path, str]:
@@ -95,10 +97,8 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index 
     drawn = spec == "all" or parse_call(spec, RULES) is not None
     if not drawn:
         return index_path(spec), ""
-    for folder, lead in ((root / split, f"{split}/"), (root, "")):
-        for name in METADATA:
-            if (folder / name).is_file():
-                return folder / name, lead
+    if (found := list_within(root, split)) is not None:
+        return found
     if spec == "all" and like is not None and is_table(config.index) and Path(config.index).expanduser().is_file():
         return index_path(config.index), ""  # one list of all splits
     key = "index" if like is None else "test_index"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rescom_timm.data.image_folders import class_folders, folder_part, holds_list, holds_tables
+from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY
@@ -102,7 +102,12 @@ def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split
     by. Of a folder without a list, the images of its class folders, or of those of its subfolder ``config.train``."""
     root = Path(config.source).expanduser()
     with TemporaryDirectory() as place:
-        if config.index == "all" and root.is_dir() and not holds_tables(root) and not holds_list(root, config.train):
+        if (
+            config.index == "all"
+            and root.is_dir()
+            and not holds_tables(root)
+            and list_within(root, config.train) is None
+        ):
             root = root / config.train if (root / config.train).is_dir() else root
             class_folders(root)[0].save(f"{place}/{root.resolve().name}.txt")
             config = replace(config, source=str(root), index=f"{place}/{root.resolve().name}.txt")

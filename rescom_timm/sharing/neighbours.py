@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,12 +74,9 @@ class Embeddings:
             for values, found in rows
         ]
 
-    @property
+    @cached_property
     def _unit(self) -> Tensor:
-        unit: Tensor | None = self.__dict__.get("unit")
-        if unit is None:
-            unit = self.__dict__["unit"] = F.normalize(self.features, dim=1)
-        return unit
+        return F.normalize(self.features, dim=1)
 
 
 @dataclass

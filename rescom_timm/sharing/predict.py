@@ -259,12 +259,10 @@ class Reader:
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features, logits and embeddings, float32; the logits as `classify` gives them."""
-        if type(self.net) is not Net:  # experts, who classify in their own way
-            features, _, embeddings, *_ = self.net(images)
-            return features.float().cpu(), self.net.classify(images), embeddings.cpu()
-        features = self.net.encoder(self.net.normalize(images))
-        embeddings = torch.nn.functional.normalize(self.net.projector(features).float(), dim=1)
-        return features.float().cpu(), self.net.classify_features(features), embeddings.cpu()
+        features, _, embeddings, *_ = self.net(images)
+        plain = type(self.net) is Net  # others, such as experts, classify in their own way
+        logits = self.net.classify_features(features) if plain else self.net.classify(images)
+        return features.float().cpu(), logits, embeddings.cpu()
 
     def _answer(self, logits: Tensor) -> Tensor:
         return (logits.float() + self.shift.to(self.device)).softmax(dim=1)
