@@ -84,7 +84,7 @@ def focal(logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None =
     """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5): -w_y (1 - p_y)^gamma log p_y, the mean over N.
 
     logits: (N, K). labels: (N,). weights: (K,) of the classes, ones by default. With gamma = 0 and
-    w_k = K (1 / E_k) / sum(1 / E_j) it is the class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 5).
+    w_k = K (1 / E_k) / sum(1 / E_j) it is the class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 8).
     """
     log_p = -F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     loss = -((-torch.expm1(log_p)) ** gamma) * log_p
@@ -110,7 +110,7 @@ def log_prior(counts: Tensor) -> Tensor:
 
 def ldam_margins(counts: Tensor, largest: float = 0.5) -> Tensor:
     """Margins C / N_k^(1/4), (K,), with C such that the rarest class has the largest (Cao et al. 2019,
-    arXiv 1906.07413, eq. 12 and section 4)."""
+    arXiv 1906.07413, eq. 13)."""
     margins = counts.double() ** -0.25
     return (largest * margins / margins.max()).float()
 
@@ -118,7 +118,7 @@ def ldam_margins(counts: Tensor, largest: float = 0.5) -> Tensor:
 def ldam(
     cosines: Tensor, labels: Tensor, margins: Tensor, scale: float = 30.0, weights: Tensor | None = None
 ) -> Tensor:
-    """Label-distribution-aware margin loss (Cao et al. 2019, eq. 13): cross-entropy of s (z - Delta_y at the label).
+    """Label-distribution-aware margin loss (Cao et al. 2019, eq. 12): cross-entropy of s (z - Delta_y at the label).
 
     cosines: (N, K) of features and class vectors. margins: (K,). weights: (K,), for deferred re-weighting; the loss
     is then the weighted mean, as in the authors' training.
@@ -149,7 +149,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:
-    """The regulariser of LADE (LADER, Hong et al. 2021, arXiv 2012.00321, eq. 16), of a balanced target:
+    """The regulariser of LADE (LADER, Hong et al. 2021, arXiv 2012.00321, eqs. 15 and 16), of a balanced target:
 
     sum_k pi_k [ -mean of f_k over the class's images + D_k + regularization * D_k^2 ],
     D_k = log( 1/N sum_i (1 / K) / pi_k * exp f_k(x_i) )
@@ -167,7 +167,8 @@ def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float 
 
 def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
     """How far experts are from their mean: sum over experts of T^2 KL(mean || expert), the mean over N, T the mean
-    temperature (RIDE, Wang et al. 2021, arXiv 2010.01809, section 3.2, against the mean expert as its authors train).
+    temperature (the diversity loss of RIDE, Wang et al. 2021, arXiv 2010.01809, against the mean expert as its authors
+    train).
 
     logits: (E, N, K) of E experts; the mean expert gets no gradient. temperature: (K,) of each class.
     """
@@ -191,7 +192,7 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float, power: flo
 
 
 def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
-    """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466, eq. 3): cross-entropy with the target
+    """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466): cross-entropy with the target
     eps_y / K of every class and 1 - eps_y more at the label. smoothing: (K,), the eps of each class. This is the
     authors' training; their equation spreads eps_y over the K - 1 other classes."""
     log_p = at_least_float32(logits).log_softmax(dim=1)
@@ -203,7 +204,7 @@ def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> 
 def smoothing_by_count(
     counts: Tensor, head: float, tail: float, form: Literal["concave", "linear", "convex"] = "concave"
 ) -> Tensor:
-    """eps_k (K,) between `tail` for the rarest and `head` for the most frequent class (MiSLAS, eqs. 4a to 4c)."""
+    """eps_k (K,) between `tail` for the rarest and `head` for the most frequent class, in the three forms of MiSLAS."""
     share = (counts.double() - counts.min()) / max(int(counts.max() - counts.min()), 1)
     if form == "concave":
         share = (share * math.pi / 2).sin()
@@ -214,7 +215,7 @@ def smoothing_by_count(
 
 def inverse_power_weights(counts: Tensor, power: float) -> Tensor:
     """w_k ~ pi_k^-power with mean 1, (K,): the generalised re-weighting of DisAlign (Zhang et al. 2021,
-    arXiv 2103.16370, eq. 10)."""
+    arXiv 2103.16370, eq. 11)."""
     weights = (-power * log_prior(counts)).softmax(dim=0)
     return (len(counts) * weights).float()
 
@@ -225,8 +226,8 @@ def inverse_power_weights(counts: Tensor, power: float) -> Tensor:
 def paco(
     centres: Tensor, labels: Tensor, pairs: Pairs, temperature: float, alpha: float, smoothing: float = 0.0
 ) -> Tensor:
-    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, eqs. 4 and 6): one softmax over the K class
-    centres and all valid pairs,
+    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, with its rebalanced centres): one softmax
+    over the K class centres and all valid pairs,
 
     L_i = - sum_t w_t log p_it / sum_t w_t,   w = 1 for the own centre, alpha for every positive pair
 
@@ -245,7 +246,7 @@ def paco(
 
 
 def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Prototypical supervised contrastive loss (Hybrid-PSC, Wang et al. 2021, arXiv 2103.14267, eq. 5):
+    """Prototypical supervised contrastive loss (Hybrid-PSC, Wang et al. 2021, arXiv 2103.14267):
     -log( exp(z.p_y / tau) / sum over j != y of exp(z.p_j / tau) ), the mean over N.
 
     embeddings: (N, D) and prototypes: (K, D), unit vectors.
@@ -260,7 +261,7 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
 def robust_centroids(
     features: Tensor, labels: Tensor, centroids: Tensor, known: Tensor, epsilon: Tensor, temperature: float
 ) -> Tensor:
-    """Distributional robustness loss (DRO-LT, Samuel & Chechik 2021, arXiv 2104.03066, theorem 1 and eq. 11): for each
+    """Distributional robustness loss (DRO-LT, Samuel & Chechik 2021, arXiv 2104.03066): for each
     class c of the batch, against all N features,
 
     -mean over its z of log( exp(-(|mu_c - z| + eps_c) / tau) / sum_z' exp(-(|mu_c - z'| + eps_c [z' of c]) / tau) ),

@@ -242,7 +242,7 @@ def _of_names(names: Sequence[str]) -> Finding:
 
 def wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[int, int]]:
     """(image, its more probable class) of labels that are probably wrong, the surest first, by confident learning
-    (Northcutt et al. 2021, arXiv 1911.00068, eqs. 1 and 2): some other class j reaches the mean probability that the
+    (Northcutt et al. 2021, arXiv 1911.00068): some other class j reaches the mean probability that the
     net gives j on images labelled j, and the label's class does not reach its own.
 
     labels: (N,). probabilities: (N, K), of images that the net was not trained on.

@@ -82,8 +82,8 @@ def class_probabilities(
 ) -> np.ndarray:
     """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1) with
     q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
-    t/T from 0 in the first epoch to 1 in the last; reversed is q = -1 (Zhou et al. 2020, arXiv 1912.02413). Classes
-    without images get 0."""
+    t/T from 0 in the first epoch to 1 in the last; reversed is q = -1 (Zhou et al. 2020, arXiv 1912.02413, eq. 4).
+    Classes without images get 0."""
     if sampler == "progressive":
         t = run_progress(epoch, epochs)
         return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")

@@ -60,7 +60,7 @@ class FocalConfig:
 
 @dataclass(frozen=True)
 class ClassBalancedConfig:
-    """Class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 5): weights 1 / E_k that sum to K."""
+    """Class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 6): weights 1 / E_k that sum to K."""
 
     name: Literal["class_balanced"] = "class_balanced"
     views: Views = 1
@@ -111,13 +111,13 @@ class LogitAdjustmentConfig:
 
 @dataclass(frozen=True)
 class LadeConfig:
-    """LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 16 and 18 to 20): Balanced Softmax + alpha * LADER."""
+    """LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 15 to 20): Balanced Softmax + alpha * LADER."""
 
     name: Literal["lade"] = "lade"
     views: Views = 1
     alpha: float = 0.1
     regularization: float = 0.1
-    """lambda of eq. 16. The authors': 0.01 for CIFAR-100-LT, 0.1 for Places-LT, 0.5 for ImageNet-LT."""
+    """lambda of eq. 15. The authors': 0.01 for CIFAR-100-LT, 0.1 for Places-LT, 0.5 for ImageNet-LT."""
 
     def __post_init__(self) -> None:
         check(self, alpha=NOT_NEGATIVE, regularization=NOT_NEGATIVE)

@@ -22,7 +22,7 @@ from rescom_timm.nets.net import Net, Outputs
 
 @dataclass(frozen=True)
 class BbnConfig:
-    """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 8). A step has as many images again, one
+    """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 5). A step has as many images again, one
     view each, of which the second branch learns: rare classes are drawn for it the more often (`reversed`)."""
 
     name: Literal["bbn"] = "bbn"
@@ -72,7 +72,7 @@ class BbnNet(BranchedNet):
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> Outputs:
         """images: (N, 3, H, W), all seen by both branches; with alpha (), as in training, the first half is for the
-        first branch and the rest for the second, whose features are weighted (eqs. 1 and 2; N is then that of half)."""
+        first branch and the rest for the second, whose features are weighted (eq. 1; N is then that of half)."""
         if alpha is None:
             stem = self.stem(images)
             parts = [end(stem) for end in self.experts]
@@ -103,7 +103,7 @@ class Bbn(nn.Module):
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: the parabola alpha = 1 - (t / T)^2 (eq. 8)."""
+        """Called before each epoch: the parabola alpha = 1 - (t / T)^2 (eq. 5)."""
         self.alpha.fill_(1 - (epoch / max(epochs, 1)) ** 2)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class DiveConfig:
 
 @dataclass(frozen=True)
 class SsdConfig:
-    """Self supervision to distillation, its last stage (Li et al. 2021, arXiv 2109.04075, section 3.3). Its first is
+    """Self supervision to distillation, its last stage (SSD, Li et al. 2021, arXiv 2109.04075). Its first is
     method moco with contrast_weight 1, classification cross_entropy and same_class_negatives false; its second lws."""
 
     name: Literal["ssd"] = "ssd"

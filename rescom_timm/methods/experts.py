@@ -32,7 +32,7 @@ from rescom_timm.nets.net import Net
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """LDAM of each expert less how far it is from their mean (RIDE, section 3.2)."""
+    """LDAM of each expert less how far it is from their mean (the diversity loss of RIDE)."""
 
     name: Literal["experts"] = "experts"
     views: Literal[1, 2] = 1

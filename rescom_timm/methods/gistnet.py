@@ -2,7 +2,8 @@
 2021, arXiv 2105.00131).
 
 Shapes: B images, N of a forward pass, K classes, F features, J structures. Built from the abstract and the authors'
-published code for ImageNet-LT; what is ours, and not theirs, is said where it is.
+published code for ImageNet-LT; what is ours, and not theirs, is said where it is. The class-balanced draw is one of
+them: here each image's class is drawn by itself, in theirs classes take turns in a shuffled order, four images each.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class MocoConfig:
 
 @dataclass(frozen=True)
 class PacoConfig:
-    """Parametric contrastive learning (Cui et al. 2021, arXiv 2107.12028, eqs. 4 and 6); GPaCo (arXiv 2209.12400)
-    is the same without momentum encoder, with smoothed targets."""
+    """Parametric contrastive learning (PaCo, Cui et al. 2021, arXiv 2107.12028); GPaCo (arXiv 2209.12400) is the
+    same without momentum encoder, with smoothed targets."""
 
     name: Literal["paco"] = "paco"
     alpha: float = 0.05

@@ -22,7 +22,7 @@ from rescom_timm.nets.net import Net
 
 @dataclass(frozen=True)
 class HybridPscConfig:
-    """Hybrid-PSC (Wang et al. 2021, arXiv 2103.14267, eqs. 4 and 5)."""
+    """Hybrid-PSC (Wang et al. 2021, arXiv 2103.14267)."""
 
     name: Literal["hybrid_psc"] = "hybrid_psc"
     views: Literal[1, 2] = 1
@@ -35,7 +35,7 @@ class HybridPscConfig:
 
 @dataclass(frozen=True)
 class DroLtConfig:
-    """DRO-LT (Samuel & Chechik 2021, arXiv 2104.03066, eqs. 11 and 12)."""
+    """DRO-LT (Samuel & Chechik 2021, arXiv 2104.03066)."""
 
     name: Literal["dro_lt"] = "dro_lt"
     views: Literal[1, 2] = 1

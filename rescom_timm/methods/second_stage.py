@@ -21,7 +21,7 @@ from rescom_timm.nets.net import Net
 
 @dataclass(frozen=True)
 class CrtConfig:
-    """Classifier re-training (Kang et al. 2020, arXiv 1910.09217, section 4.1); with loader.sampler=class_balanced."""
+    """Classifier re-training (cRT, Kang et al. 2020, arXiv 1910.09217); with loader.sampler=class_balanced."""
 
     name: Literal["crt"] = "crt"
     views: Literal[1] = 1
@@ -29,7 +29,7 @@ class CrtConfig:
 
 @dataclass(frozen=True)
 class LwsConfig:
-    """Learnable weight scaling (Kang et al. 2020, section 4.4, eq. 4); with loader.sampler=class_balanced."""
+    """Learnable weight scaling (LWS, Kang et al. 2020, eq. 4); with loader.sampler=class_balanced."""
 
     name: Literal["lws"] = "lws"
     views: Literal[1] = 1
@@ -60,9 +60,9 @@ class LasConfig:
     tail: float = 0.0
     """eps of the rarest class."""
     form: Literal["concave", "linear", "convex"] = "concave"
-    """How eps goes from tail to head with N_k (eqs. 4a to 4c)."""
+    """How eps goes from tail to head with N_k."""
     retain: bool = True
-    """Start from the trained class vectors (r = 1 in eq. 6) or from new ones (r = 0)."""
+    """Start from the trained class vectors or from new ones."""
     shift_bn: bool = True
     """BatchNorm's running statistics follow the class-balanced batches; its weights stay."""
 
@@ -73,7 +73,7 @@ class LasConfig:
 
 @dataclass(frozen=True)
 class DisAlignConfig:
-    """Distribution alignment (Zhang et al. 2021, arXiv 2103.16370, eqs. 4 to 10)."""
+    """Distribution alignment (Zhang et al. 2021, arXiv 2103.16370, eqs. 4 to 11)."""
 
     name: Literal["disalign"] = "disalign"
     views: Literal[1] = 1
