@@ -135,6 +135,23 @@ def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
     return METHODS[config.name][1](net, counts, config)
 
 
+def long_tailed(config: MethodConfig) -> bool:
+    """Whether the classification loss leaves the frequencies of the classes drawn in the logits, as plain cross-entropy
+    does. Losses that know the frequencies, and what learns from a net that does, give logits of even classes."""
+    match config:
+        case CrossEntropyConfig() | FocalConfig() | DroLtConfig() | CrtConfig() | LwsConfig() | LasConfig():
+            return True
+        case MocoConfig(classification="cross_entropy") | RsgConfig(loss="cross_entropy"):
+            return True
+        case LdamConfig() | ExpertsConfig() | ElfConfig() | RsgConfig():
+            return config.reweight_from == 1 or config.beta == 0  # never weighted
+        case (
+            ClassBalancedConfig(beta=0) | LogitAdjustmentConfig(tau=0) | TauNormConfig(tau=0) | DisAlignConfig(power=0)
+        ):
+            return True
+    return False
+
+
 def per_image(name: str) -> bool:
     """Whether a method's loss is a sum over images, each of its own logits and label."""
     return getattr(METHODS[name][1], "per_image", False)

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from rescom_timm.sharing.predict import LONG_TAILED
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.sharing.predict import leans
 from rescom_timm.training.log import lines
 
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
@@ -327,11 +328,10 @@ def _limits(facts: Facts) -> str:
     few = sum(count < 20 for count in facts.counts)
     rare = f"{few} class{'es' * (few != 1)} had fewer than 20 training images"
     weak = f" {rare}; expect most errors there." if few else ""
-    balanced = facts.recipe["method"]["name"] not in LONG_TAILED
     prior = (
         "Its probabilities are those of evenly frequent classes; where the classes' frequencies are known, give them "
         "to `rescom_timm.predict(..., prior=[...])`."
-        if balanced
+        if not leans(load_dict(facts.recipe))
         else "Its probabilities lean to the classes that were frequent in training; `rescom_timm.predict(..., "
         'prior="uniform")` takes that off.'
     )

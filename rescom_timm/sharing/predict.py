@@ -17,17 +17,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, files_under
+from rescom_timm.data.sampling import class_probabilities
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, parse
 from rescom_timm.files import write_rows
+from rescom_timm.methods import long_tailed
 from rescom_timm.nets.net import Net
+from rescom_timm.recipe.config import Recipe
 from rescom_timm.sharing.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.sharing.prediction_sets import PredictionSets, calibrated
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.training.evaluate import five_crops
-
-LONG_TAILED = ("cross_entropy", "focal")
-"""Methods whose logits hold the class frequencies of the training data; those of all others are balanced."""
 
 Prior = Sequence[float] | Tensor | Literal["uniform", "train"]
 
@@ -74,7 +74,7 @@ def predict(
     come from, as K counts or probabilities, "uniform", or "train" (as in training); None: as the model was trained to
     answer. The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training
     frequencies were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon
-    et al. 2021); of a model trained by plain cross-entropy the log of the training frequencies is taken off first.
+    et al. 2021); of a model trained by plain cross-entropy the log of the frequencies drawn is taken off first.
     class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
     sets, as `calibrate` makes them. among, nearest: how many of the nearest of other images, as `embed` makes them.
     Raises FileNotFoundError and ValueError for a model, images or a prior that cannot be.
@@ -289,10 +289,15 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
             f"got {len(share) if share.ndim else 1} of them: {share.flatten()[:5].tolist()}"
         )
     shift = (share / share.sum()).log()
-    if model.recipe is not None and model.recipe.method.name in LONG_TAILED:
-        counts = _counts(model).double()
-        shift = shift - (counts / counts.sum()).log()
+    if model.recipe is not None and leans(model.recipe):
+        drawn = class_probabilities(_counts(model).numpy(), model.recipe.loader.sampler)
+        shift = shift - torch.from_numpy(drawn).log()
     return shift.float()
+
+
+def leans(recipe: Recipe) -> bool:
+    """Whether a net trained so leans to the classes that it saw more often: by its loss, and by what was drawn."""
+    return long_tailed(recipe.method) and recipe.loader.sampler not in ("class_balanced", "progressive")
 
 
 def _counts(model: Pretrained) -> Tensor:

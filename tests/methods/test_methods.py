@@ -19,6 +19,7 @@ from rescom_timm.methods import (
     CrossEntropyConfig,
     RescomConfig,
     create_method,
+    long_tailed,
 )
 from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.distillation import Teacher
@@ -221,3 +222,16 @@ def test_every_method_refuses_negative_numbers_by_name():
             if isinstance(field.default, float):
                 with pytest.raises(ValueError, match=field.name):
                     config(**{field.name: -1.0})
+
+
+def test_what_leaves_the_class_frequencies_in_the_logits():
+    """By its classification loss; a new method has to say it too."""
+    plain = {"cross_entropy", "focal", "dro_lt", "crt", "lws", "las"}  # the second stages: but for their sampler
+    for name, (config, _) in METHODS.items():
+        assert long_tailed(config()) == (name in plain), name
+    for name, changes in {
+        "moco": {"classification": "cross_entropy"}, "rsg": {"loss": "cross_entropy"}, "class_balanced": {"beta": 0.0},
+        "ldam": {"reweight_from": 1.0}, "experts": {"beta": 0.0}, "elf": {"reweight_from": 1.0},
+        "logit_adjustment": {"tau": 0.0}, "tau_norm": {"tau": 0.0}, "disalign": {"power": 0.0},
+    }.items():  # fmt: skip
+        assert long_tailed(METHODS[name][0](**changes)), name

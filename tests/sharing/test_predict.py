@@ -121,14 +121,36 @@ def test_a_prior_is_bayes_rule(model):
     assert dict(zip(never.labels, never.probabilities, strict=True))["emu"] == 0
 
 
-@pytest.mark.parametrize("method", ["cross_entropy", "focal"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "cross_entropy"},
+        {"name": "focal"},
+        {"name": "moco", "classification": "cross_entropy", "queue_size": 8},
+    ],
+    ids=lambda method: method["name"],
+)
 def test_of_a_model_of_plain_cross_entropy_the_training_prior_is_taken_off(tmp_path, method):
-    run = make_run(tmp_path / "run", steps=(2,), method={"name": method})
+    run = make_run(tmp_path / "run", steps=(2,), method=method)
     biased = from_pretrained(run)
     log_train = (torch.tensor(COUNTS) / sum(COUNTS)).log()
     assert_close(adjustment(biased, "train"), torch.zeros(4), atol=1e-6, rtol=0)
     assert_close(adjustment(biased, "uniform").softmax(0), (-log_train).softmax(0))
     assert_close(adjustment(biased, None), torch.zeros(4))
+
+
+def test_what_is_taken_off_is_what_was_drawn(tmp_path):
+    """A draw of sqrt(N_k) leaves half of the prior, an even one none; MoCo beside Balanced Softmax none either."""
+    plain = {"name": "cross_entropy"}
+    half = from_pretrained(make_run(tmp_path / "half", steps=(2,), method=plain, loader={"sampler": "square_root"}))
+    root = torch.tensor(COUNTS).sqrt()
+    assert_close(adjustment(half, "uniform").softmax(0), (1 / root) / (1 / root).sum())
+    for name, changes in {
+        "even": {"method": plain, "loader": {"sampler": "class_balanced"}},
+        "balanced": {"method": {"name": "moco", "queue_size": 8}},
+    }.items():
+        model = from_pretrained(make_run(tmp_path / name, steps=(2,), **changes))
+        assert_close(adjustment(model, "uniform").softmax(0), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("prior", [[1, 2, 3], [0, 0, 0, 0], [1, -1, 1, 1], [1, float("nan"), 1, 1], "even"])
