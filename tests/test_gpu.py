@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from rescom_timm.contrast.mined import composed, mined_supcon
 from rescom_timm.contrast.queue import ClassBalancedQueue
+from rescom_timm.methods import DISTILLED
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import train_recipe as train
 from rescom_timm.training import checkpoint
@@ -157,22 +158,43 @@ def test_faster_forms_of_a_step_give_its_losses(tmp_path, changes):
         {"name": "lade"},
         {"name": "dro_lt"},
         {"name": "causal_norm"},
+        {"name": "experts"},
+        {"name": "bbn"},
+        {"name": "reslt"},
+        {"name": "gistnet"},
+        {"name": "elf"},
+        {"name": "dive"},
+        {"name": "ssd"},
     ],
     ids=lambda method: method["name"],
 )
-def test_methods_are_captured(tmp_path, method):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_methods_are_captured(tmp_path, method, precision):
     """Over epochs too, where a method may change on the host."""
-    told = []
-    for capture in (False, True):
-        tree = recipe(
-            tmp_path / str(capture), method=method, optimizer__lr=1e-3, train__epochs=4, schedule__warmup_epochs=2,
-            loader__sampler="uniform", speed__capture=capture, evaluation__every=4, checkpoint__every=4, **NET,
-        )  # fmt: skip
-        train(load_dict(tree))
-        AcceleratorState._reset_state(True)
-        told.append([figure["train/loss"] for figure in figures(tree) if "train/loss" in figure])
-    assert len(told[0]) == 4
-    assert told[1] == pytest.approx(told[0], rel=2e-2)
+    if method["name"] in DISTILLED:
+        method = {**method, "teacher": str(short(tmp_path / "teacher", {"name": "balanced_softmax"})[0])}
+    _, plain = short(tmp_path / "plain", method, train__precision=precision)
+    _, captured = short(tmp_path / "captured", method, train__precision=precision, speed__capture=True)
+    assert captured == pytest.approx(plain, rel=2e-2)
+
+
+def short(output, method, **changes):
+    """The folder of a run of four epochs, and their losses."""
+    tree = recipe(
+        output, method=method, optimizer__lr=1e-3, train__epochs=4, schedule__warmup_epochs=2,
+        loader__sampler="uniform", evaluation__every=4, checkpoint__every=4, **NET, **changes,
+    )  # fmt: skip
+    folder = train(load_dict(tree))
+    AcceleratorState._reset_state(True)
+    told = [figure["train/loss"] for figure in figures(tree) if "train/loss" in figure]
+    assert len(told) == 4 and all(math.isfinite(loss) for loss in told)
+    return folder, told
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_rsg_trains_as_it_is(tmp_path, precision):
+    """Its batches grow, so it is captured by nothing: speed.capture and speed.compile are refused (test_rsg.py)."""
+    short(tmp_path, {"name": "rsg", "generate_from": 0.5}, train__precision=precision)
 
 
 def test_a_captured_run_follows_the_learning_rate(tmp_path):
