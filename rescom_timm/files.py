@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ MAX_JSON = 2**28
 """Bytes of the largest JSON file of a run, an export or a checkpoint that is read."""
 MAX_DEPTH = 50
 """Sections within sections of a YAML file; a recipe has five."""
+MAX_NUMBER = 1000
+"""Characters of a number in a YAML file. The time to read one grows with the square of them."""
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -162,7 +165,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     kind.
     """
     path = Path(path)
-    text = _read(path, MAX_JSON)
+    text = read_text(path, MAX_JSON)
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -182,7 +185,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     is no mapping.
     """
     path = Path(path)
-    text = _read(path, MAX_RECIPE)
+    text = read_text(path, MAX_RECIPE)
     try:
         value = parse_yaml(text)
     except ValueError as error:
@@ -196,18 +199,56 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises ValueError."""
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise ValueError(str(error) or "nested too deep") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML, of a value that is not of its !!tag
+        raise ValueError(f"a value is not what it says it is: {error}") from None
 
 
-def _read(path: Path, most: int) -> str:
-    size = path.stat().st_size
+def read_text(path: str | Path, most: int = MAX_JSON, errors: str = "strict") -> str:
+    """The text of a regular file in UTF-8. errors: as of open. Raises FileNotFoundError, or ValueError, naming the
+    file, where it is larger than `most` bytes or no such text."""
+    path = Path(path)
+    size = regular_size(path)
     if size > most:
         raise ValueError(f"{path} is not read: it has {size / 2**20:,.0f} MiB; at most {most / 2**20:,.0f} are read")
+    with path.open("rb") as file:
+        content = file.read(most)  # files of /proc have no size and no end
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8", errors).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def regular_size(path: str | Path) -> int:
+    """Bytes of a regular file. Raises FileNotFoundError, or ValueError for a folder, a pipe or a device, of which the
+    last two may have no end."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path} is not read: it is no regular file")
+    return about.st_size
+
+
+def refuse_links(folder: str | Path, within: Sequence[str] = ()) -> None:
+    """Raises ValueError where an entry of a folder, or something in its subfolders `within`, is a link that leads out
+    of the folder: what is written or handed on would be others' files."""
+    root = os.path.realpath(folder)
+    entries = [entry.path for entry in os.scandir(root)] if os.path.isdir(root) else []
+    for path in entries:
+        _refuse_link(path, root)
+    for path, folders, files in (found for name in within for found in os.walk(os.path.join(root, name))):
+        for name in (*folders, *files):
+            _refuse_link(os.path.join(path, name), root)
+
+
+def _refuse_link(path: str, root: str) -> None:
+    if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(root, "")):
+        raise ValueError(
+            f"{path} is a link that leads out of {root}: nothing is written or handed on through it; put what it links "
+            "to in its place, or remove it"
+        )
 
 
 class _Loader(yaml.SafeLoader):
@@ -241,6 +282,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    if len(node.value) > MAX_NUMBER:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
+    return loader.construct_yaml_int(node) if node.tag.endswith(":int") else loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

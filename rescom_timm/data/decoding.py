@@ -4,10 +4,20 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rescom_timm.files import regular_size
+
+FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI",
+)  # fmt: skip
+"""What is read as an image, whatever its name says. Pillow knows more, of which EPS is a program that it hands to
+Ghostscript."""
+MAX_BYTES = 2**30
+"""Of the largest image file that is read."""
 
 
 class BrokenImage(ValueError):
@@ -31,8 +41,8 @@ def look(value: Any, row: int | None = None, max_pixels: int | None = None) -> N
     """Read the header of an image alone, and of a file no more. Arguments and what is raised as in `decode`."""
     allow(max_pixels)
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-    with _told(value, row), open(path, "rb") if isinstance(path, str) else nullcontext(value) as source:
-        _refuse_mode(Image.open(source) if source is not value else _open(value, max_pixels))
+    with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
+        _refuse_mode(_image(source) if source is not value else _open(value, max_pixels))
 
 
 @contextmanager
@@ -72,9 +82,11 @@ def _open(value: Any, max_pixels: int | None = None) -> Image.Image:
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, str):
+        if (size := regular_size(value)) > MAX_BYTES:
+            raise ValueError(f"its file has {size / 2**20:,.0f} MiB; at most {MAX_BYTES / 2**20:,.0f} are read")
         value = Path(value).read_bytes()  # read whole, so that no file stays open
     if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
+        return _image(io.BytesIO(value))
     if isinstance(value, list):
         value = np.asarray(value)
         if value.size and 0 <= value.min() and value.max() <= 255 and value.dtype.kind in "iu":
@@ -84,6 +96,16 @@ def _open(value: Any, max_pixels: int | None = None) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     raise ValueError("there is no image" if value is None else f"{type(value).__name__} is no image")
+
+
+def _opened(path: str) -> BinaryIO:
+    regular_size(path)
+    return open(path, "rb")
+
+
+def _image(source: Any) -> Image.Image:
+    Image.init()  # which plugins there are is only known then, as of AVIF
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _rgb(image: Image.Image, exif: bool) -> Image.Image:

@@ -61,6 +61,11 @@ def folder_part(
         )
     keys = [f"{lead}{key}" for key in below(root, index.keys)]
     layout, paths = fit_layout(root, keys)
+    if out := [key for key in paths if key.startswith("/") or ".." in key and ".." in key.split("/")]:
+        raise ValueError(
+            f"{path} names images outside {root}, the first: {first_few(out, 3)}; nothing outside of it is read: name "
+            "a folder that holds them all as data.source"
+        )
     if missing := missing_files(root, paths):
         raise FileNotFoundError(
             f"{len(missing):,} of {len(paths):,} images of {path} are not under {root} (paths {layout}), the first: "
@@ -190,7 +195,7 @@ def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
     for folder, members in folders.items():
         try:
             names = set(os.listdir(os.path.join(root, folder)))
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError):  # not there, no folder, too long a name, one with a zero byte
             names = set()
         missing += [i for i in members if paths[i].rpartition("/")[2] not in names]
     return [paths[i] for i in sorted(missing)]

@@ -98,9 +98,13 @@ def _wrong(key: str, label: str, by_path: bool) -> str:
         )
     if by_path and key.startswith("/"):
         return f"{key!r} is not a path relative to the image root"
-    if not by_path and not (key.isascii() and key.isdigit() and len(key) < 19):
+    if not by_path and not _is_count(key):
         return f"row {key!r} is not a whole number from 0"
     return ""
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19
 
 
 def _is_label(text: str) -> bool:
@@ -132,7 +136,7 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
     """Take number and names of the classes from the header."""
     header = rows.header
     for key in ("rows", "classes"):
-        if not header.get(key, "").isdigit():
+        if not _is_count(header.get(key, "")):
             problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
     if not _is_label(header.get("classes", "")):
         return
@@ -228,7 +232,7 @@ def _judge_classes(
     if not allow_empty and (empty := np.flatnonzero(counts == 0)).size:
         hint = "; labels count from 0" if empty.tolist() == [0] else ""
         problems.append(f"{len(empty):,} of {classes:,} classes have no image: {first_few(empty.tolist())}{hint}")
-    if header.get("rows", "").isdigit() and int(header["rows"]) != len(labels):
+    if _is_count(header.get("rows", "")) and int(header["rows"]) != len(labels):
         problems.append(f"the header says {header['rows']} rows, the file has {len(labels)}")
     for k in range(classes if header else 0):
         said = header.get(f"class {k}", str(counts[k])).partition(" ")[0]

@@ -24,6 +24,8 @@ from rescom_timm.data.index_files import MAX_CLASSES, Rows, first_few
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that hold named columns."""
+MAX_ROWS = 100_000_000
+"""Of a Parquet file."""
 
 NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "image": (
@@ -157,12 +159,18 @@ def _frame(path: Path) -> pd.DataFrame:
     ending = path.suffix.lower()
     try:
         if ending == ".parquet":
-            return pq.read_table(path).to_pandas()
+            rows = pq.ParquetFile(path).metadata.num_rows
+            if rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
+                raise ValueError(f"it says {rows:,} rows; at most {MAX_ROWS:,} are read")
+            return pq.read_table(path).to_pandas(ignore_metadata=True)
         with path.open("rb") as start:
             encoding = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         if ending in (".jsonl", ".ndjson"):
             lines = path.read_text(encoding=encoding).splitlines()
-            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+            found = [json.loads(line) for line in lines if line.strip()]
+            if odd := next((number for number, row in enumerate(found, 1) if not isinstance(row, dict)), None):
+                raise ValueError(f'line {odd} is no object, such as {{"path": "1.jpg", "label": "cat"}}')
+            return pd.DataFrame(found)
         with path.open(encoding=encoding, newline="") as file:
             header = file.readline()
         separator = "\t" if ending == ".tsv" else max(",;\t|", key=header.count)
@@ -174,7 +182,16 @@ def _frame(path: Path) -> pd.DataFrame:
         return frame
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text: save it as UTF-8") from None
-    except (ValueError, ArrowException, csv.Error, RecursionError, OverflowError) as error:
+    except (
+        ValueError,
+        ArrowException,
+        OSError,
+        csv.Error,
+        RecursionError,
+        OverflowError,
+        LookupError,
+        TypeError,
+    ) as error:
         raise ValueError(f"cannot be read as {ending[1:]}: {str(error).strip() or type(error).__name__}") from None
 
 
@@ -196,11 +213,11 @@ def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
         return f"column {label!r} is empty"
     if known is not None and text not in known:
         return f"label {text!r} is none of the classes: {first_few([name for name in known if not name.isdigit()])}"
-    if known is None and not (text.isdigit() and int(text) < MAX_CLASSES):
+    if known is None and not (text.isascii() and text.isdigit() and len(text) < len(str(MAX_CLASSES))):
         return f"label {text!r} is not a whole number from 0"
     return ""
 
 
 def _same(value: str, split: str) -> bool:
-    one, other = value.strip().lower(), split.strip().lower()
+    one, other = str(value).strip().lower(), split.strip().lower()  # of an empty cell it is no text
     return one == other or any(one in names and other in names for names in SAME)

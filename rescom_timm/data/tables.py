@@ -112,6 +112,8 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     dataset = dataset.select_columns([image] + ([label] if label else []))
     dataset = dataset.rename_columns({image: "image"} | ({label: "label"} if label else {}))
     dataset = dataset.cast_column("image", Image(decode=False))
+    if config.source not in ("digits", MEMORY) and not folder.is_dir():
+        _refuse_paths(dataset, f"{config.source} {split}")
     if label is None:
         return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
@@ -126,6 +128,19 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     labels = _as_classes(texts, names, f"{config.source} {split}")
     dataset = dataset.remove_columns("label").add_column("label", pa.array(labels))  # type: ignore[arg-type]
     return _Table(dataset, labels, names, texts, groups)
+
+
+def _refuse_paths(dataset: Dataset, name: str) -> None:
+    """Raises ValueError where a table of the Hub has a path in the place of an image: it would be a file of this
+    machine."""
+    images = pa.chunked_array(_column(dataset, "image").chunks)
+    own = pc.struct_field(images, "bytes")
+    named = pc.and_(pc.is_null(own), pc.is_valid(pc.struct_field(images, "path"))) if own.null_count else None
+    if named is not None and (number := pc.sum(named).as_py()):
+        raise ValueError(
+            f"{name}: {number:,} rows have no image but the path of one, which is not followed: it would be a file of "
+            "this machine; download the data set and name its folder as data.source"
+        )
 
 
 def _as_classes(texts: list[str], names: list[str] | None, name: str) -> np.ndarray:
@@ -168,6 +183,8 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
             f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms, and no "
             f"such folder here; set data.source to its right name or to a local folder ({first_line(error)})"
         ) from None
+    except RuntimeError as error:  # a script, which datasets no longer runs
+        raise ValueError(f"{source} is not read: {first_line(error)}") from None
     except HFValidationError:
         raise no_source(source) from None
     except ValueError as error:

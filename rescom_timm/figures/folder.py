@@ -15,6 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.files import read_json, read_yaml
 from rescom_timm.training.run_folder import lines
 
@@ -117,6 +118,8 @@ class RunFolder:
         counts = record.get("per_class", {}).get("count")
         class_names = [str(name) for name in record.get("class_names") or ()]
         highest = 1 + max(int(arrays[key].max(initial=-1)) for key in ("labels", "predicted"))
+        if highest > MAX_CLASSES:
+            raise ValueError(f"{predictions} names class {highest - 1}, of at most {MAX_CLASSES:,} classes.")
         num_classes = len(counts or class_names) or highest
         if num_classes < highest or (counts and class_names and len(counts) != len(class_names)):
             raise ValueError(f"{json_path} and its predictions disagree on the number of classes.")

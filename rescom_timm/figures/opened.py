@@ -29,6 +29,7 @@ from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
 from rescom_timm.methods import Method
 from rescom_timm.recipe.config import Recipe
+from rescom_timm.training import checkpoint
 from rescom_timm.training.build import base_net, build_method, whole_weights
 from rescom_timm.training.evaluate import evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.training.launch import new_accelerator
@@ -121,9 +122,10 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     accelerator = new_accelerator("no")  # one for all runs; precision is each one's own (autocast)
     data = load_data(recipe.data)
     method = build_method(recipe, data)
-    load_net(method.net, whole_weights(method.net, weights, state, path), path)
+    with checkpoint.consistent(path):
+        load_net(method.net, whole_weights(method.net, weights, state, path), path)
     try:
-        method.load_state_dict(state["method"], strict=False)
+        method.load_state_dict(state.get("method", {}), strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} does not fit the recipe and its data: {reason}") from None

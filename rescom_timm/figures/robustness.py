@@ -23,7 +23,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.figures import style
 from rescom_timm.figures.folder import Missing, RunFolder
 from rescom_timm.figures.opened import Opened, take
-from rescom_timm.files import read_json, write_json
+from rescom_timm.files import read_json, refuse_links, write_json
 from rescom_timm.training.evaluate import evaluate
 
 _FOLDER = "robustness"
@@ -203,7 +203,9 @@ def read(path: Path, run: str = "") -> Robustness | None:
 
 
 def write(path: Path, found: Robustness, figures: dict[str, Any]) -> None:
-    """A result and its figures as JSON, written aside first."""
+    """A result and its figures as JSON, written aside first. path: in a run's evaluation/. Raises ValueError where that
+    is a link out of the run's folder."""
+    refuse_links(path.parent.parent, [path.parent.name])
     write_json(path, {**asdict(found), "figures": figures})
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rescom_timm.figures import files, report, style
 from rescom_timm.figures.folder import RunFolder
+from rescom_timm.files import refuse_links
+from rescom_timm.training.run_folder import FOLDERS
 
 
 def write_figures(
@@ -21,12 +23,14 @@ def write_figures(
 
     names: of files.NAMES, and "report"; all by default, of several runs those that need no net. folder: RUN/figures by
     default, ./figures for several runs. evaluation, checkpoint, overrides: as files.draw_all. Raises ValueError for a
-    name that is no figure's.
+    name that is no figure's, and for a run's folder with a link out of it.
     """
     default = files.NAMES if len(runs) == 1 else files.FROM_FILES
     names = [*default, "report"] if names is None else list(names)
     files.check_names(names, (*files.NAMES, "report"))
     pictures = [name for name in names if name != "report"] or list(default)
+    for run in runs:
+        refuse_links(run.path, FOLDERS)
     folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
     drawn = []
     for one in files.draw_all(runs, pictures, evaluation, checkpoint, overrides):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.contrast import losses
-from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.classifiers import Cosine, full_precision
 from rescom_timm.nets.net import Net
@@ -140,7 +140,7 @@ class CausalNormConfig:
     comes nearer to 1 as the learning rate falls, which mostly scales the mean, of which only the direction counts."""
 
     def __post_init__(self) -> None:
-        check(self, heads=AT_LEAST_ONE, tau=POSITIVE, gamma=NOT_NEGATIVE, alpha=NOT_NEGATIVE)
+        check(self, heads=A_FEW, tau=POSITIVE, gamma=NOT_NEGATIVE, alpha=NOT_NEGATIVE)
         check(self, momentum=BELOW_ONE)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rescom_timm.contrast.losses import at_least_float32, ldam_margins, less_margins, weighted_mean
 from rescom_timm.methods.baselines import balanced_weights
-from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.branched import Remade, agrees
 from rescom_timm.nets.classifiers import Cosine
@@ -44,7 +44,7 @@ class ElfConfig:
     beta: float = 0.9999
 
     def __post_init__(self) -> None:
-        check(self, exits=AT_LEAST_ONE, threshold=PART, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check(self, exits=A_FEW, threshold=PART, margin=NOT_NEGATIVE, scale=POSITIVE)
         check(self, reweight_from=PART, beta=BELOW_ONE)
 
 

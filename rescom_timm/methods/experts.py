@@ -23,7 +23,7 @@ from rescom_timm.contrast.losses import (
     ldam_margins,
 )
 from rescom_timm.methods.baselines import Cosine, balanced_weights
-from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.distillation import Teacher, ask
 from rescom_timm.methods.rescom import stack_views
 from rescom_timm.nets.branched import BranchedNet, branch_sources
@@ -62,6 +62,7 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         if self.experts < 2:
             raise ValueError("experts must be at least 2")
+        check(self, experts=A_FEW)
         check_temperature(self.temperature)
         check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
         check(self, distill_weight=NOT_NEGATIVE, distill_temperature=POSITIVE)

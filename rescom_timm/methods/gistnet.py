@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rescom_timm.contrast.losses import at_least_float32
 from rescom_timm.methods.baselines import Classification, replace_classifier
-from rescom_timm.methods.bounds import AT_LEAST_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.nets.classifiers import full_precision
 from rescom_timm.nets.net import Net
 
@@ -40,7 +40,7 @@ class GistNetConfig:
     """At which the two learned scales of the cosines start: ours. The authors draw them from a normal distribution."""
 
     def __post_init__(self) -> None:
-        check(self, structures=AT_LEAST_ONE, weight=NOT_NEGATIVE, structures_from=PART, scale=POSITIVE)
+        check(self, structures=A_FEW, weight=NOT_NEGATIVE, structures_from=PART, scale=POSITIVE)
 
 
 class Constellation(nn.Linear):

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from rescom_timm.contrast.losses import at_least_float32, ldam, ldam_margins
 from rescom_timm.methods.baselines import balanced_weights, replace_classifier
-from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.nets.classifiers import Cosine, full_precision
 from rescom_timm.nets.net import Net, Outputs
 
@@ -52,8 +52,8 @@ class RsgConfig:
     beta: float = 0.9999
 
     def __post_init__(self) -> None:
-        check(self, centers=AT_LEAST_ONE, head_classes=PART, generate_from=PART, strength=PART)
-        check(self, pair_width=AT_LEAST_ONE, center_weight=NOT_NEGATIVE, vector_weight=NOT_NEGATIVE)
+        check(self, centers=A_FEW, head_classes=PART, generate_from=PART, strength=PART)
+        check(self, pair_width=A_FEW, center_weight=NOT_NEGATIVE, vector_weight=NOT_NEGATIVE)
         check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
 
 

@@ -77,8 +77,15 @@ def read_class_features(path: str | Path, class_names: Sequence[str], width: int
         with safe_open(path, framework="pt") as file:
             features = file.get_tensor("class_features")
             names = json.loads((file.metadata() or {}).get("class_names", "null"))
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} holds no tensor class_features: {error}") from None
+    if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
+        raise ValueError(f"{path} holds class_names that are no list of names")
+    if features.dim() != 2 or not features.dtype.is_floating_point:
+        raise ValueError(
+            f"{path} holds class features of {tuple(features.shape)} {features.dtype}, no matrix of floats"
+        )
+    features = features.float()
     if names is not None:
         lacking = [name for name in class_names if name not in set(names)]
         unknown = [name for name in names if name not in set(class_names)]
@@ -92,7 +99,7 @@ def read_class_features(path: str | Path, class_names: Sequence[str], width: int
             f"{path} holds class features of {tuple(features.shape)}, and ({len(class_names)}, {width}) finite ones "
             "are needed: classes, and features of the backbone"
         )
-    return features.float()
+    return features
 
 
 def _first(names: Sequence[str]) -> str:

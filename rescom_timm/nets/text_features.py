@@ -38,8 +38,8 @@ def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str]
     except ImportError as error:
         raise ImportError("class features need a package: pip install 'rescom-timm[text]'") from error
     try:
-        net: Any = AutoModel.from_pretrained(model).eval()
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        net: Any = AutoModel.from_pretrained(model, trust_remote_code=False).eval()
+        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{model} cannot be read as a model of transformers: {told[:300]}") from error

@@ -24,15 +24,21 @@ from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
 from rescom_timm.nets.net import NetConfig
+from rescom_timm.recipe.private import without_home, without_secrets
 
 MAX_NAME = 200
 """Bytes of a run's name; file systems take 255, and run, figures and pushes add to it."""
 MAX_SEED = 2**32 - 2**20
 """NumPy takes 32 bits, and each process adds its number."""
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|[a-z]:.*", re.IGNORECASE)
+"""Names that Windows takes for a device or a drive."""
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run; the message says which key and what to do."""
+    """A recipe that cannot be run; the message says which key and what to do, and no token."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
             raise ValueError(f"name must be the name of one folder, without / and not hidden, not {self.name!r}")
+        if DEVICES.fullmatch(self.name):
+            raise ValueError(f"name must be the name of a folder, and {self.name!r} is a device or a drive on Windows")
         if len(os.fsencode(self.name)) > MAX_NAME:
             raise ValueError(f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
         if not self.output or "\0" in self.output:
@@ -346,8 +354,3 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
-
-
-def without_home(text: str) -> str:
-    """The text with paths below the home folder as ~/..., which can be read back and does not tell whose they are."""
-    return re.sub(rf"(?<![\w./-]){re.escape(str(Path.home()))}/", "~/", text)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import types
 import typing
 import warnings
@@ -19,10 +21,12 @@ from typing import Any, get_args, get_origin
 
 import pydantic
 
-from rescom_timm.data.splits import DataConfig
-from rescom_timm.files import parse_yaml, read_yaml
+from rescom_timm.data.profiles import RULES, parse_call
+from rescom_timm.data.splits import VALIDATION, DataConfig
+from rescom_timm.files import MAX_DEPTH, parse_yaml, read_yaml
 from rescom_timm.methods import METHODS
 from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
+from rescom_timm.recipe.private import secret_in, without_secrets
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
@@ -31,7 +35,8 @@ FREE_KEYS = (
 """Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may
 have moved, the weights are compared)."""
 FETCHED_KEYS = ("output", "track", "hub")
-"""What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says."""
+"""What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says. Nor is
+what names files of a machine (`named_files`)."""
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -67,12 +72,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     impossible combination.
     """
     path = find(path)
-    return load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+    made = load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+    refuse_secrets(made)
+    return made
 
 
 def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run on the Hub, which somebody else may have written: what it says of output, track and hub is
-    left out with a warning; its name is a plain folder's. Raises RecipeError as load does, and for one with a base."""
+    left out with a warning; its name is a plain folder's. Raises RecipeError as load does, for one with a base, and
+    where it names files of a machine that `overrides` do not name."""
     tree = _yaml(Path(path))
     if "base" in tree:
         raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")
@@ -85,7 +93,57 @@ def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "(say it on the command line where you want it)",
             stacklevel=2,
         )
-    return load_dict(tree, str(path), overrides)
+    made = load_dict(tree, str(path), overrides)
+    words = [word.partition("=")[0].strip().replace("init_from", "from") for word in overrides]
+    own = [
+        f"{key}={value}" for key, value in named_files(made) if not any(f"{key}.".startswith(f"{w}.") for w in words)
+    ]
+    if own:
+        raise RecipeError(
+            f"{path}: files of a machine that a recipe from the Hub names are not read: {' '.join(own)}. Say each on "
+            "the command line, as it is here"
+        )
+    refuse_secrets(made)
+    return made
+
+
+def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, value) of what a recipe names on the disk of a machine: data, lists, weights, runs."""
+    data, net = recipe.data, recipe.net
+    call = parse_call(data.validation, VALIDATION) if data.validation != "none" else None
+    teacher = getattr(recipe.method, "teacher", None)
+    for key, value, named in (
+        ("data.source", data.source, not _elsewhere(data.source)),
+        ("data.index", data.index, data.index != "all" and not parse_call(data.index, RULES)),
+        ("data.test_index", data.test_index, data.test_index != "all" and not parse_call(data.test_index, RULES)),
+        ("data.validation", data.validation, call is not None and call[0] == "index"),
+        ("net.backbone", net.backbone, net.backbone.startswith("local-dir:")),
+        ("net.weights_file", net.weights_file, net.weights_file is not None),
+        ("net.classifier.file", net.classifier.file, net.classifier.file is not None),
+        ("from", recipe.init_from, recipe.init_from is not None),
+        ("method.teacher", teacher, teacher is not None and not _elsewhere(re.sub("^(hf://|hf[-_]hub:)", "", teacher))),
+    ):
+        if named:
+            yield key, str(value)
+
+
+def _elsewhere(source: str) -> bool:
+    """Whether a source is a name of the Hub or no place at all (digits, memory), and no folder of that name is here."""
+    named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", source) and not os.path.lexists(source)
+    return source == "digits" or bool(named)
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the key, for a token or a password: a recipe stands in every file of its run."""
+    said = {key: f"{key}={value}" for key, value in flat(recipe.to_dict()).items()}
+    if secret_in("\n".join(said.values())) is None:
+        return
+    for key, text in said.items():
+        if kind := secret_in(text):
+            raise RecipeError(
+                f"{without_secrets(key)} holds {kind}, which would stand in the run's files, its card and its "
+                "trackers: take it out; the Hub's token comes from  hf auth login  or HF_TOKEN"
+            )
 
 
 def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
@@ -128,7 +186,8 @@ def _absurd(number: float) -> str:
     if isinstance(number, float) and not isfinite(number):
         return f"must be a finite number, not {number}"
     largest = MAX_SEED if isinstance(number, int) else 10**6
-    return f"must be at most {largest:,} in size, not {number}" if abs(number) > largest else ""
+    told = number if isinstance(number, float) or abs(number) < 10**100 else "that"  # of 4,300 digits, which is no text
+    return f"must be at most {largest:,} in size, not {told}" if abs(number) > largest else ""
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
@@ -183,7 +242,10 @@ def _override(word: str) -> dict[str, Any]:
         tree: Any = parse_yaml(value)
     except ValueError as error:
         raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
-    for part in reversed(key.strip().split(".")):
+    parts = key.strip().split(".")
+    if len(parts) > MAX_DEPTH:
+        raise RecipeError(f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
+    for part in reversed(parts):
         tree = {part: tree}
     return tree
 
@@ -246,7 +308,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 

@@ -8,7 +8,6 @@ person changed what is between (the hash tells) or removed it; text outside the 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from rescom_timm.files import read_json
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
 from rescom_timm.training.log import lines
@@ -98,10 +98,8 @@ def read_facts(
     run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
 ) -> Facts:  # fmt: skip
     """Facts of a run's folder (or its staged copy) and the export of it, with environment.json as it may be told."""
-    evaluations = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("evaluation/*.json"))
-    }
-    evaluations = {name: record for name, record in evaluations.items() if "numbers" in record}
+    evaluations = {path.stem: read_json(path) for path in sorted(run.glob("evaluation/*.json"))}
+    evaluations = {name: record for name, record in evaluations.items() if isinstance(record.get("numbers"), dict)}
     return Facts(
         repo=repo,
         recipe=yaml.safe_load((export / "recipe.yaml").read_text(encoding="utf-8")),
@@ -139,7 +137,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         return {}, card
     try:
         header = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return {}, card[match.end() :]
     return (header if isinstance(header, dict) else {}), card[match.end() :]
 
@@ -392,7 +390,7 @@ def _during_training(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _hash(text: str) -> str:

@@ -11,7 +11,6 @@ A folder of a net that timm has no classifier for holds no config.json, and resc
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import warnings
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
-from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.data.views import MAX_SIDE, ViewsConfig, parse
 from rescom_timm.files import atomic_folder, read_json, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.classifiers import Cosine
@@ -37,7 +36,8 @@ from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.hub import sha256
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import Weights, base_net, build_net, chosen_weights, whole_weights
+from rescom_timm.training.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
+from rescom_timm.training.evaluate import load_net
 
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
@@ -128,23 +128,43 @@ def export_run(
     run = Path(run)
     path, tensors, state = _checkpoint(run, which)
     try:
-        classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+        classes = read_json(run / "classes.json")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
         ) from None
-    recipe = load_dict(state["recipe"], str(path))
-    if weights is None:
-        weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
-    net = build_net(base_net(recipe, state), recipe.views, len(classes["class_names"]))
-    net = create_method(net, torch.tensor(classes["counts"]), recipe.method).net.eval()  # its classifier may be its own
-    net.load_state_dict(whole_weights(net, chosen_weights(weights, tensors, state, path), state, path))
-    progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
+    names, counts, size = _described(classes, run / "classes.json", tensors)
+    with checkpoint.consistent(path):
+        recipe = load_dict(state["recipe"], str(path))
+        if weights is None:
+            weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
+        net = build_net(base_net(recipe, state), recipe.views, len(names))
+        refuse_queue(recipe, len(names))
+        net = create_method(net, torch.tensor(counts), recipe.method).net.eval()  # its classifier may be its own
+        load_net(net, whole_weights(net, chosen_weights(weights, tensors, state, path), state, path), path)
+        progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
+        method = state["method"]
     return export(
-        net, folder, classes["class_names"], tuple(classes["input_size"]), counts=classes["counts"],
-        eval_policy=recipe.views.eval, recipe=recipe, state=state["method"], plain=plain,
+        net, folder, names, size, counts=counts,
+        eval_policy=recipe.views.eval, recipe=recipe, state=method, plain=plain,
         about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress},
     )  # fmt: skip
+
+
+def _described(
+    classes: dict[str, Any], path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[list[str], list[int], tuple[int, int, int]]:
+    """(class_names, counts, input_size) of classes.json. Raises ValueError where it is none."""
+    names, counts, size = (classes.get(name) for name in ("class_names", "counts", "input_size"))
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: class_names must be a list of names")
+    if len(names) > (most := sum(value.numel() for value in tensors.values())):
+        raise ValueError(f"{path} names {len(names):,} classes, and the checkpoint has {most:,} numbers in all")
+    if not isinstance(counts, list) or len(counts) != len(names) or not all(type(n) is int and n > 0 for n in counts):
+        raise ValueError(f"{path}: counts must be a whole number above 0 for each of the {len(names)} classes")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
+        raise ValueError(f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}")
+    return names, counts, (size[0], size[1], size[2])
 
 
 def save_model(run: Path) -> str:
@@ -171,7 +191,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
     newest = checkpoint.newest(run / "checkpoints")
     if newest is None:
         raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
-    best = newest[2]["progress"].get("best_checkpoint")
+    best = newest[2].get("progress", {}).get("best_checkpoint")
     if which == "best" and best not in (None, newest[0].name):
         try:
             return run / "checkpoints" / best, *checkpoint.load(run / "checkpoints" / best)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import DryRunFileInfo, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     EntryNotFoundError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -20,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.sha import sha_fileobj
 
-from rescom_timm.files import write_text
+from rescom_timm.files import MAX_JSON, MAX_RECIPE, read_json, read_text, regular_size, write_text
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import RunError
 from rescom_timm.training.run_folder import RunElsewhere, lines
@@ -85,6 +89,8 @@ def _line(error: BaseException) -> str:
 
 
 def sha256(path: Path) -> str:
+    """Of a regular file. Raises OSError, and ValueError for a pipe or a device."""
+    regular_size(path)
     with path.open("rb") as file:
         return sha_fileobj(file).hex()
 
@@ -99,21 +105,57 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
     """Those of the named files that a repository holds, in the Hub's cache on this machine; returns their folder.
 
     Raises FileNotFoundError where the repository is not there or cannot be reached, ValueError where it does not hold
-    `needed`.
+    `needed` or is larger than what is read or the disk has room for.
     """
     name, _, revision = repo.partition("@")
-    try:
-        folder = Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=list(names), force_download=force)
-        )
-    except _NETWORK as error:
-        raise FileNotFoundError(str(explain(error, repo, "reading"))) from error
+    about: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(names), "force_download": force}
+    with asked(repo, "reading"):
+        try:
+            check_sizes(repo, snapshot_download(name, **about, dry_run=True))
+        except DryRunError:  # it cannot be reached: perhaps it is in the cache
+            pass
+        folder = Path(snapshot_download(name, **about))
     if not (folder / needed).is_file():
         raise ValueError(
             f"{name} was not made by rescom_timm (it holds no {needed}); a plain timm model is read by "
             f'timm.create_model("hf-hub:{name}", pretrained=True)'
         )
     return folder
+
+
+@contextmanager
+def asked(repo: str, doing: str) -> Iterator[None]:
+    """The block asks the Hub for something. Raises FileNotFoundError where it is not there or cannot be reached, and
+    where the answer is none of the Hub's: a page of a proxy, say."""
+    try:
+        yield
+    except _NETWORK as error:
+        raise FileNotFoundError(str(explain(error, repo, doing))) from error
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, RecursionError, AssertionError) as error:
+        raise FileNotFoundError(
+            f"{doing} {repo} failed: the answer is not one of the Hub ({type(error).__name__}: {_line(error)}); is "
+            "there a proxy between, or another HF_ENDPOINT?"
+        ) from error
+
+
+def check_sizes(repo: str, files: Sequence[DryRunFileInfo]) -> None:
+    """Raises ValueError where files to download are larger than what is read of their kind, or than the free disk."""
+    sizes = {file.filename: file.file_size or 0 for file in files if file.will_download}
+    for name, size in sizes.items():
+        most = MAX_RECIPE if name.endswith(".yaml") else MAX_JSON
+        if not name.endswith(".safetensors") and size > most:
+            raise ValueError(
+                f"{name} of {repo} is not read: it has {size / 2**20:,.0f} MiB; at most {most / 2**20:,.0f} are read"
+            )
+    there = next(
+        path for path in (Path(constants.HF_HUB_CACHE), *Path(constants.HF_HUB_CACHE).parents) if path.exists()
+    )
+    free = shutil.disk_usage(there).free
+    if sum(sizes.values()) > free:
+        raise ValueError(
+            f"{repo} is not read: it has {sum(sizes.values()) / 2**30:,.1f} GiB, and {there} has room for "
+            f"{free / 2**30:,.1f}"
+        )
 
 
 def _parts(address: str) -> tuple[str, str | None]:
@@ -136,20 +178,41 @@ class PushedRun(RunElsewhere):
         return self.address
 
     def recipe(self) -> Path:
-        """The recipe that it was pushed with, in the Hub's cache. Raises HubError."""
-        try:
-            return Path(hf_hub_download(self.name, "recipe.yaml", revision=self.revision))
-        except _NETWORK as error:
-            raise explain(error, self.name, "reading the recipe of") from error
+        """The recipe that it was pushed with, in the Hub's cache; one that is not what was pushed is fetched a second
+        time, then told in a warning. Raises HubError."""
+        for force in (False, True):
+            path = self._file("recipe.yaml", "reading the recipe of", force)
+            try:
+                if read_json(self._file("hashes.json", "reading the recipe of", force)).get(path.name) == sha256(path):
+                    return path
+            except (HubError, ValueError, OSError) as error:
+                told = str(error)
+            else:
+                told = "it was changed since, or arrived damaged"
+        warnings.warn(f"recipe.yaml of {self} may not be what was pushed ({told}); read as it is", stacklevel=2)
+        return path
 
     def log(self) -> Path | None:
         """Its metrics.jsonl in the Hub's cache; None where it has none. Raises HubError."""
         try:
-            return Path(hf_hub_download(self.name, "metrics.jsonl", revision=self.revision))
-        except _NETWORK as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return self._file("metrics.jsonl", "reading the log of")
+        except HubError as error:
+            cause = error.__cause__ and error.__cause__.__cause__
+            if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
                 return None
-            raise explain(error, self.name, "reading the log of") from error
+            raise
+
+    def _file(self, name: str, doing: str, force: bool = False) -> Path:
+        about: dict[str, Any] = {"revision": self.revision, "force_download": force}
+        try:
+            with asked(self.name, doing):
+                try:
+                    check_sizes(self.name, [hf_hub_download(self.name, name, **about, dry_run=True)])
+                except DryRunError:
+                    pass
+                return Path(hf_hub_download(self.name, name, **about))
+        except (FileNotFoundError, ValueError) as error:
+            raise HubError(str(error)) from error
 
     def lines(self) -> list[dict[str, Any]]:
         log = self.log()
@@ -163,10 +226,11 @@ class PushedRun(RunElsewhere):
         """
         repo = f"{self.name}@{self.revision}" if self.revision else self.name
         try:
-            files = HfApi().list_repo_files(self.name, revision=self.revision)
-        except _NETWORK as error:
-            raise explain(error, repo, "reading") from error
-        there = sorted({file.split("/")[1] for file in files if file.startswith("checkpoints/step-")})
+            with asked(repo, "reading"):
+                files = HfApi().list_repo_files(self.name, revision=self.revision)
+        except FileNotFoundError as error:
+            raise HubError(str(error)) from error
+        there = sorted({found[1] for file in files if (found := re.match(r"checkpoints/(step-\d+)/", file))})
         if not there:
             raise HubError(
                 f"{repo} holds no checkpoint to resume from: it was pushed without hub.strategy: checkpoint or "
@@ -177,9 +241,9 @@ class PushedRun(RunElsewhere):
             print(f"{folder} is as far as {repo} ({here[-1]}): the folder is used")
             return
         if (log := self.log()) is not None:  # first, for by its log the run is known again
-            write_text(folder / "metrics.jsonl", log.read_text(encoding="utf-8", errors="replace"))
+            write_text(folder / "metrics.jsonl", read_text(log, errors="replace"))
         state = _fetch_checkpoint(repo, there[-1], folder)
-        best = state["progress"].get("best_checkpoint")
+        best = state.get("progress", {}).get("best_checkpoint")
         if best in there and best not in (*here, there[-1]):
             _fetch_checkpoint(repo, best, folder)
 
@@ -187,11 +251,15 @@ class PushedRun(RunElsewhere):
 def _fetch_checkpoint(repo: str, name: str, run: Path) -> dict[str, Any]:
     """Download a checkpoint, check its hashes, move it into the run's folder; returns its state."""
     aside = run / "checkpoints" / f".partial-{name}"
+    files = [f"checkpoints/{name}/{file}" for file in (*checkpoint.FILES, "hashes.json")]
     for force in (False, True):
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            snapshot = download(repo, [f"checkpoints/{name}/*"], f"checkpoints/{name}/hashes.json", force)
-            shutil.copytree(snapshot / "checkpoints" / name, aside)
+            snapshot = download(repo, files, files[-1], force)
+            aside.mkdir(parents=True)
+            for file in files:
+                if (snapshot / file).is_file():
+                    shutil.copyfile(snapshot / file, aside / Path(file).name)
             _, state = checkpoint.load(aside)
             aside.rename(run / "checkpoints" / name)
             return state

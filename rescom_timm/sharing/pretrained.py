@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rescom_timm.data.views import MAX_SIDE
+from rescom_timm.data.views import MAX_SIDE, parse
 from rescom_timm.files import read_json, read_yaml
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.classifiers import ClassifierConfig, classifier
-from rescom_timm.nets.net import Net, ProjectorConfig, check_weights, create_model
+from rescom_timm.nets.net import (
+    MAX_WIDTH,
+    Net,
+    ProjectorConfig,
+    check_backbone,
+    check_options,
+    check_weights,
+    create_model,
+)
 from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
-from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, export_run
+from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, export_run
 from rescom_timm.sharing.hub import as_repo, download, sha256
+from rescom_timm.training.build import refuse_queue
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +112,16 @@ def _download(repo: str) -> Path:
 
 
 def damaged(folder: Path) -> list[str]:
-    """The files that are not what hashes.json says. Raises ValueError where that file itself cannot be read."""
+    """Of the files that an export has, those that are not what hashes.json says, and weights of which it says nothing;
+    no other file that it may name is looked at. Raises ValueError where hashes.json itself cannot be read."""
     try:
-        hashes = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-        return [
-            name for name, value in hashes.items() if not (folder / name).exists() or sha256(folder / name) != value
-        ]
-    except (OSError, ValueError, AttributeError) as error:
+        hashes = read_json(folder / HASHES)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / HASHES} cannot be read ({error}), so the files beside it cannot be trusted"
         ) from None
+    own = [name for name in WRITTEN if name in hashes or (name in (SIDE, PLAIN) and (folder / name).exists())]
+    return [name for name in own if not (folder / name).is_file() or sha256(folder / name) != hashes.get(name)]
 
 
 def _read(folder: Path, num_classes: int | None) -> Pretrained:
@@ -131,6 +141,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         for name in ("mean", "std"):
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
                 raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
+        _check_details(details)
+        _check_room(details, folder)
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         tuning = dict(details.get("tuning", {}))
@@ -154,6 +166,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
         elif recipe is not None and counts is not None:
+            refuse_queue(recipe, len(names))
             trained = create_method(net, counts, recipe.method)
             net = trained.net
             own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
@@ -161,11 +174,50 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             trained.load_state_dict(state, strict=False)
         check_weights(tensors, net.state_dict(), "the model")
         net.load_state_dict(tensors)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        Exception
+    ) as error:  # of whatever a file says that its hash was made to fit, and of whatever timm makes of it
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
     return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained)
+
+
+def _check_details(details: dict[str, Any]) -> None:
+    """Raises ValueError where rescom.json says what no export says."""
+    names, counts = details["class_names"], details["counts"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names in {DETAILS} must be a list of names")
+    if counts is not None and not (
+        isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
+    ):
+        raise ValueError(f"counts in {DETAILS} must be a whole number above 0 for each of the {len(names)} classes")
+    if not timm.is_model(str(details["backbone"]).split(".")[0]) or "/" in details["backbone"]:
+        check_backbone(details["backbone"])
+        raise ValueError(f"backbone in {DETAILS} must be a name of timm.list_models(), not {details['backbone']!r}")
+    parse(details["eval_policy"])
+
+
+def _check_room(details: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError where rescom.json describes a net of more numbers than there are bytes in the files of weights:
+    it would fill the memory before that is seen."""
+    options = details["options"]
+    if odd := [
+        f"{name}={value}" for name, value in options.items() if isinstance(value, int) and abs(value) > MAX_WIDTH
+    ]:
+        raise ValueError(f"options in {DETAILS} are beyond all reason: {', '.join(odd)}")
+    check_options(details["backbone"], options)
+    there = sum((folder / name).stat().st_size for name in (SIDE, PLAIN) if (folder / name).is_file())
+    with torch.device("meta"):
+        encoder = timm.create_model(details["backbone"], num_classes=0, **options)
+    width = encoder.head_hidden_size
+    hidden, dim = (int(details["projector"][name] or width) for name in ("hidden", "dim"))
+    weights = sum(value.numel() for value in encoder.state_dict().values())
+    weights += len(details["class_names"]) * width + hidden * (width + dim)
+    if weights > there:
+        raise ValueError(
+            f"{DETAILS} describes a net of {weights:,} numbers, and the files of weights have {there:,} bytes"
+        )
 
 
 def _from_plain(net: Net, path: Path, head: str | None) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from rescom_timm.files import write_json, write_text
-from rescom_timm.recipe.config import HubConfig, without_home
+from rescom_timm.files import read_json, refuse_links, write_json, write_text
+from rescom_timm.recipe.config import HubConfig
+from rescom_timm.recipe.private import secret_in, without_home
 from rescom_timm.sharing import card
 from rescom_timm.sharing.export import DETAILS, export_run
 from rescom_timm.sharing.hub import HubError, explain
@@ -28,7 +29,7 @@ from rescom_timm.sharing.staging import stage, staged, status
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import Weights
 from rescom_timm.training.errors import CheckpointError
-from rescom_timm.training.run_folder import run_recipe
+from rescom_timm.training.run_folder import FOLDERS, run_recipe
 
 OWN = (".gitattributes", "README.md", "LICENSE")
 """Files that a repository may hold besides a run of ours."""
@@ -46,7 +47,7 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
         with FileLock(run / "hub" / ".lock", timeout=0):
             while waiting := staged(run):
                 folder = waiting[0]
-                if len(waiting) > 1 and not json.loads((folder / "push.json").read_text())["keep"]:
+                if len(waiting) > 1 and not _request(folder)["keep"]:
                     shutil.rmtree(folder)  # overtaken by a newer one
                     continue
                 last = _attempt(folder, attempts, pause)
@@ -64,8 +65,15 @@ def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
     """Push what the training left in RUN/hub/, or, where nothing is left or something is said otherwise, the run as it
     stands; returns the commit's address. overrides: key=value words of the hub section. Raises HubError, and as
     stage_now does."""
+    refuse_links(run, FOLDERS)
+    config = run_recipe(run, overrides).hub
+    for folder in staged(run):
+        if config.repo is not None and (repo := _request(folder)["repo"]) != config.repo:
+            raise HubError(
+                f"{folder} waits to be pushed to {repo}, which is not what is asked for: remove that folder, or say "
+                f"--repo {repo}"
+            )
     if overrides or not staged(run):
-        config = run_recipe(run, overrides).hub
         if config.repo is None:
             raise HubError("the recipe names no hub.repo: give --repo owner/name")
         stage_now(run, config)
@@ -79,7 +87,7 @@ def stage_now(run: Path, config: HubConfig) -> Path:
     if newest is None:
         raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
     shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
-    return stage(run, config, newest[0].name, newest[2]["progress"].get("best_checkpoint"), end=True)
+    return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
 
 
 def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
@@ -97,8 +105,19 @@ def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights:
     return folder
 
 
+def _request(folder: Path) -> dict[str, Any]:
+    """What a staged folder's push.json asks for. Raises HubError where it cannot be read."""
+    try:
+        request: dict[str, Any] = read_json(folder / "push.json")
+        HubConfig(request["repo"], private=bool(request["private"]))
+        return request | {"keep": request["keep"], "export": request["export"], "checkpoints": request["checkpoints"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise HubError(f"{folder / 'push.json'} cannot be read ({told}): remove {folder}, then push again") from error
+
+
 def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
-    request = json.loads((folder / "push.json").read_text(encoding="utf-8"))
+    request = _request(folder)
     for attempt in range(1, attempts + 1):
         try:
             return {"what": folder.name, "url": _upload(folder, request)}
@@ -164,7 +183,8 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
         files["environment.json"] = upload / "environment.json"
         write_text(files["environment.json"], without_home(private))
     if request["checkpoints"]:
-        files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("checkpoints/*/*")}
+        own = [path for name in (*checkpoint.FILES, "hashes.json") for path in stage.glob(f"checkpoints/*/{name}")]
+        files |= {path.relative_to(stage).as_posix(): path for path in own}
     facts = card.read_facts(stage, upload, request["repo"], request["license"], reason)
     files["README.md"] = upload / "README.md"
     write_text(files["README.md"], card.write(facts, readme))
@@ -186,11 +206,14 @@ def _leaderboard(path: Path, benchmark: str, top1: float, notes: str) -> Path:
 
 
 def _refuse_secrets(files: dict[str, Path]) -> None:
-    """Raises HubError where a text to push holds the token in use."""
-    token = (get_token() or "").encode()
+    """Raises HubError where a text to push holds the token in use, or another secret."""
+    token = get_token() or ""
     for name, path in files.items():
-        if path.suffix != ".safetensors" and token and token in path.read_bytes():
+        text = "" if path.suffix == ".safetensors" else path.read_bytes().decode("latin-1")
+        if token and token in text:
             raise HubError(f"{name} holds your Hub token: nothing is pushed; remove it there (is it in the recipe?)")
+        if path.suffix not in (".safetensors", ".png") and (kind := secret_in(text)):
+            raise HubError(f"{name} holds {kind}: nothing is pushed; remove it there (is it in the recipe?)")
 
 
 def main() -> int:

@@ -15,8 +15,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from rescom_timm.files import write_json
+from rescom_timm.files import refuse_links, write_json
 from rescom_timm.recipe.config import HubConfig
+from rescom_timm.training.run_folder import FOLDERS
 
 TEXTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "classes.json")
 WAITING = 5
@@ -101,7 +102,9 @@ class Pusher:
 
 
 def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:
-    """An immutable copy of what a push needs, in RUN/hub/: a run's folder of its own, with one or two checkpoints."""
+    """An immutable copy of what a push needs, in RUN/hub/: a run's folder of its own, with one or two checkpoints.
+    Raises ValueError where something in the run's folder is a link out of it, and so another's file."""
+    refuse_links(run, FOLDERS)
     final = run / "hub" / (newest + ("-end" if end else ""))
     if final.exists():
         return final

@@ -81,10 +81,7 @@ def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teach
     teacher the data.
     """
     classes = len(data.counts)
-    if (queue := getattr(recipe.method, "queue", None)) is not None:
-        refuse_size("method.queue.per_class", classes * queue.per_class * recipe.net.projector.dim)
-    if (size := getattr(recipe.method, "queue_size", None)) is not None:
-        refuse_size("method.queue_size", size * recipe.net.projector.dim)
+    refuse_queue(recipe, classes)
     net = build_net(recipe.net, recipe.views, classes)
     if start and recipe.init_from is not None:
         load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
@@ -133,6 +130,14 @@ def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
         )
 
 
+def refuse_queue(recipe: Recipe, classes: int) -> None:
+    """Raises RecipeError as refuse_size does, for the method's queue of keys."""
+    if (queue := getattr(recipe.method, "queue", None)) is not None:
+        refuse_size("method.queue.per_class", classes * queue.per_class * recipe.net.projector.dim)
+    if (size := getattr(recipe.method, "queue_size", None)) is not None:
+        refuse_size("method.queue_size", size * recipe.net.projector.dim)
+
+
 def refuse_size(key: str, numbers: int) -> None:
     """Raises RecipeError where so many float32 numbers are more than half of the machine's memory."""
     memory, needed = psutil.virtual_memory().total, 4 * numbers
@@ -169,6 +174,9 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
             raise RecipeError(f"from: {source} is no file of weights in safetensors: {error}") from error
     else:
         raise RecipeError(f"from: no run, checkpoint or file of weights {source}")
+    broken = [k for k, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise RecipeError(f"from: {source} holds weights that are not finite: {', '.join(broken[:3])}")
     own = {name: value for name, value in net.state_dict().items() if heads or name.startswith("encoder.")}
     wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
     wrong += [name for name in weights if name not in own and name.startswith("encoder." if not heads else HEADS)]

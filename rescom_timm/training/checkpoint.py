@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rescom_timm.files import read_json, regular_size
+from rescom_timm.recipe.config import RecipeError
 from rescom_timm.training.errors import CheckpointError
 
 FILES = ("net.safetensors", "state.safetensors", "state.json")
+NAME = re.compile(r"step-\d{1,18}")
+"""Of a checkpoint's folder."""
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -108,21 +115,53 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint {path}")
     try:
-        hashes = json.loads((path / "hashes.json").read_text())
+        hashes = read_json(path / "hashes.json")
         for name in FILES:
             if hashes.get(name) != _sha256(path / name):
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
-        state = unpack(json.loads((path / FILES[2]).read_text(encoding="utf-8")), load_file(path / FILES[1]))
+        state = unpack(read_json(path / FILES[2]), load_file(path / FILES[1]))
         if not isinstance(state, dict):
             raise CheckpointError(f"checkpoint {path} is damaged: {FILES[2]} holds no state")
+        _check(state)
         return load_file(path / FILES[0]), state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Raises ValueError where a run's state is none: its hashes may have been made to fit. What stands there names
+    folders and is looked up by many readers."""
+    for name in ("progress", "recipe", "method"):
+        if not isinstance(state.get(name, {}), dict):
+            raise ValueError(f"{FILES[2]} holds no {name} but {type(state[name]).__name__}")
+    progress = state.get("progress", {})
+    for name in ("epoch", "step"):
+        if type(progress.get(name, 0)) is not int or progress.get(name, 0) < 0:
+            raise ValueError(f"{FILES[2]} says {name} {progress[name]!r}")
+    best = progress.get("best_checkpoint")
+    if best is not None and not (isinstance(best, str) and NAME.fullmatch(best)):
+        raise ValueError(f"{FILES[2]} says best_checkpoint {best!r}, which is no name of one")
+    for name in ("method", "average"):
+        if not all(isinstance(value, Tensor) for value in (state.get(name) or {}).values()):
+            raise ValueError(f"{FILES[2]} holds something else than tensors in {name}")
+
+
+@contextmanager
+def consistent(path: Path) -> Iterator[None]:
+    """The block takes what it needs out of a checkpoint's state. Raises CheckpointError where that is not there or not
+    what it must be, though the hashes fit."""
+    try:
+        yield
+    except (CheckpointError, RecipeError, torch.OutOfMemoryError):
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise CheckpointError(f"checkpoint {path} cannot be gone on from: its state is not whole ({told})") from error
 
 
 def listed(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
@@ -167,6 +206,7 @@ def set_random_state(states: dict[str, Any]) -> None:
 
 
 def _sha256(path: Path) -> str:
+    regular_size(path)
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with path.open("rb") as file:
         while block := file.read(1 << 20):

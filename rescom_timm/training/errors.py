@@ -11,10 +11,14 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.private import without_secrets
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run that cannot go on; the message says why and what to do, and no token."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class CheckpointError(RunError):
@@ -67,7 +71,7 @@ def raise_everywhere(trouble: Exception | None) -> None:
 
 def one_line(error: BaseException) -> str:
     """An error's name and message, in one line; of one that a loader's worker sends, without the worker's traceback."""
-    text = str(error)
+    text = without_secrets(str(error))
     if worker_was_lost(error):
         return (
             f"{type(error).__name__}: a data loading worker was killed, most likely because memory ran out "

@@ -22,7 +22,7 @@ from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import parse
-from rescom_timm.files import write_json, write_tensors
+from rescom_timm.files import refuse_links, write_json, write_tensors
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.recipe.config import Recipe
@@ -96,6 +96,7 @@ def agreed_statistics(net: nn.Module) -> Iterator[None]:
 
 def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
     """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
+    refuse_links(folder, ["evaluation"])
     folder = folder / "evaluation"
     write_tensors(folder / f"{name}.safetensors", meter.predictions())
     write_json(folder / f"{name}.json", {**about, **meter.record()})
@@ -143,13 +144,15 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
     found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
     if found is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
-    progress = found[2]["progress"]
+    with checkpoint.consistent(found[0]):
+        progress = found[2]["progress"]
+        epoch, best_epoch, best_name = (progress[key] for key in ("epoch", "best_epoch", "best_checkpoint"))
     if which != "best":
-        return *found, f"after epoch {progress['epoch']}, not selected"
-    if progress["best_checkpoint"] is None:
+        return *found, f"after epoch {epoch}, not selected"
+    if best_name is None:
         raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation on which one is chosen")
-    best = folder / progress["best_checkpoint"]
-    return best, *checkpoint.load(best), f"epoch {progress['best_epoch']}, best {select} on validation"
+    best = folder / best_name
+    return best, *checkpoint.load(best), f"epoch {best_epoch}, best {select} on validation"
 
 
 def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], str, str]:

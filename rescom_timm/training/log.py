@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.private import without_secrets
 from rescom_timm.training.run_folder import lines
 from rescom_timm.training.trackers import Trackers
 
@@ -127,7 +128,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(_command()),
+        "command": without_secrets(shlex.join(_command())),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),

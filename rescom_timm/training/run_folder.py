@@ -19,13 +19,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from rescom_timm.files import read_json, write_json
+from rescom_timm.files import read_json, read_text, refuse_links, write_json
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import load, load_dict
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import FAILURES, CheckpointError, raise_everywhere
 
 LOCK, OWNER = ".lock", ".lock.json"
+FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard")
+"""What of a run's folder are folders that we write to."""
 PATIENCE = 10.0
 """Seconds to wait for a lock whose owner is gone: the workers of a killed run have it until they notice."""
 
@@ -142,7 +144,9 @@ def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it."""
+    """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it, and
+    ValueError where something in it is a link out of it."""
+    refuse_links(run, FOLDERS)
     lock = FileLock(run / LOCK)
     end = time.monotonic() + PATIENCE
     while True:
@@ -216,7 +220,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     """The figures of a metrics.jsonl, each line with its epoch and step. Torn lines are left out: the last one, as a
     crash leaves it, without a word, others with a warning. Empty where there is no file."""
     found: list[dict[str, Any]] = []
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    texts = read_text(path, errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)

@@ -156,21 +156,23 @@ class State:
             weights = self._with_frozen(weights)
         try:
             check_weights(weights, self.net.state_dict(), str(path))
-            check_weights(state["method"], self._beside_the_net(), f"the method in {path}")
+            check_weights(state.get("method", {}), self._beside_the_net(), f"the method in {path}")
         except ValueError as error:
             raise CheckpointError(f"{error}; the run cannot be resumed from it") from None
-        self.load_weights(weights, state.get("average"))
-        self.method.load_state_dict(state["method"], strict=False)
-        self._load_optimizer(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        if state["processes"] == accelerator.num_processes:
-            own = state["ranks"][accelerator.process_index]
-            for name, buffer in self._own_buffers():
-                buffer.copy_(own["buffers"][name])
-            checkpoint.set_random_state(own["random"])
-        elif accelerator.is_main_process:
+        with checkpoint.consistent(path):
+            self.load_weights(weights, state.get("average"))
+            self.method.load_state_dict(state["method"], strict=False)
+            self._load_optimizer(state["optimizer"])
+            if accelerator.scaler is not None and state["scaler"] is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(**state["progress"])
+            same = state["processes"] == accelerator.num_processes
+            if same:
+                own = state["ranks"][accelerator.process_index]
+                for name, buffer in self._own_buffers():
+                    buffer.copy_(own["buffers"][name])
+                checkpoint.set_random_state(own["random"])
+        if not same and accelerator.is_main_process:
             warnings.warn(
                 f"{path} was saved by {state['processes']} processes and is resumed by {accelerator.num_processes}: "
                 "batches, learning rate and augmentations stay the same; BatchNorm's batches, dropout and in-batch "

@@ -32,6 +32,7 @@ from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import start_from_means
 from rescom_timm.nets.trainable import count_weights, still_statistics
 from rescom_timm.recipe.config import Recipe
+from rescom_timm.recipe.loading import refuse_secrets
 from rescom_timm.training import checkpoint, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
@@ -68,6 +69,7 @@ def train(
     dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
     Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run elsewhere does.
     """
+    refuse_secrets(recipe)
     with with_advice():
         accelerator = launch(recipe)
         set_seed(recipe.seed)
@@ -385,7 +387,8 @@ class Trainer:
             print(self.trained, flush=True)
 
     def _restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder)
+        with checkpoint.consistent(path):
+            check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder)
         self.state.restore(path, weights, state)
 
     def save(self) -> None:

@@ -15,7 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.sharing.hub_server import Fault, HubServer
 
@@ -39,6 +42,7 @@ import yaml
 
 import rescom_timm
 from rescom_timm.commands import push as tool
+from rescom_timm.files import MAX_RECIPE
 from rescom_timm.recipe.config import HubConfig
 from rescom_timm.recipe.loading import load, load_fetched
 from rescom_timm.sharing import staging
@@ -364,6 +368,113 @@ def test_repositories_that_cannot_be_read(ready, monkeypatch):
         from_pretrained(f"{REPO}@v9")
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     with pytest.raises(FileNotFoundError, match="your token may not see it"):
+        from_pretrained(REPO)
+
+
+# ----------------------------------------------------------------------------- answers that are none, files that lie
+
+PAGE = b"<html><body>Please log in to this network</body></html>"
+ANSWERS = {
+    "page": Fault("", "body", body=PAGE, headers={"Content-Type": "text/html"}),
+    "object": Fault("", "body", body=b"{}"),
+    "null": Fault("", "body", body=b"null"),
+    "deep": Fault("", "body", body=b"[" * 50_000),
+    "sha": Fault("", "body", body=b'{"sha": "../../x", "id": 3, "siblings": 4}'),
+    "torn": Fault("", "torn"),
+    "longer": Fault("", "longer"),
+    "shorter": Fault("", "shorter"),
+    "huge": Fault("", "huge"),
+    "elsewhere": Fault("", "redirect", headers={"Location": "http://127.0.0.1:9/x"}),
+    "round": Fault("", "redirect", headers={"Location": "/api/models/me/rescom-tiny"}),
+    "server": Fault("", 500),
+}
+"""What a proxy, a mirror or a stranger in between may answer."""
+ROUTES = (".*/api/models/[^/]+/[^/]+(/revision/[^/]+)?$", ".*/tree/", ".*/resolve/")
+
+
+def read_all(tmp_path):
+    """Everything that is read of a repository: (net, recipe, checkpoint)."""
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE, ignore_errors=True)
+    shutil.rmtree(tmp_path / "there", ignore_errors=True)
+    (tmp_path / "there").mkdir()
+    found = []
+    for read in (
+        lambda: from_pretrained(REPO).net.state_dict(),
+        lambda: {"recipe": PushedRun(f"hf://{REPO}").recipe().read_bytes()},
+        lambda: (
+            PushedRun(f"hf://{REPO}").fetch(tmp_path / "there")
+            or checkpoint.load(tmp_path / "there" / "checkpoints" / "step-00000004")[0]
+        ),
+    ):
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                value = read()
+            found.append(None if any("may not be what was pushed" in str(one.message) for one in told) else value)
+        except (FileNotFoundError, ValueError, HubError) as error:
+            assert str(error).strip() and TOKEN not in str(error)
+            found.append(None)
+    return found
+
+
+def equal(one, other):
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=["info", "tree", "file"])
+def test_an_answer_that_is_none_is_an_error_in_words(ready, tmp_path, route):
+    push(ready)
+    right = read_all(tmp_path)
+    assert None not in right
+    for name, answer in ANSWERS.items():
+        SERVER.faults[:] = [replace(answer, where=f"(GET|HEAD) {route}", times=999)]
+        for found, expected in zip(read_all(tmp_path), right, strict=True):
+            if found is not None:
+                assert found.keys() == expected.keys(), name
+                assert all(equal(found[key], expected[key]) for key in found), name
+
+
+def test_a_token_is_not_sent_to_where_an_answer_points(ready):
+    push(ready)
+    port = SERVER.url.rpartition(":")[2]
+    SERVER.headers.clear()
+    SERVER.faults.append(
+        Fault(f"GET /{REPO}/resolve/.*", "redirect", 9, headers={"Location": f"http://localhost:{port}/stolen"})
+    )
+    with pytest.raises((FileNotFoundError, ValueError)):
+        from_pretrained(REPO)
+    there = [headers for headers in SERVER.headers if headers["Host"].startswith("localhost")]
+    assert there and not any("Authorization" in headers or "authorization" in headers for headers in there)
+
+
+def test_names_in_a_repository_lead_nowhere_else(tmp_path):
+    run, _ = pushed(tmp_path)
+    repo, evil = SERVER.repos[REPO], b"evil"
+    step = "checkpoints/step-00000004"
+    names = [f"{step}/../../../evil", f"{step}/more/evil", "checkpoints/step-../evil", f"{step}x/hashes.json"]
+    names += ["../../../evil", "/evil", "evaluation/../../evil"]
+    repo.commit({**repo.files, **dict.fromkeys(names, evil)}, "by a stranger")
+    before = {path for path in tmp_path.rglob("*") if "there" not in path.parts}
+    found = read_all(tmp_path)
+    assert same_net(from_pretrained(REPO).net, from_pretrained(run).net) and found[2] is not None
+    assert not [path for path in tmp_path.rglob("*") if path.name == "evil"]
+    assert {path for path in tmp_path.rglob("*") if "there" not in path.parts} == before
+    assert sorted(path.name for path in (tmp_path / "there" / "checkpoints" / "step-00000004").iterdir()) == sorted(
+        [*checkpoint.FILES, "hashes.json"]
+    )
+
+
+def test_a_file_of_any_size_is_not_fetched(ready, monkeypatch):
+    push(ready)
+    repo = SERVER.repos[REPO]
+    repo.commit({**repo.files, "recipe.yaml": b"#" * (MAX_RECIPE + 1)}, "large")
+    for read in (lambda: from_pretrained(REPO), lambda: PushedRun(f"hf://{REPO}").recipe()):
+        with pytest.raises((ValueError, HubError), match=r"recipe\.yaml of .* is not read: it has 1 MiB; at most 1"):
+            read()
+    assert not [request for request in SERVER.requests if request.startswith(f"GET /{REPO}/resolve")]
+    repo.commit({**repo.files, "recipe.yaml": b""}, "small")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="has room for 0.0"):
         from_pretrained(REPO)
 
 

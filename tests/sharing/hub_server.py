@@ -33,10 +33,12 @@ class Fault:
     where: str
     what: int | str
     """A status; "cut": the connection ends in the middle of a body; "corrupt": a byte of the body is another;
-    "slow": answered after `seconds`."""
+    "slow": answered after `seconds`; "body": answered with `body`; "torn": half of the body, which is said to be all;
+    "longer", "shorter", "huge": the answer says another length than it has; "redirect": elsewhere, as `headers` say."""
     times: int = 1
     seconds: float = 0.3
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass
@@ -68,6 +70,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.headers: list[dict[str, str]] = []
         self.requests: list[str] = []
         self.lock = Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -127,6 +130,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(f"{self.command} {path}")
         self.corrupt = fault is not None and fault.what == "corrupt"
         self.cut_answer = fault is not None and fault.what == "cut" and self.command == "GET"
+        self.lie = fault.what if fault is not None and fault.what in ("torn", "longer", "shorter", "huge") else ""
+        self.hub.headers.append(dict(self.headers))
         size = int(self.headers.get("Content-Length") or 0)
         if fault is not None and fault.what == "cut" and not self.cut_answer:
             self.rfile.read(size // 2)
@@ -139,6 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None and isinstance(fault.what, int):
                 raise _Refused(fault.what, text="injected")
+            if fault is not None and fault.what in ("body", "redirect"):
+                self.answer(fault.body, 302 if fault.what == "redirect" else 200, fault.headers)
+                return
             self.route(path, body)
         except _Refused as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
@@ -158,7 +166,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if self.lie == "torn":
+            body = body[: len(body) // 2]
+        lengths = {"longer": 2 * len(body) + 9, "shorter": len(body) // 2, "huge": 10**13}
+        self.send_header("Content-Length", str(lengths.get(self.lie, len(body))))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -170,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.wfile.write(body)
+        if self.lie in lengths:
+            self.close_connection = True
 
     def tell(self, value: Any) -> None:
         self.answer(json.dumps(value).encode())

@@ -25,8 +25,8 @@ from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.tables import NoSplit
 from rescom_timm.files import write_text
-from rescom_timm.recipe.config import without_home
 from rescom_timm.recipe.own_data import recipe_for
+from rescom_timm.recipe.private import without_home
 
 
 def make(options: argparse.Namespace) -> int:
