@@ -196,7 +196,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError."""
+    """The value of a YAML text. Raises ValueError, in one line."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:

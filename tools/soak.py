@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a folder to keep; a temporary one by default")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # by way of `live`, which ends the run
     with tempfile.TemporaryDirectory() as temporary:
         return soak(arguments, arguments.output or Path(temporary))
 
@@ -90,22 +91,27 @@ def live(output: Path, workers: int, seconds: float, kind: signal.Signals) -> La
             [sys.executable, str(ROOT / "tools" / "train.py"), *words], cwd=ROOT, stdout=text, stderr=text,
             start_new_session=True, env={**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
-    before, began = done(output), 0.0
-    while process.poll() is None and not (began and time.monotonic() - began > seconds):
-        time.sleep(1)
-        epoch = done(output)
-        if epoch > before:
-            began = began or time.monotonic()
-            try:
-                told.memory.append(resident(process.pid))
-                told.files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
-                told.epochs.append(epoch)
-            except FileNotFoundError:
-                break
-    if process.poll() is None:
-        told.ended_by = kind.name
-        os.killpg(process.pid, kind)
-    told.code = process.wait(timeout=120)
+    try:
+        before, began = done(output), 0.0
+        while process.poll() is None and not (began and time.monotonic() - began > seconds):
+            time.sleep(1)
+            epoch = done(output)
+            if epoch > before:
+                began = began or time.monotonic()
+                try:
+                    told.memory.append(resident(process.pid))
+                    told.files.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+                    told.epochs.append(epoch)
+                except FileNotFoundError:
+                    break
+        if process.poll() is None:
+            told.ended_by = kind.name
+            os.killpg(process.pid, kind)
+        told.code = process.wait(timeout=120)
+    finally:
+        if process.poll() is None:  # this process was asked to stop, and the run with it
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
     for _ in range(20):  # a loader's workers look for their parent every five seconds
         told.left_over = len(session(process.pid))
         if not told.left_over:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 PARTS = {
     "head": "the contrastive part of a step, embeddings given",
@@ -43,12 +43,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
             one.description = part.__doc__
             part.arguments(one)
     options = parser.parse_args(words)
-    import torch
 
-    try:
+    def work() -> int:
+        import torch
+
         if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
         return int(part.run(options))
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+
+    return answer(work)

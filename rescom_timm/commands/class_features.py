@@ -10,11 +10,10 @@ backbone. Several --prompt are averaged.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,31 +27,32 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="with {} for the class; 'a photo of a {}.'")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a file of safetensors")
     options = parser.parse_args(words)
-    from rescom_timm.nets.text_features import PROMPT, save_class_features, text_features
 
-    try:
+    def work() -> int:
+        from rescom_timm.nets.text_features import PROMPT, save_class_features, text_features
+
         names, prompts = names_of(options.classes), options.prompt or [PROMPT]
         features = text_features(names, options.model, prompts)
         save_class_features(options.output, features, names, options.model, prompts)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    shown = ", ".join(prompts[0].replace("{}", name.replace("_", " ")) for name in names[:2])
-    print(f"{options.output}: {len(names):,} classes of {features.shape[1]} features ({shown} ...)")
-    return 0
+        shown = ", ".join(prompts[0].replace("{}", name.replace("_", " ")) for name in names[:2])
+        print(f"{options.output}: {len(names):,} classes of {features.shape[1]} features ({shown} ...)")
+        return 0
+
+    return answer(work)
 
 
 def names_of(source: str) -> list[str]:
     """Class names, in order. Raises ValueError where there are none, or the same twice, and FileNotFoundError."""
     from rescom_timm.data.index import Index
     from rescom_timm.data.sources import load
+    from rescom_timm.files import read_text
     from rescom_timm.recipe.loading import load as load_recipe
 
     path = Path(source).expanduser()
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
         names: list[str] | None = load(load_recipe(source).data).class_names
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         if lines and lines[0].startswith("# rescom_timm index"):
             names = Index.load(path, allow_empty=True).class_names
         else:

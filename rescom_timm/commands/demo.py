@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 if TYPE_CHECKING:
     from rescom_timm.data.sources import Data
@@ -26,15 +26,13 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
     parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
     arguments = parser.parse_intermixed_args(words)
-    from rescom_timm.training.errors import FAILURES, one_line
 
-    try:
+    def work() -> int:
         made = page(arguments.model, arguments.overrides, not arguments.no_data)
         made.launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
-    except (*FAILURES, ImportError) as error:
-        print(one_line(error), file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return answer(work)
 
 
 def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> Any:

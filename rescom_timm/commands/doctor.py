@@ -10,12 +10,13 @@ Data of your own: rescom-timm init FOLDER first.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 if TYPE_CHECKING:
     from rescom_timm.data.doctor import Examined, Finding
@@ -35,6 +36,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
     options = parser.parse_intermixed_args(words)
+    return answer(lambda: look(options), failed=2)
+
+
+def look(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from rescom_timm.data.doctor import examine, findings
@@ -42,30 +47,25 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     from rescom_timm.figures.doctor_page import page, told
     from rescom_timm.files import write_text
     from rescom_timm.recipe.loading import load as load_recipe
-    from rescom_timm.training.errors import FAILURES, one_line
     from rescom_timm.training.run_folder import run_recipe
 
     run = Path(options.recipe)
-    try:
-        is_run = (run / "recipe.yaml").is_file()
-        recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
-        data = load(recipe.data)
-        splits = {"train": data.train, "test": data.test}
-        if data.validation is not None:
-            splits["validation"] = data.validation
-        total = sum(len(split.rows) for split in splits.values())
-        with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
-            images = examine(splits, bar.update)
-        found = findings(images, data.class_names, data.counts)
-        if is_run:
-            found += suspects(run, options.overrides, images, data)
-        print(told(images, found, data.class_names))
-        title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
-        write_text(options.output, page(images, found, data.class_names, title))
-        print(options.output)
-    except (*FAILURES, ImportError) as error:
-        print(one_line(error), file=sys.stderr)
-        return 2
+    is_run = (run / "recipe.yaml").is_file()
+    recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
+    data = load(recipe.data)
+    splits = {"train": data.train, "test": data.test}
+    if data.validation is not None:
+        splits["validation"] = data.validation
+    total = sum(len(split.rows) for split in splits.values())
+    with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+        images = examine(splits, bar.update)
+    found = findings(images, data.class_names, data.counts)
+    if is_run:
+        found += suspects(run, options.overrides, images, data)
+    print(told(images, found, data.class_names))
+    title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
+    write_text(options.output, page(images, found, data.class_names, title))
+    print(options.output)
     return int(any(finding.key in GRAVE for finding in found))
 
 

@@ -6,11 +6,11 @@ key=value changes the run's recipe, such as data.source=PATH for another place o
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -26,22 +26,20 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--five-crops", action="store_true", help="also the mean of five crops, beside the single one")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     arguments = parser.parse_intermixed_args(words)
+    return answer(lambda: evaluate(arguments))
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
     from rescom_timm.figures import confusion, style
     from rescom_timm.figures.folder import RunFolder
-    from rescom_timm.recipe.config import RecipeError
-    from rescom_timm.training.errors import CheckpointError, one_line
     from rescom_timm.training.evaluate import evaluate_run, table
 
-    try:
-        what = (arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
-        name, title, meter = evaluate_run(*what, weights=arguments.weights)
-        rows = {title: meter.compute()}
-        if arguments.five_crops:
-            _, title, meter = evaluate_run(*what, crops=True, weights=arguments.weights)
-            rows[title] = meter.compute()
-    except (RecipeError, CheckpointError, ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
-        return 1
+    what = (arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
+    name, title, meter = evaluate_run(*what, weights=arguments.weights)
+    rows = {title: meter.compute()}
+    if arguments.five_crops:
+        _, title, meter = evaluate_run(*what, crops=True, weights=arguments.weights)
+        rows[title] = meter.compute()
     print(table(rows))
     measured = confusion.measure(RunFolder(arguments.run).evaluation(name))
     for path in style.save(confusion.draw(measured), confusion.table(measured), arguments.run / "figures" / name):

@@ -8,11 +8,11 @@ several runs they are drawn only where --only names them. key=value changes the 
 data.source=PATH. With --only, the report shows the figures named beside it (--only curves,report), or all.
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 NAMES = (
     "curves", "schedule", "robustness", "longtail", "confusion", "reliability", "views", "pairs", "queue_pairs",
@@ -33,18 +33,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--checkpoint", default="last", help="of the net: last, best, or the folder of a checkpoint")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="RUN/figures by default; ./figures for several runs")
     options = parser.parse_intermixed_args(arguments)
+    return answer(lambda: draw(options), failed=2, named=False)
+
+
+def draw(options: argparse.Namespace) -> int:
     from rescom_timm.figures.folder import open_runs
     from rescom_timm.figures.writing import write_figures
 
     overrides = [word for word in options.runs if "=" in word and not Path(word).exists()]
-    try:
-        runs = open_runs(word for word in options.runs if word not in overrides)
-        if not runs:
-            raise ValueError("no run is named: give the folder of at least one")
-        names = [name.strip() for name in options.only.split(",")] if options.only else None
-        for told in write_figures(runs, names, options.output, options.evaluation, options.checkpoint, overrides):
-            print(told, flush=True)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = open_runs(word for word in options.runs if word not in overrides)
+    if not runs:
+        raise ValueError("no run is named: give the folder of at least one")
+    names = [name.strip() for name in options.only.split(",")] if options.only else None
+    for told in write_figures(runs, names, options.output, options.evaluation, options.checkpoint, overrides):
+        print(told, flush=True)
     return 0

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rescom_timm.commands import example, new_parser
+from rescom_timm.commands import answer, example, new_parser
 
 VERBS = {
     "make": "Draw a long-tailed index from a data set, a list, or a file of labels (one a line).",
@@ -89,15 +89,12 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     options = parser(prog).parse_args(arguments)
-    from rescom_timm.commands.parts import index
 
-    try:
+    def work() -> int:
+        from rescom_timm.commands.parts import index
+
         code = int(getattr(index, options.verb)(options))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # a reader such as head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return answer(work, failed=2, named=False)

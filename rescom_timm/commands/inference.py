@@ -9,11 +9,12 @@ rescom-timm inference resnet32_cifar --batch-size 8 --classes 100 --rounds 10
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 
@@ -37,14 +38,16 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("-o", "--output", default="inference", metavar="FOLDER", help="inference by default")
     arguments = parser.parse_intermixed_args(words)
-    import yaml
+    return answer(lambda: measure(arguments))
 
+
+def measure(arguments: argparse.Namespace) -> int:
     from rescom_timm.figures import inference, style
-    from rescom_timm.files import write_json
+    from rescom_timm.files import parse_yaml, write_json
 
+    if wrong := [word for word in arguments.options if "=" not in word]:
+        raise ValueError(f"{wrong[0]!r} is not key=value, such as img_size=384")
     try:
-        if wrong := [word for word in arguments.options if "=" not in word]:
-            raise ValueError(f"{wrong[0]!r} is not key=value, such as img_size=384")
         found = inference.measure(
             arguments.backbone,
             [int(number) for number in arguments.experts.split(",")],
@@ -56,12 +59,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
             rounds=arguments.rounds,
             branch=arguments.branch,
             channels_last=arguments.channels_last,
-            options={key: yaml.safe_load(value) for key, _, value in (w.partition("=") for w in arguments.options)},
+            options={key: parse_yaml(value) for key, _, value in (w.partition("=") for w in arguments.options)},
             note=lambda text: print(f"\r{text}   ", end="", file=sys.stderr, flush=True),
         )
-    except (ValueError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    except RuntimeError as error:  # of torch, for a net that does not take such images or does not fit the memory
+        raise ValueError(str(error).splitlines()[0]) from error
     print(file=sys.stderr)
     for row in (record := found.record())["nets"]:
         speed = f"{row['median_ms']:10.3f} ms{row['images_per_second']:12,.1f} images/s"

@@ -17,10 +17,9 @@ digits), with --list labels.csv for a list of the images in a folder; --split, t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -56,10 +55,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error("--among goes with --nearest")
     if options.by_group and options.coverage is None:
         parser.error("--by-group goes with --coverage")
-    from rescom_timm.commands.parts.predict import predict
 
-    try:
+    def work() -> int:
+        from rescom_timm.commands.parts.predict import predict
+
         return predict(options)
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+
+    return answer(work)

@@ -10,11 +10,11 @@ The token comes from  hf auth login  or HF_TOKEN.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -39,30 +39,28 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--torch-export", type=Path, metavar="FILE", help="the same as a program of torch.export (.pt2)"
     )
     arguments = parser.parse_intermixed_args(words)
-    from rescom_timm.sharing.hub import HubError
+    return answer(lambda: push(arguments))
+
+
+def push(arguments: argparse.Namespace) -> int:
     from rescom_timm.sharing.onnx import export_onnx
     from rescom_timm.sharing.program import export_program
     from rescom_timm.sharing.push import export_push, push_run
     from rescom_timm.sharing.space import push_space
-    from rescom_timm.training.errors import CheckpointError
     from rescom_timm.training.run_folder import run_recipe
 
-    try:
-        if arguments.onnx or arguments.torch_export:
-            if arguments.onnx:
-                print(export_onnx(arguments.run, arguments.onnx))
-            if arguments.torch_export:
-                print(export_program(arguments.run, arguments.torch_export))
-            return 0
-        overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
-        if arguments.export:
-            print(export_push(arguments.run, arguments.export, overrides, arguments.weights))
-        else:
-            print(f"pushed: {push_run(arguments.run, overrides)}")
-            if arguments.space:
-                hub = run_recipe(arguments.run, overrides).hub
-                print(f"pushed: {push_space(arguments.space, str(hub.repo), hub.private)}")
-    except (HubError, CheckpointError, ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if arguments.onnx or arguments.torch_export:
+        if arguments.onnx:
+            print(export_onnx(arguments.run, arguments.onnx))
+        if arguments.torch_export:
+            print(export_program(arguments.run, arguments.torch_export))
+        return 0
+    overrides = [*arguments.overrides, *([f"hub.repo={arguments.repo}"] if arguments.repo else [])]
+    if arguments.export:
+        print(export_push(arguments.run, arguments.export, overrides, arguments.weights))
+        return 0
+    print(f"pushed: {push_run(arguments.run, overrides)}")
+    if arguments.space:
+        hub = run_recipe(arguments.run, overrides).hub
+        print(f"pushed: {push_space(arguments.space, str(hub.repo), hub.private)}")
     return 0

@@ -7,12 +7,12 @@ rescom-timm recipes digits_lt > mine.yaml
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -24,7 +24,10 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("name", nargs="?", help="print this one")
     parser.add_argument("--table", action="store_true", help="in Markdown, with what each is expected to give")
     options = parser.parse_args(words)
-    from rescom_timm.recipe.config import RecipeError
+    return answer(lambda: tell(options))
+
+
+def tell(options: argparse.Namespace) -> int:
     from rescom_timm.recipe.loading import find, shipped
 
     if options.table:
@@ -35,12 +38,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         for path in shipped():
             print(f"{path.stem:<{width}}{summary(path)}")
         return 0
-    try:
-        text = find(options.name).read_text(encoding="utf-8")
-    except RecipeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(text, end="")
+    print(find(options.name).read_text(encoding="utf-8"), end="")
     return 0
 
 

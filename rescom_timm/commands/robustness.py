@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 if TYPE_CHECKING:
     from rescom_timm.figures.opened import Opened
@@ -40,13 +40,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="so many images, by seed the same of every kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_intermixed_args(words)
-    from rescom_timm.training.errors import CheckpointError
-
-    try:
-        return run(options)
-    except (ValueError, ImportError, OSError, CheckpointError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    return answer(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:

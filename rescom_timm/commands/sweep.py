@@ -36,12 +36,13 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -54,14 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the table only")
     parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
     options = parser.parse_intermixed_args(arguments)
-    from accelerate import PartialState
-
-    from rescom_timm.commands.parts.sweep import cells, measure, remember, run, split, summary, write
-    from rescom_timm.training.errors import Stopped
-    from rescom_timm.training.log import quiet
-
     recipes = [word for word in options.words if "=" not in word]
-    grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
     try:
         part, parts = (int(number) for number in options.share.split("/"))
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -71,6 +65,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         parser.error(f"--share {options.share}: the first number is from 1 to {parts}")
     if not recipes and not (options.table and options.output):
         parser.error("name a recipe, such as recipes/digits_lt.yaml, or --table and --output of a sweep")
+    return answer(lambda: sweep(options, recipes, seeds, part, parts), trains=True)
+
+
+def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], part: int, parts: int) -> int:
+    from accelerate import PartialState
+
+    from rescom_timm.commands.parts.sweep import cells, measure, remember, run, split, summary, write
+    from rescom_timm.training.errors import Stopped
+    from rescom_timm.training.log import quiet
+
+    grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
     output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"
     found = cells(recipes, grid, seeds)
     known = remember(found, output) if PartialState().is_main_process else []

@@ -12,13 +12,14 @@ Exit codes: 0 trained, 1 failed, 2 a wrong word, 143 stopped by a signal with al
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
-from rescom_timm.commands import new_parser
+from rescom_timm.commands import answer, new_parser
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -48,37 +49,41 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(
             f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
         )
+    return answer(lambda: run(arguments, recipes, overrides, addresses), trains=True)
+
+
+def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str], addresses: list[str]) -> int:
     from accelerate import PartialState
 
     from rescom_timm.recipe.loading import load, load_fetched
     from rescom_timm.run import train_recipe
     from rescom_timm.sharing.hub import PushedRun
-    from rescom_timm.training.errors import FAILURES, Stopped, one_line
+    from rescom_timm.training.errors import Stopped, one_line
     from rescom_timm.training.log import quiet
     from rescom_timm.training.run_folder import run_recipe
     from rescom_timm.training.trainer import Resume
 
     resume: Resume = arguments.resume
-    try:
-        if addresses:
-            resume = PushedRun(addresses[0])
-        if isinstance(resume, PushedRun) and not recipes:
-            recipe = load_fetched(resume.recipe(), overrides)
-        elif resume is True and is_recipe_of_run(Path(recipes[0])):
-            resume = Path(recipes[0]).parent
-            recipe = run_recipe(resume, overrides)
-        else:
-            recipe = load(recipes[0], overrides)
-        if arguments.print:
-            print(recipe.to_yaml())
-            return 0
-        with quiet() if arguments.quiet and not arguments.dry_run else nullcontext():
+    if addresses:
+        resume = PushedRun(addresses[0])
+    if isinstance(resume, PushedRun) and not recipes:
+        recipe = load_fetched(resume.recipe(), overrides)
+    elif resume is True and is_recipe_of_run(Path(recipes[0])):
+        resume = Path(recipes[0]).parent
+        recipe = run_recipe(resume, overrides)
+    else:
+        recipe = load(recipes[0], overrides)
+    if arguments.print:
+        print(recipe.to_yaml())
+        return 0
+    with quiet() if arguments.quiet and not arguments.dry_run else nullcontext():
+        try:
             folder = train_recipe(recipe, resume, arguments.dry_run)
-        if arguments.quiet and not arguments.dry_run and PartialState().is_main_process:
-            print(last_figures(folder))
-    except (*FAILURES, Stopped) as error:
-        print(one_line(error), file=sys.stderr)
-        return 143 if isinstance(error, Stopped) else 1
+        except Stopped as error:
+            print(one_line(error), file=sys.stderr)
+            return 143
+    if arguments.quiet and not arguments.dry_run and PartialState().is_main_process:
+        print(last_figures(folder))
     return 0
 
 
@@ -91,7 +96,10 @@ def last_figures(folder: Path) -> str:
 
 
 def is_recipe_of_run(path: Path) -> bool:
-    return path.is_file() and (path.parent / "checkpoints").is_dir()
+    """Whether a recipe stands in a run's folder, also of a run that was never saved; not in one from the Hub."""
+    beside = path.parent
+    began = (beside / "environment.json").is_file() and not (beside / "rescom.json").is_file()
+    return path.is_file() and (began or (beside / "checkpoints").is_dir())
 
 
 def _as_key(option: str, words: Sequence[str]) -> str:

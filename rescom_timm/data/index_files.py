@@ -139,6 +139,8 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
         if not _is_count(header.get(key, "")):
             problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
     if not _is_label(header.get("classes", "")):
+        if header.get("classes", "").isdigit():
+            problems.append(f"the header says {header['classes']} classes; at most {MAX_CLASSES - 1:,} are read")
         return
     rows.num_classes = int(header["classes"])
     names = []

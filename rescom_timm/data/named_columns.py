@@ -144,9 +144,9 @@ def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: b
 def called(kind: str, there: Sequence[str]) -> str | None:
     """The column whose name says that it is the image, the label or the split; None where none does. Raises ValueError
     where several do alike."""
-    plain = {re.sub(r"[\s-]+", "_", str(name).strip().lower()): name for name in there}
+    plain = [(re.sub(r"[\s-]+", "_", str(name).strip().lower()), name) for name in there]
     for names in NAMES[kind]:
-        found = [plain[name] for name in names if name in plain]
+        found = [own for name in names for words, own in plain if words == name]
         if len(found) > 1:
             raise ValueError(f"has {len(found)} columns that could be the {kind}: {', '.join(found)}")
         if found:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,7 @@ from rescom_timm.data.image_folders import IMAGE_SUFFIXES, files_under
 from rescom_timm.data.sampling import class_probabilities
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, parse
-from rescom_timm.files import write_rows
+from rescom_timm.files import errors_named, write_rows
 from rescom_timm.methods import long_tailed
 from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import Recipe
@@ -390,7 +392,8 @@ def write_csv(
 ) -> tuple[int, int]:
     """image, label_1, probability_1 ... label_k, probability_k, error, true_label, and what else was asked for:
     set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
-    five_crops_probability. Returns (images, unreadable)."""
+    five_crops_probability. Where it fails, what was predicted until then is in PATH.partial, and a table that was there
+    stays. Returns (images, unreadable). Raises OSError, which names `path`."""
     images = broken = 0
 
     def rows() -> Iterator[list[str]]:
@@ -413,7 +416,13 @@ def write_csv(
             yield row
             images, broken = images + 1, broken + bool(one.error)
 
-    # Row by row, so that what was predicted stays if the rest cannot be; a name that is no UTF-8 keeps its bytes.
-    with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        write_rows(file, rows())
+    # Row by row, so that what was predicted stays, in PATH.partial, if the rest cannot be, as does an older table. A
+    # name that is no UTF-8 keeps its bytes.
+    beside = Path(f"{path}.partial")
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is where the table goes", str(path))
+    with errors_named(path):
+        with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            write_rows(file, rows())
+        os.replace(beside, path)
     return images, broken

@@ -143,6 +143,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
                 raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
         _check_details(details)
         _check_room(details, folder)
+        parse(details["eval_policy"])
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         tuning = dict(details.get("tuning", {}))

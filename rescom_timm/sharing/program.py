@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.files import atomic_path
+from rescom_timm.files import atomic_path, errors_named
 from rescom_timm.nets.net import Net
 from rescom_timm.sharing.export import DETAILS, timm_view
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
@@ -75,8 +75,7 @@ def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
     except Exception as error:  # of many kinds, none of them public
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"this net cannot be exported by torch.export: {first}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as new:
+    with errors_named(path), atomic_path(path) as new:
         with new.open("wb") as file:
             torch.export.save(program, file, extra_files={DETAILS: json.dumps(about(model))})
         with new.open("rb") as file:

@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from rescom_timm.files import read_json, refuse_links, write_json, write_text
+from rescom_timm.files import atomic_path, errors_named, read_json, refuse_links, write_json, write_text
 from rescom_timm.recipe.config import HubConfig
 from rescom_timm.recipe.private import secret_in, without_home
 from rescom_timm.sharing import card
@@ -98,8 +98,8 @@ def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights:
     waiting = stage_now(run, config)
     try:
         for name, path in build(waiting, {**request, "checkpoints": False, "weights": weights}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+            with errors_named(folder / name), atomic_path(folder / name) as beside:
+                shutil.copyfile(path, beside)
     finally:
         shutil.rmtree(waiting)
     return folder

@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rescom_timm.files import read_json, regular_size
 from rescom_timm.recipe.config import RecipeError
-from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.errors import CheckpointError, unwritten
 
 FILES = ("net.safetensors", "state.safetensors", "state.json")
 NAME = re.compile(r"step-\d{1,18}")
@@ -81,10 +81,11 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
     aside = folder / f".partial-{step:08d}"
     if final.exists():
         try:
-            load(final)
-            return final  # the same step of the same run: the same bits
+            if load(final)[1].get("progress") == state.get("progress"):
+                return final  # the same step of the same run: the same bits
         except CheckpointError:
             shutil.rmtree(final)
+    old = folder / f".partial-old-{step:08d}"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -98,15 +99,17 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
         (aside / "hashes.json").write_text(json.dumps({name: _sha256(aside / name) for name in FILES}))
         for path in (*aside.iterdir(), aside):
             _sync(path)
+        if final.exists():  # of the same step, before its evaluation
+            final.rename(old)
         aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not final.exists():
+            old.rename(final)
         whole = ", ".join(path.name for path in listed(folder)) or "none"
-        raise CheckpointError(
-            f"checkpoint {final} could not be written: {error}. Whole checkpoints there: {whole}. "
-            "Free disk space (or name another folder with output=...), then continue with --resume"
-        ) from error
+        raise unwritten(f"checkpoint {final}", error, f" Whole checkpoints there: {whole}.") from error
     return final
 
 
@@ -166,6 +169,11 @@ def listed(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
     """(path, net, state) of the last whole checkpoint; damaged ones are named and passed over. None where none is."""
+    for old in folder.glob(".partial-old-*"):  # a process was killed between the two renames of `save`
+        place = folder / old.name.replace(".partial-old", "step")
+        with suppress(OSError):
+            if not place.exists():
+                old.rename(place)
     found = listed(folder)
     for path in reversed(found):
         try:

@@ -25,6 +25,10 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be written or read; the message says which and what to do."""
 
 
+class MachineError(CheckpointError):
+    """The machine refused a file or lost a process; the message says what to do."""
+
+
 class NonFiniteLoss(RunError):
     """The loss became NaN or infinite; the message names the step and where its rows are saved."""
 
@@ -37,29 +41,65 @@ FAILURES = (RunError, ValueError, OSError)
 """What a run may fail with whose message is enough: recipe, data, disk, network or numbers."""
 
 AGAIN = "then continue with --resume, from the last checkpoint"
+FULL = "free disk space (or name a folder on another disk)"
+_RIGHTS = "see that this user may read and write there, or name another place"
+_DISK = "the disk or its connection fails: mend it, or name a folder on another disk"
+ADVICE = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: f"the quota is used up: {FULL}",
+    errno.EFBIG: "files may not be so large here (ulimit -f, or the kind of disk): raise that, or name another folder",
+    errno.EROFS: "the disk may only be read: make it writable, or name a folder on another disk",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+    errno.ENOTCONN: _DISK,
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n 65536)",
+    errno.ENFILE: "too many files are open on this machine: end what is not needed",
+}
+"""What to do where the machine refuses a file, by the system's number of the error."""
+
+
+def advice(error: BaseException | None) -> str:
+    """What to do about what the machine refuses, of an error or of the one that it was raised from; else empty."""
+    while error is not None:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
+        if known := ADVICE.get(int(number[1]) if number else getattr(error, "errno", None) or 0):
+            return known
+        error = error.__cause__
+    return ""
+
+
+def unwritten(what: str, error: BaseException, more: str = "") -> MachineError:
+    """What is raised where the machine did not take a file of a run."""
+    todo = advice(error) or "see that the run's folder is there (was it moved or removed?) and may be written to"
+    return MachineError(f"{what} could not be written: {error}.{more} {todo[0].upper()}{todo[1:]}, {AGAIN}")
 
 
 @contextmanager
-def with_advice() -> Iterator[None]:
-    """What the machine lacks, as an error that says what to do.
+def with_advice(again: str = f"; {AGAIN}") -> Iterator[None]:
+    """What the machine lacks, as an error that says what to do. again: what it says last.
 
-    Raises RecipeError where a GPU's memory is full, CheckpointError for a full disk or a lost worker of a loader.
+    Raises RecipeError where a GPU's memory is full, MachineError for a disk that refuses a file, a lost worker of a
+    loader, or a lost process of several.
     """
     try:
         yield
+    except RunError:
+        raise
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
-            f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size; {AGAIN}"
+            f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size{again}"
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not advice(error):
             raise
-        raise CheckpointError(f"{error}: free disk space (or name another folder with output=...), {AGAIN}") from error
+        raise MachineError(f"{error}: {advice(error)}{again}") from error
     except RuntimeError as error:
-        if not worker_was_lost(error):
+        if not (worker_was_lost(error) or process_was_lost(error)):
             raise
-        raise CheckpointError(f"{one_line(error)}; {AGAIN}") from error
+        raise MachineError(f"{one_line(error).partition(': ')[2]}{again}") from error
 
 
 def raise_everywhere(trouble: Exception | None) -> None:
@@ -71,16 +111,32 @@ def raise_everywhere(trouble: Exception | None) -> None:
 
 def one_line(error: BaseException) -> str:
     """An error's name and message, in one line; of one that a loader's worker sends, without the worker's traceback."""
-    text = without_secrets(str(error))
+    text, name = without_secrets(str(error)), type(error).__name__
     if worker_was_lost(error):
         return (
-            f"{type(error).__name__}: a data loading worker was killed, most likely because memory ran out "
-            f"({text.splitlines()[0]}): use fewer speed.workers, or less speed.prefetch or speed.cache"
+            f"{name}: a data loading worker was killed, most likely because memory ran out ({text.splitlines()[0]}): "
+            "use fewer speed.workers, or less speed.prefetch or speed.cache"
         )
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
+    if process_was_lost(error):
+        return (
+            f"{name}: another process of this training is gone: it says why itself, or was killed, most likely "
+            f"because memory ran out ({text.splitlines()[0].partition('. ')[0]})"
+        )
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{name}: {text}"
 
 
 def worker_was_lost(error: BaseException) -> bool:
     """Whether torch says that a worker process of a loader is gone."""
-    lost = r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)"
-    return isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None
+    return _torch_says(error, r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)")
+
+
+def process_was_lost(error: BaseException) -> bool:
+    """Whether gloo, NCCL or their store say that another process of the training is gone."""
+    return _torch_says(
+        error, "Connection (reset|closed|refused)|Broken pipe|ncclRemoteError|Timed out waiting|recvValue failed"
+    )
+
+
+def _torch_says(error: BaseException, pattern: str) -> bool:
+    ours = isinstance(error, RunError) or not isinstance(error, RuntimeError)
+    return not ours and re.search(pattern, str(error)) is not None

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.private import without_secrets
+from rescom_timm.training.errors import one_line
 from rescom_timm.training.run_folder import lines
-from rescom_timm.training.trackers import Trackers
+from rescom_timm.training.trackers import Trackers, left_out
 
 PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
 
@@ -35,18 +36,29 @@ PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datase
 class Log:
     """metrics.jsonl, one JSON object a line with epoch, step and named figures, and the same in TensorBoard."""
 
-    def __init__(self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0, evaluated: bool = True
+    ) -> None:
         """Opens the log of a run that has done `step` steps; lines of later steps (of a run that was killed after
-        its last checkpoint) are dropped, for they will come again. about: what else environment.json should hold."""
+        its last checkpoint) are dropped, for they will come again; not evaluated: the evaluation after that step too.
+        about: what else environment.json should hold."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_json(folder / "environment.json", {**environment(), **about})
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in lines(self.path) if line.get("step", 0) <= step]
+        kept = [
+            line
+            for line in lines(self.path)
+            if line.get("step", 0) < step or (line.get("step", 0) == step and (evaluated or "lr" in line))
+        ]
         write_text(self.path, (json.dumps(line) + "\n" for line in kept))
         purge = step + 1 if step else None
-        boards = [str(folder / "tensorboard")] if "tensorboard" in recipe.track.log_with else []
-        self.boards = [SummaryWriter(board, purge_step=purge) for board in boards]
+        self.board: SummaryWriter | None = None
+        if "tensorboard" in recipe.track.log_with:
+            try:
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+            except OSError as error:
+                left_out("tensorboard", one_line(error))
         self.trackers = Trackers(folder, recipe)
 
     def write(self, epoch: int, step: int, figures: dict[str, float]) -> None:
@@ -55,18 +67,21 @@ class Log:
             file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
-        for name, value in figures.items():
-            for board in self.boards:
-                board.add_scalar(name, value, step)
+        try:
+            for name, value in figures.items() if self.board is not None else ():
+                self.board.add_scalar(name, value, step)  # type: ignore[union-attr]
+        except OSError as error:
+            self.board = None
+            left_out("tensorboard", one_line(error))
         self.trackers.log(figures, step)
 
     def close(self) -> None:
         self.trackers.close()
-        for board in self.boards:
+        if self.board is not None:
             try:
-                board.close()
+                self.board.close()
             except OSError as error:
-                warnings.warn(f"the last of {board.log_dir} could not be written: {error}", stacklevel=2)
+                warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
 
 
 def progress_bar(total: int, done: int, main: bool) -> Any:

@@ -23,7 +23,7 @@ from rescom_timm.files import read_json, read_text, refuse_links, write_json
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import load, load_dict
 from rescom_timm.training import checkpoint
-from rescom_timm.training.errors import FAILURES, CheckpointError, raise_everywhere
+from rescom_timm.training.errors import FAILURES, CheckpointError, advice, raise_everywhere
 
 LOCK, OWNER = ".lock", ".lock.json"
 FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard")
@@ -66,7 +66,8 @@ def make(recipe: Recipe) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise RecipeError(f"output: the run's folder cannot be made: {error}") from error
+        todo = f": {advice(error)}" if advice(error) else ""
+        raise RecipeError(f"output: the run's folder cannot be made: {error}{todo}") from error
 
 
 def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
@@ -131,8 +132,14 @@ def open_folder(recipe: Recipe, resume: Resume, lock: ExitStack) -> Path:
 
 
 def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """checkpoint.newest of a run's folder. Raises CheckpointError where the processes see different ones."""
+    """checkpoint.newest of a run's folder. Raises CheckpointError where the processes see different ones, and for a
+    trained run that has none left: to start it from the beginning would write over its figures and its model."""
     before = checkpoint.newest(folder / "checkpoints")
+    if before is None and (folder / "model").is_dir() and (folder / "evaluation" / "test-last.json").is_file():
+        raise CheckpointError(
+            f"{folder} was trained to its end and its checkpoints are gone, so that it cannot be gone on with: start "
+            "another run without --resume, or remove that folder"
+        )
     seen = gather_object([before[0].name if before else "none"])
     if len(set(seen)) > 1:
         raise CheckpointError(

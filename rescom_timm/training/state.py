@@ -49,6 +49,8 @@ class Progress:
     """Of every figure over the forward passes of the current epoch."""
     passes: int = 0
     """Forward passes counted in `sums`."""
+    unevaluated: bool = False
+    """The epoch that has ended is still to be evaluated: that failed, and what was trained was saved all the same."""
     skipped: int = 0
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 

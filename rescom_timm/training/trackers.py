@@ -82,7 +82,7 @@ class Trackers:
             if name not in STARTS:
                 continue
             if name not in map(str, get_available_trackers()):
-                _left_out(name, f"it is not installed (pip install {name})")
+                left_out(name, f"it is not installed (pip install {name})")
                 continue
             try:
                 ids = _read(self.path)
@@ -136,10 +136,11 @@ class Trackers:
 
     def _drop(self, name: str, error: Exception) -> None:
         self.running.pop(name, None)
-        _left_out(name, " ".join(one_line(error).split()))
+        left_out(name, " ".join(one_line(error).split()))
 
 
-def _left_out(name: str, why: str) -> None:
+def left_out(name: str, why: str) -> None:
+    """Tells that a tracker is left out, which stops no training."""
     warnings.warn(f"track.log_with: {name} is left out, the training goes on: {why}", stacklevel=4)
 
 

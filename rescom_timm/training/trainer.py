@@ -33,7 +33,7 @@ from rescom_timm.nets.classifiers import start_from_means
 from rescom_timm.nets.trainable import count_weights, still_statistics
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import refuse_secrets
-from rescom_timm.training import checkpoint, nonfinite
+from rescom_timm.training import checkpoint, errors, nonfinite
 from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
 from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
@@ -144,6 +144,10 @@ class Trainer:
         recipe, progress, images = self.recipe, self.progress, self.recipe.train.batch_size
         total = recipe.train.epochs * self.steps_per_epoch * images
         with progress_bar(total, progress.step * images, self.main) as bar:
+            if progress.unevaluated:
+                with self._saving_on_failure():
+                    self._evaluate(bar)
+                self.save()
             while not progress.ended(recipe):
                 stop = self._epoch(bar)
                 if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
@@ -303,6 +307,7 @@ class Trainer:
             yield
         except Exception:
             if self.accelerator.num_processes == 1:
+                self.progress.unevaluated = True
                 self.save()
             raise
 
@@ -314,6 +319,7 @@ class Trainer:
                 figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
         self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
         progress = self.progress
+        progress.unevaluated = False
         if "validation" in figures:
             score = figures["validation"][self.recipe.evaluation.select]
             if progress.best is None or score > progress.best:
@@ -344,8 +350,8 @@ class Trainer:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
                 trouble = CheckpointError(
-                    f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}. "
-                    "Repair that (free disk space?), then finish with --resume"
+                    f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}: "
+                    f"{errors.advice(error) or 'repair that'}, then finish with --resume"
                 )
         raise_everywhere(trouble)
 
@@ -380,7 +386,7 @@ class Trainer:
                 "weights": self.weights,
                 "data": self.data.provenance,
             }
-            self.log = Log(self.folder, self.recipe, record, self.progress.step)
+            self.log = Log(self.folder, self.recipe, record, self.progress.step, not self.progress.unevaluated)
             self.follower.opened(self.folder, self.recipe, self.data)
             nothing = ", no checkpoint to resume from: starting from the beginning" if resume else ""
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
@@ -410,9 +416,7 @@ class Trainer:
         try:
             self.log.write(self.progress.epoch, self.progress.step, figures)
         except OSError as error:
-            raise CheckpointError(
-                f"the log could not be written: {error}. Free disk space, then continue with --resume"
-            ) from error
+            raise errors.unwritten("the log", error) from error
 
     def close(self) -> None:
         if self.log is not None:

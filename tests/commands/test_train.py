@@ -98,25 +98,3 @@ def test_a_command_that_cannot_be_is_told_how_it_is_written(alone, capsys, words
     with pytest.raises(SystemExit, match="2"):
         tool.main()
     assert expected in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("method.queue.per_class=1000000000", "method.queue.per_class: the queue's keys would take 1,192 GiB"),
-        ("net.options={nonsense: 1}", "unexpected keyword argument 'nonsense'"),
-        ("net.options={num_classes: 5}", "multiple values for argument 'num_classes'"),
-        ("net.options={checkpoint_path: /x}", "has no option 'checkpoint_path'"),
-        ("from={junk}", "junk is no file of weights in safetensors"),
-        ("net={pretrained: true, weights_file: /none}", "net.weights_file: no file /none"),
-        ("net={pretrained: true, weights_file: {junk}}", "cannot be read from {junk}"),
-        ("output={junk}", "output: {junk} is no folder"),
-    ],
-)
-def test_what_cannot_be_built_is_one_line_before_training(alone, capsys, tmp_path, word, expected):
-    (tmp_path / "junk").write_bytes(b"junk" * 100)
-    recipe, junk = DIGITS.replace("_cross_entropy", ""), str(tmp_path / "junk")
-    alone.setattr(sys, "argv", ["tools/train.py", recipe, "--dry-run", word.replace("{junk}", junk)])
-    assert tool.main() == 1
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1 and expected.replace("{junk}", junk) in told[0]

@@ -355,6 +355,16 @@ def slow(seconds: float) -> None:
     _count(trainer.Trainer, "_forward_backward", [0], lambda count: time.sleep(seconds))
 
 
+def kill_a_worker(n: int, rank: int | None = None) -> None:
+    """Before forward pass n of this process one of its loader's workers is killed, as where memory ran out."""
+
+    def act(count: int) -> None:
+        if count == n and rank in (None, int(os.environ.get("RANK", 0))):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    _count(trainer.Trainer, "_forward_backward", [0], act)
+
+
 def little_memory(views: int, rank: int | None = None) -> None:
     """In this process, or in all, the net's forward pass takes so many views and no more, as a GPU's memory would."""
     forward = Net.forward
@@ -391,5 +401,8 @@ def fsdp() -> None:
 
 
 FAULTS = {
-    f.__name__: f for f in (signal_at_pass, at_disk_operation, poison, watch, slow, little_memory, no_shared_disk, fsdp)
-}
+    f.__name__: f
+    for f in (
+        signal_at_pass, at_disk_operation, poison, watch, slow, kill_a_worker, little_memory, no_shared_disk, fsdp,
+    )
+}  # fmt: skip

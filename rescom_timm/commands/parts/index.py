@@ -2,7 +2,6 @@
 returns an exit code."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -24,7 +23,7 @@ from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.tables import NoSplit
-from rescom_timm.files import write_text
+from rescom_timm.files import atomic_path, errors_named, read_json, read_text, write_text
 from rescom_timm.recipe.own_data import recipe_for
 from rescom_timm.recipe.private import without_home
 
@@ -49,7 +48,7 @@ def convert(options: argparse.Namespace) -> int:
     index = Index.load(options.file, options.classes, options.allow_empty)
     names = index.class_names
     if options.names:
-        names = Path(options.names).read_text(encoding="utf-8").splitlines()
+        names = read_text(options.names).splitlines()
     info = {"rule": f"converted from {Path(options.file).name}", **index.info}
     return _save(replace(index, class_names=names, info=info), options)
 
@@ -304,7 +303,9 @@ def _columns(options: argparse.Namespace) -> Columns:
 
 
 def _label_file(path: str, info: dict[str, str]) -> Index:
-    words = Path(path).read_text(encoding="utf-8").split()
+    words = read_text(path).split()
+    if not words:
+        raise ValueError(f"{path} holds no labels: it is one whole number from 0 a line")
     if bad := next((i for i, word in enumerate(words) if not word.isdecimal()), None):
         raise ValueError(f"{path}: label number {bad + 1}, {words[bad]!r}, is not a whole number from 0")
     labels = np.array(words, dtype=np.int64)
@@ -314,8 +315,10 @@ def _label_file(path: str, info: dict[str, str]) -> Index:
 def _counts_file(path: str) -> np.ndarray | None:
     if Path(path).suffix != ".json":
         return None
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = read_json(path, object)
     is_counts = isinstance(content, list) and content and all(isinstance(n, int) and n >= 0 for n in content)
+    if is_counts and not any(content):
+        raise ValueError(f"{path} holds class counts of 0 alone")
     return np.array(content, dtype=np.int64) if is_counts else None
 
 
@@ -337,4 +340,5 @@ def _picture(counts: np.ndarray, title: str, path: str) -> None:
     style.group_legend(axes, names, loc="upper right")
     title = f"{style.plain(title, 60)}: {counts.sum():,} rows, imbalance {rows.imbalance(counts):.4g}"
     style.tidy(axes, title, "classes, largest first", "training images (log scale)", "y")
-    figure.savefig(path, dpi=150)
+    with errors_named(path), atomic_path(path) as beside:
+        figure.savefig(beside, dpi=150, format=Path(path).suffix[1:] or "png")

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from filelock import FileLock
 
 from rescom_timm.figures import style
-from rescom_timm.files import atomic_path, read_json, write_json, write_text
+from rescom_timm.files import atomic_path, errors_named, read_json, write_json, write_text
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import differences, load
 from rescom_timm.run import train_recipe
@@ -113,6 +113,8 @@ def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".sweep.lock"):
         before = read_json(path, list) if path.is_file() else []
+        if not all(isinstance(one, list) and len(one) == 2 for one in before):
+            raise ValueError(f"{path} holds no cells of a sweep: remove it, and give the sweep's command again")
         known = {name: tuple(row) for row, name in before} | {cell.name: cell.row for cell in found}
         if found:
             write_json(path, [[row, name] for name, row in known.items()], indent=0)
@@ -187,7 +189,8 @@ def write(table: list[dict[str, Any]], output: Path) -> None:
     seeds = sorted({line["seeds"] for line in table})
     figure = draw(table, f"mean and deviation of {' or '.join(map(str, seeds))} seeds")
     for ending in (".png", ".svg"):
-        with atomic_path(output / f"sweep{ending}") as path:
+        name = output / f"sweep{ending}"
+        with errors_named(name), atomic_path(name) as path:
             figure.savefig(path, format=ending[1:])
     print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
 

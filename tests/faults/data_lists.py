@@ -1,0 +1,191 @@
+"""Lists, index files, folders of images and data sets that cannot be trained on."""
+
+import struct
+
+from tests.faults.fault import Fault, data, empty, folder, gone, half, link, photos, text
+
+HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1 a\n# class 1: 1 b\n"
+
+
+def listed(kind: str, content: str, said: str, name: str = "l.txt") -> Fault:
+    """A list as `check` reads it."""
+    return Fault(kind, f"check {name}", said, code=1, made=(text(name, content),))
+
+
+def refused(kind: str, given: str, said: str, *made: object, lines: int = 1) -> Fault:
+    """What an index verb refuses."""
+    return Fault(kind, given, said, code=2, made=made, lines=lines)  # type: ignore[arg-type]
+
+
+def trained(kind: str, words: str, said: str, *made: object, **more: object) -> Fault:
+    """A recipe over the small pictures of p with the list l.txt."""
+    keys = "data.source=p data.index=l.txt data.test='holdout(0.3)' data.validation=none views.train='crop(8,1)'"
+    keys += " method.name=cross_entropy"
+    given = f"train digits_lt {keys} train.batch_size=4 speed.workers=0 {words} --dry-run"
+    return Fault(kind, given, said, made=(photos(), text("l.txt", LIST), *made), **more)  # type: ignore[arg-type]
+
+
+ROWS = "# rescom_timm index: 1\n# rows: 10\n# classes: 10\n" + "".join(f"# class {k}: 1\n" for k in range(10))
+ROWS += "# row label\n" + "".join(f"{9 - k} {k}\n" for k in range(10))
+ROWS = ROWS.replace("0 9\n", "9 9\n").replace("9 0\n", "0 0\n")
+LIST = "".join(f"{name}/{k}.png {label}\n" for label, (name, n) in enumerate([("a", 6), ("b", 4)]) for k in range(n))
+FLOAT = b"II*\0\x08\0\0\0\x08\0" + b"".join(
+    struct.pack("<HHII", tag, kind, 1, value)
+    for tag, kind, value in [(256, 3, 1), (257, 3, 1), (258, 3, 32), (259, 3, 1), (262, 3, 1), (273, 4, 110),
+                             (279, 4, 4), (339, 3, 3)]
+) + b"\0\0\0\0" + struct.pack("<f", 0.5)  # fmt: skip
+"""A TIFF of one floating-point pixel."""
+
+# fmt: off
+LISTS = [
+    listed("list without labels", "a/1.jpg\nb/2.jpg\n", "line 1: "),
+    listed("label that is text", "a/1.jpg cat\n", "line 1: label 'cat' is not a whole number from 0"),
+    listed("negative label", "a/1.jpg -1\n", "line 1: label '-1' is not a whole number from 0"),
+    listed("label 1.0", "a/1.jpg 1.0\n", "line 1: label '1.0' is not a whole number from 0"),
+    listed("label 1e20", "a/1.jpg 100000000000000000000\n", "line 1: label '100000000000000000000'"),
+    listed("label in other digits", "a/1.jpg ١\n", "line 1: label '١' is not a whole number from 0"),
+    listed("labels from 1", "a/1.jpg 1\nb/2.jpg 2\n", "1 of 3 classes have no image: 0; labels count from 0"),
+    listed("labels with a gap", "a/1.jpg 0\nb/2.jpg 2\n", "1 of 3 classes have no image: 1"),
+    listed("path twice", "a/1.jpg 0\na/1.jpg 0\nb/1.jpg 1\n", "a/1.jpg"),
+    listed("path twice with two labels", "a/1.jpg 0\na/1.jpg 1\n", "a/1.jpg"),
+    listed("path from the root", "/a/1.jpg 0\n", "'/a/1.jpg' is not a path relative to the image root"),
+    listed("empty line in a list", "a/1.jpg 0\n\nb/1.jpg 1\n", "line 2 is empty"),
+    listed("empty list", "", "holds no rows"),
+    listed("list of blank lines", "\n\n", "holds no rows"),
+    listed("index of another format", HEADER.replace("index: 1", "index: 9") + "# row label\n0 0\n1 1\n",
+           "is of index format 9; this rescom_timm reads format 1"),
+    listed("header that is none", "# rescom_timm index: 1\nrows\n", "line 2: a header line reads '# key: value'"),
+    listed("header with a key twice", HEADER + "# rows: 2\n# row label\n0 0\n1 1\n", "the header has 'rows' twice"),
+    listed("header without its end", HEADER, "has no line '# row label' or '# path label' after the header"),
+    listed("header that counts wrong", HEADER.replace("rows: 2", "rows: 3") + "# row label\n0 0\n1 1\n", "3"),
+    listed("class counts that do not fit", HEADER.replace("0: 1", "0: 9") + "# row label\n0 0\n1 1\n", "class 0"),
+    listed("header without a class", HEADER.replace("# class 1: 1 b\n", "") + "# row label\n0 0\n1 1\n",
+           "the header says 2 classes and has no line 'class 1'"),
+    listed("row that is no number", HEADER + "# row label\nx 0\n1 1\n", "row 'x' is not a whole number from 0"),
+    listed("row twice", HEADER + "# row label\n1 0\n1 1\n", "1"),
+    listed("thousand million classes", "# rescom_timm index: 1\n# rows: 1\n# classes: 1000000000\n# row label\n0 0\n",
+           "the header says 1000000000 classes; at most"),
+    listed("table without a column of images", "x,y\n1,2\n", "has no column that could be the image", "l.csv"),
+    listed("table without a column of labels", "image,z\n1.png,2\n", "has no column that could be the label", "l.csv"),
+    listed("table with two columns of labels", "image,label,Label\n1.png,2,3\n", "columns that could be the label",
+           "l.csv"),
+    listed("table with an empty label", "image,label\n1.png,a\n2.png,\n", "row 2: column 'label' is empty", "l.csv"),
+    listed("table with an empty path", "image,label\n,a\n2.png,b\n", "row 1: column 'image' is empty", "l.csv"),
+    listed("table of the header alone", "image,label\n", "holds no rows", "l.csv"),
+    listed("table with a cell too many", "image,label\n1.png,a,7\n2.png,b,7\n", "quote text that holds the separator",
+           "l.csv"),
+    listed("table with an open quote", 'image,label\n"1.png,a\n', "cannot be read as csv", "l.csv"),
+    listed("lines that are no JSON", '{"path": "1.png", "label": "a"}\n{"path"\n', "cannot be read as jsonl",
+          "l.jsonl"),
+    listed("lines that are no objects", "[1, 2]\n", "line 1 is no object", "l.jsonl"),
+    listed("several labels of an image", '{"path": "1.png", "label": ["a", "b"]}\n', "holds several labels", "l.jsonl"),
+    listed("annotations that are no JSON", "{", "line 1: is not JSON", "l.json"),
+    listed("annotations 5,000 levels deep", "[" * 5000, "deep", "l.json"),
+    listed("annotations without images", '{"annotations": []}', "images", "l.json"),
+    listed("images that are no list", '{"images": 3, "annotations": []}', "images", "l.json"),
+    listed("annotation of no image", '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": '
+           '[{"image_id": 2, "category_id": 0}]}', "2", "l.json"),
+    listed("annotation with a list as its id", '{"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": '
+           '[{"image_id": [1], "category_id": 0}]}', "id", "l.json"),
+    Fault("list that is a picture", "check l.txt", "is not UTF-8 text", made=(data("l.txt", b"\x89PNG\xff\xfe\n"),)),
+    Fault("table that is a picture", "check l.csv", "is not UTF-8 text", made=(data("l.csv", b"\x89PNG\xff\xfd\n"),)),
+    Fault("parquet that is none", "check l.parquet", "cannot be read as parquet", made=(data("l.parquet",
+          b"PAR1" * 9),)),
+    refused("list that is not there", "check none.txt", "error: no index file none.txt"),
+    refused("folder for a list", "check l", "error: no index file l", folder("l")),
+    refused("list that is a broken link", "check l.txt", "error: no index file l.txt", link("l.txt", "nowhere")),
+    Fault("more classes than are said", "check l.txt --classes 1", "1", made=(text("l.txt", LIST),)),
+    refused("decoding without images", "check l.txt --decode", "say where they are with --source", text("l.txt", LIST)),
+    Fault("images that are not there", "check l.txt --source p", "6 of 10 images of l.txt are not under p",
+          made=(photos(), text("l.txt", LIST), gone("p/a"))),
+    Fault("image that is cut off", "check l.txt --source p --decode", "p/a/3.png",
+          made=(photos(), text("l.txt", LIST), half("p/a/3.png"))),
+]
+
+VERBS = [
+    refused("rule that there is not", "make digits 'exponental(10)' -o o.txt", "exponental"),
+    refused("imbalance below 1", "make digits 'exponential(0.5)' -o o.txt", "a number from 1"),
+    refused("imbalance of text", "make digits 'exponential(x)' -o o.txt", "is no long-tail rule"),
+    refused("imbalance that leaves a class empty", "make digits 'exponential(1000)' -o o.txt", "without a row"),
+    refused("split that there is not", "make digits 'step(2)' -o o.txt --split dev", "digits has no split 'dev'"),
+    refused("labels that are text", "make digits 'step(2)' -o o.txt --labels l.txt",
+            "label number 2, 'x', is not a whole number from 0", text("l.txt", "0\nx\n")),
+    refused("labels that are none", "make digits 'step(2)' -o o.txt --labels l.txt", "l.txt holds no labels",
+          text("l.txt", "")),
+    refused("labels that are not there", "make digits 'step(2)' -o o.txt --labels none.txt", "none.txt"),
+    refused("labels that are a picture", "make digits 'step(2)' -o o.txt --labels l.txt", "l.txt is not UTF-8 text",
+            data("l.txt", b"\xff\xfe\x80")),
+    refused("names that are too few", "convert l.txt -o o.txt --names n.txt", "1 class names for 2 classes",
+            text("l.txt", LIST), text("n.txt", "a\n")),
+    refused("names that are not there", "convert l.txt -o o.txt --names none.txt", "none.txt", text("l.txt", LIST)),
+    refused("folder where the list goes", "make digits 'step(2)' -o o.txt", "o.txt", folder("o.txt")),
+    refused("file where the list's folder goes", "make digits 'step(2)' -o f/o.txt", "f", text("f", "mine")),
+    refused("counts of text", "describe c.json", "c.json", text("c.json", '["a"]')),
+    refused("counts that are no JSON", "describe c.json", "c.json is not JSON", text("c.json", "[")),
+    refused("counts of no image", "describe c.json", "c.json", text("c.json", "[0, 0]")),
+    refused("picture of another kind", "describe l.txt --png t.xyz", "xyz", text("l.txt", LIST)),
+    refused("rows beside paths", "overlap l.txt r.txt", "row numbers and paths cannot be compared",
+            text("l.txt", LIST), text("r.txt", HEADER + "# row label\n0 0\n1 1\n")),
+    refused("folder of no class", "init p -o p.yaml", "p holds 0 class folders", folder("p")),
+    refused("folder of one class", "init p -o p.yaml", "p holds 1 class folders", photos(a=3)),
+    refused("class folder without an image", "init p -o p.yaml", "the class folder ...p/c holds no image", photos(),
+            folder("p/c")),
+    refused("class folders that training lacks", "init p -o p.yaml", "class folders that train lacks: c",
+            photos("p/train", a=3, b=3), photos("p/val", b=1, c=1)),
+    refused("folder that is not there", "init ./none -o p.yaml", "no folder ./none here"),
+    refused("recipe that would be overwritten", "init p -o p.yaml", "p.yaml would be overwritten", photos(),
+            text("p.yaml", "mine")),
+    refused("images that cannot be read", "init p -o p.yaml", "2 images cannot be read; repair or remove them",
+            photos(), half("p/a/0.png"), empty("p/b/1.png"), lines=3),
+    refused("image of floating-point pixels", "init p -o p.yaml", "1 images cannot be read", photos(),
+            data("p/a/f.tif", FLOAT), lines=2),
+    refused("name that is no UTF-8", "init p -o p.yaml", "is not UTF-8: rename it", photos(),
+            lambda place: (place / "p/a/0.png").rename(f"{place}/p/a/\udce9.png")),
+    refused("imbalance above what is there", "init p -o p.yaml --imbalance 30", "without a row", photos()),
+    refused("list for a data set", "init digits -o p.yaml --list l.txt", "--list names images of a folder",
+            text("l.txt", LIST)),
+    refused("validation of all", "init p -o p.yaml --validation 'holdout(1)'", "a part between 0 and 1 is held out",
+            photos()),
+    refused("column that the list lacks", "init p -o p.yaml --list l.csv --label-column kind",
+            "has no column 'kind': it has image, label", photos(), text("l.csv", "image,label\na/0.png,a\n")),
+    refused("list of images that are not there", "init p -o p.yaml --list l.csv",
+          "9 of 9 images of l.csv are not under", photos(),
+            text("l.csv", "image,label\n" + "".join(f"x/{k}.png,{'ab'[k % 2]}\n" for k in range(9)))),
+    refused("parquet folder that is damaged", "init d -o d.yaml", "d", data("d/train.parquet", b"PAR1" + b"x" * 99)),
+]
+
+TRAINED = [
+    trained("row beyond the data", "data.source=digits data.test=test data.test_index=r.txt data.index=r.txt",
+            "names row 99999", text("r.txt", ROWS.replace("9 9\n", "99999 9\n"))),
+    trained("rows over a folder", "data.index=r.txt", "row numbers, and p is a folder of images",
+            text("r.txt", HEADER + "# row label\n0 0\n1 1\n")),
+    trained("labels that the data contradicts", "data.source=digits data.test=test data.index=r.txt",
+            "disagree on", text("r.txt", ROWS)),
+    trained("folder without a list", "data.index=all", "p is a folder of images, and index is 'all'"),
+    trained("list that training does not find", "data.index=none.txt", "no index 'none.txt'"),
+    trained("images that training does not find", "", "6 of 10 images of l.txt are not under p", gone("p/a")),
+    trained("images trained and tested on", "data.test=test data.test_index=l.txt", "10 images stand both in train"),
+    trained("test list of other classes", "data.test=test data.test_index=t.txt",
+          "t.txt: line 1: label 7 is outside 0 .. 1",
+            text("t.txt", "b/3.png 7\n")),
+    trained("source that is not there", "data.source=./none", "no folder ./none here"),
+    trained("source that is no name", "data.source=a/b/c/d", "no folder a/b/c/d here"),
+    trained("source that is a file", "data.source=./l.txt", "l.txt"),
+    trained("subset of digits", "data.source=digits data.index=all data.test=dev", "digits has no split 'dev'"),
+    trained("hold-out of all", "data.validation='holdout(1.5)'", "a part between 0 and 1 is held out"),
+    trained("hold-out of nothing", "data.validation='holdout(0.0001)'", "takes no row"),
+    trained("validation that there is not", "data.validation=some", "is neither none nor one of"),
+    trained("unused rows of a list", "data.validation='unused(3)'",
+          "has no unused rows; use holdout(0.1) or index(FILE)"),
+    trained("class without a training image", "data.index=c.txt", "1 of 3 classes have no image: 1", text("c.txt",
+          "a/0.png 0\nb/0.png 2\n")),
+    trained("test image that is cut off", "data.test=test data.index=b.txt data.test_index=t.txt", "a/0.png",
+            text("t.txt", "a/0.png 0\n"), text("b.txt", LIST.replace("a/0.png 0\n", "")), half("p/a/0.png")),
+    trained("training image that is empty", "train.batch_size=7", "png", *(empty(f"p/a/{k}.png") for k in range(6))),
+    trained("images of several sizes", "views.train=none train.batch_size=7", "differ in size", photos("p/c", 9, c=3),
+            text("l.txt", LIST + "".join(f"c/c/{k}.png 2\n" for k in range(3)))),
+    trained("images too small for the net", "net.backbone=vit_tiny_patch16_224", "8"),
+]
+# fmt: on
+
+FAULTS = [*LISTS, *VERBS, *TRAINED]

@@ -1,0 +1,162 @@
+"""Exports that were changed, and what predict, push and the other verbs are given that cannot be."""
+
+import json
+import struct
+
+from tests.faults.fault import Change, Fault, changed, data, empty, flipped, folder, gone, half, hashed, photos, text
+from tests.faults.trained import a_run, longer, nan, tensors
+
+MODEL, DETAILS = "run/model", "run/model/rescom.json"
+
+
+def predicted(kind: str, words: str, said: str, *made: Change, **more: object) -> Fault:
+    """Labels by the run's model for the pictures of p."""
+    return Fault(kind, f"predict {words}", said, made=(a_run, photos(), *made), **more)  # type: ignore[arg-type]
+
+
+def read(kind: str, said: str, *made: Change, **more: object) -> Fault:
+    """The model, changed so by somebody who knows to write its hashes anew, is read."""
+    return predicted(kind, f"{MODEL} p", said, *made, hashed(MODEL), **more)
+
+
+# fmt: off
+READ = [
+    read("size of images that is none", "input_size in rescom.json must be three numbers", changed(DETAILS,
+         input_size=[3, 0, 0])),
+    read("size of images without end", "input_size in rescom.json must be three numbers", changed(DETAILS,
+         input_size=[3, 10**9, 10**9])),
+    read("size of images gone", "no 'input_size' in rescom.json", changed(DETAILS, input_size=None)),
+    read("mean that is no number", "mean in rescom.json must be three finite numbers", changed(DETAILS,
+         mean=[float("nan")] * 3)),
+    read("class too few", "cannot be read", changed(DETAILS, class_names=["a", "b"])),
+    read("classes that are a number", "cannot be read", changed(DETAILS, class_names=3)),
+    read("backbone of nowhere", "cannot be read", changed(DETAILS, backbone="nowhere_50")),
+    read("option of a stranger", "checkpoint_path", changed(DETAILS, options={"checkpoint_path": "/etc/passwd"})),
+    read("projector without end", "describes a net of", changed(DETAILS, projector={"hidden": 10**9, "dim": 8})),
+    read("policy that is none", "cannot be read", changed(DETAILS, eval_policy="resize(")),
+    read("policy that is a number", "cannot be read", changed(DETAILS, eval_policy=3)),
+    read("details that are a list", "holds list, not dict", text(DETAILS, "[]")),
+    read("details that are no JSON", "is not JSON", text(DETAILS, "{")),
+    read("details nested without end", "nested too deep", text(DETAILS, '{"a":' * 9999)),
+    read("tensors that are no numbers", "not finite", tensors(f"{MODEL}/rescom.safetensors", nan)),
+    read("classifier of no numbers", "not finite", tensors(f"{MODEL}/model.safetensors", nan)),
+    read("tensors of another size", "cannot be read", tensors(f"{MODEL}/rescom.safetensors", longer)),
+    read("safetensors that are none", "cannot be read", text(f"{MODEL}/rescom.safetensors", "junk")),
+    read("safetensors with a header of 2**60 bytes", "cannot be read",
+         data(f"{MODEL}/rescom.safetensors", struct.pack("<Q", 2**60) + b"{}")),
+    read("safetensors that overlap", "cannot be read", data(f"{MODEL}/rescom.safetensors", (lambda head: struct.pack(
+         "<Q", len(head)) + head + b"0" * 8)(json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+         for name in "ab"}).encode()))),
+    read("recipe of a model that is a list", "the recipe of this model cannot be read and is left out",
+         text(f"{MODEL}/recipe.yaml", "- 1\n"), code=0, new="predictions.csv"),
+]
+
+PREDICTED = [
+    predicted("weights of a model flipped", f"{MODEL} p", "is not what was written (another sha256)",
+              flipped(f"{MODEL}/model.safetensors")),
+    predicted("hashes of a model gone", f"{MODEL} p", "so the files beside it cannot be trusted",
+              gone(f"{MODEL}/hashes.json")),
+    predicted("hashes that are a list", f"{MODEL} p", "so the files beside it cannot be trusted",
+              text(f"{MODEL}/hashes.json", "[]")),
+    predicted("config of a model repaired", f"{MODEL} p", "config.json in run/model was changed since it was written",
+              text(f"{MODEL}/config.json", "{}"), code=0, new="predictions.csv"),
+    predicted("model that is not there", "./none p", "no folder none"),
+    predicted("model that is a folder of images", "./p p", "p is neither a run's folder nor one exported"),
+    predicted("run of damaged checkpoints alone", "run p", "every checkpoint in run/checkpoints is damaged",
+          gone(MODEL),
+              half("run/checkpoints/step-00000022/net.safetensors"), half("run/checkpoints/step-00000011/state.json")),
+    predicted("run without its classes", "run p", "holds no classes.json", gone(MODEL), gone("run/classes.json")),
+    predicted("run with its classes torn", "run p", "classes.json", gone(MODEL), empty("run/classes.json")),
+    predicted("images that predict does not find", "run q", "no image q"),
+    predicted("folder without an image", "run q", "no image in q: images end in", folder("q")),
+    predicted("no image at all", "run", "give images, or --data SOURCE", code=2),
+    predicted("list without its images", "run p --list l.csv", "--list is a list of the images of --data", code=2),
+    predicted("labels of 0 classes", "run p --top-k 0", "top_k must be at least 1"),
+    predicted("top-k of text", "run p --top-k x", "invalid int value: 'x'", code=2),
+    predicted("batch of no image", "run p --batch-size 0", "batch_size must be at least 1"),
+    predicted("device that there is not", "run p --device foo", "device foo cannot be used here"),
+    predicted("prior that is not there", "run p --prior none.txt", "--prior is train, uniform or a file of one number"),
+    predicted("prior that is text", "run p --prior q.txt", "q.txt is not one number a class", text("q.txt", "one two")),
+    predicted("prior of two classes", "run p --prior q.txt", "prior must be 10 counts or probabilities",
+              text("q.txt", "1\n2\n")),
+    predicted("prior that is no number", "run p --prior q.txt", "prior must be 10 counts or probabilities",
+              text("q.txt", "nan\n" * 10)),
+    predicted("prior of nothing", "run p --prior q.txt", "prior must be 10 counts or probabilities",
+              text("q.txt", "0\n" * 10)),
+    predicted("coverage above 1", "run p --coverage 2", "coverage must be between 0 and 1"),
+    predicted("coverage that few images cannot give", "run p --coverage 0.9999",
+          "of 0.9999 needs at least 10000 labelled images"),
+    predicted("coverage by a model that is no run", f"{MODEL} p --coverage 0.9", "is no run's folder"),
+    predicted("neighbours among a text", "run p --nearest 1 --among q", "q is no file of embeddings", text("q",
+          "junk")),
+    predicted("neighbours among nothing", "run p --among q", "--among goes with --nearest", code=2),
+    predicted("negative neighbours", "run p --nearest -1", "nearest"),
+    predicted("labels of other classes", "run --data p", "none of the classes of p (a, b"),
+    predicted("table where a folder is", "run p -o q", "a folder is where the table goes: 'q'", folder("q")),
+    predicted("table in a folder that is not there", "run p -o q/labels.csv", "q"),
+    predicted("table below a file", "run p -o q/labels.csv", "q", text("q", "mine")),
+    predicted("image that is empty", "run p", "1 unreadable", empty("p/a/0.png"), code=0, new="predictions.csv"),
+]
+
+PUSHED = [
+    Fault("push of nothing", "push none --export x", "none", made=(a_run,)),
+    Fault("push to nowhere", "push run", "repo", made=(a_run,)),
+    Fault("push to a name of no owner", "push run --repo digits", "repo must be owner/name, not 'digits'",
+          made=(a_run,)),
+    Fault("export onto a file", "push run --export f", "f", made=(a_run, text("f", "mine"))),
+    Fault("average exported that there is not", "push run --export x --weights ema", "average", made=(a_run,)),
+    Fault("program where a folder is", "push run --torch-export f", "f", made=(a_run, folder("f"))),
+    Fault("key that no push has", "push run hub.privat=false --export x", "unknown key hub.privat", made=(a_run,)),
+]
+
+OTHERS = [
+    Fault("recipe to print that there is not", "recipes digits_lr", "did you mean digits_l"),
+    Fault("doctor of nothing", "doctor none", "no recipe none", code=2),
+    Fault("report of the doctor where a folder is", "doctor digits_lt -o q", "q", code=2, made=(folder("q"),)),
+    Fault("features of no class", "class-features n.txt --model m -o o", "n.txt tells no class names",
+          made=(text("n.txt", "\n"),)),
+    Fault("features of a class twice", "class-features n.txt --model m -o o", "n.txt has class names twice: a",
+          made=(text("n.txt", "a\na\n"),)),
+    Fault("names of classes in bytes", "class-features n.txt --model m -o o", "n.txt is not UTF-8 text",
+          made=(data("n.txt", b"\xff\xfea"),)),
+    Fault("robustness of nothing", "robustness none", "No run folder none"),
+    Fault("robustness of no image", "robustness run --limit 0", "--limit must be at least 1, not 0", made=(a_run,)),
+    Fault("corruption with a typo", "robustness run --kinds snw", "did you mean snow", made=(a_run,)),
+    Fault("corrupted images that are not there", "robustness run --prepared none",
+          "no folder none of corrupted images", made=(a_run,)),
+    Fault("corrupted images that are none", "robustness run --prepared p", "is neither ImageNet-C", made=(a_run,
+          photos())),
+    Fault("baseline of other classes", "robustness run --baseline alexnet",
+          "AlexNet's errors are of ImageNet-C's 1,000",
+          made=(a_run,)),
+    Fault("sweep of nothing", "sweep", "name a recipe", code=2),
+    Fault("seeds of text", "sweep digits_lt --seeds a,b", "--seeds is like 0,1,2", code=2),
+    Fault("share beyond the parts", "sweep digits_lt --share 3/2", "the first number is from 1 to 2", code=2),
+    Fault("sweep of a recipe that there is not", "sweep digits_lr --seeds 0 --output s", "no recipe digits_lr",
+          new="s/*", lines=2),
+    Fault("sweep of a key that there is not", "sweep digits_lt lr=1,2 --seeds 0 --output s", "unknown key lr",
+          new="s/*",
+          lines=2),
+    Fault("cells of a sweep torn", "sweep --table --output s", "s/sweep.json is not JSON", made=(text("s/sweep.json",
+          "[["),), new="s/.sweep.lock"),
+    Fault("cells of a sweep that are text", "sweep --table --output s", "s/sweep.json holds no cells of a sweep",
+          made=(text("s/sweep.json",
+          '["a", "b"]'),), new="s/.sweep.lock"),
+    Fault("figures of a sweep torn", "sweep --table --output s", "test-last.json",
+          made=(text("s/sweep.json", '[[["a"], "x"]]'), text("s/x/evaluation/test-last.json", "{")),
+          new="s/.sweep.lock"),
+    Fault("sweep into a file", "sweep digits_lt --output f", "f", made=(text("f", "mine"),)),
+    Fault("benchmark of nothing", "benchmark startup none.yaml", "no recipe none.yaml"),
+    Fault("benchmark that there is not", "benchmark hed", "invalid choice: 'hed'", code=2),
+    Fault("time of a net that there is not", "inference resnet33_cifar", "timm has no model 'resnet33_cifar'"),
+    Fault("time of an option that is none", "inference resnet8_cifar x", "'x' is not key=value"),
+    Fault("time of x experts", "inference resnet8_cifar --experts x", "x"),
+    Fault("verb with a typo", "trian digits_lt", "no verb 'trian'; did you mean train?", code=2, lines=40),
+    Fault("option with a typo", "train digits_lt --epochz 3", "unknown option --epochz", code=2),
+    Fault("two recipes at once", "train digits_lt digits_lt_cross_entropy", "one run is trained at a time", code=2),
+    Fault("address of the Hub that is none", "train --resume hf://x", "'hf://x' is no address of a run on the Hub"),
+    Fault("address of the Hub without resuming", "train hf://me/x", "is only read with --resume", code=2),
+]
+# fmt: on
+
+FAULTS = [*READ, *PREDICTED, *PUSHED, *OTHERS]

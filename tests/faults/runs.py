@@ -1,0 +1,126 @@
+"""Checkpoints and run folders that are damaged, moved, someone else's, or of another kind than they say."""
+
+import os
+import pickle
+
+from tests.faults.fault import Change, Fault, changed, data, empty, flipped, folder, gone, half, hashed, photos, text
+from tests.faults.trained import a_run, longer, nan, tensors, whole_numbers
+
+LAST, FIRST = "run/checkpoints/step-00000022", "run/checkpoints/step-00000011"
+ALL = "run/*"
+
+
+def resumed(kind: str, said: str, *made: Change, words: str = "", **more: object) -> Fault:
+    """The run, changed so, gone on with."""
+    given = f"train run/recipe.yaml --resume {words}"
+    return Fault(kind, given, said, made=(a_run, *made), **more)  # type: ignore[arg-type]
+
+
+def again(kind: str, said: str, *made: Change) -> Fault:
+    """The last checkpoint, changed so, is passed over; the one before it is gone on with."""
+    return resumed(kind, said, *made, code=0, whole=f"{FIRST}/*", new=ALL)
+
+
+def evaluated(kind: str, words: str, said: str, *made: Change, **more: object) -> Fault:
+    return Fault(kind, f"evaluate {words}", said, made=(a_run, *made), **more)  # type: ignore[arg-type]
+
+
+def drawn(kind: str, words: str, said: str, *made: Change, **more: object) -> Fault:
+    return Fault(kind, f"figures {words}", said, made=(a_run, *made), **more)  # type: ignore[arg-type]
+
+
+def both(damage: object) -> tuple[Change, ...]:
+    return tuple(damage(f"{path}/state.json") for path in (FIRST, LAST))  # type: ignore[operator]
+
+
+# fmt: off
+RESUMED = [
+    again("weights cut off", "step-00000022 is damaged...using the one before it", half(f"{LAST}/net.safetensors")),
+    again("checkpoint without its hashes", "step-00000022 is damaged...using the one before it",
+          gone(f"{LAST}/hashes.json")),
+    again("pickle for a state", "step-00000022 is damaged...using the one before it",
+          data(f"{LAST}/state.json", pickle.dumps(os.getcwd)), hashed(LAST)),
+    again("state nested without end", "step-00000022 is damaged...using the one before it",
+          text(f"{LAST}/state.json", "[" * 99999), hashed(LAST)),
+    again("line of figures torn", "metrics.jsonl: line 2 is damaged and left out",
+          lambda place: (place / "run/metrics.jsonl").write_text(
+              '{"epoch": 1, "step": 11}\n{"epoch"\n{"epoch": 2, "step": 22}\n')),
+    again("recipe of a run emptied", "the recipe in ...step-00000022 is taken", empty("run/recipe.yaml")),
+    again("recipe of a run torn", "the recipe in ...step-00000022 is taken", text("run/recipe.yaml", "name: [")),
+    resumed("every checkpoint damaged", "every checkpoint in run/checkpoints is damaged; start a new run", *both(half)),
+    resumed("every recipe damaged", "every checkpoint in run/checkpoints is damaged", *both(flipped),
+            empty("run/recipe.yaml")),
+    resumed("weights that are no numbers", "not finite", tensors(f"{LAST}/net.safetensors", nan), hashed(LAST)),
+    resumed("weights that are whole numbers", "does not fit: ...holds int64",
+            tensors(f"{LAST}/net.safetensors", whole_numbers), hashed(LAST)),
+    resumed("weights of another size", "does not fit", tensors(f"{LAST}/net.safetensors", longer), hashed(LAST)),
+    resumed("other learning rate than before", "different: optimizer.lr (0.1 then, 0.3 now)", words="optimizer.lr=0.3"),
+    resumed("other method than before", "different: method", words="method.name=cross_entropy"),
+    resumed("other rows than before", "data.index", words="data.index=all"),
+    resumed("other classes than before", "different: ", words="net.backbone=resnet8_cifar"),
+    resumed("checkpoints' folder that is a file", "run was trained to its end and its checkpoints are gone",
+            gone("run/checkpoints"),
+            text("run/checkpoints", "mine")),
+    resumed("checkpoints that are gone", "so that it cannot be gone on with", gone(FIRST), gone(LAST)),
+    resumed("log that is a folder", "metrics.jsonl", folder("run/metrics.jsonl"), whole=f"{LAST}/*", new=ALL),
+    resumed("lock that is a folder", "run/.lock", folder("run/.lock")),
+    resumed("evaluation that is a file", "run/evaluation", gone("run/evaluation"), text("run/evaluation", "mine"),
+            whole=f"{LAST}/*", new=ALL),
+    resumed("model that is a file", "is trained and saved, but its model could not be exported", gone("run/model"),
+            text("run/model", "mine"), whole="run/model", new=ALL),
+    Fault("run that is not there", "train none/recipe.yaml --resume", "no recipe none/recipe.yaml"),
+    Fault("output that is a file", "train digits_lt output=f --dry-run", "output: ...f is no folder",
+          made=(text("f", "mine"),)),
+    Fault("output below a file", "train digits_lt output=f/x", "output: ...f is no folder", made=(text("f", "mine"),)),
+    Fault("start from a file that is no weights", "train digits_lt from=f --dry-run",
+          "f is no file of weights in safetensors", made=(text("f", "junk" * 99),)),
+    Fault("start from a folder of nothing", "train digits_lt from=f --dry-run", "f", made=(folder("f"),)),
+    Fault("start from another net", "train digits_lt from=run --dry-run",
+          "step-00000022 is of another net (different: ", made=(a_run,)),
+    Fault("start from a run all damaged", "train digits_lt from=run --dry-run", "every checkpoint in run/checkpoints",
+          made=(a_run, *both(half))),
+]
+
+EVALUATED = [
+    evaluated("evaluation of nothing", "none", "no recipe none/recipe.yaml"),
+    evaluated("evaluation of a folder of images", "p", "no recipe p/recipe.yaml", photos()),
+    evaluated("checkpoint that there is not", "run --checkpoint step-7", "no checkpoint step-7"),
+    evaluated("checkpoint that is damaged", f"run --checkpoint {FIRST}", "step-00000011 is damaged",
+              flipped(f"{FIRST}/state.safetensors")),
+    evaluated("run without a checkpoint", "run", "no checkpoint in run/checkpoints: the run was never saved",
+              gone(FIRST), gone(LAST)),
+    evaluated("average that there is not", "run --weights ema", "average"),
+    evaluated("evaluation by another net", "run net.backbone=resnet8_cifar", "is it the net that the recipe says"),
+    evaluated("evaluation of data that is not there", "run data.source=./none", "no folder ./none here"),
+    evaluated("validation that the recipe lacks", "run --split validation data.validation=none",
+              "has no validation split"),
+    evaluated("five crops of no crop", "run --five-crops views.eval=none", "five crops are made where", new=ALL),
+    evaluated("word that is no key", "run net.backbon=resnet18", "unknown key net.backbon; did you mean net.backbone"),
+    evaluated("weights evaluated that are no numbers", "run", "not finite", tensors(f"{LAST}/net.safetensors", nan),
+              hashed(LAST)),
+    evaluated("figures' folder that is a file", "run", "run/figures", text("run/figures", "mine"), whole="run/figures",
+              new=ALL),
+]
+
+DRAWN = [
+    drawn("figures of nothing", "none", "No run folder none", code=2),
+    drawn("figures of a folder of images", "p", "p is no run folder: it holds none of", photos(), code=2),
+    drawn("figure that there is not", "run --only confusio", "confusion", code=2),
+    drawn("figure of an evaluation that there is not", "run --only confusion --evaluation test-best9",
+          "has no evaluation test-best9", code=0),
+    drawn("predictions torn", "run --only confusion", "write it again with rescom-timm evaluate",
+          half("run/evaluation/test-last.safetensors"), code=0),
+    drawn("record that is a list", "run --only confusion", "holds list, not dict", text("run/evaluation/test-last.json",
+          "[]"), code=2),
+    drawn("record that counts other classes", "run --only confusion", "disagree on the number of classes",
+          changed("run/evaluation/test-last.json", per_class__count=[1, 2]), code=2),
+    drawn("log without a line", "run --only curves", "no training log (metrics.jsonl) in run",
+          empty("run/metrics.jsonl"), code=0),
+    drawn("recipe torn under figures", "run --only report", "recipe.yaml", text("run/recipe.yaml", "a: ["), code=2),
+    drawn("net that cannot be drawn from", "run --only tsne", "every checkpoint in run/checkpoints is damaged",
+          *both(half), code=0),
+    drawn("pictures where a file is", "run --only curves -o f", "f", text("f", "mine"), code=2),
+]
+# fmt: on
+
+FAULTS = [*RESUMED, *EVALUATED, *DRAWN]
