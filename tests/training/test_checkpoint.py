@@ -111,7 +111,7 @@ def test_a_damaged_one_of_the_same_step_is_written_anew(tmp_path):
 
 
 def test_the_one_of_the_same_step_is_there_wherever_its_replacement_is_killed(tmp_path, monkeypatch):
-    first = checkpoint.save(tmp_path, 1, NET, {"progress": 1})
+    first = checkpoint.save(tmp_path, 1, NET, {"progress": {"step": 1}})
     rename, renamed = type(tmp_path).rename, []
 
     def killed(self, target):
@@ -122,11 +122,11 @@ def test_the_one_of_the_same_step_is_there_wherever_its_replacement_is_killed(tm
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(type(tmp_path), "rename", killed)
-        checkpoint.save(tmp_path, 1, NET, {"progress": 2})
+        checkpoint.save(tmp_path, 1, NET, {"progress": {"step": 2}})
     assert not first.exists() and len(renamed) == 2
-    assert checkpoint.newest(tmp_path)[::2] == (first, {"progress": 1})
-    checkpoint.save(tmp_path, 1, NET, {"progress": 2})
-    assert checkpoint.newest(tmp_path)[::2] == (first, {"progress": 2})
+    assert checkpoint.newest(tmp_path)[::2] == (first, {"progress": {"step": 1}})
+    checkpoint.save(tmp_path, 1, NET, {"progress": {"step": 2}})
+    assert checkpoint.newest(tmp_path)[::2] == (first, {"progress": {"step": 2}})
 
 
 def test_the_limit_keeps_the_last_the_best_and_no_leftovers(tmp_path):
