@@ -23,7 +23,7 @@ from rescom_timm.data.memory import MEMORY, InMemory, in_memory
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
-from rescom_timm.figures.writing import write_figures
+from rescom_timm.figures.writing import pictures, write_figures
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import flat, load, load_dict
 from rescom_timm.sharing.neighbours import Embeddings
@@ -42,7 +42,7 @@ from rescom_timm.training.trainer import train as train_only
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
     for the arguments and what is raised."""
-    return train_only(recipe, resume, dry_run, Publisher(), read_teacher(recipe))
+    return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe))
 
 
 def train(

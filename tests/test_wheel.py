@@ -1,13 +1,25 @@
 """The package as pip installs it, away from the clone: it builds, its description is sound, and it trains."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from html import unescape
+from importlib.metadata import PathDistribution, version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from PIL import Image
+
+from rescom_timm.sharing.predict import predict
+from tests.sharing.hub_server import HubServer
+from tests.sharing.page_server import served
+from tests.training.child import free_port
+from tests.training.made_up_run import make_run
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("rescom_timm", "recipes", "pyproject.toml", "README.md", "LICENSE")
@@ -43,7 +55,7 @@ def installed(dist, tmp_path_factory):
         words = [str(site / "bin" / "rescom-timm"), *words[1:]] if words[0] == "rescom-timm" else words
         return subprocess.run(words, cwd=away, env=environment, capture_output=True, text=True)
 
-    run.folder, run.site = away, site
+    run.folder, run.site, run.environment = away, site, environment
     return run
 
 
@@ -106,3 +118,43 @@ def test_python_trains_it_too(installed):
     )
     done = installed(sys.executable, "-c", code)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "['ece', 'few'] runs/python", done.stderr
+
+
+@pytest.mark.slow
+def test_a_pushed_space_runs(installed, tmp_path):
+    """Its files alone, with what its requirements.txt names, in an empty folder: the answers are predict's."""
+    client = pytest.importorskip("gradio_client", reason="the extra demo is not installed")
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    run, space, port = make_run(tmp_path / "run"), tmp_path / "space", free_port()
+    space.mkdir()
+    with HubServer({"hf_me": {"me"}}) as hub:
+        hub_client = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        installed.environment |= hub_client
+        done = installed("rescom-timm", "push", str(run), "--repo", "me/tiny", "--space", "me/tiny-demo")
+        assert done.returncode == 0, done.stderr
+        for name, content in hub.repos["spaces/me/tiny-demo"].files.items():
+            (space / name).write_bytes(content)
+        (needed,) = map(Requirement, (space / "requirements.txt").read_text().split())
+        assert (needed.name, needed.extras) == ("rescom-timm", {"demo"})
+        (wheel,) = installed.site.glob("rescom_timm-*.dist-info")
+        for extra in map(Requirement, PathDistribution(wheel).requires):
+            if extra.marker is None or extra.marker.evaluate({"extra": "demo"}):
+                assert extra.specifier.contains(version(extra.name)), extra
+        own = {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_ANALYTICS_ENABLED": "0"}
+        with served([sys.executable, "app.py"], port, space, installed.environment | own) as address:
+            images = [tmp_path / "one.png", tmp_path / "two.png"]
+            for seed, path in enumerate(images):
+                pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(path)
+            page = client.Client(address, verbose=False)
+            numbers = {"headers": ["class", "how frequent"], "data": [["cat", 1], ["dog", 2], ["emu", 3], ["fox", 4]]}
+            files = [client.handle_file(str(path)) for path in images]
+            told = page.predict(files, "my own numbers", numbers, 4, api_name="/show")
+        cells = re.findall(r"<tr><td>(.*?)</td><td>(.*?) %</td>", told)
+        pairs = [
+            pair
+            for one in predict(run, images, top_k=4, prior=[1, 2, 3, 4])
+            for pair in zip(one.labels, one.probabilities, strict=True)
+        ]
+        assert [unescape(label) for label, _ in cells] == [label for label, _ in pairs]
+        assert [float(share) for _, share in cells] == pytest.approx([100 * share for _, share in pairs], abs=0.06)

@@ -84,7 +84,7 @@ def calls(step: Callable[[], object], device: str) -> tuple[int, int]:
     torch.cuda.set_sync_debug_mode("default")
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         step()
         torch.cuda.synchronize()
     launched = sum(
@@ -104,7 +104,7 @@ def peak(step: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     held = most = 0

@@ -1,8 +1,8 @@
 """A page on this machine to try a model on images:  rescom-timm demo MODEL [key=value ...]
 
-MODEL: a run's folder, an exported folder or a Hub id. Drop images: the most probable classes with their training
-images, for classes as frequent as in training, equally frequent, or as you say. Of a run whose data is there: also the
-nearest training images, and a map (t-SNE) of the test images. key=value changes the run's recipe, such as
+MODEL: a run's folder, an exported folder or a Hub id. Drop images: the most probable classes of each with their
+training images, for classes as frequent as in training, equally frequent, or as you say. Of a run whose data is there:
+also the nearest training images, and a map (t-SNE) of the test images. key=value changes the run's recipe, such as
 data.source=PATH. Nothing leaves this machine. Needs the extra demo: pip install 'rescom-timm[demo]'
 """
 
@@ -41,28 +41,38 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> A
         import gradio
     except ImportError as error:
         raise ImportError("the demo needs more packages: pip install 'rescom-timm[demo]'") from error
-    from rescom_timm.sharing.demo import OWN_NUMBERS, PRIORS, TrainingImages, answers
+    from rescom_timm.sharing.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
     from rescom_timm.sharing.pretrained import from_pretrained
 
     read = from_pretrained(model)
     data = run_data(Path(model), overrides) if with_data else None
     training = TrainingImages(read, data.train) if data else None
 
-    def show(files: list[str] | None, choice: str, numbers: str, top_k: float) -> tuple[str, Any]:
-        told = answers(read, files or [], choice, numbers, int(top_k))
-        return told, training.nearest(files[0]) if training and files else []
+    def show(files: list[str] | None, choice: str, numbers: Numbers, top_k: float) -> str:
+        return answers(read, files or [], choice, numbers, int(top_k), training)
 
     with gradio.Blocks(title="rescom_timm", analytics_enabled=False) as made:
         gradio.Markdown("## What is on these images?")
         files = gradio.File(label="images", file_count="multiple", file_types=["image"])
         choice = gradio.Radio(list(PRIORS), value=next(iter(PRIORS)), label="how frequent are the classes?")
-        numbers = gradio.Textbox(label=f"{OWN_NUMBERS}: one a class, in this order", visible=False)
+        numbers = gradio.Dataframe(
+            first_numbers(read),
+            headers=["class", "how frequent"],
+            column_count=2,
+            column_limits=(2, 2),
+            row_limits=(len(read.class_names), len(read.class_names)),
+            static_columns=[0],
+            type="array",
+            interactive=True,
+            max_height=300,
+            visible=False,
+            label=f"{OWN_NUMBERS}: write them beside the classes",
+        )
         top_k = gradio.Slider(1, min(10, max(2, len(read.class_names))), value=3, step=1, label="classes shown")
         told = gradio.HTML()
-        near = gradio.Gallery(label="nearest training images of the first", visible=training is not None, columns=5)
         choice.change(lambda word: gradio.update(visible=word == OWN_NUMBERS), choice, numbers)
         for part in (files, choice, numbers, top_k):
-            part.change(show, [files, choice, numbers, top_k], [told, near])
+            part.change(show, [files, choice, numbers, top_k], told)
         if data:
             with gradio.Accordion("map of the test images", open=True):
                 gradio.Plot(test_map(read, data), show_label=False)
@@ -88,9 +98,9 @@ def test_map(model: Any, data: Data) -> Any:
     import torch
 
     from rescom_timm.figures import tsne
-    from rescom_timm.sharing.demo import features
+    from rescom_timm.sharing.predict import embed
 
-    vectors, positions = features(model, data.test)
-    labels = torch.as_tensor(data.test.labels)[positions]
-    names = tuple(data.class_names)
-    return tsne.draw(tsne.measure(vectors, labels, data.counts, names, most=1000, title=data.test.name))
+    found, names = embed(model, data.test, class_names=data.class_names), tuple(data.class_names)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = torch.tensor([numbers[label] for label in found.labels])
+    return tsne.draw(tsne.measure(found.features, labels, data.counts, names, most=1000, title=data.test.name))

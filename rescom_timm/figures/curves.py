@@ -120,8 +120,8 @@ def _series(rows: Sequence[dict[str, Any]], name: str) -> tuple[npt.NDArray, npt
         if _is_number(row.get(name)):
             epoch = float(row.get("epoch", number))
             found[float(row.get("step", epoch)), epoch] = float(row[name])
-    step, epoch = np.array(sorted(found), dtype=float).reshape(-1, 2).T
-    return step, epoch, np.array([found[place] for place in sorted(found)])
+    places = np.array(sorted(found), dtype=float).reshape(-1, 2)
+    return places[:, 0], places[:, 1], np.array([found[place] for place in sorted(found)])
 
 
 def _is_number(value: object) -> bool:

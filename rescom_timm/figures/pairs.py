@@ -154,7 +154,7 @@ def draw(pairs: PairFrequency) -> Figure:
 
 
 def _gamma(pairs: PairFrequency) -> str:
-    ratio = pairs.counts.max() / max(pairs.counts.min(), 1)
+    ratio = int(pairs.counts.max()) / max(int(pairs.counts.min()), 1)
     simulated = pairs.imbalance(pairs.simulated)
     measured = f"{simulated:,.0f}" if np.isfinite(simulated) else "none seen of the rarest"
     return (

@@ -4,6 +4,7 @@ Figures are built on matplotlib.figure.Figure, which needs no backend and leaves
 """
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -13,6 +14,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL.Image import Image
+from PIL.Image import open as open_image
 
 from rescom_timm import metrics
 from rescom_timm.files import atomic_path, errors_named, write_rows
@@ -123,6 +126,13 @@ def write(figure: Figure, to: Path | BinaryIO, dpi: int, **options: Any) -> None
     """One picture, cropped to what is drawn: square pictures leave the layout margins."""
     figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, **options)
     figure.set_layout_engine("none")  # the layout is found; to find it again for each format takes most of the time
+
+
+def picture(figure: Figure, dpi: int = 100) -> Image:
+    """The same as an RGB image in memory."""
+    file = BytesIO()
+    write(figure, file, dpi, format="png")
+    return open_image(file).convert("RGB")
 
 
 def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list[Path]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from PIL.Image import Image
 
 from rescom_timm.figures import files, report, style
 from rescom_timm.figures.folder import RunFolder
@@ -42,3 +45,15 @@ def write_figures(
             yield from map(Path, style.save(one.figure, one.table, folder / stem))
     if "report" in names:
         yield Path(report.write(runs, folder / "report.html", drawn, evaluation))
+
+
+SENT = ("curves", "longtail", "confusion", "reliability")
+"""What a training sends to its trackers: read from its files, within a second."""
+
+
+def pictures(run: Path) -> dict[str, Image]:
+    """figures/NAME -> picture, of SENT; without those that the run lacks something for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names of classes in scripts that the font lacks
+        drawn = files.draw_all([RunFolder(run)], SENT)
+        return {f"figures/{one.name}": style.picture(one.figure) for one in drawn if one.figure is not None}

@@ -347,8 +347,7 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         about = {"image": str(value) if isinstance(value, Path) else str(position)}
         if self.split is not None:
             value = value["image"]
-            row = int(self.split.rows[position])
-            about = {"image": value.get("path") or str(row)}
+            about = {"image": _name(value, self.split.rows[position])}
             number = int(self.true[position])
             about["label"] = self.names[number] if number < len(self.names) else str(number)
         try:
@@ -365,6 +364,15 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         if image.size != self.size:
             raise BrokenImage(f"it has {image.size} pixels, the model wants {self.size}")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_name(split: Split, position: int) -> str:
+    """What a prediction and embeddings call an image of a split: its path, or its row where it has none."""
+    return _name(split.dataset[position]["image"], split.rows[position])
+
+
+def _name(image: dict[str, Any], row: Any) -> str:
+    return image.get("path") or str(int(row))
 
 
 def _files(path: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
     with errors_named(path), atomic_path(path) as new:
         with new.open("wb") as file:
             torch.export.save(program, file, extra_files={DETAILS: json.dumps(about(model))})
-        with new.open("rb") as file:
+        with new.open("rb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # of torch 2.11's own reading
             check_logits(net, images, torch.export.load(file).module(), "exported program")
     return path

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from PIL.Image import Image
 
 from rescom_timm.data.sources import Data
 from rescom_timm.recipe.config import Recipe
@@ -17,6 +20,10 @@ class Publisher(Follower):
     folder: Path
     pusher: Pusher
 
+    def __init__(self, draw: Callable[[Path], dict[str, Image]] = lambda run: {}) -> None:
+        """draw: pictures of a finished run's folder, by name."""
+        self.draw = draw
+
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
         self.folder, self.pusher = folder, Pusher(recipe.hub, folder)
         describe(folder, data, recipe.views)
@@ -27,6 +34,9 @@ class Publisher(Follower):
     def finished(self, newest: str, best: str | None) -> None:
         print(save_model(self.folder))
         self.pusher.finished(newest, best)
+
+    def pictures(self) -> dict[str, Image]:
+        return self.draw(self.folder)
 
     def closed(self) -> None:
         self.pusher.wait()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL.Image import Image
+
 from rescom_timm.data.sources import Data
 from rescom_timm.recipe.config import Recipe
 
@@ -20,6 +22,10 @@ class Follower:
 
     def finished(self, newest: str, best: str | None) -> None:
         """The last evaluation is done. What this raises is told as a CheckpointError: --resume comes here again."""
+
+    def pictures(self) -> dict[str, Image]:
+        """Of the finished run, by name, for its trackers."""
+        return {}
 
     def closed(self) -> None:
         """All went well, and the run's folder is free."""

@@ -11,15 +11,17 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from PIL.Image import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -74,6 +76,21 @@ class Log:
             self.board = None
             left_out("tensorboard", one_line(error))
         self.trackers.log(figures, step)
+
+    def finished(self, results: dict[str, dict[str, float]], draw: Callable[[], dict[str, Image]], step: int) -> None:
+        """Send the final table to the trackers, and pictures to TensorBoard and those trackers that take some; drawn
+        only for these. What fails is a warning, for the run itself is done."""
+        self.trackers.table(results, step)
+        if self.board is None and not self.trackers.take_pictures():
+            return
+        try:
+            pictures = draw()
+            for name, picture in pictures.items() if self.board is not None else ():
+                self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")  # type: ignore[union-attr]
+        except Exception as error:  # of drawing, whatever it is
+            warnings.warn(f"the figures for the trackers could not be drawn: {one_line(error)}", stacklevel=2)
+            return
+        self.trackers.pictures(pictures, step)
 
     def close(self) -> None:
         self.trackers.close()

@@ -7,11 +7,13 @@ on. Which tracked run is this one's stands in trackers.json in the run's folder,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL.Image import Image
 
 from rescom_timm.files import read_json, write_json
 from rescom_timm.recipe.config import Recipe, TrackConfig
@@ -70,6 +72,40 @@ STARTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = 
 of its own."""
 
 
+def _in_lists(tracker: Any, pictures: dict[str, Image], step: int) -> None:
+    tracker.log_images({name: [picture] for name, picture in pictures.items()}, step=step)
+
+
+def _one_by_one(tracker: Any, pictures: dict[str, Image], step: int) -> None:
+    tracker.log_images(pictures, step=step)
+
+
+def _as_artifacts(tracker: Any, pictures: dict[str, Image], step: int) -> None:
+    with TemporaryDirectory() as folder:
+        for name, picture in pictures.items():
+            path = Path(folder, f"{name}.png")
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        tracker.log_artifacts(folder)
+
+
+def _by_trackio(tracker: Any, pictures: dict[str, Image], step: int) -> None:
+    import trackio
+
+    tracker.log({name: trackio.Image(picture) for name, picture in pictures.items()}, step=step)
+
+
+PICTURES: dict[str, Callable[[Any, dict[str, Image], int], None]] = {
+    "wandb": _in_lists,
+    "trackio": _by_trackio,
+    "mlflow": _as_artifacts,
+    "aim": _one_by_one,
+    "clearml": _one_by_one,
+    "swanlab": _in_lists,
+}
+"""How Accelerate's tracker takes pictures; comet_ml's and dvclive's take none."""
+
+
 class Trackers:
     """Those of a recipe that can be started; TensorBoard's files are log.py's."""
 
@@ -109,28 +145,39 @@ class Trackers:
 
     def log(self, figures: dict[str, float], step: int) -> None:
         """step: optimizer steps done."""
-        self._each(lambda tracker: tracker.log(figures, step=step))
+        self._each(lambda tracker, _: tracker.log(figures, step=step))
 
     def table(self, rows: dict[str, dict[str, float]], step: int) -> None:
         """The last table of a run, where the tracker takes tables. rows: figures by what was evaluated."""
         names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
         data = [[row, *(figures.get(name) for name in names)] for row, figures in rows.items()]
         self._each(
-            lambda tracker: (
+            lambda tracker, _: (
                 tracker.log_table("final", ["evaluation", *names], data, step=step)
                 if hasattr(tracker, "log_table")
                 else None
             )
         )
 
+    def take_pictures(self) -> bool:
+        """Whether there is one that does."""
+        return not PICTURES.keys().isdisjoint(self.running)
+
+    def pictures(self, pictures: dict[str, Image], step: int) -> None:
+        """To the trackers that take pictures. pictures: by name, such as figures/curves."""
+        self._each(lambda tracker, name: PICTURES[name](tracker, pictures, step), PICTURES)
+
     def close(self) -> None:
-        self._each(lambda tracker: tracker.finish())
+        self._each(lambda tracker, _: tracker.finish())
         self.running.clear()
 
-    def _each(self, tell: Callable[[Any], Any]) -> None:
+    def _each(self, tell: Callable[[Any, str], Any], names: Collection[str] = STARTS) -> None:
+        """tell: takes a tracker and its name."""
         for name, tracker in list(self.running.items()):
+            if name not in names:
+                continue
             try:
-                tell(tracker)
+                tell(tracker, name)
             except Exception as error:
                 self._drop(name, error)
 

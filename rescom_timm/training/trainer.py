@@ -344,8 +344,6 @@ class Trainer:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
             print(table(results))
-            if self.log is not None:
-                self.log.trackers.table(results, progress.step)
             try:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
@@ -353,6 +351,8 @@ class Trainer:
                     f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}: "
                     f"{errors.advice(error) or 'repair that'}, then finish with --resume"
                 )
+            if self.log is not None:
+                self.log.finished(results, self.follower.pictures, progress.step)
         raise_everywhere(trouble)
 
     def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from rescom_timm.figures import confusion, curves, files, longtail, reliability, schedule, style
 from rescom_timm.figures.folder import Evaluation, Missing, RunFolder, open_runs
+from rescom_timm.figures.writing import pictures
 from tests.figures.made_up import add_evaluation, long_tail, make_run
 
 COUNTS = long_tail(8, 400, 100)
@@ -261,3 +262,12 @@ def test_groups_have_fixed_colours_and_order() -> None:
     assert names.tolist() == ["few", "many", "medium", "medium", "medium", "many"]
     assert style.present(names) == ["many", "medium", "few"] == list(style.GROUP_COLORS)
     assert style.by_count([5, 9, 5]).tolist() == [1, 0, 2]
+
+
+def test_what_trackers_are_sent_is_drawn_without_noise_and_without_what_the_run_lacks(tmp_path):
+    run = make_run(tmp_path / "run", [120, 50, 5], ["猫", "犬", "梟"])
+    drawn = pictures(run)  # warnings are errors here
+    assert list(drawn) == [f"figures/{name}" for name in ("curves", "longtail", "confusion", "reliability")]
+    assert all(picture.mode == "RGB" and min(picture.size) > 300 for picture in drawn.values())
+    (run / "metrics.jsonl").unlink()
+    assert list(pictures(run)) == list(drawn)[1:]

@@ -89,6 +89,7 @@ def recipe(output: Path | str, **changes: Any) -> dict[str, Any]:
         "evaluation": {"every": 1, "batch_size": 250},
         "loader": {"sampler": "class_balanced"},
         "speed": {"workers": 0},
+        "track": {"log_with": []},  # drawing its figures takes longer than the training
     }
     for key, value in changes.items():
         *sections, last = key.split("__")

@@ -14,12 +14,13 @@ from tests.training.child import recipe
 
 
 def test_lines_are_written_and_those_after_the_checkpoint_dropped(tmp_path):
-    log = Log(tmp_path, load_dict(recipe(tmp_path)), {"processes": 1})
+    made = load_dict(recipe(tmp_path, track__log_with=["tensorboard"]))
+    log = Log(tmp_path, made, {"processes": 1})
     for epoch in (1, 2, 3):
         log.write(epoch, 10 * epoch, {"train/loss": 0.1 * epoch})
     log.close()
     assert lines(tmp_path / "metrics.jsonl")[1] == {"epoch": 2, "step": 20, "train/loss": 0.2}
-    log = Log(tmp_path, load_dict(recipe(tmp_path)), {}, step=20)
+    log = Log(tmp_path, made, {}, step=20)
     log.write(3, 30, {"train/loss": 9.0})
     log.close()
     assert [(line["step"], line["train/loss"]) for line in lines(log.path)] == [(10, 0.1), (20, 0.2), (30, 9.0)]
