@@ -1,5 +1,6 @@
 """Metrics against torchmetrics, against hand-made cases, and for the rules that the Meter states."""
 
+import gc
 import math
 
 import pytest
@@ -124,6 +125,32 @@ def test_reset_and_gradients() -> None:
     meter.reset()
     with pytest.raises(ValueError, match="no images"):
         meter.compute()
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [1, 20, 0, 2], [9, 1, 30]])
+def test_many_batches_count_as_one(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics._Column, "first_size", 4)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(sum(sizes), 6, generator=generator)
+    labels = torch.randint(6, (len(logits),), generator=generator)
+    whole, parts = Meter(6), Meter(6)
+    whole.update(logits, labels)
+    for part in torch.arange(len(logits)).split(sizes):
+        parts.update(logits[part], labels[part])
+    assert parts.compute() == whole.compute()
+    for name, column in parts.predictions().items():
+        assert torch.equal(column, whole.predictions()[name])
+        assert column.untyped_storage().nbytes() == column.numel() * column.element_size(), "no more is saved"
+
+
+def test_a_batch_leaves_no_tensor_of_its_own() -> None:
+    """Four small ones of each batch cut up the heap: the process grew by 20 MB a batch of 256 with 10,000 classes."""
+    meter, logits, labels = Meter(5), torch.randn(2, 5), torch.tensor([0, 1])
+    meter.update(logits, labels)
+    before = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+    for _ in range(20):
+        meter.update(logits, labels)
+    assert sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()) == before
 
 
 def test_bad_input_is_refused_in_words() -> None:

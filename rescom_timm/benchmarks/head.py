@@ -27,6 +27,7 @@ from functools import partial
 from statistics import median_high
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,7 +206,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     common_arguments(parser, repetitions=15)
 
 
+def check_memory(sizes: list[tuple[int, int]]) -> None:
+    """Raises ValueError where the yardstick's index of other classes' keys takes more than half of the memory."""
+    for classes, per_class in sizes:
+        needed, memory = 8 * classes * (classes - 1) * per_class, psutil.virtual_memory().total
+        if needed > memory / 2:
+            raise ValueError(
+                f"--sizes {classes}x{per_class}: the yardstick's index alone would take {needed / 2**30:,.0f} GiB of "
+                f"this machine's {memory / 2**30:,.0f}; rescom-timm benchmark classes measures so many without it"
+            )
+
+
 def run(options: argparse.Namespace) -> int:
+    sizes = [(int(classes), int(per_class)) for classes, per_class in (size.split("x") for size in options.sizes)]
+    check_memory(sizes)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     about = machine(options.device)
@@ -214,8 +228,7 @@ def run(options: argparse.Namespace) -> int:
     columns = [*names, "yard/mined", "mined/floor", "calls", "syncs", "MB", "MB/c", "MB yard"]
     print(f"{'K':>5} {'Q':>3} {'views':>5} {'Qn':>4} " + " ".join(f"{column:>11}" for column in columns))
     rows = []
-    for size in options.sizes:
-        classes, per_class = (int(number) for number in size.split("x"))
+    for classes, per_class in sizes:
         negatives = options.negatives or (400 if classes <= 100 else 500)
         negatives = min(negatives, (classes - 1) * per_class)
         for views in options.views:

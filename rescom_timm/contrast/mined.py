@@ -24,6 +24,8 @@ from rescom_timm.contrast.pairs import against_queue, in_batch
 from rescom_timm.contrast.queue import ClassBalancedQueue, Queue
 
 NEVER = -1e30  # logit of a pair that is not valid: finite, so that it gives zeros where infinity gives NaN
+AT_ONCE = 2**28
+"""Similarities that are held at a time, 1 GiB in float32: 512 queries against 524,288 keys."""
 
 
 def mined_supcon(
@@ -47,7 +49,8 @@ def mined_supcon(
     keys, key_labels: (M, D) and (M,) embeddings of the batch, never mined; query i is key `first + i`. Give the
     queries themselves for the local batch, gathered ones for all processes, none for the queue alone; key_labels are
     the queries' by default.
-    chunk: queries that are compared at a time: bounds memory to about chunk x S x 4 bytes, for more launches.
+    chunk: queries that are compared at a time: bounds memory to about chunk x S x 4 bytes, for more launches. None: all
+    of them, or as many as AT_ONCE allows.
     Returns the scalar mean over the N queries, in float32 or float64; gradients flow into queries and keys (once
     differentiable). No host synchronisation. FIFO and reversed queues take the readable path.
     Raises ValueError where more is mined than the queue can hold, or for a chunk below 1.
@@ -64,12 +67,13 @@ def mined_supcon(
         keys, key_labels = queries.new_empty(0, queries.shape[1]), labels[:0]
     key_labels = labels if key_labels is None else key_labels
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, or None for all queries at once, not {chunk}")
+        raise ValueError(f"chunk must be at least 1, or None for as many as fit, not {chunk}")
+    chunk = chunk or max(1, min(len(queries), AT_ONCE // len(queue.keys)))
     weights = queries.new_ones(len(queries)) if weights is None else weights.to(queries.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         return _MinedSupcon.apply(
             queries, keys.to(queries.dtype), labels, key_labels, first, queue.keys.to(queries.dtype),
-            queue.valid, classes, qp, qn, temperature, weights / len(queries), chunk or max(1, len(queries)),
+            queue.valid, classes, qp, qn, temperature, weights / len(queries), chunk,
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from rescom_timm.data.batched_views import BatchedPolicy
 from rescom_timm.data.plane_views import near_resized
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
-from rescom_timm.data.sampling import Order, SamplerName
+from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.views import ViewsConfig, parse
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def eval_loader(
     speed = dataclasses.replace(speed, cache=0, resident=False)
     policy = parse(views.eval, views.mean)
     dataset = ViewsDataset(split, policy, None, "stop", config.exif, speed, max_pixels=config.max_pixels)
-    items = [(position, position) for position in range(len(dataset))]
-    return _loader(dataset, items, batch_size, speed, drop_last=False, persistent=False)
+    return _loader(dataset, InOrder(len(dataset)), batch_size, speed, drop_last=False, persistent=False)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

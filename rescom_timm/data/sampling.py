@@ -9,8 +9,24 @@ from torch.utils.data import Sampler
 Item = tuple[int, int]
 SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive", "reversed"]
 
+AT_ONCE = 2**14
+"""Items that are made at a time."""
+
 
 # ------------------------------------------------------------------------------------------------------------- order
+
+
+class InOrder(Sampler[Item]):
+    """Every position once, from the first to the last, each with itself for a seed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Item]:
+        return ((position, position) for position in range(self.number))
 
 
 class Order(Sampler[Item | tuple[Item, Item]]):
@@ -59,7 +75,10 @@ class Order(Sampler[Item | tuple[Item, Item]]):
 
     def _items(self, sampler: SamplerName, stream: int) -> Iterator[Item]:
         seeds = _random_bits(len(self), self.seed, self.epoch, stream + 1) >> np.uint64(1)  # torch takes 63 bits
-        yield from zip(self._positions(sampler, stream).tolist(), seeds.tolist(), strict=True)
+        positions = self._positions(sampler, stream)
+        for start in range(0, len(self), AT_ONCE):  # Python's numbers take eight times the memory, for the whole epoch
+            part = slice(start, start + AT_ONCE)
+            yield from zip(positions[part].tolist(), seeds[part].tolist(), strict=True)
 
     def _positions(self, sampler: SamplerName, stream: int) -> np.ndarray:
         bits = _random_bits(len(self), self.seed, self.epoch, stream)

@@ -5,6 +5,7 @@ N images, K classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,26 +38,29 @@ class Tile:
     """Of the prediction, in percent; NaN for a training image."""
 
 
-def most_confident(labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], most: int) -> npt.NDArray:
+class Judged(NamedTuple):
+    """What a net makes of N images: labels, predicted (-1: no valid output) and the probability of that, (N,) each."""
+
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.floating]
+
+
+def most_confident(judged: Judged, most: int) -> npt.NDArray:
     """Positions (M,) of the wrong predictions with the highest probability, the highest first."""
-    predicted = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    return wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:most]
+    wrong = np.flatnonzero((judged.predicted != judged.labels) & (judged.predicted >= 0))
+    return wrong[np.argsort(-judged.confidence[wrong], kind="stable")][:most]
 
 
-def of_class(
-    labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], label: int, most: int
-) -> npt.NDArray:
+def of_class(judged: Judged, label: int, most: int) -> npt.NDArray:
     """Positions of the images of a class that are most confidently taken for another."""
-    own = np.flatnonzero(labels == label)
-    return own[most_confident(labels[own], probabilities[own], most)]
+    own = np.flatnonzero(judged.labels == label)
+    return own[most_confident(Judged(judged.labels[own], judged.predicted[own], judged.confidence[own]), most)]
 
 
-def tile(
-    image: npt.NDArray[np.uint8], row: int, label: int, probabilities: npt.NDArray[np.float64], names: Sequence[str]
-) -> Tile:
-    predicted = int(probabilities.argmax())
-    share = 100 * float(probabilities[predicted])
+def tile(image: npt.NDArray[np.uint8], row: int, judged: Judged, i: int, names: Sequence[str]) -> Tile:
+    """Of the image at position i."""
+    label, predicted, share = int(judged.labels[i]), int(judged.predicted[i]), 100 * float(judged.confidence[i])
     caption = f"{style.plain(names[label], 18)}\n-> {style.plain(names[predicted], 18)} {share:.0f}%"
     return Tile(image, caption, row, names[label], names[predicted], share)
 

@@ -102,30 +102,28 @@ def queue_slots(run: Opened) -> queues.Slots:
 
 def confident_mistakes(run: Opened) -> mistakes.Gallery:
     """Test images that are most surely taken for another class."""
-    seen, split = run.look(run.data.test), run.data.test
-    probabilities = seen.logits.softmax(dim=1).numpy()
-    chosen = mistakes.most_confident(split.labels, probabilities, 24)
-    tiles = [_tile(run, split, int(i), probabilities) for i in chosen]
+    split, judged = run.data.test, _judged(run)
+    tiles = [_tile(run, int(i), judged) for i in mistakes.most_confident(judged, 24)]
     return mistakes.grid(f"{style.plain(run.name, 40)}: the most confident mistakes on {split.name}", tiles)
 
 
 def rare_classes(run: Opened) -> mistakes.Gallery:
     """The rarest classes: a training image of each, and the images of it that are most surely taken for another."""
-    seen, split, counts = run.look(run.data.test), run.data.test, run.data.counts
-    probabilities, names = seen.logits.softmax(dim=1).numpy(), run.data.class_names
+    judged, split, counts, names = _judged(run), run.data.test, run.data.counts, run.data.class_names
     rows: list[tuple[mistakes.Tile, ...]] = []
     headings = []
     for label in np.argsort(counts, kind="stable").tolist():
-        wrong = mistakes.of_class(split.labels, probabilities, label, 4)
-        if not len(wrong) or len(rows) == 8:
+        if len(rows) == 8:
+            break
+        wrong = mistakes.of_class(judged, label, 4)
+        if not len(wrong):
             continue
         first = int(np.flatnonzero(run.data.train.labels == label)[0])
         learnt = mistakes.Tile(
             _thumbnail(run.data.train, first), "in training", -1, names[label], names[label], float("nan")
         )
-        rows.append((learnt, *(_tile(run, split, int(i), probabilities) for i in wrong)))
-        own = split.labels == label
-        right = 100 * float((probabilities[own].argmax(axis=1) == label).mean())
+        rows.append((learnt, *(_tile(run, int(i), judged) for i in wrong)))
+        right = 100 * float((judged.predicted[judged.labels == label] == label).mean())
         headings.append(f"{style.plain(names[label], 20)}\n{counts[label]:,} training\n{right:.0f}% right")
     if not rows:
         raise Missing("every image was labelled right")
@@ -133,10 +131,15 @@ def rare_classes(run: Opened) -> mistakes.Gallery:
     return mistakes.Gallery(title, tuple(headings), tuple(rows))
 
 
-def _tile(run: Opened, split: Split, i: int, probabilities: np.ndarray) -> mistakes.Tile:
-    return mistakes.tile(
-        _thumbnail(split, i), int(split.rows[i]), int(split.labels[i]), probabilities[i], run.data.class_names
-    )
+def _judged(run: Opened) -> mistakes.Judged:
+    """Of the test images."""
+    return mistakes.Judged(*(column.numpy() for column in run.judge(run.data.test).predictions().values()))
+
+
+def _tile(run: Opened, i: int, judged: mistakes.Judged) -> mistakes.Tile:
+    """Of a test image."""
+    split = run.data.test
+    return mistakes.tile(_thumbnail(split, i), int(split.rows[i]), judged, i, run.data.class_names)
 
 
 def _thumbnail(split: Split, i: int, side: int = 192) -> np.ndarray:

@@ -6,7 +6,7 @@ Shapes: N images, F features, D the width of an embedding, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
 from rescom_timm.methods import Method
+from rescom_timm.metrics import Meter
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import base_net, build_method, whole_weights
@@ -96,12 +97,22 @@ class Opened:
     @torch.inference_mode()
     def look(self, split: Split, policy: str | None = None) -> Seen:
         """The net's outputs on a split. policy as in loader."""
-        parts: list[tuple[Tensor, ...]] = []
-        with self.autocast():
-            for batch in self.loader(split, policy):
+        return Seen(*(torch.cat(column) for column in zip(*self._batches(split, policy), strict=True)))
+
+    @torch.inference_mode()
+    def judge(self, split: Split) -> Meter:
+        """The net's predictions on a split, without keeping its outputs: N x K logits would be gigabytes."""
+        meter = Meter(len(self.data.counts), torch.as_tensor(self.data.counts))
+        for seen in self._batches(split):
+            meter.update(seen.logits, seen.labels)
+        return meter
+
+    def _batches(self, split: Split, policy: str | None = None) -> Iterator[Seen]:
+        for batch in self.loader(split, policy):
+            with self.autocast():
                 features, logits, embeddings, *_ = self.method.net(batch["image"].to(self.accelerator.device))
-                parts.append((*(x.float().cpu() for x in (features, embeddings, logits)), batch["label"]))
-        return Seen(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            features, logits, embeddings = (x.float().cpu() for x in (features, logits, embeddings))
+            yield Seen(features, embeddings, logits, batch["label"])
 
 
 def take(split: Split, positions: npt.NDArray[np.int64]) -> Split:

@@ -80,7 +80,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       rising = !rising;
       const order = (a, b) => typeof a == typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a == "number" ? -1 : 1;
       rows.sort((a, b) => order(value(a, i), value(b, i)) * (rising ? 1 : -1));
-      table.tBodies[0].append(...rows);
+      for (const row of rows) table.tBodies[0].append(row);
     });
   });
   search.hidden = false;

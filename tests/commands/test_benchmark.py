@@ -182,6 +182,9 @@ def test_startup_knows_the_recipes_that_need_nothing():
         (["loop", DIGITS, "train.epoch=5"], "did you mean train.epochs"),
         (["loop", "nowhere.yaml"], "nowhere.yaml"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
+        (["head", "--sizes", "1000000x4"], "rescom-timm benchmark classes measures so many"),
+        (["classes", "--views", "7"], "views come in pairs"),
+        (["scale", "--rows", "5", "--classes", "10"], "each class needs an image"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(capsys, words, message):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rescom_timm.benchmarks.common import calls
+from rescom_timm.contrast import mined
 from rescom_timm.contrast.mined import composed, largest_, mined_supcon, share_of_largest
 from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from tests.contrast import reference
@@ -163,6 +164,23 @@ def test_a_chunk_of_nothing_is_refused() -> None:
     for chunk in (0, -1):
         with pytest.raises(ValueError, match="chunk must be at least 1"):
             fast(case, 1, 1, chunk=chunk)
+
+
+@pytest.mark.parametrize("limit, rows", [(2**28, [6]), (100, [2, 2, 2]), (150, [3, 3]), (7, [1] * 6)])
+def test_similarities_are_held_within_the_limit(limit: int, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(3, classes=12, per_class=4, dim=5, rows=6, entered=90, qp=1, qn=5, tau=0.2)  # 48 keys
+    together = fast(case, 1, 5, keys=case.queries, key_labels=case.labels)
+    seen: list[int] = []
+
+    def product(bias: Tensor, queries: Tensor, keys: Tensor, out: Tensor) -> Tensor:
+        seen.append(len(queries))
+        return plain(bias, queries, keys, out=out)
+
+    plain = torch.addmm
+    monkeypatch.setattr(mined, "AT_ONCE", limit)
+    monkeypatch.setattr(torch, "addmm", product)
+    torch.testing.assert_close(fast(case, 1, 5, keys=case.queries, key_labels=case.labels), together)
+    assert seen == rows
 
 
 def test_keys_without_labels_have_those_of_the_queries() -> None:

@@ -24,11 +24,12 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
+from rescom_timm.data import sampling
 from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.data.device_views import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
-from rescom_timm.data.sampling import Order, class_probabilities
+from rescom_timm.data.sampling import InOrder, Order, class_probabilities
 from rescom_timm.data.views import ViewsConfig
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
@@ -111,6 +112,25 @@ def test_order_never_changes_between_versions() -> None:
     order.set_epoch(2)
     assert list(order) == PINNED["uniform"]
     assert Order(order.labels, "class_balanced", seed=5).positions().tolist() == PINNED["class_balanced"]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 40, 1000])
+def test_an_epoch_is_the_same_however_many_items_are_made_at_a_time(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Order(np.arange(40) % 3, "class_balanced", seed=2)
+    bits = [sampling._random_bits(40, 2, 0, stream) for stream in (0, 1)]
+    monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+    items = list(order)
+    assert [position for position, _ in items] == order.positions().tolist()
+    assert [seed for _, seed in items] == [int(bit) >> 1 for bit in bits[1]]
+    assert all(type(number) is int for item in items for number in item)
+
+
+def test_evaluation_goes_through_all_positions_without_a_list_of_them() -> None:
+    order = InOrder(10**9)
+    assert len(order) == 10**9 and next(iter(order)) == (0, 0)
+    assert list(InOrder(3)) == [(0, 0), (1, 1), (2, 2)] == list(InOrder(3)), "and can be walked again"
 
 
 def test_class_probabilities_by_hand() -> None:

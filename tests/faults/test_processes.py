@@ -199,7 +199,7 @@ TOOLS = {
     "train": ["-m", "rescom_timm", "train", "digits_lt", "output=o", "speed.workers=2"],
     "sweep": ["-m", "rescom_timm", "sweep", "digits_lt", "--seeds", "0,1", "--output", "o", "speed.workers=2"],
     "startup": ["-m", "rescom_timm", "benchmark", "startup", "digits_lt", "--repetitions", "50"],
-    "soak": [str(ROOT / "tools/soak.py"), "--minutes", "5", "--output", "o"],
+    "soak": ["-m", "rescom_timm", "benchmark", "soak", "--minutes", "5", "--folder", "o"],
 }
 
 

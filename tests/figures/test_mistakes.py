@@ -35,17 +35,20 @@ def test_classes_are_those_of_scikit_learn() -> None:
 
 PROBABILITIES = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.0, 0.55, 0.45]])
 LABELS = np.array([0, 0, 1, 1, 2])
+JUDGED = mistakes.Judged(LABELS, PROBABILITIES.argmax(axis=1), PROBABILITIES.max(axis=1))
 
 
 def test_the_most_confident_mistakes_come_first() -> None:
-    assert mistakes.most_confident(LABELS, PROBABILITIES, 3).tolist() == [1, 3, 2]
-    assert mistakes.of_class(LABELS, PROBABILITIES, 1, 4).tolist() == [3, 2]
-    assert mistakes.of_class(LABELS, PROBABILITIES, 0, 4).tolist() == [1]
+    assert mistakes.most_confident(JUDGED, 3).tolist() == [1, 3, 2]
+    assert mistakes.of_class(JUDGED, 1, 4).tolist() == [3, 2]
+    assert mistakes.of_class(JUDGED, 0, 4).tolist() == [1]
+    invalid = JUDGED._replace(predicted=np.array([0, -1, 0, 2, 1]))
+    assert mistakes.most_confident(invalid, 3).tolist() == [3, 2, 4], "an output that is no number is no prediction"
 
 
 def test_a_gallery_has_rows_a_table_and_a_picture() -> None:
     image = np.zeros((9, 7, 3), np.uint8)
-    tiles = [mistakes.tile(image, 10 + i, int(LABELS[i]), PROBABILITIES[i], ["a", "b$", "<c>"]) for i in (1, 3, 2)]
+    tiles = [mistakes.tile(image, 10 + i, JUDGED, i, ["a", "b$", "<c>"]) for i in (1, 3, 2)]
     gallery = mistakes.grid("title", tiles, columns=2)
     assert [len(row) for row in gallery.rows] == [2, 1]
     table = mistakes.table(gallery)

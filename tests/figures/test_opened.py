@@ -81,6 +81,12 @@ def test_one_pass_is_the_nets_output_in_the_splits_order(run: Opened) -> None:
     assert torch.equal(augmented.logits, run.look(split, run.recipe.views.train).logits)
 
 
+def test_judging_is_looking_without_the_outputs(run: Opened) -> None:
+    seen, judged = run.look(run.data.test), run.judge(run.data.test).predictions()
+    assert torch.equal(judged["labels"], seen.labels) and torch.equal(judged["predicted"], seen.logits.argmax(dim=1))
+    assert torch.equal(judged["confidence"], seen.logits.softmax(dim=1).amax(dim=1))
+
+
 def test_splits_by_name(run: Opened) -> None:
     assert run.split("validation") is run.data.validation
     without = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=None))
