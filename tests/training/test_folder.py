@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -90,7 +91,8 @@ def test_the_workers_of_a_killed_owner_are_waited_for(tmp_path, monkeypatch):
     worker = psutil.Process(int((tmp_path / "worker").read_text()))
 
     def nap(seconds):
-        worker.kill()  # as it does by itself after some seconds
+        with suppress(psutil.NoSuchProcess):  # the second time
+            worker.kill()  # as it does by itself after some seconds
         psutil.wait_procs([worker], timeout=10)
 
     monkeypatch.setattr(folder.time, "sleep", nap)
