@@ -78,7 +78,7 @@ def test_a_constellation_is_no_plain_timm_model():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"structures": 0}, "structures must be at least 1, not 0"),
+        ({"structures": 0}, "structures must be from 1 to 1,000, not 0"),
         ({"scale": 0.0}, "scale must be above 0"),
         ({"structures_from": 1.5}, r"structures_from must be in \[0, 1\]"),
     ],

@@ -202,7 +202,7 @@ def test_it_trains_in_bfloat16(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"centers": 0}, "centers must be at least 1"),
+        ({"centers": 0}, "centers must be from 1 to 1,000"),
         ({"head_classes": 1.2}, "head_classes"),
         ({"strength": 1.5}, r"strength must be in \[0, 1\]"),
         ({"generate_from": -0.1}, "generate_from"),
