@@ -95,7 +95,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("told", [pytest.param(list(LAUNCHERS)[0], marks=pytest.mark.slow), list(LAUNCHERS)[1]])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", LAUNCHERS)
 def test_launchers_train_it_without_a_clone(installed, told):
     name = told.split()[0]
     words = ["-m", "rescom_timm", "train", "digits_lt", f"name={name}", "train.batch_size=32", *QUICK]

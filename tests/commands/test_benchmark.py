@@ -110,6 +110,7 @@ def test_step_compares_three_losses_of_one_net(alone, tmp_path, capsys):
     assert "rescom" in out.out and "USDT" not in out.err
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_a_plain_timm_model(alone, tmp_path):
     file = tmp_path / "step.json"
     small = ["--classes", "5", "--batch", "2", "--repetitions", "1", "--size", "32"]
@@ -119,6 +120,7 @@ def test_the_exported_model_is_a_plain_timm_model(alone, tmp_path):
     assert row["over_plain"]["exported"] == row["milliseconds"]["exported"] / row["milliseconds"]["plain"] > 0
 
 
+@pytest.mark.slow
 def test_memory_holds_what_a_large_queue_adds(alone, tmp_path):
     file = tmp_path / "step.json"
     small = ["--classes", "500", "--per-class", "8", "--batch", "2", "--repetitions", "1", "--negatives", "9"]

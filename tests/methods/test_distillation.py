@@ -162,6 +162,7 @@ def test_a_run_is_resumed_and_exported_as_a_plain_timm_model(name, teacher, tmp_
         read.method().train()({"image": images[:, None], "label": torch.tensor([0, 1, 2])})
 
 
+@pytest.mark.slow
 def test_ssd_in_its_three_stages(tmp_path):
     first = run("digits_lt_ssd_1", tmp_path, "method.queue_size=32")
     second = run("digits_lt_ssd_2", tmp_path, f"from={first}")

@@ -202,6 +202,7 @@ def test_other_methods_train_over_it(alone, tmp_path, base, name):
     assert (folder / "evaluation/test-last.json").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_the_same_class_means(alone, tmp_path, base):
     trees = [tuned(tmp_path / name, base, "lora", train__accumulate=1) for name in ("one", "two")]
     for tree, ranks in zip(trees, (1, 2), strict=True):
