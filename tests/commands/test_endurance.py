@@ -77,7 +77,8 @@ print(json.dumps([parts.megabytes, parts.seconds, parts.wall]))
 
 
 def test_a_part_is_charged_with_its_own_peak():
-    told = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)  # a heap of its own
+    # In a process of its own, whose heap has no place for it of before.
+    told = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True)
     megabytes, seconds, wall = json.loads(told.stdout)
     assert megabytes["large"] > 80
     if Path("/proc/self/clear_refs").exists() and os.access("/proc/self/clear_refs", os.W_OK):
