@@ -189,6 +189,16 @@ def test_keys_without_labels_have_those_of_the_queries() -> None:
     assert torch.equal(fast(case, 1, 2, keys=case.queries), explicit) and not torch.equal(fast(case, 1, 2), explicit)
 
 
+def test_a_tiny_temperature_neither_overflows_nor_vanishes() -> None:
+    """Logits reach 10,000 and each query's largest is its own: exp of them, or less one common largest, is inf or 0."""
+    case = make_case(3, classes=4, per_class=3, dim=4, rows=6, entered=40, qp=2, qn=3, tau=1e-4)
+    weights = case.weights[case.labels]
+    simple = composed(case.queries, case.labels, case.queue, 2, 3, case.tau, weights, case.queries, case.labels)
+    assert simple.isfinite()
+    loss = fast(case, 2, 3, keys=case.queries, key_labels=case.labels)
+    assert_same_loss_and_gradient(loss, simple, case.queries)
+
+
 def test_without_weights_they_are_ones() -> None:
     case = make_case(2, classes=3, per_class=2, dim=4, rows=4, entered=12, qp=1, qn=2, tau=0.2)
     plain = mined_supcon(case.queries, case.labels, case.queue, 1, 2, 0.2)
