@@ -86,6 +86,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     "index, said",
     [
         (Index(["a\nb"], np.array([0]), 1), "line break"),
+        (Index(["a", "a\rb"], np.array([0, 0]), 1), r"the path 'a\\rb'"),
         (Index([0], np.array([0]), 1, {"a": "b\nc"}), "line break"),  # type: ignore[arg-type]
         (Index([0], np.array([0]), 1, {"a:b": "c"}), "':' in the key"),  # type: ignore[arg-type]
         (Index([0], np.array([0]), 1, {"rows": "2"}), "choose other keys"),  # type: ignore[arg-type]
@@ -420,6 +421,17 @@ def test_describe_shows_every_class_once() -> None:
     assert "many: 1 classes, 500 rows" in text and "few: 1 classes, 5 rows" in text
     assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1-2", "3"]
     assert "inf" in rows.describe(np.array([3, 0]))
+
+
+def test_a_bar_is_as_long_as_the_logarithm_of_its_classes_mean() -> None:
+    lines = rows.describe(np.array([99, 9, 0]), lines=3, width=10).splitlines()[-3:]
+    assert [line.count("█") for line in lines] == [10, 5, 0]  # log 100, log 10, log 1
+    assert [line.count("█") for line in rows.describe(np.array([1, 1]), lines=2, width=7).splitlines()[-2:]] == [7, 7]
+
+
+def test_lists_become_arrays() -> None:
+    index = Index([3, 1], [0, 1], 2)  # type: ignore[arg-type]
+    assert index.labels.dtype == index.keys.dtype == np.int64  # type: ignore[union-attr]
 
 
 def test_take() -> None:

@@ -64,14 +64,15 @@ def test_random_generators_go_on_where_they_were():
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
-def flip(path):
+def flip(path, at=None):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) // 2 if at is None else at] ^= 1
     path.write_bytes(data)
 
 
 DAMAGES = {
     "flipped": flip,
+    "flipped at its end": lambda path: flip(path, -1),  # among the numbers, where safetensors sees nothing
     "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
     "emptied": lambda path: os.truncate(path, 0),
     "removed": lambda path: path.unlink(),
@@ -90,6 +91,14 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
     with pytest.warns(UserWarning, match=r"step-00000002 is damaged.*using the one before it"):
         found = checkpoint.newest(tmp_path)
     assert found[0].name == "step-00000001" and found[2] == {"step": 1}
+
+
+def test_only_folders_of_a_step_are_listed(tmp_path):
+    path = checkpoint.save(tmp_path, 1, NET, {})
+    for other in ("step-2-copy", "step-x", ".partial-00000003"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "step-00000004").touch()
+    assert checkpoint.listed(tmp_path) == [path]
 
 
 def test_only_damaged_ones_are_an_error_and_none_is_none(tmp_path):
