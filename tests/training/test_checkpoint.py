@@ -33,7 +33,7 @@ STATE = {
 
 def test_what_goes_in_comes_out(tmp_path):
     path = checkpoint.save(tmp_path, 12, NET, STATE)
-    assert path == tmp_path / "step-00000012"
+    assert path == tmp_path / "step-00000012" == checkpoint.save(tmp_path, 12, NET, STATE)
     net, state = checkpoint.load(path)
     assert set(net) == set(NET) and all(torch.equal(net[k], NET[k]) for k in NET)
     assert list(state) == list(STATE)
@@ -273,6 +273,13 @@ def test_state_that_is_no_state_is_refused(tmp_path, text):
     (path / "state.json").write_text(text)
     (path / "hashes.json").write_text(json.dumps({file: checkpoint._sha256(path / file) for file in checkpoint.FILES}))
     with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("step", -1), ("epoch", 1.5), ("step", "1")])
+def test_progress_that_cannot_be_is_refused(tmp_path, name, value):
+    path = checkpoint.save(tmp_path, 1, NET, {"progress": {"epoch": 0, "step": 0, name: value}})
+    with pytest.raises(CheckpointError, match=f"state.json says {name} {value!r}"):
         checkpoint.load(path)
 
 
