@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -87,19 +88,28 @@ def with_advice(again: str = f"; {AGAIN}") -> Iterator[None]:
         yield
     except RunError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise RecipeError(
+    except Exception as error:
+        try:
+            told = _told(error, again)
+        except RuntimeError as late:  # torch tells a lost worker wherever the process just is, also here
+            told = _told(late, again)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: Exception, again: str) -> RunError | RecipeError | None:
+    """The error that says what to do; None where there is nothing to say."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return RecipeError(
             f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
             f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size{again}"
-        ) from error
-    except OSError as error:
-        if not advice(error):
-            raise
-        raise MachineError(f"{error}: {advice(error)}{again}") from error
-    except RuntimeError as error:
-        if not (worker_was_lost(error) or process_was_lost(error)):
-            raise
-        raise MachineError(f"{one_line(error).partition(': ')[2]}{again}") from error
+        )
+    if worker_was_lost(error) or process_was_lost(error):
+        return MachineError(f"{one_line(error).partition(': ')[2]}{again}")
+    if isinstance(error, OSError) and advice(error):
+        return MachineError(f"{error}: {advice(error)}{again}")
+    return None
 
 
 def raise_everywhere(trouble: Exception | None) -> None:
@@ -112,22 +122,28 @@ def raise_everywhere(trouble: Exception | None) -> None:
 def one_line(error: BaseException) -> str:
     """An error's name and message, in one line; of one that a loader's worker sends, without the worker's traceback."""
     text, name = without_secrets(str(error)), type(error).__name__
+    first = (text.splitlines() or [name])[0]
     if worker_was_lost(error):
         return (
-            f"{name}: a data loading worker was killed, most likely because memory ran out ({text.splitlines()[0]}): "
+            f"{name}: a data loading worker was killed, most likely because memory ran out ({first}): "
             "use fewer speed.workers, or less speed.prefetch or speed.cache"
         )
     if process_was_lost(error):
         return (
             f"{name}: another process of this training is gone: it says why itself, or was killed, most likely "
-            f"because memory ran out ({text.splitlines()[0].partition('. ')[0]})"
+            f"because memory ran out ({first.partition('. ')[0]})"
         )
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{name}: {text}"
 
 
 def worker_was_lost(error: BaseException) -> bool:
-    """Whether torch says that a worker process of a loader is gone."""
-    return _torch_says(error, r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)")
+    """Whether torch says that a worker process of a loader is gone, or that it is shows as a tensor is asked of it."""
+    asked = (
+        isinstance(error, OSError | EOFError)
+        and not advice(error)
+        and any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
+    )
+    return asked or _torch_says(error, r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)")
 
 
 def process_was_lost(error: BaseException) -> bool:

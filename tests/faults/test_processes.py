@@ -14,8 +14,8 @@ import pytest
 
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import train_recipe
-from rescom_timm.training import checkpoint, run_folder
-from rescom_timm.training.errors import CheckpointError, Stopped
+from rescom_timm.training import checkpoint, errors, run_folder
+from rescom_timm.training.errors import CheckpointError, MachineError, Stopped, with_advice, worker_was_lost
 from rescom_timm.training.launch import STARTED
 from rescom_timm.training.run_folder import OWNER, locked
 from rescom_timm.training.trainer import Trainer
@@ -190,6 +190,34 @@ def test_where_a_loaders_worker_is_killed_the_run_ends_and_says_what_to_do(tmp_p
     run(tree, ranks, resume=True)
     run(other, ranks)
     assert_same(tree, other)
+
+
+def rebuild_storage_fd(error):
+    """As torch's function of that name, which asks a worker for a tensor, fails where the worker is gone."""
+    raise error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), OSError(24, "?")])
+def test_a_lost_worker_is_told_wherever_it_shows(error):
+    lost = "too many files are open" if isinstance(error, OSError) and error.errno == 24 else "use fewer speed.workers"
+    with pytest.raises(MachineError, match=f"{lost}.*--resume"), with_advice():
+        rebuild_storage_fd(error)
+    with pytest.raises(type(error)) as caught, with_advice():  # of something else
+        raise type(error)("?")
+    assert not worker_was_lost(caught.value)
+
+
+def test_a_lost_worker_is_told_where_torch_interrupts_the_telling(monkeypatch):
+    says = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    told = errors._told
+
+    def interrupted(error, again):
+        monkeypatch.setattr(errors, "_told", told)
+        raise says
+
+    monkeypatch.setattr(errors, "_told", interrupted)
+    with pytest.raises(MachineError, match="worker .pid 7.*use fewer speed.workers"), with_advice():
+        raise ConnectionResetError(104, "Connection reset by peer")
 
 
 # ----------------------------------------------------------------------------------------- a tool that is asked to stop
