@@ -34,9 +34,11 @@ SOURCE = ("tag", "license", "paper_ids", "paper_name", "origin_url", "notes", "d
 
 
 def tiny(backbone, seed=1, **options):
-    net = rescom_timm.create_model(
-        backbone, 4, projector=ProjectorConfig(8, 4), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **options
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = rescom_timm.create_model(
+            backbone, 4, projector=ProjectorConfig(8, 4), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), **options
+        )
     randomize(net, seed)
     return net.eval()
 
@@ -345,7 +347,8 @@ def check_onnx(net, folder, size):
     for number in (1, 2, 5):
         x = net.normalize(images(size, number))
         (logits,) = session.run(["logits"], {"images": x.numpy()})
-        assert_close(torch.from_numpy(logits), net.classify(x).detach(), rtol=1e-3, atol=1e-4)
+        # Against float64, a ViT of such weights is off by 6e-5 in torch and by 2e-4 in onnxruntime: rounding.
+        assert_close(torch.from_numpy(logits), net.classify(x).detach(), rtol=1e-3, atol=4e-4)
 
 
 def test_onnx(tmp_path):
