@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import errno
 import glob
+import hashlib
 import json
 import os
 import re
@@ -229,6 +230,16 @@ def regular_size(path: str | Path) -> int:
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path} is not read: it is no regular file")
     return about.st_size
+
+
+def sha256(path: str | Path) -> str:
+    """Of a regular file, in hexadecimal. Raises as regular_size does."""
+    regular_size(path)
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def refuse_links(folder: str | Path, within: Sequence[str] = ()) -> None:

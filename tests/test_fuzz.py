@@ -24,11 +24,10 @@ from hypothesis import strategies as st
 from rescom_timm.data.index import Index, read
 from rescom_timm.data.views import POLICIES, STEPS, parse
 from rescom_timm.figures.folder import RunFolder
-from rescom_timm.files import read_json, write_tensors
+from rescom_timm.files import read_json, sha256, write_tensors
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import keys, load, load_dict, load_fetched
 from rescom_timm.sharing.export import export_run
-from rescom_timm.sharing.hub import sha256
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import CheckpointError

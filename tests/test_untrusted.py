@@ -28,7 +28,7 @@ from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import write_figures
-from rescom_timm.files import read_json, read_text, read_yaml, refuse_links
+from rescom_timm.files import read_json, read_text, read_yaml, refuse_links, sha256
 from rescom_timm.nets.classifiers import read_class_features
 from rescom_timm.nets.net import NetConfig, create_model
 from rescom_timm.nets.text_features import text_features
@@ -36,7 +36,7 @@ from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load, load_dict, load_fetched
 from rescom_timm.recipe.private import secret_in, without_secrets
 from rescom_timm.sharing.export import export_run
-from rescom_timm.sharing.hub import HubError, sha256
+from rescom_timm.sharing.hub import HubError
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.sharing.push import push_run
 from rescom_timm.sharing.staging import staged

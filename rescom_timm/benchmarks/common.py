@@ -10,6 +10,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,16 @@ def peak(step: Callable[[], object], device: str) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def bytes_in(folder: Path) -> int:
+    """Of the files of a folder that may be written to, in which files and folders come and go."""
+    held = 0
+    for place, _, names in os.walk(folder):  # which passes over a folder that has gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                held += os.stat(f"{place}/{name}").st_size
+    return held
 
 
 def machine(device: str) -> dict[str, Any]:

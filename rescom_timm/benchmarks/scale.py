@@ -38,7 +38,7 @@ import psutil
 import torch
 from PIL import Image
 
-from rescom_timm.benchmarks.common import heading, keep, machine, positive
+from rescom_timm.benchmarks.common import bytes_in, heading, keep, machine, positive
 from rescom_timm.data.index import Index
 
 PARTS = ("data", "build", "first step", "step", "evaluation", "written", "report")
@@ -181,9 +181,9 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
         drawn = [str(told) for told in write_figures([RunFolder(run.folder)], [*FROM_FILES, "report"])]
     sizes = {
         "list": Path(recipe.data.index).stat().st_size,
-        "evaluation": size(run.folder / "evaluation"),
-        "checkpoint": size(run.folder / "checkpoints"),
-        "figures": size(run.folder / "figures"),
+        "evaluation": bytes_in(run.folder / "evaluation"),
+        "checkpoint": bytes_in(run.folder / "checkpoints"),
+        "figures": bytes_in(run.folder / "figures"),
         "report": (run.folder / "figures" / "report.html").stat().st_size,
     }
     if not math.isfinite(loss):
@@ -194,10 +194,6 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
         "files": {name: bytes_ / 1e6 for name, bytes_ in sizes.items()},
         "not_drawn": [told for told in drawn if told.startswith("no ")],
     }))  # fmt: skip
-
-
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 # ----------------------------------------------------------------------------------------------------------- the table

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from rescom_timm.benchmarks.common import heading, keep, machine
+from rescom_timm.benchmarks.common import bytes_in, heading, keep, machine
 from rescom_timm.training.run_folder import lines
 
 RECIPE = [
@@ -157,13 +157,8 @@ def look(process: psutil.Process, folder: Path, seconds: float, epoch: int) -> S
 
 
 def size(folder: Path) -> float:
-    """MiB of the files of a folder that is being written to, in which files and folders come and go."""
-    held = 0
-    for place, _, names in os.walk(folder):  # which passes over a folder that has gone
-        for name in names:
-            with suppress(FileNotFoundError):
-                held += os.stat(f"{place}/{name}").st_size
-    return held / 2**20
+    """MiB of its files."""
+    return bytes_in(folder) / 2**20
 
 
 def session(leader: int) -> list[int]:

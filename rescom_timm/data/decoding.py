@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,8 +105,14 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _image(source: Any) -> Image.Image:
-    Image.init()  # which plugins there are is only known then, as of AVIF
-    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+    return Image.open(source, formats=_formats())
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow reads: AVIF, say, is a plugin, which is only known after init."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _rgb(image: Image.Image, exif: bool) -> Image.Image:

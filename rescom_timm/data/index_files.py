@@ -90,7 +90,7 @@ def _read_lines(path: Path, problems: list[str]) -> Rows:
 
 def _wrong(key: str, label: str, by_path: bool) -> str:
     """What is wrong with one line, or the empty string."""
-    if not _is_label(label):
+    if not is_label(label):
         return f"label {label!r} is not a whole number from 0"
     if not key:
         return (
@@ -98,17 +98,17 @@ def _wrong(key: str, label: str, by_path: bool) -> str:
         )
     if by_path and key.startswith("/"):
         return f"{key!r} is not a path relative to the image root"
-    if not by_path and not _is_count(key):
+    if not by_path and not is_count(key):
         return f"row {key!r} is not a whole number from 0"
     return ""
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19
+def is_count(text: str, digits: int = 18) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= digits
 
 
-def _is_label(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < len(str(MAX_CLASSES))
+def is_label(text: str) -> bool:
+    return is_count(text, len(str(MAX_CLASSES)) - 1)
 
 
 def _read_header(lines: Iterator[tuple[int, str]], rows: Rows, problems: list[str]) -> bool | None:
@@ -136,9 +136,9 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
     """Take number and names of the classes from the header."""
     header = rows.header
     for key in ("rows", "classes"):
-        if not _is_count(header.get(key, "")):
+        if not is_count(header.get(key, "")):
             problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
-    if not _is_label(header.get("classes", "")):
+    if not is_label(header.get("classes", "")):
         if header.get("classes", "").isdigit():
             problems.append(f"the header says {header['classes']} classes; at most {MAX_CLASSES - 1:,} are read")
         return
@@ -234,7 +234,7 @@ def _judge_classes(
     if not allow_empty and (empty := np.flatnonzero(counts == 0)).size:
         hint = "; labels count from 0" if empty.tolist() == [0] else ""
         problems.append(f"{len(empty):,} of {classes:,} classes have no image: {first_few(empty.tolist())}{hint}")
-    if _is_count(header.get("rows", "")) and int(header["rows"]) != len(labels):
+    if is_count(header.get("rows", "")) and int(header["rows"]) != len(labels):
         problems.append(f"the header says {header['rows']} rows, the file has {len(labels)}")
     for k in range(classes if header else 0):
         said = header.get(f"class {k}", str(counts[k])).partition(" ")[0]

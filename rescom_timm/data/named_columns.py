@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
-from rescom_timm.data.index_files import MAX_CLASSES, Rows, first_few
+from rescom_timm.data.index_files import Rows, first_few, is_label
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that hold named columns."""
@@ -213,7 +213,7 @@ def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
         return f"column {label!r} is empty"
     if known is not None and text not in known:
         return f"label {text!r} is none of the classes: {first_few([name for name in known if not name.isdigit()])}"
-    if known is None and not (text.isascii() and text.isdigit() and len(text) < len(str(MAX_CLASSES))):
+    if known is None and not is_label(text):
         return f"label {text!r} is not a whole number from 0"
     return ""
 

@@ -87,8 +87,9 @@ def read_class_features(path: str | Path, class_names: Sequence[str], width: int
         )
     features = features.float()
     if names is not None:
-        lacking = [name for name in class_names if name not in set(names)]
-        unknown = [name for name in names if name not in set(class_names)]
+        there, asked = set(names), set(class_names)
+        lacking = [name for name in class_names if name not in there]
+        unknown = [name for name in names if name not in asked]
         if lacking or unknown or len(set(names)) != len(names):
             told = [f"it lacks {_first(lacking)}"] * bool(lacking) + [f"only it has {_first(unknown)}"] * bool(unknown)
             raise ValueError(f"{path} is of other classes: {'; '.join(told) or 'it names one twice'}")

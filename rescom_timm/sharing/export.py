@@ -27,14 +27,13 @@ from torch import Tensor, nn
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import MAX_SIDE, ViewsConfig, parse
-from rescom_timm.files import atomic_folder, read_json, write_json, write_tensors, write_text
+from rescom_timm.files import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.classifiers import Cosine
 from rescom_timm.nets.net import Net, same_logits
 from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
-from rescom_timm.sharing.hub import sha256
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
 from rescom_timm.training.evaluate import load_net
@@ -151,17 +150,28 @@ def export_run(
     )  # fmt: skip
 
 
+def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:
+    """Raises ValueError, naming the place, where names (K,) and counts (K,) of classes are none. counted: counts must
+    be there; otherwise they may be None."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names in {place} must be a list of names")
+    if counts is None and not counted:
+        return
+    if not (
+        isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
+    ):
+        raise ValueError(f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes")
+
+
 def _described(
     classes: dict[str, Any], path: Path, tensors: Mapping[str, Tensor]
 ) -> tuple[list[str], list[int], tuple[int, int, int]]:
     """(class_names, counts, input_size) of classes.json. Raises ValueError where it is none."""
-    names, counts, size = (classes.get(name) for name in ("class_names", "counts", "input_size"))
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: class_names must be a list of names")
+    found: list[Any] = [classes.get(name) for name in ("class_names", "counts", "input_size")]
+    names, counts, size = found
+    check_classes(names, counts, path)
     if len(names) > (most := sum(value.numel() for value in tensors.values())):
         raise ValueError(f"{path} names {len(names):,} classes, and the checkpoint has {most:,} numbers in all")
-    if not isinstance(counts, list) or len(counts) != len(names) or not all(type(n) is int and n > 0 for n in counts):
-        raise ValueError(f"{path}: counts must be a whole number above 0 for each of the {len(names)} classes")
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
         raise ValueError(f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}")
     return names, counts, (size[0], size[1], size[2])

@@ -22,9 +22,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils.sha import sha_fileobj
 
-from rescom_timm.files import MAX_JSON, MAX_RECIPE, read_json, read_text, regular_size, write_text
+from rescom_timm.files import MAX_JSON, MAX_RECIPE, read_json, read_text, sha256, write_text
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import RunError
 from rescom_timm.training.run_folder import RunElsewhere, lines
@@ -86,13 +85,6 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:297] + "..."
-
-
-def sha256(path: Path) -> str:
-    """Of a regular file. Raises OSError, and ValueError for a pipe or a device."""
-    regular_size(path)
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
 
 
 def as_repo(source: str | Path) -> str | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rescom_timm.data.views import MAX_SIDE, parse
-from rescom_timm.files import read_json, read_yaml
+from rescom_timm.files import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.classifiers import ClassifierConfig, classifier
 from rescom_timm.nets.net import (
@@ -31,8 +31,8 @@ from rescom_timm.nets.net import (
 from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
-from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, export_run
-from rescom_timm.sharing.hub import as_repo, download, sha256
+from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
+from rescom_timm.sharing.hub import as_repo, download
 from rescom_timm.training.build import refuse_queue
 
 
@@ -143,7 +143,6 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
                 raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
         _check_details(details)
         _check_room(details, folder)
-        parse(details["eval_policy"])
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         tuning = dict(details.get("tuning", {}))
@@ -175,9 +174,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             trained.load_state_dict(state, strict=False)
         check_weights(tensors, net.state_dict(), "the model")
         net.load_state_dict(tensors)
-    except (
-        Exception
-    ) as error:  # of whatever a file says that its hash was made to fit, and of whatever timm makes of it
+    except Exception as error:  # whatever a file says whose hash was made to fit, and whatever timm makes of it
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
@@ -186,13 +183,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
 
 def _check_details(details: dict[str, Any]) -> None:
     """Raises ValueError where rescom.json says what no export says."""
-    names, counts = details["class_names"], details["counts"]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names in {DETAILS} must be a list of names")
-    if counts is not None and not (
-        isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
-    ):
-        raise ValueError(f"counts in {DETAILS} must be a whole number above 0 for each of the {len(names)} classes")
+    check_classes(details["class_names"], details["counts"], DETAILS, counted=False)
     if not timm.is_model(str(details["backbone"]).split(".")[0]) or "/" in details["backbone"]:
         check_backbone(details["backbone"])
         raise ValueError(f"backbone in {DETAILS} must be a name of timm.list_models(), not {details['backbone']!r}")

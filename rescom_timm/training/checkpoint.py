@@ -6,7 +6,6 @@ tensor), state.json (everything that is not a tensor, with the tensors' names in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rescom_timm.files import read_json, regular_size
+from rescom_timm.files import read_json, sha256
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.training.errors import CheckpointError, unwritten
 
@@ -96,7 +95,7 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
         (aside / FILES[2]).write_text(text, encoding="utf-8")
         for name in FILES[:2]:  # as the umask says, which safetensors does not ask
             (aside / name).chmod((aside / FILES[2]).stat().st_mode)
-        (aside / "hashes.json").write_text(json.dumps({name: _sha256(aside / name) for name in FILES}))
+        (aside / "hashes.json").write_text(json.dumps({name: sha256(aside / name) for name in FILES}))
         for path in (*aside.iterdir(), aside):
             _sync(path)
         if final.exists():  # of the same step, before its evaluation
@@ -120,7 +119,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         hashes = read_json(path / "hashes.json")
         for name in FILES:
-            if hashes.get(name) != _sha256(path / name):
+            if hashes.get(name) != sha256(path / name):
                 raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
         state = unpack(read_json(path / FILES[2]), load_file(path / FILES[1]))
         if not isinstance(state, dict):
@@ -211,15 +210,6 @@ def set_random_state(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _sha256(path: Path) -> str:
-    regular_size(path)
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -69,12 +69,13 @@ class Log:
             file.write(json.dumps({"epoch": epoch, "step": step, **figures}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that follows must not outlive it
-        try:
-            for name, value in figures.items() if self.board is not None else ():
-                self.board.add_scalar(name, value, step)  # type: ignore[union-attr]
-        except OSError as error:
-            self.board = None
-            left_out("tensorboard", one_line(error))
+        if self.board is not None:
+            try:
+                for name, value in figures.items():
+                    self.board.add_scalar(name, value, step)
+            except OSError as error:
+                self.board = None
+                left_out("tensorboard", one_line(error))
         self.trackers.log(figures, step)
 
     def finished(self, results: dict[str, dict[str, float]], draw: Callable[[], dict[str, Image]], step: int) -> None:
@@ -85,8 +86,9 @@ class Log:
             return
         try:
             pictures = draw()
-            for name, picture in pictures.items() if self.board is not None else ():
-                self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")  # type: ignore[union-attr]
+            if self.board is not None:
+                for name, picture in pictures.items():
+                    self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
         except Exception as error:  # of drawing, whatever it is
             warnings.warn(f"the figures for the trackers could not be drawn: {one_line(error)}", stacklevel=2)
             return

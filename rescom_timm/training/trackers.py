@@ -7,7 +7,7 @@ on. Which tracked run is this one's stands in trackers.json in the run's folder,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -165,17 +165,15 @@ class Trackers:
 
     def pictures(self, pictures: dict[str, Image], step: int) -> None:
         """To the trackers that take pictures. pictures: by name, such as figures/curves."""
-        self._each(lambda tracker, name: PICTURES[name](tracker, pictures, step), PICTURES)
+        self._each(lambda tracker, name: PICTURES[name](tracker, pictures, step) if name in PICTURES else None)
 
     def close(self) -> None:
         self._each(lambda tracker, _: tracker.finish())
         self.running.clear()
 
-    def _each(self, tell: Callable[[Any, str], Any], names: Collection[str] = STARTS) -> None:
+    def _each(self, tell: Callable[[Any, str], Any]) -> None:
         """tell: takes a tracker and its name."""
         for name, tracker in list(self.running.items()):
-            if name not in names:
-                continue
             try:
                 tell(tracker, name)
             except Exception as error:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rescom_timm.training.checkpoint import FILES, _sha256
+from rescom_timm.files import sha256
+from rescom_timm.training.checkpoint import FILES
 
 Change = Callable[[Path], object]
 """Makes or damages files below a folder."""
@@ -127,7 +128,7 @@ def hashed(name: str) -> Change:
     def fit(place: Path) -> None:
         path = place / name / "hashes.json"
         there = json.loads(path.read_text()) if path.is_file() else FILES
-        hashes = {file: _sha256(place / name / file) for file in there if (place / name / file).is_file()}
+        hashes = {file: sha256(place / name / file) for file in there if (place / name / file).is_file()}
         path.write_text(json.dumps(hashes))
 
     return fit

@@ -17,12 +17,12 @@ from torch.testing import assert_close
 import rescom_timm
 from rescom_timm.commands import push
 from rescom_timm.data.views import parse
+from rescom_timm.files import sha256
 from rescom_timm.nets.classifiers import Cosine
 from rescom_timm.nets.net import ProjectorConfig
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import export, export_run, save_model
-from rescom_timm.sharing.hub import sha256
 from rescom_timm.sharing.onnx import export_onnx
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.sharing.program import export_program

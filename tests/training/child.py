@@ -280,7 +280,7 @@ def at_disk_operation(n: int, what: str) -> None:
             _kill()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for name in ("_sha256", "_sync"):
+    for name in ("sha256", "_sync"):
         _count(checkpoint, name, counter, act)
     _count(checkpoint.Path, "rename", counter, act)
     original = checkpoint.save_file

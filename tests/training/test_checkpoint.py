@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from rescom_timm.files import sha256
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import CheckpointError
 from tests.training.child import SERVER
@@ -176,7 +177,7 @@ def operations(monkeypatch, fail_at):
 
         monkeypatch.setattr(holder, name, call)
 
-    for name in ("save_file", "_sha256", "_sync"):
+    for name in ("save_file", "sha256", "_sync"):
         wrap(checkpoint, name)
     for name in ("mkdir", "write_text", "rename"):
         wrap(Path, name)
@@ -249,7 +250,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_never_run(tmp_path, make, ha
     path = checkpoint.save(tmp_path / "checkpoints", 1, NET, STATE)
     (path / name).write_bytes(make(tmp_path / "owned"))
     if hashed:
-        hashes = {file: checkpoint._sha256(path / file) for file in checkpoint.FILES}
+        hashes = {file: sha256(path / file) for file in checkpoint.FILES}
         if name != "hashes.json":
             (path / "hashes.json").write_text(json.dumps(hashes))
     with pytest.raises(CheckpointError, match="is damaged"):
@@ -271,7 +272,7 @@ def test_the_payload_works_where_pickle_is_read(tmp_path):
 def test_state_that_is_no_state_is_refused(tmp_path, text):
     path = checkpoint.save(tmp_path, 1, NET, {})
     (path / "state.json").write_text(text)
-    (path / "hashes.json").write_text(json.dumps({file: checkpoint._sha256(path / file) for file in checkpoint.FILES}))
+    (path / "hashes.json").write_text(json.dumps({file: sha256(path / file) for file in checkpoint.FILES}))
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoint.load(path)
 
