@@ -284,8 +284,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if odd := next((name for name in names if isinstance(name, list | dict)), None):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {odd!r} is no name of a key")
+        for name in names:
+            if isinstance(name, list | dict):
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {name!r} is no name of a key")
         seen: set[Any] = set()
         twice = {name for name in names if name in seen or seen.add(name)}  # type: ignore[func-returns-value]
         if twice:

@@ -171,6 +171,8 @@ def test_a_recipe_that_asks_for_a_large_queue_is_refused(run):
         ("seed: 0x" + "f" * 900, "must be at most .* in size, not that"),
         ("seed: !!int x", "a value is not what it says it is"),
         ("seed: !!float ''", "a value is not what it says it is"),
+        ("[]: 1", r"\[\] is no name of a key"),
+        ("{}: 1", "{} is no name of a key"),
         ("track: {1: 2}", "unknown key track.1"),
         ("name: CON", "is a device or a drive on Windows"),
         ("name: nul.txt", "is a device or a drive on Windows"),

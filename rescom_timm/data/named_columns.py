@@ -166,11 +166,8 @@ def _frame(path: Path) -> pd.DataFrame:
         with path.open("rb") as start:
             encoding = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         if ending in (".jsonl", ".ndjson"):
-            lines = path.read_text(encoding=encoding).splitlines()
-            found = [json.loads(line) for line in lines if line.strip()]
-            if odd := next((number for number, row in enumerate(found, 1) if not isinstance(row, dict)), None):
-                raise ValueError(f'line {odd} is no object, such as {{"path": "1.jpg", "label": "cat"}}')
-            return pd.DataFrame(found)
+            lines = path.read_text(encoding=encoding).split("\n")  # not splitlines: a text may hold U+2028
+            return pd.DataFrame([_object(line, number) for number, line in enumerate(lines, 1) if line.strip()])
         with path.open(encoding=encoding, newline="") as file:
             header = file.readline()
         separator = "\t" if ending == ".tsv" else max(",;\t|", key=header.count)
@@ -193,6 +190,16 @@ def _frame(path: Path) -> pd.DataFrame:
         TypeError,
     ) as error:
         raise ValueError(f"cannot be read as {ending[1:]}: {str(error).strip() or type(error).__name__}") from None
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f'line {number} is no object, such as {{"path": "1.jpg", "label": "cat"}}')
+    return row
 
 
 def _text(value: Any) -> str:

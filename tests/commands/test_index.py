@@ -289,7 +289,7 @@ def test_init_from_train_and_val_folders(run: Run, tmp_path: Path) -> None:
     assert Index.load("p_test.txt").keys[0] == "val/cat/000.png" and made.net.backbone == "resnet32_cifar"
     photos(tmp_path / "p" / "val", {"cow": 1})
     code, said = run("init", "p", "-o", "q.yaml")
-    assert code == 2 and "p/val has class folders that train lacks: cow" in said and not Path("q.yaml").exists()
+    assert code == 2 and "p/val has classes that train lacks: cow" in said and not Path("q.yaml").exists()
 
 
 def test_init_from_train_val_and_test_folders(run: Run, tmp_path: Path) -> None:
@@ -361,6 +361,22 @@ def test_init_of_a_folder_with_a_list(run: Run, tmp_path: Path, place: str) -> N
     data = load(recipe.load(tmp_path / "p.yaml").data)
     assert data.class_names == ["a", "b", "c"] and len(data.test.labels) == 3
     assert data.validation is None and "no class is large enough for validation images" in said
+
+
+@pytest.mark.parametrize("labels", ["abc", "012"], ids=["names", "numbers"])
+def test_init_of_split_folders_with_a_list_each(run: Run, tmp_path: Path, labels: str) -> None:
+    for split, of in (("train", list(labels) * 10), ("val", list(labels[1:]) * 3)):  # val lacks the first class
+        photos(tmp_path / "p", {split: len(of)})
+        table = pd.DataFrame({"file_name": [f"{k:03}.png" for k in range(len(of))], "label": of})
+        table.to_csv(tmp_path / "p" / split / "metadata.csv", index=False)
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 0, said
+    data = load(recipe.load(tmp_path / "p.yaml").data)
+    assert data.test.labels.tolist() == [1, 2] * 3 and data.test.dataset[0]["image"]["path"].endswith("p/val/000.png")
+    assert data.counts.tolist() == [9, 9, 9] and data.validation is not None
+    shutil.rmtree(tmp_path / "p/val")
+    assert run("init", "p", "-o", "q.yaml")[0] == 0
+    assert [len(Index.load(tmp_path / f"q_{part}.txt")) for part in ("train", "test")] == [24, 6]
 
 
 def test_init_keeps_the_splits_of_a_list_and_groups_together(run: Run, tmp_path: Path) -> None:

@@ -250,3 +250,11 @@ def test_holding_out_groups_comes_near_the_fraction_of_each_class() -> None:
     assert np.array_equal(held, profiles.holdout(labels, 0.2, groups=groups))
     with pytest.raises(ValueError, match="by group holds nothing"):
         profiles.holdout(np.array([0, 0, 1, 1]), 0.5, groups=np.array([0, 0, 1, 1]))
+
+
+def test_a_line_of_json_may_hold_what_other_texts_break_lines_at(tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\x85d"]
+    lines = [f'{{"path": "{k}.png", "label": "{name}"}}' for k, name in enumerate(names)]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    index = Index.load(tmp_path / "a.jsonl")
+    assert index.class_names == names and index.labels.tolist() == [0, 1]

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
-from rescom_timm.data.image_folders import METADATA, class_folders, holds_tables
+from rescom_timm.data.image_folders import class_folders, holds_tables, list_within
 from rescom_timm.data.index import Index
+from rescom_timm.data.index_files import MAX_CLASSES, first_few, is_label
 from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
@@ -190,8 +191,11 @@ def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     validation = options.validation or "holdout(0.1)"
     if root.is_dir() and not holds_tables(root):
         config = DataConfig(options.source, validation=validation)
-        listed = options.list or next((root / name for name in METADATA if (root / name).is_file()), None)
-        parts = _listed(options, config, listed) if listed else _class_folders(options, root)
+        listed, lead = list_within(root, "train") or (None, "")
+        if options.list or listed and not lead:
+            parts = _listed(options, _config(options, "train", str(options.list or listed)))
+        else:
+            parts = _folders(options, root, listed=bool(lead))
     else:
         if options.list:
             raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
@@ -208,19 +212,28 @@ def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     return {**parts, "train": _cut(parts["train"], options.imbalance)}, config
 
 
-def _class_folders(options: argparse.Namespace, root: Path) -> dict[str, Index]:
-    folders = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
-    if (root / "train").is_dir() and folders:
-        train = _under(root, root / "train")
-        names = ["test", "validation"] if options.validation is None else ["test"]
-        parts = {part: _as_in(train, _under(root, at), at) for part, at in zip(names, folders, strict=False)}
-        return {"train": train, **parts}
-    return _part(_under(root, root), options.validation)
+def _folders(options: argparse.Namespace, root: Path, listed: bool) -> dict[str, Index]:
+    """The parts that a folder has as subfolders, each of class folders or, if listed, with its metadata; else a fifth
+    of each class for testing."""
+
+    def there(split: str) -> bool:
+        return bool((list_within(root, split) or ("", ""))[1]) if listed else (root / split).is_dir()
+
+    def read(split: str) -> Index:
+        if listed:
+            return training_index(_config(options, split), allow_empty=split != "train")
+        return _under(root, root / split)
+
+    folders = [split for split in ("test", "val", "validation") if there(split)]
+    if not folders or not there("train"):
+        return _part(_told(read("train")) if listed else _under(root, root), options.validation)
+    train = _told(read("train"))
+    parts = ["test", "validation"] if options.validation is None else ["test"]
+    return {"train": train, **{p: _as_in(train, read(at), root / at) for p, at in zip(parts, folders, strict=False)}}
 
 
-def _listed(options: argparse.Namespace, config: DataConfig, path: str | Path) -> dict[str, Index]:
+def _listed(options: argparse.Namespace, config: DataConfig) -> dict[str, Index]:
     """The parts of a list: those of its column of splits, else a fifth of each class for testing."""
-    config = replace(config, index=str(path), validation="none", **_column_settings(options))
     found: dict[str, Index] = {}
     train = training_index(config)
     if train.by_path and "split" not in train.info:
@@ -269,11 +282,15 @@ def _under(root: Path, folder: Path) -> Index:
 
 def _as_in(train: Index, part: Index, folder: Path) -> Index:
     """The part with its classes numbered as those of training, of which it may lack some."""
-    known, names = train.class_names or [], part.class_names or []
-    if odd := [name for name in names if name not in known]:
-        raise ValueError(f"{folder} has class folders that train lacks: {', '.join(odd[:5])}")
-    labels = np.array([known.index(name) for name in names])[part.labels]
-    return replace(part, labels=labels, num_classes=len(known), class_names=known)
+    known = {name: label for label, name in enumerate(_names(train))}
+    if odd := [name for name in _names(part) if name not in known]:
+        raise ValueError(f"{folder} has classes that train lacks: {first_few(odd)}")
+    labels = np.array([known[name] for name in _names(part)])[part.labels]
+    return replace(part, labels=labels, num_classes=train.num_classes, class_names=train.class_names)
+
+
+def _names(index: Index) -> list[str]:
+    return index.class_names or [str(label) for label in range(index.num_classes)]
 
 
 def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
@@ -306,8 +323,10 @@ def _label_file(path: str, info: dict[str, str]) -> Index:
     words = read_text(path).split()
     if not words:
         raise ValueError(f"{path} holds no labels: it is one whole number from 0 a line")
-    if bad := next((i for i, word in enumerate(words) if not word.isdecimal()), None):
-        raise ValueError(f"{path}: label number {bad + 1}, {words[bad]!r}, is not a whole number from 0")
+    for number, word in enumerate(words, 1):
+        if not is_label(word):
+            most = f"{MAX_CLASSES - 1:,}"
+            raise ValueError(f"{path}: label number {number}, {word!r}, is not a whole number from 0 to {most}")
     labels = np.array(words, dtype=np.int64)
     return Index(np.arange(len(labels)), labels, int(labels.max()) + 1, info)
 
