@@ -11,7 +11,8 @@ checkpoints. Where a machine is lent for minutes at a time, slices do: the same 
 saves within the epoch and goes on there the next time.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and deviation (of the sample) over the seeds of the
-test figures at the last epoch, in percent, and of the minutes of training.
+figures at the last epoch, in percent, and of the minutes of training. Where settings are to be chosen, give the runs
+validation rows, data.validation=unused(50) or holdout(0.1), and choose by their columns: never by the test figures.
 
 The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imagenet_lt_r50.yaml):
 
@@ -27,11 +28,7 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
         rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.kind=fifo,reversed,class_balanced
     Table 6, one module at a time
         rescom-timm sweep recipes/cifar10_lt_if100_r32_table6_*.yaml
-    All methods on the digits, and second stages over the cross-entropy of the same seed
-        rescom-timm sweep $(ls recipes/digits_lt*.yaml | grep -vE '_(crt|lws|tau_norm|las|disalign|dro_lt).yaml') \\
-            --output runs/digits
-        rescom-timm sweep recipes/digits_lt_{crt,lws,tau_norm,las,disalign,dro_lt}.yaml --output runs/digits \\
-            from=runs/digits/digits_lt_cross_entropy-seed={seed}
+    All methods on the digits, stages and teachers in their order: the commands in RESULTS.md
 """
 
 from __future__ import annotations

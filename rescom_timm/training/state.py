@@ -68,6 +68,11 @@ class Progress:
         self.sums, self.passes, self.skipped = {}, 0, 0
         return means
 
+    def scored(self, score: float) -> None:
+        """Take an epoch's figure on the validation rows: the best one yet, or not."""
+        if self.best is None or score > self.best:
+            self.best, self.best_epoch, self.best_checkpoint = score, self.epoch, f"step-{self.step:08d}"
+
     def ended(self, recipe: Recipe) -> bool:
         """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end;
         asked between epochs."""

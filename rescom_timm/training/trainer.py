@@ -321,10 +321,7 @@ class Trainer:
         progress = self.progress
         progress.unevaluated = False
         if "validation" in figures:
-            score = figures["validation"][self.recipe.evaluation.select]
-            if progress.best is None or score > progress.best:
-                progress.best, progress.best_epoch = score, progress.epoch
-                progress.best_checkpoint = f"step-{progress.step:08d}"
+            progress.scored(figures["validation"][self.recipe.evaluation.select])
         if self.main:
             line = evaluation_line(progress.epoch, figures)
             bar.write(line if bar.disable else f"after epoch {progress.epoch}\n{table(figures)}")

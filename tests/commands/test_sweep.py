@@ -103,6 +103,31 @@ def test_the_minutes_are_those_of_the_whole_training(sweep, tmp_path):
     assert sweep.measure([(("a",), "a-seed=0")], tmp_path) == {("a",): [{"top1": 50.0, "minutes": 4.5}]}
 
 
+def test_a_cell_that_patience_ended_is_finished(sweep, tmp_path, capsys):
+    words = [DIGITS, *QUICK, "--seeds", "0", "--lean", "--output", str(tmp_path), "train.epochs=9", "optimizer.lr=1e-9"]
+    words += ["data.validation=unused(20)", "evaluation.every=1", "evaluation.patience=2"]
+    assert command.main(words) == 0
+    (figures,) = tmp_path.glob("*/metrics.jsonl")
+    before = figures.read_text()
+    assert 3 <= json.loads(before.splitlines()[-1])["epoch"] < 9
+    capsys.readouterr()
+    assert command.main(words) == 0
+    assert ": finished" in capsys.readouterr().out and figures.read_text() == before
+
+
+def test_settings_can_be_chosen_by_validation_rows(sweep, tmp_path):
+    words = [DIGITS, *QUICK, "data.validation=unused(20)", "--seeds", "0", "--output", str(tmp_path)]
+    assert command.main(words) == 0
+    with (tmp_path / "sweep.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    (folder,) = tmp_path.glob("*seed=0")
+    *_, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    for figure in ("top1", "mean_class"):
+        assert float(row[f"validation_{figure}"]) == pytest.approx(last[f"validation/{figure}"])
+        assert float(row[figure]) == pytest.approx(last[f"test/{figure}"])
+    assert row["validation_top1"] != row["top1"]
+
+
 def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep):
     rows = {
         ("a", "beta=0"): [{"top1": 50.0, "many": 80.0}, {"top1": 54.0, "many": 82.0}],

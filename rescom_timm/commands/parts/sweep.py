@@ -25,8 +25,12 @@ from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import DETAILS
 from rescom_timm.training.errors import FAILURES, one_line
 from rescom_timm.training.run_folder import lines, run_recipe
+from rescom_timm.training.state import Progress
 
-FIGURES = ("top1", "many", "medium", "few", "mean_class", "ece", "trained_thousands", "minutes", "memory_gib")
+FIGURES = (
+    *("top1", "many", "medium", "few", "mean_class", "ece"),
+    *("validation_top1", "validation_mean_class", "trained_thousands", "minutes", "memory_gib"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,13 @@ def finished(recipe: Recipe) -> bool:
         return False
     if differ := differences(run_recipe(folder).to_dict(), recipe.to_dict()):
         raise RecipeError(f"{folder} was made with another {', '.join(differ)}: name another folder with --output")
-    epochs = max((line.get("epoch", 0) for line in lines(folder / "metrics.jsonl")), default=0)
+    progress, select = Progress(), f"validation/{recipe.evaluation.select}"
+    for line in lines(folder / "metrics.jsonl"):
+        progress.epoch = line.get("epoch", progress.epoch)
+        if select in line:
+            progress.scored(line[select])
     there = (folder / "evaluation" / "test-last.json", folder / "model" / DETAILS)
-    return epochs >= recipe.train.epochs and all(path.is_file() for path in there)
+    return progress.ended(recipe) and all(path.is_file() for path in there)
 
 
 def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
@@ -122,13 +130,16 @@ def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str
 
 
 def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tuple[str, ...], list[dict[str, float]]]:
-    """The test figures of each row's finished runs, in percent, how many weights trained, minutes of training and, on a
-    GPU, the most memory held."""
+    """The test figures of each row's finished runs, in percent, those of its validation rows, if any, how many weights
+    trained, minutes of training and, on a GPU, the most memory held."""
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
         if path.is_file():
             numbers = read_json(path)["numbers"]
+            held = path.with_name("validation-last.json")
+            if held.is_file():
+                numbers |= {f"validation_{figure}": value for figure, value in read_json(held)["numbers"].items()}
             about = output / name / "environment.json"
             weights = read_json(about).get("weights", {}) if about.is_file() else {}
             told = {key: value for line in lines(output / name / "metrics.jsonl") for key, value in line.items()}
