@@ -1,6 +1,6 @@
 """The trained weights that come with the project, read as a user reads them from the Hub.
 
-30 epochs of recipes/cifar10_lt_if100_r32.yaml on a CPU, 69.65 top-1: a sample of what is published, not a result.
+100 epochs of recipes/cifar10_lt_if100_r32.yaml with method.mode=paper on a CPU, 82.89 top-1 (RESULTS.md).
 """
 
 import json
@@ -15,7 +15,7 @@ import rescom_timm
 from rescom_timm.sharing.pretrained import damaged
 
 RELEASE = Path(__file__).parent / "release" / "cifar10_lt_if100_r32"
-CORRECT = 74
+CORRECT = 84
 """Of the first hundred test images of CIFAR-10."""
 
 

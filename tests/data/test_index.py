@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rescom_timm.data import index as rows
@@ -49,7 +49,7 @@ def test_rows_survive_a_round_trip(tmp_path: Path) -> None:
 path_text = st.text(st.characters(exclude_characters="\n\r", exclude_categories=("Cs",)), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(path_text.filter(lambda p: not p.startswith("/")), unique=True, min_size=1, max_size=8), st.booleans())
 def test_paths_survive_a_round_trip(tmp_path_factory: pytest.TempPathFactory, paths: list[str], named: bool) -> None:
     labels = np.arange(len(paths))
@@ -372,7 +372,7 @@ def test_bad_rules(rule: str, said: str) -> None:
         profiles.parse_rule(rule)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.floats(0.01, 0.99))
 def test_holdout(labels: list[int], fraction: float) -> None:
     array = np.array(labels)
