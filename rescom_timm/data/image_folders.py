@@ -90,11 +90,18 @@ METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
 """Lists within a folder, as `datasets` has them."""
 
 
+def metadata_in(folder: Path) -> Path | None:
+    """The list that a folder of images has of itself; None where there is none."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
 def list_within(root: Path, split: str) -> tuple[Path, str] | None:
     """The list that a split's subfolder of images, or the folder itself, has within, and where its paths start: the
     subfolder, ending in /, or nothing; None where there is no list."""
-    places = [(folder / name, lead) for folder, lead in ((root / split, f"{split}/"), (root, "")) for name in METADATA]
-    return next(((path, lead) for path, lead in places if path.is_file()), None)
+    for folder, lead in ((root / split, f"{split}/"), (root, "")):
+        if path := metadata_in(folder):
+            return path, lead
+    return None
 
 
 def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index | None) -> tuple[Path, str]:

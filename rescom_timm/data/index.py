@@ -75,6 +75,11 @@ class Index:
         return isinstance(self.keys, list)
 
     @property
+    def names(self) -> list[str]:
+        """Of the classes, (K,): their numbers where they have no others."""
+        return self.class_names or [str(k) for k in range(self.num_classes)]
+
+    @property
     def counts(self) -> np.ndarray:
         """Rows of each class, (K,) int64."""
         return np.bincount(self.labels, minlength=self.num_classes).astype(np.int64)

@@ -78,7 +78,7 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
         test=parts["test"].split(),
         validation=parts["validation"].split() if "validation" in parts else None,
         counts=index.counts,
-        class_names=index.class_names or [str(k) for k in range(num_classes)],
+        class_names=index.names,
         provenance={"source": config.source, "num_classes": num_classes}
         | {name: part.provenance() for name, part in parts.items()},
     )

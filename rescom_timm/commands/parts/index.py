@@ -17,7 +17,7 @@ from tqdm import tqdm
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
-from rescom_timm.data.image_folders import class_folders, holds_tables, list_within
+from rescom_timm.data.image_folders import class_folders, holds_tables, metadata_in
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, first_few, is_label
 from rescom_timm.data.named_columns import Columns
@@ -191,11 +191,11 @@ def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     validation = options.validation or "holdout(0.1)"
     if root.is_dir() and not holds_tables(root):
         config = DataConfig(options.source, validation=validation)
-        listed, lead = list_within(root, "train") or (None, "")
-        if options.list or listed and not lead:
-            parts = _listed(options, _config(options, "train", str(options.list or listed)))
+        nested = metadata_in(root / "train") is not None
+        if listed := options.list or (None if nested else metadata_in(root)):
+            parts = _listed(options, _config(options, "train", str(listed)))
         else:
-            parts = _folders(options, root, listed=bool(lead))
+            parts = _folders(options, root, listed=nested)
     else:
         if options.list:
             raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
@@ -217,7 +217,7 @@ def _folders(options: argparse.Namespace, root: Path, listed: bool) -> dict[str,
     of each class for testing."""
 
     def there(split: str) -> bool:
-        return bool((list_within(root, split) or ("", ""))[1]) if listed else (root / split).is_dir()
+        return metadata_in(root / split) is not None if listed else (root / split).is_dir()
 
     def read(split: str) -> Index:
         if listed:
@@ -282,15 +282,11 @@ def _under(root: Path, folder: Path) -> Index:
 
 def _as_in(train: Index, part: Index, folder: Path) -> Index:
     """The part with its classes numbered as those of training, of which it may lack some."""
-    known = {name: label for label, name in enumerate(_names(train))}
-    if odd := [name for name in _names(part) if name not in known]:
+    known = {name: label for label, name in enumerate(train.names)}
+    if odd := [name for name in part.names if name not in known]:
         raise ValueError(f"{folder} has classes that train lacks: {first_few(odd)}")
-    labels = np.array([known[name] for name in _names(part)])[part.labels]
+    labels = np.array([known[name] for name in part.names])[part.labels]
     return replace(part, labels=labels, num_classes=train.num_classes, class_names=train.class_names)
-
-
-def _names(index: Index) -> list[str]:
-    return index.class_names or [str(label) for label in range(index.num_classes)]
 
 
 def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
