@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rescom_timm.data.decoding import BrokenImage, decode, look
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, look
 from rescom_timm.data.splits import Split
 
 AT_ONCE = 1024
 
 
 def unreadable(
-    split: Split, full: bool = True, max_pixels: int | None = None, progress: Callable[[int], Any] | None = None
+    split: Split,
+    full: bool = True,
+    reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
+    progress: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(position in the split, what is wrong) of each image that cannot be read.
 
@@ -24,7 +27,7 @@ def unreadable(
 
     def wrong(row: int, image: Any) -> str:
         try:
-            read(image, row, max_pixels=max_pixels)
+            read(image, row, reading)
         except BrokenImage as error:
             return str(error)
         return ""

@@ -1,14 +1,16 @@
 """Images of any kind to RGB."""
 
 import io
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from rescom_timm.files import regular_size
 
@@ -21,29 +23,88 @@ MAX_BYTES = 2**30
 """Of the largest image file that is read."""
 
 
+MAX_PIXELS = 178_956_970
+"""Of the largest image that is read where `max_pixels` is None: where Pillow, too, sees a decompression bomb."""
+STRIP = 2**22
+"""Pixels that are converted at a time, so that a conversion needs little memory beside its source and its result."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_SCALED = ("ppm", "ppm_plain", "jpeg2k")
+"""Pillow's decoders that scale gray to 16 bits by the depth that the file names."""
+
+
 class BrokenImage(ValueError):
     """An image that cannot be read. The message names its row and, where known, its path."""
 
 
-def decode(value: Any, row: int | None = None, exif: bool = False, max_pixels: int | None = None) -> Image.Image:
+@dataclass(frozen=True)
+class ReadConfig:
+    """How a stored image becomes 8-bit RGB. One for training, evaluation, prediction and every picture of an image: the
+    recipe's (`LoaderConfig.reading`), which an export carries (`record`)."""
+
+    exif: bool = False
+    """Turn an image as its EXIF orientation says."""
+    white_level: int | None = None
+    """Level of 16-bit gray that is white, 1 to 65535; None: 65535."""
+    max_pixels: int | None = None
+    """Of the largest image that is read; None: MAX_PIXELS."""
+
+    def __post_init__(self) -> None:
+        if self.white_level is not None and not 1 <= self.white_level <= 65535:
+            raise ValueError(f"white_level must be from 1 to 65535, such as 4095 for 12 bits, not {self.white_level}")
+        if self.max_pixels is not None and not 1 <= self.max_pixels <= 2**33:
+            raise ValueError(f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
+
+    def record(self) -> dict[str, bool | int | None]:
+        """What decides the pixels, as plain JSON. max_pixels is not among it: it bounds the reader's own memory."""
+        return {"exif": self.exif, "white_level": self.white_level}
+
+    @classmethod
+    def of(cls, record: Any) -> "ReadConfig":
+        """The opposite of `record`. Raises ValueError for anything else."""
+        kinds = {"exif": (bool,), "white_level": (int, type(None))}
+        if not isinstance(record, dict) or not all(type(record[key]) in kinds.get(key, ()) for key in record):
+            raise ValueError(f"reading must be exif (true or false) and white_level (a number or null), not {record!r}")
+        return cls(**record)
+
+
+class Decoded(NamedTuple):
+    """An image with what its file says of it."""
+
+    image: Image.Image
+    orientation: int
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none."""
+    levels: tuple[int, int] | None
+    """Lowest and highest level of 16 bits; None for 8 bits."""
+
+
+def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Image.Image:
     """The RGB image in `value`: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image
-    or an 8-bit array (H, W) or (H, W, 3).
+    or an array (H, W) of 8 or 16 bits or (H, W, 3) of 8 bits.
 
     Gray, palette, CMYK and the like become RGB as Pillow does it. Transparent images are laid on white (the colour that
-    hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped. `exif` turns the image as its
-    EXIF tag says; the papers' pipelines do not, so that is the default. `max_pixels`: see `allow`.
+    hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped: 0..white_level to 0..255,
+    rounded. Of 16-bit colour Pillow reads the upper 8 bits. `reading`: orientation, white level, largest size.
     Raises BrokenImage, naming `row` and the path.
     """
+    return inspect(value, row, reading).image
+
+
+def inspect(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Decoded:
+    """As `decode`, with the orientation and the levels of the file."""
     with _told(value, row):
-        return _rgb(_open(value, max_pixels), exif)
+        return _rgb(_open(value, reading), reading)
 
 
-def look(value: Any, row: int | None = None, max_pixels: int | None = None) -> None:
+def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> None:
     """Read the header of an image alone, and of a file no more. Arguments and what is raised as in `decode`."""
-    allow(max_pixels)
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
-        _refuse_mode(_image(source) if source is not value else _open(value, max_pixels))
+        _refuse_mode(_image(source, reading) if source is not value else _open(value, reading), reading)
 
 
 @contextmanager
@@ -54,8 +115,6 @@ def _told(value: Any, row: int | None) -> Iterator[None]:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         what = "it is not an image in a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        if isinstance(error, Image.DecompressionBombError):
-            what = f"{what.rstrip('.')}; if it is a photograph, allow it with loader.max_pixels"
         raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
 
 
@@ -72,14 +131,7 @@ def where(value: Any, row: int | None) -> str:
     return f"row {row}" + (f" ({path})" if path else "")
 
 
-def allow(max_pixels: int | None) -> None:
-    """In this process Pillow warns above so many pixels, and refuses twice as many. None changes nothing."""
-    if max_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-
-
-def _open(value: Any, max_pixels: int | None = None) -> Image.Image:
-    allow(max_pixels)
+def _open(value: Any, reading: ReadConfig) -> Image.Image:
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if isinstance(value, str):
@@ -87,7 +139,7 @@ def _open(value: Any, max_pixels: int | None = None) -> Image.Image:
             raise ValueError(f"its file has {size / 2**20:,.0f} MiB; at most {MAX_BYTES / 2**20:,.0f} are read")
         value = Path(value).read_bytes()  # read whole, so that no file stays open
     if isinstance(value, bytes):
-        return _image(io.BytesIO(value))
+        return _image(io.BytesIO(value), reading)
     if isinstance(value, list):
         value = np.asarray(value)
         if value.size and 0 <= value.min() and value.max() <= 255 and value.dtype.kind in "iu":
@@ -104,8 +156,24 @@ def _opened(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-def _image(source: Any) -> Image.Image:
-    return Image.open(source, formats=_formats())
+_opening = threading.Lock()
+
+
+def _image(source: Any, reading: ReadConfig) -> Image.Image:
+    """The image, not decoded yet. Raises ValueError where it is larger than `reading` allows."""
+    with _opening:
+        bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own check warns in its own words
+        try:
+            image = Image.open(source, formats=_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = bound
+    pixels, most = image.width * image.height, reading.max_pixels or MAX_PIXELS
+    if pixels > most:
+        raise ValueError(
+            f"it has {image.width:,} x {image.height:,} pixels, more than {most:,}, and may be a decompression bomb; "
+            f"if it is a photograph, allow it with loader.max_pixels={pixels}"
+        )
+    return image
 
 
 @cache
@@ -115,27 +183,79 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _rgb(image: Image.Image, exif: bool) -> Image.Image:
+def _rgb(image: Image.Image, reading: ReadConfig) -> Decoded:
+    _refuse_mode(image, reading)
+    white = 65535 if _tile(image)[0] in _SCALED else reading.white_level or 65535
+    tag = _orientation(image) if image.format == "TIFF" else 1  # Pillow turns a TIFF as it loads it
     image.load()
-    if exif:
-        image = ImageOps.exif_transpose(image)
-    _refuse_mode(image)
+    turn = _orientation(image)
+    if reading.exif and turn in _TURNS:
+        image = image.transpose(_TURNS[turn])
+    _allow(image.width * image.height)
+    tag = max(tag, turn)
     if image.mode.startswith("I"):
-        return _from_16_bits(image)
+        levels: list[int] = []
+        return Decoded(_by_strips(image, lambda part: _to_8_bits(part, white, levels)), tag, (min(levels), max(levels)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+        image = _by_strips(image, _on_white)
+    return Decoded(image if image.mode == "RGB" else image.convert("RGB"), tag, None)
 
 
-def _refuse_mode(image: Image.Image) -> None:
+def _allow(pixels: int) -> None:
+    """No warning of Pillow's for crops of an image of so many pixels, which has been allowed."""
+    with _opening:
+        if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+            Image.MAX_IMAGE_PIXELS = pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where the tag is missing, out of range or cannot be read: the image itself may be good."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises several kinds for damaged tags
+        return 1
+    return found if type(found) is int and found in _TURNS else 1
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """convert(image), an RGB image, of a few rows at a time."""
+    rows = max(1, STRIP // image.width)
+    if rows >= image.height:
+        return convert(image)
+    whole = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        whole.paste(convert(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return whole
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, white: int, found: list[int]) -> Image.Image:
+    """0..white to 0..255, rounded, and what is above to 255. Pillow's own convert clips at 255. found: is given the
+    lowest and the highest level."""
+    levels = np.asarray(image)
+    lowest, highest = int(levels.min()), int(levels.max())
+    if lowest < 0 or highest > 65535:
+        raise ValueError("its pixels are 32-bit numbers beyond 0..65535; save it with 8 or 16 bits")
+    found += [lowest, highest]
+    scaled = (np.minimum(levels, white).astype(np.uint32) * 255 + white // 2) // white
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
+def _refuse_mode(image: Image.Image, reading: ReadConfig) -> None:
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 or 16 bits")
+    if reading.white_level is not None and not image.mode.startswith("I") and "16" in _tile(image)[1]:
+        raise ValueError("it has several channels of 16 bits, and loader.white_level is for gray; save it with 8 bits")
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """0..65535 to 0..255, rounded. Pillow's own convert clips at 255."""
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("its pixels are 32-bit numbers beyond 0..65535; save it with 8 or 16 bits")
-    return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+def _tile(image: Image.Image) -> tuple[str, str]:
+    """Pillow's decoder of an image that is not decoded yet, and how its pixels are stored, such as "RGB;16B"."""
+    tile = getattr(image, "tile", None)
+    if not tile:
+        return "", ""
+    decoder, _, _, stored = tile[0]
+    return decoder, str(stored[0] if isinstance(stored, tuple) and stored else stored)

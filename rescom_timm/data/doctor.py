@@ -10,14 +10,14 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from rescom_timm.data.broken import AT_ONCE
-from rescom_timm.data.decoding import BrokenImage, decode, name_of
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, inspect, name_of
 from rescom_timm.data.splits import Split
 
 BITS = 4
@@ -29,6 +29,8 @@ LEVELS = 10.0
 CROWD = 200
 """A band shared by more images than this says nothing and is passed over."""
 SMALL, LONG, FLAT, GRAY = 32, 3.0, 2.0, 4
+DEPTHS = (8, 10, 12, 14)
+"""Bits of cameras and microscopes whose images are stored with 16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,11 @@ class Examined:
     flat: np.ndarray
     """(N,) bool each: has no colour; is all but one level."""
     broken: dict[int, str]
+    turned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """(N,) bool: has an EXIF orientation other than upright."""
+    levels: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """(N, 2) int64: lowest and highest level of images of 16 bits; -1 for others."""
+    reading: ReadConfig = ReadConfig()
 
     def __len__(self) -> int:
         return len(self.label)
@@ -61,7 +68,7 @@ class Examined:
     def image(self, i: int) -> Image.Image:
         """The i-th image, decoded again. Raises BrokenImage."""
         split = self.splits[str(self.split[i])]
-        return decode(split.dataset[int(self.position[i])]["image"], int(split.rows[self.position[i]]))
+        return decode(split.dataset[int(self.position[i])]["image"], int(split.rows[self.position[i]]), self.reading)
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,13 @@ class Finding:
         return len(self.groups) or len(self.lines)
 
 
-def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None = None) -> Examined:
-    """Look at every image of the splits. progress: told how many images more were looked at. Raises ImportError, saying
-    what to install, without imagehash."""
+def examine(
+    splits: Mapping[str, Split],
+    progress: Callable[[int], Any] | None = None,
+    reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
+) -> Examined:
+    """Look at every image of the splits, read as training reads it. progress: called with the number of images just
+    looked at. Raises ImportError, saying what to install, without imagehash."""
     try:
         from imagehash import phash
     except ImportError as error:
@@ -89,7 +100,7 @@ def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None =
 
     def seen(row: int, value: Any) -> Any:
         try:
-            image = decode(value, row)
+            image, orientation, levels = inspect(value, row, reading)
         except BrokenImage as error:
             return str(error)
         pixels = np.asarray(image)
@@ -97,7 +108,8 @@ def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None =
         small = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(np.int16)
         thumbnail = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX))
         gray, flat = np.ptp(small, axis=2).max() <= GRAY, small.std(axis=(0, 1)).max() < FLAT
-        return image.size, digest, phash(image).hash.flatten(), thumbnail, gray, flat
+        about = orientation != 1, levels or (-1, -1)
+        return image.size, digest, phash(image).hash.flatten(), thumbnail, gray, flat, *about
 
     rows: list[Any] = []
     names: list[str] = []
@@ -114,13 +126,13 @@ def examine(splits: Mapping[str, Split], progress: Callable[[int], Any] | None =
                 if progress is not None:
                     progress(len(values))
     broken = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
-    nothing = ((0, 0), b"", np.zeros(64, bool), np.zeros((16, 16), np.uint8), False, False)
+    nothing = ((0, 0), b"", np.zeros(64, bool), np.zeros((16, 16), np.uint8), False, False, False, (-1, -1))
     columns = list(zip(*(nothing if i in broken else row for i, row in enumerate(rows)), strict=True))
     return Examined(
         dict(splits), np.array([name for name, _, _ in places]), np.array([at for _, at, _ in places], dtype=np.int64),
         np.array([label for _, _, label in places], dtype=np.int64), names, np.array(columns[0], dtype=np.int64),
         np.array(columns[1], dtype=object), np.stack(columns[2]), np.stack(columns[3]), np.array(columns[4]),
-        np.array(columns[5]), broken,
+        np.array(columns[5]), broken, np.array(columns[6]), np.array(columns[7]), reading,
     )  # fmt: skip
 
 
@@ -141,10 +153,11 @@ def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -
 
 
 def exact_duplicates(images: Examined) -> list[list[int]]:
-    """Groups of images with equal pixels."""
+    """Groups of images with equal pixels. 16-bit images that come out dark are left out: they may differ before that."""
     alike: dict[bytes, list[int]] = defaultdict(list)
+    dim = set(np.flatnonzero(_dim(images)[0]).tolist())
     for i, digest in enumerate(images.digest):
-        if digest:
+        if digest and i not in dim:
             alike[digest].append(i)
     return [group for group in alike.values() if len(group) > 1]
 
@@ -212,11 +225,30 @@ def _odd_images(images: Examined) -> Iterator[Finding]:
 
     title = f"Images below {SMALL} pixels, half of the usual {usual:.0f} and less"
     yield finding("tiny", title, "they are blown up to the size of the views", tiny)
-    yield finding("flat", "Images of a single colour", "they hold nothing to learn from", there & images.flat)
+    dim, most = _dim(images)
+    title = f"16-bit images whose levels stay below {most + 1:,} ({most.bit_length()}-bit data)"
+    advice = f"they come out dark, or black: loader.white_level={most} reads {most:,} as white"
+    yield finding("dim", title, advice, dim)
+    yield finding("flat", "Images of a single colour", "they hold nothing to learn from", there & images.flat & ~dim)
     advice = "where one class has most of them, a net may learn grey instead of the class"
     yield finding("gray", "Grey images among coloured ones", advice, gray)
     title = f"Images more than {LONG:g} times as long as wide"
     yield finding("shape", title, "crops show little of them", there & (longer > LONG * shorter))
+    advice = "loader.exif=true turns them upright; without it they are read as they are stored, but for TIFF"
+    if images.reading.exif:
+        advice = "they are turned upright (loader.exif=true)"
+    yield finding("turned", "Images with an EXIF orientation tag", advice, images.turned)
+
+
+def _dim(images: Examined) -> tuple[np.ndarray, int]:
+    """(which images (N,) of 16 bits hold fewer, the highest level of that many bits): as many as the brightest needs; 12
+    where some images use all 16. Images of one level are left out."""
+    lowest, highest = images.levels.T
+    several = (highest >= 0) & (lowest < highest)
+    top = int(highest[several].max()) if several.any() else 0
+    most = next((2**bits - 1 for bits in DEPTHS if top < 2**bits), 4095)
+    white = images.reading.white_level or 65535
+    return several & (highest <= most) & (most < white), most
 
 
 def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> Iterator[Finding]:

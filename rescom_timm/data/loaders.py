@@ -59,9 +59,7 @@ def train_loader(
         policy = near_resized(policy)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
         raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
-    dataset = ViewsDataset(
-        split, policy, num_views, config.broken, config.exif, speed, config.device_views, config.max_pixels
-    )
+    dataset = ViewsDataset(split, policy, num_views, config.broken, config.reading, speed, config.device_views)
     if policy.moves and epochs is None:
         raise ValueError(f"{policy.text!r} moves over the whole run: give the number of epochs")
     progress = policy.set_progress if policy.moves else None
@@ -82,7 +80,7 @@ def eval_loader(
         raise ValueError(f"the batch size must be at least 1, not {batch_size}")
     speed = dataclasses.replace(speed, cache=0, resident=False)
     policy = parse(views.eval, views.mean)
-    dataset = ViewsDataset(split, policy, None, "stop", config.exif, speed, max_pixels=config.max_pixels)
+    dataset = ViewsDataset(split, policy, None, "stop", config.reading, speed)
     return _loader(dataset, InOrder(len(dataset)), batch_size, speed, drop_last=False, persistent=False)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from rescom_timm.data.batched_views import BatchedPolicy
-from rescom_timm.data.decoding import BrokenImage, decode, where
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, where
 from rescom_timm.data.draws import Draws, Size
 from rescom_timm.data.plane_views import PlanePolicy
 from rescom_timm.data.sampling import Item
@@ -43,10 +43,12 @@ class LoaderConfig:
     """An unreadable training image stops the run, or is skipped: another of its class takes its place and a warning
     names it. Evaluation always stops, for its figures are those of the whole split."""
     exif: bool = False
-    """Turn images as their EXIF tag says. The papers' pipelines do not."""
+    """Turn images as their EXIF orientation says, here and wherever the trained model reads images. For photographs of
+    your own; the papers' pipelines do not."""
+    white_level: int | None = None
+    """Level of 16-bit gray images that is white: 4095 for images that hold 12 bits. null: 65535."""
     max_pixels: int | None = None
-    """Of the largest image that is read without a warning; twice as many are refused, as a file that would fill the
-    memory. null: Pillow's 89,478,485, for photographs of less than 179 megapixels."""
+    """Of the largest image that is read; larger ones are refused before they are decoded. null: 178,956,970."""
     device_views: bool = False
     """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
     randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
@@ -58,10 +60,14 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
             raise ValueError(f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}")
-        if self.max_pixels is not None and not 1 <= self.max_pixels <= 2**33:
-            raise ValueError(f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
         if self.broken not in ("stop", "skip"):
             raise ValueError(f"broken must be stop or skip, not {self.broken!r}")
+        self.reading  # noqa: B018 (it checks its values)
+
+    @property
+    def reading(self) -> ReadConfig:
+        """The part of this that every reader of the recipe's images and of the trained model's shares."""
+        return ReadConfig(self.exif, self.white_level, self.max_pixels)
 
 
 Batch = dict[str, torch.Tensor]
@@ -117,16 +123,15 @@ class ViewsDataset(Dataset[Batch]):
         policy: Policy,
         num_views: int | None,
         broken: str = "stop",
-        exif: bool = False,
+        reading: ReadConfig = ReadConfig(),
         speed: SpeedConfig = SpeedConfig(cache=0),
         device: bool = False,
-        max_pixels: int | None = None,
     ) -> None:
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
         self.rows = np.asarray(split.rows, dtype=np.int64)
         self.num_views = num_views
-        self.exif, self.max_pixels = exif, max_pixels
+        self.reading = reading
         self.device = device
         self.batch_policy = device or speed.batched
         self.policy = policy
@@ -301,7 +306,7 @@ class ViewsDataset(Dataset[Batch]):
         )
 
     def _rgb(self, value: Any, position: int) -> Image.Image:
-        return decode(value, int(self.rows[position]), self.exif, self.max_pixels)
+        return decode(value, int(self.rows[position]), self.reading)
 
     def _note(self, position: int, error: BrokenImage) -> None:
         assert self.replaced is not None

@@ -31,7 +31,8 @@ def contact_sheet(run: Opened) -> views.Views:
     rows = style.balanced(data.train.labels, 24, recipe.seed)
     rows = rows[np.argsort(-data.counts[data.train.labels[rows]], kind="stable")]
     policy = parse(recipe.views.train, recipe.views.mean)
-    dataset = ViewsDataset(take(data.train, rows), policy, run.method.views, recipe.loader.broken, recipe.loader.exif)
+    config = recipe.loader
+    dataset = ViewsDataset(take(data.train, rows), policy, run.method.views, config.broken, config.reading)
     batch = dataset.__getitems__([(i, recipe.seed + i) for i in range(len(rows))])
     title = f"{run.name}, views of {data.train.name}"
     return views.measure(batch["image"], batch["label"], data.counts, data.class_names, title=title)
@@ -120,7 +121,7 @@ def rare_classes(run: Opened) -> mistakes.Gallery:
             continue
         first = int(np.flatnonzero(run.data.train.labels == label)[0])
         learnt = mistakes.Tile(
-            _thumbnail(run.data.train, first), "in training", -1, names[label], names[label], float("nan")
+            _thumbnail(run, run.data.train, first), "in training", -1, names[label], names[label], float("nan")
         )
         rows.append((learnt, *(_tile(run, int(i), judged) for i in wrong)))
         right = 100 * float((judged.predicted[judged.labels == label] == label).mean())
@@ -139,11 +140,11 @@ def _judged(run: Opened) -> mistakes.Judged:
 def _tile(run: Opened, i: int, judged: mistakes.Judged) -> mistakes.Tile:
     """Of a test image."""
     split = run.data.test
-    return mistakes.tile(_thumbnail(split, i), int(split.rows[i]), judged, i, run.data.class_names)
+    return mistakes.tile(_thumbnail(run, split, i), int(split.rows[i]), judged, i, run.data.class_names)
 
 
-def _thumbnail(split: Split, i: int, side: int = 192) -> np.ndarray:
-    image = decode(split.dataset[i]["image"], int(split.rows[i]))
+def _thumbnail(run: Opened, split: Split, i: int, side: int = 192) -> np.ndarray:
+    image = decode(split.dataset[i]["image"], int(split.rows[i]), run.recipe.loader.reading)
     image.thumbnail((side, side))
     return np.asarray(image)
 

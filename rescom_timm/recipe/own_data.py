@@ -74,6 +74,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
 # here was tuned. Train:  rescom-timm train THIS_FILE
 {yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
 {views}  # images are about {side} pixels on their shorter side
+loader: {{exif: true}}  # photographs are turned upright by their EXIF orientation
 {net}
 method:
   name: rescom

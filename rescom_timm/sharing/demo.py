@@ -38,14 +38,14 @@ class TrainingImages:
 
     def __init__(self, model: Pretrained, split: Split) -> None:
         """Raises ValueError where none can be read."""
-        self.split = split
+        self.split, self.reading = split, model.reading
         self.embeddings = embed(model, split)
         self.positions = {image_name(split, position): position for position in range(len(split.labels))}
 
     def image(self, name: str) -> Image.Image:
         """name: as the embeddings have it."""
         position = self.positions[name]
-        return decode(self.split.dataset[position]["image"], position)
+        return decode(self.split.dataset[position]["image"], position, self.reading)
 
 
 def first_numbers(model: Pretrained) -> list[list[object]]:
@@ -106,7 +106,7 @@ def _card(model: Pretrained, found: Prediction, training: TrainingImages | None)
     near = "".join(_near(training.image(one.image), one) for one in found.nearest) if training else ""
     if near:
         near = f'nearest training images<div style="display: flex; gap: 0.5em">{near}</div>'
-    picture = _picture(decode(found.image, 0), 96)
+    picture = _picture(decode(found.image, 0, model.reading), 96)
     return f'<div class="answer">{name}{picture}<table>{head}{"".join(rows)}</table>{near}</div>'
 
 

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
-from rescom_timm.data.views import MAX_SIDE, ViewsConfig, parse
+from rescom_timm.data.views import MAX_SIDE, parse
 from rescom_timm.files import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.nets.classifiers import Cosine
@@ -61,15 +62,18 @@ def export(
     state: Mapping[str, Tensor] | None = None,
     about: Mapping[str, Any] | None = None,
     plain: bool = True,
+    reading: ReadConfig | None = None,
 ) -> Path:
     """Write the folder that timm.create_model("local-dir:...", pretrained=True) and from_pretrained read.
 
     input_size: (3, H, W) of the images evaluated. counts: (K,) training images of each class. state: the method's
     tensors besides the net. about: what else rescom.json should tell (plain JSON). plain=False leaves out timm's part.
+    reading: how images are read before the evaluation policy; None: as the recipe's loader says, or by default.
     Raises ValueError where class_names are not as many as the classes, and for a net whose classifier timm has no
     place for (nothing is written then: export with plain=False, for from_pretrained alone).
     """
     folder = Path(folder)
+    reading = reading or (ReadConfig() if recipe is None else recipe.loader.reading)
     classes = net.classifier.out_features
     if len(class_names) != classes:
         raise ValueError(f"{len(class_names)} class names were given for a net of {classes} classes")
@@ -92,6 +96,7 @@ def export(
         "counts": None if counts is None else [int(count) for count in counts],
         "input_size": list(input_size),
         "eval_policy": parse(eval_policy).text or "none",
+        "reading": reading.record(),
         **(about or {}),
     }
     with atomic_folder(folder, WRITTEN) as new:
@@ -105,9 +110,10 @@ def export(
     return folder
 
 
-def describe(run: Path, data: Data, views: ViewsConfig) -> None:
+def describe(run: Path, data: Data, recipe: Recipe) -> None:
     """Write classes.json into a run's folder: what a checkpoint alone does not tell about the classifier."""
-    image = ViewsDataset(data.test, parse(views.eval, views.mean), None)[0, 0]["image"]
+    policy = parse(recipe.views.eval, recipe.views.mean)
+    image = ViewsDataset(data.test, policy, None, reading=recipe.loader.reading)[0, 0]["image"]
     record = {
         "class_names": list(data.class_names),
         "counts": [int(count) for count in data.counts],

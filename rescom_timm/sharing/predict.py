@@ -337,7 +337,7 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         self.policies, self.size = [parse(policy) for policy in (own, *crops)], (width, height)
         # Images of another size than those in training are brought to it, as timm's own transform does.
         self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
-        self.names = names
+        self.names, self.reading = names, model.reading
 
     def __len__(self) -> int:
         return len(self.items)
@@ -351,7 +351,7 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
             number = int(self.true[position])
             about["label"] = self.names[number] if number < len(self.names) else str(number)
         try:
-            decoded = decode(str(value) if isinstance(value, Path) else value, position)
+            decoded = decode(str(value) if isinstance(value, Path) else value, position, self.reading)
             views = [self._view(decoded, policy) for policy in self.policies]
         except BrokenImage as error:
             return None, {**about, "error": str(error)}

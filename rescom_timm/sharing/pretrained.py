@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.views import MAX_SIDE, parse
 from rescom_timm.files import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
@@ -52,6 +53,8 @@ class Pretrained:
     recipe: Recipe | None
     trained: Method | None
     """The method over this net with the queue as it was; None where the classes are new or no recipe was kept."""
+    reading: ReadConfig = ReadConfig()
+    """How image files are read before that, as in training."""
 
     def method(self, counts: Tensor | None = None) -> Method:
         """The method of the recipe over this net, to train on: with the queue as it was, or, for the `counts` (K,) of
@@ -90,16 +93,35 @@ def from_pretrained(source: str | Path, num_classes: int | None = None) -> Pretr
     if (local / DETAILS).is_file():
         return _read(local, num_classes)
     if (local / "model" / DETAILS).is_file():
-        return _read(local / "model", num_classes)
+        return _with_own_bound(_read(local / "model", num_classes))
     if (local / "checkpoints").is_dir():
         with tempfile.TemporaryDirectory() as folder:
-            return _read(export_run(local, folder, plain=False), num_classes)
+            return _with_own_bound(_read(export_run(local, folder, plain=False), num_classes))
     if local.is_dir():
         raise ValueError(
             f"{local} is neither a run's folder nor one exported by rescom_timm (it holds no {DETAILS}); a plain timm "
             f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)'
         )
     raise FileNotFoundError(f"no folder {local}: give a folder or a Hub id such as me/rescom-r50")
+
+
+def _with_own_bound(model: Pretrained) -> Pretrained:
+    """The recipe of a run on this machine also says how large its images may be; that of a single export does not."""
+    most = None if model.recipe is None else model.recipe.loader.max_pixels
+    return replace(model, reading=replace(model.reading, max_pixels=most))
+
+
+def _reading(details: dict[str, Any], recipe: Recipe | None) -> ReadConfig:
+    """Of an export. Those of 0.2.0 say nothing, and are read as 0.2.0 read them."""
+    if "reading" in details:
+        return ReadConfig.of(details["reading"])
+    if recipe is not None and recipe.loader.exif:
+        warnings.warn(
+            "this model was trained with loader.exif=true, but its export does not say so: photographs are read as they "
+            "are stored. Export it again: rescom-timm push RUN --export FOLDER",
+            stacklevel=5,
+        )
+    return ReadConfig()
 
 
 def _download(repo: str) -> Path:
@@ -158,6 +180,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             tensors |= _from_plain(net, folder / PLAIN, None if has_head else details["head"])
         names, counts = details["class_names"], details["counts"] and torch.tensor(details["counts"])
         recipe = _recipe(folder / "recipe.yaml")
+        reading = _reading(details, recipe)
         trained = None
         if num_classes is not None:
             net.classifier = classifier(head, net.classifier.in_features, num_classes)
@@ -178,7 +201,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
         raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
-    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained)
+    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading)
 
 
 def _check_details(details: dict[str, Any]) -> None:

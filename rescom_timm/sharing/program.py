@@ -40,7 +40,7 @@ def example(model: Pretrained) -> Tensor:
 
 def about(model: Pretrained) -> dict[str, Any]:
     """What a reader of an exported program needs besides it, as plain JSON: the classes in the order of the logits, and
-    how an image becomes the input, in timm's words and as the evaluation policy."""
+    how an image becomes the input: how its file is read, and timm's words and the evaluation policy for the rest."""
     return {
         "class_names": model.class_names,
         "input_size": list(model.input_size),
@@ -48,6 +48,7 @@ def about(model: Pretrained) -> dict[str, Any]:
         "std": model.net.std.flatten().tolist(),
         **timm_view(model.eval_policy, model.input_size[-1]),
         "eval_policy": model.eval_policy,
+        "reading": model.reading.record(),
     }
 
 

@@ -26,7 +26,7 @@ class Publisher(Follower):
 
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
         self.folder, self.pusher = folder, Pusher(recipe.hub, folder)
-        describe(folder, data, recipe.views)
+        describe(folder, data, recipe)
 
     def saved(self, newest: str, best: str | None) -> None:
         self.pusher.saved(newest, best)

@@ -62,15 +62,15 @@ def evaluate_views(
 
 
 def five_crops(policy: str) -> list[str]:
-    """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to R + 24 pixels for crops of R,
-    four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in its place come back.
+    """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to 248/224 of R for crops of R
+    (R + 24 at LIFT's 224), four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in its place come back.
     Raises ValueError for one that does not end in center_crop(R)."""
     text = parse(policy).text
     end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
     if end is None:
         raise ValueError(f"five crops are made where views.eval ends in center_crop(R), not of {text or 'none'!r}")
     size, resized = int(end[1]), re.search(r"resize\(\d+,(\w+)\)", text)
-    first = f"resize({size + 24},{resized[1] if resized else 'bilinear'})"
+    first = f"resize({size + max(1, round(size * 24 / 224))},{resized[1] if resized else 'bilinear'})"
     crops = [f"corner_crop({size},{corner})" for corner in range(4)]
     return [f"{first} | {crop}" for crop in (*crops, f"center_crop({size})")]
 

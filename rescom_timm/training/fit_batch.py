@@ -90,7 +90,8 @@ def _passes(recipe: Recipe, accelerator: Accelerator, data: Data) -> tuple[Calla
     method = build_method(replace(recipe, net=recipe.net.untrained()), data)
     to_device(accelerator, replace(recipe, speed=replace(recipe.speed, compile=False)), method)
     net, optimizer = method.net, build_optimizer(recipe.optimizer, method.net)
-    shape = ViewsDataset(data.train, parse(recipe.views.train), 1, recipe.loader.broken)[0, 0]["image"].shape[-3:]
+    policy, config = parse(recipe.views.train), recipe.loader
+    shape = ViewsDataset(data.train, policy, 1, config.broken, config.reading)[0, 0]["image"].shape[-3:]
     held: list[object] = [average_of(net, recipe.train.ema)] if recipe.train.ema is not None else []
     if accelerator.num_processes > 1:  # gradients once more, as DistributedDataParallel's buckets
         held += [torch.empty_like(parameter) for parameter in net.parameters() if parameter.requires_grad]

@@ -80,7 +80,7 @@ def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
 @torch.no_grad()
 def check_image_size(method: Method, recipe: Recipe, train: Split, device: torch.device) -> None:
     """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another."""
-    view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken)[0, 0]["image"]
+    view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken, recipe.loader.reading)[0, 0]["image"]
     height, width = view.shape[-2:]
     images = torch.zeros(1, 3, height, width, device=device)
     try:
@@ -107,7 +107,7 @@ def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Spl
     for split in splits.values():
         own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
         part = Split(split.name, split.dataset.select(own), split.labels[own], split.rows[own])
-        found += [f"{split.name}: {problem}" for _, problem in unreadable(part, False, recipe.loader.max_pixels)]
+        found += [f"{split.name}: {problem}" for _, problem in unreadable(part, False, recipe.loader.reading)]
     found = gather_object(found)
     if found:
         raise RecipeError(

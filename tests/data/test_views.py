@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rescom_timm.data.decoding import BrokenImage, decode, look
+from rescom_timm.data import decoding
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, look
 from rescom_timm.data.views import NORMALISATIONS, POLICIES, STEPS, ViewsConfig, parse, usage
 
 
@@ -401,7 +402,7 @@ def test_exif_rotation_is_an_option() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     value = encode(image, "JPEG", exif=exif)
-    assert decode(value).size == (32, 16) and decode(value, exif=True).size == (16, 32)
+    assert decode(value).size == (32, 16) and decode(value, reading=ReadConfig(exif=True)).size == (16, 32)
 
 
 def test_broken_images_name_row_and_path(tmp_path: Path) -> None:
@@ -423,7 +424,8 @@ def test_broken_images_name_row_and_path(tmp_path: Path) -> None:
 
 
 def test_a_photograph_of_many_pixels_can_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 399)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow would warn
     file = io.BytesIO()
     Image.new("RGB", (20, 20)).save(file, "png")
     for read in (decode, look):
@@ -431,8 +433,15 @@ def test_a_photograph_of_many_pixels_can_be_allowed(monkeypatch: pytest.MonkeyPa
             BrokenImage, match="decompression bomb.*; if it is a photograph, allow it with loader.max_pi"
         ):
             read({"bytes": file.getvalue(), "path": "x.png"}, 3)
-    assert decode({"bytes": file.getvalue(), "path": None}, max_pixels=400).size == (20, 20)
-    assert look(file.getvalue()) is None, "in this process from then on"
+    allowed = ReadConfig(max_pixels=400)
+    assert decode({"bytes": file.getvalue(), "path": None}, reading=allowed).size == (20, 20)
+    assert look(file.getvalue(), reading=allowed) is None
+    with pytest.raises(BrokenImage, match="20 x 20 pixels, more than 399"):
+        decode(file.getvalue())
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 400)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    crop = decode(file.getvalue()).crop((0, 0, 20, 20))  # without a word of Pillow's, as is the image
+    assert crop.size == (20, 20)
 
 
 def test_a_header_alone_tells_what_is_no_image(tmp_path: Path) -> None:
