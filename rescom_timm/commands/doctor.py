@@ -1,10 +1,11 @@
 """What may be wrong with a data set:  rescom-timm doctor RECIPE|RUN [key=value ...] [-o doctor.html]
 
 Looks at every image of the recipe's splits: images that cannot be read, the same or nearly the same image in two
-splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that
-hold fewer bits, classes too small to be held out or without test images, class names that may be one. Of a RUN it also
-tells labels of test and validation images that are probably wrong (confident learning; training images were learnt by
-heart and say nothing). Text, and one HTML page with thumbnails. Exit code 1 where images cannot be read, are in two splits or have two labels.
+splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that hold
+fewer bits, classes too small to be held out or without test images, class names that may be one. Of a RUN it also tells
+labels of test and validation images that are probably wrong (confident learning; training images were learnt by heart
+and say nothing). Text, and one HTML page with thumbnails. Exit code 1 where images cannot be read, are in two splits or
+have two labels.
 Data of your own: rescom-timm init FOLDER first.
 """
 

@@ -33,6 +33,8 @@ _TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_TAGS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""Where Pillow finds an orientation among an image's info."""
 _SCALED = ("ppm", "ppm_plain", "jpeg2k")
 """Pillow's decoders that scale gray to 16 bits by the depth that the file names."""
 
@@ -191,6 +193,8 @@ def _rgb(image: Image.Image, reading: ReadConfig) -> Decoded:
     turn = _orientation(image)
     if reading.exif and turn in _TURNS:
         image = image.transpose(_TURNS[turn])
+        for key in _TAGS:  # so that nobody turns it a second time
+            image.info.pop(key, None)
     _allow(image.width * image.height)
     tag = max(tag, turn)
     if image.mode.startswith("I"):

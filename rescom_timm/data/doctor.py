@@ -153,7 +153,7 @@ def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -
 
 
 def exact_duplicates(images: Examined) -> list[list[int]]:
-    """Groups of images with equal pixels. 16-bit images that come out dark are left out: they may differ before that."""
+    """Groups of images with equal pixels. Dim 16-bit images are left out: they may differ before."""
     alike: dict[bytes, list[int]] = defaultdict(list)
     dim = set(np.flatnonzero(_dim(images)[0]).tolist())
     for i, digest in enumerate(images.digest):
@@ -241,8 +241,8 @@ def _odd_images(images: Examined) -> Iterator[Finding]:
 
 
 def _dim(images: Examined) -> tuple[np.ndarray, int]:
-    """(which images (N,) of 16 bits hold fewer, the highest level of that many bits): as many as the brightest needs; 12
-    where some images use all 16. Images of one level are left out."""
+    """(which images (N,) of 16 bits hold fewer, the highest level of that many bits): as many as the brightest needs;
+    12 where some images use all 16. Images of one level are left out."""
     lowest, highest = images.levels.T
     several = (highest >= 0) & (lowest < highest)
     top = int(highest[several].max()) if several.any() else 0

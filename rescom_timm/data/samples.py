@@ -123,7 +123,7 @@ class ViewsDataset(Dataset[Batch]):
         policy: Policy,
         num_views: int | None,
         broken: str = "stop",
-        reading: ReadConfig = ReadConfig(),
+        reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
         speed: SpeedConfig = SpeedConfig(cache=0),
         device: bool = False,
     ) -> None:

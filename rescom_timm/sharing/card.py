@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.files import read_json
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
@@ -257,6 +258,8 @@ names = model.pretrained_cfg["label_names"]
     if facts.plain_reason:
         plain = f"## Use\n\nPlain timm cannot read this model ({facts.plain_reason}); rescom_timm can.\n"
     return f"""{plain}
+{_pixels(facts)}
+
 With rescom_timm, which also brings projector, queue and recipe to go on training:
 
 ```python
@@ -266,6 +269,23 @@ for found in rescom_timm.predict("{facts.repo}", "photos/"):
 model = rescom_timm.from_pretrained("{facts.repo}")                    # model.net, model.recipe, model.method()
 fresh = rescom_timm.from_pretrained("{facts.repo}", num_classes=7)     # other classes: a fresh classifier
 ```"""
+
+
+def _pixels(facts: Facts) -> str:
+    """Which images other readers see otherwise than rescom_timm, and so than training."""
+    reading = ReadConfig.of(facts.details.get("reading", {}))
+    rotated = "as it is stored, as in training; the pipeline of transformers rotates it"
+    if reading.exif:
+        rotated = (
+            "upright, as in training, and so does the pipeline of transformers; for timm, ONNX and torch.export files, "
+            "call `PIL.ImageOps.exif_transpose(image)` first"
+        )
+    return (
+        "The scores are the same everywhere for 8-bit RGB images without an EXIF orientation. rescom_timm reads a "
+        f"photograph with an EXIF orientation {rotated}. It lays transparent images on white and scales 16-bit gray "
+        f"from 0..{reading.white_level or 65535} to 0..255; timm and transformers drop the transparency and clip "
+        "16-bit gray at 255. An exported model cannot carry this: convert such images first."
+    )
 
 
 def _data(facts: Facts) -> str:

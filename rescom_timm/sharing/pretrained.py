@@ -117,8 +117,8 @@ def _reading(details: dict[str, Any], recipe: Recipe | None) -> ReadConfig:
         return ReadConfig.of(details["reading"])
     if recipe is not None and recipe.loader.exif:
         warnings.warn(
-            "this model was trained with loader.exif=true, but its export does not say so: photographs are read as they "
-            "are stored. Export it again: rescom-timm push RUN --export FOLDER",
+            "this model was trained with loader.exif=true, but its export does not say so: photographs are read as "
+            "they are stored. Export it again: rescom-timm push RUN --export FOLDER",
             stacklevel=5,
         )
     return ReadConfig()

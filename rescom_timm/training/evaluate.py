@@ -63,7 +63,8 @@ def evaluate_views(
 
 def five_crops(policy: str) -> list[str]:
     """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to 248/224 of R for crops of R
-    (R + 24 at LIFT's 224), four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in its place come back.
+    (R + 24 at LIFT's 224), four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in
+    its place come back.
     Raises ValueError for one that does not end in center_crop(R)."""
     text = parse(policy).text
     end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import rescom_timm
 from rescom_timm.commands import push
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.views import parse
 from rescom_timm.files import sha256
 from rescom_timm.nets.classifiers import Cosine
@@ -26,6 +27,7 @@ from rescom_timm.sharing.export import export, export_run, save_model
 from rescom_timm.sharing.onnx import export_onnx
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.sharing.program import export_program
+from tests.data.test_decoding import scene, turned
 from tests.training.child import recipe
 from tests.training.made_up_run import COUNTS, NAMES, make_run, randomize
 
@@ -487,3 +489,32 @@ def test_transformers_prepares_and_labels_a_photograph_as_we_do(tmp_path, policy
     assert [one["score"] for one in theirs] == pytest.approx(probabilities.tolist(), abs=1e-5)
     with torch.no_grad():
         assert_close(model(prepared).logits, net.classify(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_said_of_transformers_is_so(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    policy = "resize(72) | center_crop(64)"
+    folder = export(
+        tiny("resnet18"), tmp_path / "model", NAMES, (3, 64, 64), eval_policy=policy, reading=ReadConfig(exif=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own
+        reader = transformers.pipeline("image-classification", model=str(folder))
+    rgba, gray = scene(90, 70).convert("RGBA"), np.asarray(scene(90, 70).convert("L")).astype(np.uint16) * 257
+    rgba.putalpha(40)
+    rgba.save(tmp_path / "transparent.png")
+    Image.fromarray(gray).save(tmp_path / "16.png")
+    for tag in (1, 6):
+        (tmp_path / f"{tag}.png").write_bytes(turned(scene(90, 70), tag))
+    names = [
+        *(str(tmp_path / f"{tag}.png") for tag in (1, 6)),
+        str(tmp_path / "transparent.png"),
+        str(tmp_path / "16.png"),
+    ]
+    ours = [one.probabilities for one in rescom_timm.predict(folder, names, top_k=3)]
+    theirs = [[one["score"] for one in reader(name, top_k=3)] for name in names]
+    same = [mine == pytest.approx(other, abs=2e-3) for mine, other in zip(ours, theirs, strict=True)]
+    assert same == [True, True, False, False]
+    loaded = [np.asarray(transformers.image_utils.load_image(name)) for name in names[2:]]
+    assert np.array_equal(loaded[0], np.asarray(rgba)[..., :3]), "the transparency is dropped"
+    assert np.array_equal(loaded[1][..., 0], np.minimum(gray, 255)), "and 16 bits are clipped"
