@@ -136,11 +136,20 @@ def test_long_names_stand_above_their_figures_so_that_the_table_fits_a_terminal(
     [
         ("eval224", "resize(248,bilinear) | corner_crop(224,3)"),
         ("resize(256,bicubic) | center_crop(224)", "resize(248,bicubic) | corner_crop(224,3)"),
+        ("resize(96) | center_crop(96)", "resize(106,bilinear) | corner_crop(96,3)"),
+        ("resize(72,bicubic) | center_crop(64)", "resize(71,bicubic) | corner_crop(64,3)"),
+        ("resize(8) | center_crop(8)", "resize(9,bilinear) | corner_crop(8,3)"),
+        ("resize(438) | center_crop(384)", "resize(425,bilinear) | corner_crop(384,3)"),
+        ("center_crop(2)", "resize(3,bilinear) | corner_crop(2,3)"),
     ],
 )
 def test_five_crops_are_lifts(policy, expected):
     found = five_crops(policy)
-    assert len(found) == 5 and found[3] == expected and found[4].endswith(" | center_crop(224)")
+    assert (
+        len(found) == 5
+        and found[3] == expected
+        and found[4].endswith(policy.split(" | ")[-1].replace("eval224", "center_crop(224)"))
+    )
     with pytest.raises(ValueError, match="ends in center_crop.R., not of 'none'"):
         five_crops("none")
 
