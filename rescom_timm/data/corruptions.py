@@ -29,6 +29,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
+from rescom_timm.class_names import as_spelled, numbers_in
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
@@ -182,8 +183,9 @@ class Prepared:
             raise FileNotFoundError(f"no folder {root}: {self.folder} lacks severity {severity} of {place.name}")
         index, _ = class_folders(root)
         labels, folders = index.labels, list(index.class_names or [])
-        if set(folders) <= set(self.class_names):
-            labels = np.array([self.class_names.index(folder) for folder in folders])[labels]
+        if set(as_spelled(folders, self.class_names)) & set(self.class_names):
+            numbers = numbers_in(self.class_names, folders, "the run", str(root), lacking=True)
+            labels = labels if numbers is None else np.array(numbers)[labels]
         elif len(folders) != len(self.class_names):
             raise ValueError(
                 f"{root} holds {len(folders)} class folders ({folders[0]}, ...), and the run has "

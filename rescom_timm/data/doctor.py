@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import AT_ONCE
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, inspect, name_of
 from rescom_timm.data.splits import Split
@@ -266,7 +267,7 @@ def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> I
 def _of_names(names: Sequence[str]) -> Finding:
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        alike["".join(name.split()).replace("_", "").replace("-", "").casefold()].append(name)
+        alike["".join(nfc(name).split()).replace("_", "").replace("-", "").casefold()].append(name)
     lines = tuple(", ".join(repr(name) for name in group) for group in alike.values() if len(group) > 1)
     title = "Class names that differ in case, blanks or dashes alone"
     return Finding("names", title, "they may be one class", [], lines)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Value
 from datasets.table import InMemoryTable
 
+from rescom_timm.class_names import distinct, nfc, refuse_two_forms
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import is_table
@@ -43,12 +44,12 @@ def files_under(folder: str | Path) -> Iterator[str]:
 
 
 def folder_part(
-    config: DataConfig, root: Path, split: str, spec: str, like: Index | None = None, allow_empty: bool = False
+    config: DataConfig, root: Path, split: str, spec: str, like: Part | None = None, allow_empty: bool = False
 ) -> Part:
     """A list over an image root. One with a column of splits gives the rows of ``split``; others are a split of their
-    own. ``like``: the training index, whose classes a test list must be of."""
+    own. ``like``: the training part, whose classes a test list must be of."""
     path, lead = _list_of(config, root, split, spec, like)
-    classes, names = (None, None) if like is None else (like.num_classes, like.class_names)
+    classes, names = (None, None) if like is None else (like.index.num_classes, like.index.class_names)
     index = Index.load(
         path, classes, allow_empty or like is not None, columns=config.columns, split=split, class_names=names
     )
@@ -60,30 +61,38 @@ def folder_part(
             "data.test=holdout(0.2)"
         )
     keys = [f"{lead}{key}" for key in below(root, index.keys)]
-    layout, paths = fit_layout(root, keys)
+    disk = Disk(root)
+    layout, paths = fit_layout(root, keys, disk)
     if out := [key for key in paths if key.startswith("/") or ".." in key and ".." in key.split("/")]:
         raise ValueError(
             f"{path} names images outside {root}, the first: {first_few(out, 3)}; nothing outside of it is read: name "
             "a folder that holds them all as data.source"
         )
-    if missing := missing_files(root, paths):
+    there = [disk.spelled(path) for path in paths]
+    if missing := missing_files(root, there):
         raise FileNotFoundError(
             f"{len(missing):,} of {len(paths):,} images of {path} are not under {root} (paths {layout}), the first: "
             f"{first_few(missing, 3)}"
         )
-    if len(set(paths)) < len(paths):
+    if len(set(there)) < len(there):
         raise ValueError(f"{path}: paths {layout} are no longer different: name another folder as the source")
     if layout != LAYOUTS[0][0]:
         log.info("%s: paths are read %s", path, layout)
-    index = replace(index, keys=paths, class_names=index.class_names or names or _folder_names(index))
+    index, from_folders = replace(index, keys=paths), like is None and index.class_names is None
+    if like is None:
+        index = replace(index, class_names=index.class_names or _folder_names(index))
+        refuse_two_forms(index.class_names or (), str(path))
+    else:
+        index = _by_name(index, like, str(path))
     if parse_call(spec, RULES):
-        index = index.take(draw(spec, index.labels, index.num_classes), spec)
+        drawn = draw(spec, index.labels, index.num_classes)
+        index, there = index.take(drawn, spec), [there[i] for i in drawn]
     notes = {"rule": spec, "paths": layout} | {
         key: index.info[key] for key in ("columns", "labels") if key in index.info
     }
     name = f"{root.resolve().name} {path.name if spec == 'all' else Path(spec).name}"
-    keys = [str(key) for key in index.keys]
-    return Part(name, None, _files_dataset(root, keys, index.labels), np.arange(len(index)), index, notes)
+    rows, dataset = np.arange(len(index)), _files_dataset(root, there, index.labels)
+    return Part(name, None, dataset, rows, index, notes, from_folders=from_folders)
 
 
 METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
@@ -104,7 +113,7 @@ def list_within(root: Path, split: str) -> tuple[Path, str] | None:
     return None
 
 
-def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Index | None) -> tuple[Path, str]:
+def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part | None) -> tuple[Path, str]:
     """The list that a spec means, and the folder, ending in /, that its paths start from."""
     drawn = spec == "all" or parse_call(spec, RULES) is not None
     if not drawn:
@@ -126,7 +135,43 @@ def below(root: Path, paths: Sequence[str]) -> list[str]:
     plain = [path.replace("\\", "/") if "\\" in path else path for path in paths]
     if plain != list(paths) and os.path.isfile(root / paths[0]):
         plain = list(paths)  # names may hold a backslash
-    return [next((path[len(lead) :] for lead in leads if path.startswith(lead)), path) for path in plain]
+
+    def cut(path: str) -> str:
+        found = next((path[len(lead) :] for lead in leads if path.startswith(lead)), None)
+        if found is None and not path.isascii():
+            composed = nfc(path)
+            found = next((composed[len(nfc(lead)) :] for lead in leads if composed.startswith(nfc(lead))), None)
+        return path if found is None else found
+
+    return [cut(path) for path in plain]
+
+
+class Disk:
+    """Paths below a folder, in the Unicode form that the disk has them in. Lists a folder at most once."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root, self.folders = str(root), dict[str, dict[str, str]]()
+
+    def spelled(self, path: str) -> str:
+        """The path as the disk spells it; as it is where it is plain ASCII, is there so, or is there in no form."""
+        if path.isascii() or os.path.lexists(os.path.join(self.root, path)):
+            return path
+        found = ""
+        for name in path.split("/"):
+            there = self._names(found)
+            if nfc(name) not in there and name not in there.values():
+                return path
+            found = os.path.join(found, name if name in there.values() else there[nfc(name)])
+        return found
+
+    def _names(self, folder: str) -> dict[str, str]:
+        if folder not in self.folders:
+            try:
+                names = os.listdir(os.path.join(self.root, folder))
+            except (OSError, ValueError):
+                names = []
+            self.folders[folder] = {nfc(name): name for name in sorted(names)}
+        return self.folders[folder]
 
 
 def _files_dataset(root: Path, paths: list[str], labels: np.ndarray) -> Dataset:
@@ -177,7 +222,7 @@ def _layouts(depth: int) -> Iterator[tuple[str, Callable[[str], str]]]:
         yield f"without their first {n} folders", lambda path, n=n: "/".join(path.split("/")[n:])  # type: ignore[misc]
 
 
-def fit_layout(root: str | Path, paths: list[str]) -> tuple[str, list[str]]:
+def fit_layout(root: str | Path, paths: list[str], disk: Disk) -> tuple[str, list[str]]:
     """Decide, once for a list, how its paths are found under ``root``: the way that finds most of a sample of 64.
 
     Returns the way in words, and the paths as they stand under ``root``.
@@ -185,7 +230,7 @@ def fit_layout(root: str | Path, paths: list[str]) -> tuple[str, list[str]]:
     sample = paths[:: max(len(paths) // 64, 1)]
     best, name, change = 0, *LAYOUTS[0]
     for other, rule in _layouts(min((path.count("/") for path in sample), default=0)):
-        found = sum(os.path.isfile(os.path.join(root, rule(path))) for path in sample)
+        found = sum(os.path.isfile(os.path.join(root, disk.spelled(rule(path)))) for path in sample)
         if found > (best if (other, rule) in LAYOUTS else max(best, len(sample) // 2)):
             best, name, change = found, other, rule
         if best == len(sample):
@@ -218,10 +263,16 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
     names = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith((".", "__"))]
     numbered = all(name.isdecimal() for name in names)
     names.sort(key=lambda name: (int(name) if numbered else 0, name))
+    classes: dict[str, list[str]] = {}
+    for name in names:
+        classes.setdefault(nfc(name), []).append(name)
+    for forms in classes.values():
+        if len(forms) > 1:
+            log.warning("%s: the folders %s are one class", root, ", ".join(map(ascii, forms)))
     paths: list[str] = []
     labels: list[int] = []
     others: list[str] = []
-    for k, name in enumerate(names):
+    for k, name in ((k, name) for k, forms in enumerate(classes.values()) for name in forms):
         before = len(paths)
         for path in sorted(files_under(root / name)):
             relative = _utf8(Path(path).relative_to(root).as_posix(), root)
@@ -229,6 +280,7 @@ def class_folders(root: str | Path) -> tuple[Index, list[str]]:
         labels += [k] * (len(paths) - before)
         if len(paths) == before:
             raise ValueError(f"the class folder {root / name} holds no image: fill or remove it")
+    names = distinct(names)
     if len(names) < 2:
         raise ValueError(f"{root} holds {len(names)} class folders: put each class's images in a folder of its own")
     return Index(paths, np.array(labels), len(names), {"source": str(root)}, names), others
@@ -245,6 +297,33 @@ def _utf8(path: str, root: Path) -> str:
             "whole folder)"
         ) from None
     return path
+
+
+def _by_name(index: Index, like: Part, path: str) -> Index:
+    """A list with its classes numbered as in training: by the names that it has, else by its class folders where both
+    lists have each class in a folder of its own and these are the same ones."""
+    names = like.index.class_names
+    if index.class_names is None:
+        own, theirs = _class_folders(like.index), _class_folders(index)
+        if own and theirs and _same(own, theirs):
+            index = replace(index, class_names=theirs).numbered_as(own, like.name, path)
+    elif not like.from_folders or _same(names or (), index.class_names):
+        index = index.numbered_as(names, like.name, path)
+    return replace(index, class_names=names or index.class_names)
+
+
+def _same(own: Sequence[str], theirs: Sequence[str]) -> bool:
+    return {*map(nfc, own)} == {*map(nfc, theirs)}
+
+
+def _class_folders(index: Index) -> list[str] | None:
+    """The folder of each class; None where one has images in several, or two in the same."""
+    parents = (str(key).rpartition("/")[0].rpartition("/")[2] for key in index.keys)
+    pairs = set(zip(index.labels.tolist(), parents, strict=True))
+    names = dict(pairs)
+    if not len(pairs) == len(names) == len(set(names.values())) == index.num_classes:
+        return None
+    return [names[k] for k in range(index.num_classes)]
 
 
 def _folder_names(index: Index) -> list[str] | None:

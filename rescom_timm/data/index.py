@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
 from rescom_timm.data.named_columns import Columns, is_table, read_table
 from rescom_timm.files import write_text
@@ -107,6 +108,17 @@ class Index:
         chosen = [keys[i] for i in positions] if isinstance(keys, list) else keys[positions]
         groups = None if self.groups is None else self.groups[positions]
         return replace(self, keys=chosen, labels=self.labels[positions], info=info, groups=groups)
+
+    def numbered_as(self, names: Sequence[str] | None, here: str, there: str) -> "Index":
+        """The index with its classes numbered as in `names` (of `here`; it is `there`). Without names of its own, or
+        where `names` are none, as it is. Raises ValueError where its classes are others."""
+        numbers = numbers_in(names, self.class_names, here, there, lacking=True)
+        if numbers is None or names is None:
+            return self
+        info = {**self.info, "numbering": "by class name"}
+        return replace(
+            self, labels=np.asarray(numbers)[self.labels], num_classes=len(names), class_names=list(names), info=info
+        )
 
     def _lines(self, start: int, stop: int) -> Iterator[str]:
         keys = self.keys[start:stop]
@@ -194,6 +206,12 @@ def imbalance(counts: np.ndarray) -> float:
     return float(counts.max() / counts.min()) if counts.min() else float("inf")
 
 
+def common_paths(first: Sequence[str], second: Sequence[str]) -> set[str]:
+    """Those of the first that are in the second too, in whatever Unicode form."""
+    there = set(map(nfc, second))
+    return {path for path in first if nfc(path) in there}
+
+
 def overlap(first: Index, second: Index) -> list[Any]:
     """Keys that stand in both indexes, ascending: a test set that was trained on.
 
@@ -203,8 +221,8 @@ def overlap(first: Index, second: Index) -> list[Any]:
         raise ValueError("row numbers and paths cannot be compared: both indexes must be of one kind")
     if not first.by_path and first.info.get("split") != second.info.get("split"):
         return []
-    if isinstance(first.keys, list):
-        return sorted(set(first.keys).intersection(second.keys))
+    if isinstance(first.keys, list) and isinstance(second.keys, list):
+        return sorted(common_paths(first.keys, second.keys))
     return np.intersect1d(first.keys, second.keys).tolist()
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
+from rescom_timm.class_names import as_spelled, distinct, nfc
 from rescom_timm.data.index_files import Rows, first_few, is_label
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -93,7 +94,7 @@ def read_table(
     names = None if class_names is None else list(class_names)
     if class_names is None and num_classes is None:
         names = class_values(_text(value) for value in whole)
-    known = {name: k for k, name in enumerate(names)} if names is not None else None
+    known = {nfc(name): k for k, name in enumerate(names)} if names is not None else None
     if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
         known |= {str(k): k for k in range(len(known))}
     for number, key, text in zip(numbers, frame[image], texts, strict=True):
@@ -103,7 +104,7 @@ def read_table(
             problems.append(f"row {number}: {wrong}")
         else:
             rows.keys.append(str(key))  # type: ignore[arg-type]
-            rows.labels.append(known[text] if known is not None else int(text))
+            rows.labels.append(known[nfc(text)] if known is not None else int(text))
             rows.places.append(number)
     rows.class_names, rows.num_classes = names, len(names) if names is not None else None
     rows.header = {"columns": ", ".join(filter(None, [image, label, part, group]))}
@@ -112,8 +113,9 @@ def read_table(
     if names is not None:
         rows.header["labels"] = f"text of {label}, in sorted order"
     if group is not None:
-        codes, _ = pd.factorize(frame[group].astype(str), sort=True)
-        rows.groups = array("q", codes.tolist())
+        values = frame[group].astype(str)
+        groups = {nfc(value): k for k, value in enumerate(distinct(sorted(set(values))))}
+        rows.groups = array("q", [groups[nfc(value)] for value in values])
     return rows
 
 
@@ -123,12 +125,13 @@ def class_values(texts: Iterable[str]) -> list[str] | None:
     if all(re.fullmatch(r"-?\d{1,15}", value) for value in values):
         numbers = sorted(values, key=int)
         return None if numbers == [str(k) for k in range(len(numbers))] else numbers
-    return sorted(values)
+    return distinct(sorted(values))
 
 
 def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: bool = True) -> Any:
     """The column of that kind. Raises ValueError where it is not there, or several could be it."""
     if asked is not None:
+        asked = as_spelled([asked], there)[0]
         if asked not in there:
             raise ValueError(f"has no column {asked!r}: it has {', '.join(there)}; set data.{key}")
         return asked
@@ -218,7 +221,7 @@ def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
         return f"column {label!r} holds several labels: images of several classes at once are not supported"
     if not text:
         return f"column {label!r} is empty"
-    if known is not None and text not in known:
+    if known is not None and nfc(text) not in known:
         return f"label {text!r} is none of the classes: {first_few([name for name in known if not name.isdigit()])}"
     if known is None and not is_label(text):
         return f"label {text!r} is not a whole number from 0"
@@ -226,5 +229,5 @@ def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
 
 
 def _same(value: str, split: str) -> bool:
-    one, other = str(value).strip().lower(), split.strip().lower()  # of an empty cell it is no text
+    one, other = nfc(str(value)).strip().lower(), nfc(split).strip().lower()  # of an empty cell it is no text
     return one == other or any(one in names and other in names for names in SAME)

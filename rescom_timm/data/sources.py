@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from rescom_timm.class_names import numbers_in
 from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
-from rescom_timm.data.index import Index
+from rescom_timm.data.index import Index, common_paths
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY
 from rescom_timm.data.profiles import at_most, holdout, parse_call
-from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split
+from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, renumber, with_labels
 from rescom_timm.data.tables import cache_folder, no_source, open_table, table_part
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     """
     opened = _opener(config, cache)
     train = opened(config.train, config.index)
-    num_classes, like = train.index.num_classes, train.index
+    num_classes, like = train.index.num_classes, train
     if parse_call(config.test, ("holdout",)):
         test, train = _held_out(train, config.test)
     else:
@@ -82,6 +83,26 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
         provenance={"source": config.source, "num_classes": num_classes}
         | {name: part.provenance() for name, part in parts.items()},
     )
+
+
+def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
+    """The data with its classes numbered as in `names`, those of `here`, such as a run; as it is where one side has no
+    names. Raises ValueError where the classes are others."""
+    numbers = numbers_in(names, data.class_names, here, data.train.name)
+    if numbers is None:
+        return data
+
+    def again(split: Split) -> Split:
+        labels = renumber(split.labels, numbers, split.name)
+        return replace(split, labels=labels, dataset=with_labels(split.dataset, labels))
+
+    counts = np.empty_like(data.counts)
+    counts[numbers] = data.counts
+    return replace(
+        data, train=again(data.train), test=again(data.test), counts=counts, class_names=list(names or ()),
+        validation=None if data.validation is None else again(data.validation),
+        provenance={**data.provenance, "numbering": f"as in {here}, by class name"},
+    )  # fmt: skip
 
 
 def training_index(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Index:
@@ -132,9 +153,9 @@ def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, 
     """The validation part, and the training part without it."""
     name, argument = parse_call(config.validation, VALIDATION) or ("", "")
     if name == "split":
-        return opened(argument, "all", train.index), train
+        return opened(argument, "all", train), train
     if name == "index":
-        return opened(config.train, argument, train.index), train
+        return opened(config.train, argument, train), train
     rule = config.validation
     if name == "holdout":
         return _held_out(train, rule)
@@ -172,7 +193,7 @@ def _unused(train: Part, number: int, rule: str) -> Part:
 def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     shared: Sequence[Any] = []
     if isinstance(first.index.keys, list) and isinstance(second.index.keys, list):
-        shared = sorted(set(second.index.keys).intersection(first.index.keys))
+        shared = sorted(common_paths(second.index.keys, first.index.keys))
     elif first.split_name is not None and first.split_name == second.split_name:
         shared = np.intersect1d(first.rows, second.rows).tolist()
     if shared:

@@ -1,11 +1,12 @@
 """An opened split, and the rows of it that are used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from rescom_timm.data.index import Index
@@ -96,6 +97,8 @@ class Part:
     index: Index  # of these rows
     notes: dict[str, Any]  # for the provenance
     all_labels: np.ndarray | None = None  # of the whole split, for "unused"
+    source_names: list[str] | None = None  # of the classes in the data set, where a list has names of its own
+    from_folders: bool = False  # the class names are those of the first images' folders, for want of others
 
     def take(self, positions: np.ndarray, rule: str) -> "Part":
         """The rows at these positions of the part; ``rule`` tells how they were chosen."""
@@ -119,7 +122,32 @@ class Part:
 
 
 Opened = Callable[..., Part]
-"""(split, index, like=None, allow_empty=False); like: the training index, whose classes a test list must be of."""
+"""(split, index, like=None, allow_empty=False); like: the training part, whose classes a test list must be of."""
+
+
+def check_range(labels: np.ndarray, classes: int, name: str) -> None:
+    """Raises ValueError where a label is outside 0 .. classes - 1."""
+    if (bad := np.flatnonzero((labels < 0) | (labels >= classes))).size:
+        hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
+        raise ValueError(
+            f"{name}: {len(bad):,} labels are outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
+            f"{bad[0]}{hint}"
+        )
+
+
+def renumber(labels: np.ndarray, numbers: Sequence[int], name: str) -> np.ndarray:
+    """Labels (N,), of which each k becomes numbers[k]; negative ones, which are hidden, stay. Raises ValueError where
+    one is no place in `numbers`."""
+    check_range(np.maximum(labels, 0), len(numbers), name)
+    return np.where(labels < 0, labels, np.asarray(numbers, dtype=np.int64)[np.maximum(labels, 0)])
+
+
+def with_labels(dataset: Any, labels: np.ndarray) -> Any:
+    """A data set with these labels (N,) as its column "label"; one of pairs, which has no columns, as it is."""
+    if not isinstance(dataset, Dataset):
+        return dataset
+    dataset = dataset.remove_columns("label") if "label" in dataset.column_names else dataset
+    return dataset.add_column("label", pa.array(labels))  # type: ignore[arg-type]
 
 
 def index_path(spec: str) -> Path:

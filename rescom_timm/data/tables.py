@@ -18,13 +18,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, refuse_two_forms
 from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.named_columns import called
 from rescom_timm.data.profiles import RULES, draw, parse_call
-from rescom_timm.data.splits import DataConfig, Part, index_path, short_name
+from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
 
 log = logging.getLogger(__name__)
 
@@ -51,22 +52,33 @@ def table_part(
     cache: Path,
     split: str,
     spec: str,
-    like: Index | None = None,
+    like: Part | None = None,
     allow_empty: bool = False,
 ) -> Part:
     table = tables(split)
-    labels, names = table.labels, table.class_names
-    if like is not None and table.texts is not None:
-        names, labels = like.class_names, _as_classes(table.texts, like.class_names, f"{config.source} {split}")
+    labels, names, dataset = table.labels, table.class_names, table.dataset
     name = f"{short_name(config.source)} {split}"
+    if like is not None:
+        known = like.source_names or like.index.class_names
+        numbers = numbers_in(known, None if table.texts else names, like.name, name, lacking=True)
+        if table.texts is not None:
+            labels = _as_classes(table.texts, known, name, like.name)
+        elif numbers is not None and labels is not None:
+            labels = renumber(labels, numbers, name)
+        if labels is not None and labels is not table.labels:
+            dataset = with_labels(dataset, labels)
+        names = known or names
+    elif names is not None:
+        refuse_two_forms(names, name)
     info = {"source": config.source, "split": split, "rule": spec}
     notes: dict[str, Any] = {"rule": spec}
-    classes = like.num_classes if like is not None else (len(names) if names else None)
-    dataset = table.dataset
+    if dataset is not table.dataset:
+        notes["numbering"] = "by class name"
+    classes = like.index.num_classes if like is not None else (len(names) if names else None)
     if spec == "all" or parse_call(spec, RULES):
         labels = _needed(labels, name)
         classes = classes or int(labels.max()) + 1
-        _check_range(labels, classes, name)
+        check_range(labels, classes, name)
         rows = np.arange(len(labels)) if spec == "all" else draw(spec, labels, classes)
         index = Index(rows, labels[rows], classes, info, names)
         if spec != "all":
@@ -76,6 +88,7 @@ def table_part(
             index_path(spec), classes, allow_empty or like is not None, columns=config.columns, split=split,
             class_names=names,
         )  # fmt: skip
+        index = _by_name(index, names, None if labels is not None or like is None else like, spec, name)
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
             raise ValueError(f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
@@ -86,7 +99,17 @@ def table_part(
         else:
             _check_same(labels[rows], index.labels, rows, spec, name)
         index = replace(index, keys=rows, class_names=index.class_names or names)
-    return Part(name if spec == "all" else f"{name}, {short_name(spec)}", split, dataset, rows, index, notes, labels)
+    name = name if spec == "all" else f"{name}, {short_name(spec)}"
+    return Part(name, split, dataset, rows, index, notes, labels, table.class_names if like is None else None)
+
+
+def _by_name(index: Index, names: list[str] | None, like: Part | None, spec: str, name: str) -> Index:
+    """A list with its classes numbered as in `names`, those of its data set `name`. Where the names are others, each
+    label is compared with the data set's later. like: where the data set has no labels, the training part."""
+    if like is not None:
+        return index.numbered_as(like.index.class_names, like.name, spec)
+    same = {*map(nfc, names or ())} == {*map(nfc, index.class_names or ())}
+    return index.numbered_as(names, name, spec) if same else index
 
 
 def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
@@ -106,9 +129,9 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     image, label = _columns(dataset.features, config)
     groups = None
     if config.group_column is not None:
-        _pick("group", config.group_column, [], dataset.features, config.source)
-        values = _column(dataset, config.group_column).to_pandas().astype(str)
-        groups = np.unique(values.to_numpy(dtype=object), return_inverse=True)[1].astype(np.int64)
+        group = str(_pick("group", config.group_column, [], dataset.features, config.source))
+        values = [str(value) for value in _column(dataset, group).to_pandas()]
+        groups = _as_classes(values, distinct(sorted(set(values))), "", "")
     dataset = dataset.select_columns([image] + ([label] if label else []))
     dataset = dataset.rename_columns({image: "image"} | ({label: "label"} if label else {}))
     dataset = dataset.cast_column("image", Image(decode=False))
@@ -124,10 +147,9 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     if names is not None or "int" in feature.dtype:
         return _Table(dataset, column.to_numpy().astype(np.int64), names, groups=groups)
     texts = [str(value) for value in column.to_pylist()]
-    names = sorted(set(texts))
-    labels = _as_classes(texts, names, f"{config.source} {split}")
-    dataset = dataset.remove_columns("label").add_column("label", pa.array(labels))  # type: ignore[arg-type]
-    return _Table(dataset, labels, names, texts, groups)
+    names = distinct(sorted(set(texts)))
+    labels = _as_classes(texts, names, f"{config.source} {split}", "")
+    return _Table(with_labels(dataset, labels), labels, names, texts, groups)
 
 
 def _refuse_paths(dataset: Dataset, name: str) -> None:
@@ -143,12 +165,15 @@ def _refuse_paths(dataset: Dataset, name: str) -> None:
         )
 
 
-def _as_classes(texts: list[str], names: list[str] | None, name: str) -> np.ndarray:
-    """Text labels as numbers of the classes `names`. Raises ValueError, naming them, for those that are none."""
-    known = {text: k for k, text in enumerate(names or [])}
-    if odd := sorted(set(texts) - known.keys()):
-        raise ValueError(f"{name} has labels that training lacks: {first_few(odd)}")
-    return np.array([known[text] for text in texts], dtype=np.int64)
+def _as_classes(texts: list[str], names: list[str] | None, there: str, here: str) -> np.ndarray:
+    """Text labels of `there` as numbers of the classes `names` of `here`. Raises ValueError for those that are none."""
+    values = sorted(set(texts))
+    known = {nfc(text): k for k, text in enumerate(names or [])}
+    if odd := [text for text in values if nfc(text) not in known]:
+        has = f", which has {first_names(names)}" if names else ", whose labels are numbers"
+        raise ValueError(f"{there} has labels that training lacks: {first_names(odd)}; training is {here}{has}")
+    numbers = {text: known[nfc(text)] for text in values}
+    return np.array([numbers[text] for text in texts], dtype=np.int64)
 
 
 def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
@@ -237,6 +262,7 @@ def _is_image(feature: Any) -> bool:
 
 def _pick(kind: str, asked: str | None, found: list[str], features: Features, source: str) -> str | None:
     if asked is not None:
+        asked = as_spelled([asked], list(features))[0]
         if asked not in features:
             near = get_close_matches(asked, features, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(features)}"
@@ -261,6 +287,9 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
         raise ValueError(f"{spec} lists file names, but the rows of {name} have none: use an index of row numbers")
     want = pa.array(paths, have.type)
     rows = pc.index_in(want, value_set=have)
+    if rows.null_count and not (pc.all(pc.string_is_ascii(have)).as_py() and pc.all(pc.string_is_ascii(want)).as_py()):
+        have, want = (pc.utf8_normalize(x, form="NFC") for x in (have, want))
+        rows = pc.index_in(want, value_set=have)
     if rows.null_count:
         have, want = (pc.replace_substring_regex(x, pattern="^.*/", replacement="") for x in (have, want))
         rows = pc.index_in(want, value_set=have)
@@ -305,15 +334,6 @@ def _needed(labels: np.ndarray | None, name: str) -> np.ndarray:
     if labels is None:
         raise ValueError(f"{name} has no column of labels: set label_column=, or index= to a list with labels")
     return labels
-
-
-def _check_range(labels: np.ndarray, classes: int, name: str) -> None:
-    if (bad := np.flatnonzero((labels < 0) | (labels >= classes))).size:
-        hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
-        raise ValueError(
-            f"{name}: {len(bad):,} labels are outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
-            f"{bad[0]}{hint}"
-        )
 
 
 def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from rescom_timm.class_names import numbers_in
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method
@@ -84,10 +85,12 @@ def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teach
     refuse_queue(recipe, classes)
     net = build_net(recipe.net, recipe.views, classes)
     if start and recipe.init_from is not None:
-        load_weights(net, Path(recipe.init_from).expanduser(), heads=recipe.method.name != "crt")
+        source, retrained = Path(recipe.init_from).expanduser(), recipe.method.name == "crt"
+        anew = retrained or recipe.net.classifier.init != "random"
+        load_weights(net, source, data.class_names, classifier=not anew, projector=not retrained)
     elif start and recipe.method.name in SECOND_STAGE:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
-    elif start and recipe.net.classifier.file is not None:
+    if start and recipe.net.classifier.file is not None:
         try:
             features = read_class_features(recipe.net.classifier.file, data.class_names, net.classifier.in_features)
         except (ValueError, OSError) as error:
@@ -116,18 +119,16 @@ def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
         if name in DISTILLED:
             raise RecipeError(f"method {name} learns from a teacher: name its run or export, method.teacher=RUN")
         return
-    known, named = teacher.net.classifier.out_features, teacher.class_names
+    known = teacher.net.classifier.out_features
     if known != len(data.counts):
         raise RecipeError(
             f"method.teacher: {source} tells {known} classes apart and data.index has {len(data.counts)}: "
             "a teacher must have been trained on the same classes"
         )
-    other = [(own, theirs) for own, theirs in zip(data.class_names, named, strict=False) if own != theirs]
-    if other:
-        raise RecipeError(
-            f"method.teacher: {source} was trained on other classes, or on these in another order: its class "
-            f"{other[0][1]!r} is {other[0][0]!r} here"
-        )
+    try:
+        numbers_in(data.class_names, teacher.class_names, data.train.name, str(source), ordered=True)
+    except ValueError as error:
+        raise RecipeError(f"method.teacher: {error}; a teacher must have been trained on the same classes") from None
 
 
 def refuse_queue(recipe: Recipe, classes: int) -> None:
@@ -148,28 +149,35 @@ def refuse_size(key: str, numbers: int) -> None:
         )
 
 
-def load_weights(net: Net, source: Path, heads: bool = True) -> None:
+def load_weights(
+    net: Net, source: Path, class_names: Sequence[str] = (), *, classifier: bool = True, projector: bool = True
+) -> None:
     """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
 
-    heads: also the linear classifier and the projector, which then must be there, as they are in every run of a plain
-    net. Raises RecipeError where there are no weights or they are of another net.
+    class_names: (K,) of the net's classes, by which the rows of the classifier are taken. classifier, projector: take
+    that too, which then must be there; a linear classifier in the place of a cosine one, and the other way round, is
+    left out and reported. Raises RecipeError where there are no weights, or they are of another net or other classes.
     """
-    run = source / "checkpoints"
+    run, names = source / "checkpoints", None
     if run.is_dir():
         newest = checkpoint.newest(run)
         if newest is None:
             raise RecipeError(f"from: {source} holds no checkpoint; train it first")
         source, weights = newest[0], whole_weights(net, newest[1], newest[2], newest[0])
+        names = checkpoint.class_names(newest[0], newest[2])
     elif (source / "rescom.json").is_file():
         raise RecipeError(
             f"from: {source} is an exported model: name the run's folder, or, for other classes too, start from its "
             f"backbone: net.backbone=local-dir:{source} net.pretrained=true"
         )
     elif source.is_dir():
-        weights = whole_weights(net, *checkpoint.load(source), source)
+        found = checkpoint.load(source)
+        weights, names = whole_weights(net, *found, source), checkpoint.class_names(source, found[1])
     elif source.is_file():
         try:
             weights = load_file(source)
+            if source.name == checkpoint.FILES[0] and (source.parent / checkpoint.FILES[2]).is_file():
+                names = checkpoint.class_names(source.parent, checkpoint.load(source.parent)[1])
         except (SafetensorError, OSError) as error:
             raise RecipeError(f"from: {source} is no file of weights in safetensors: {error}") from error
     else:
@@ -177,9 +185,24 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
     broken = [k for k, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
         raise RecipeError(f"from: {source} holds weights that are not finite: {', '.join(broken[:3])}")
-    own = {name: value for name, value in net.state_dict().items() if heads or name.startswith("encoder.")}
+    kinds = [{name for name in one if name.startswith(HEAD)} for one in (weights, net.state_dict())]
+    if classifier and kinds[0] != kinds[1] and {frozenset(kind) for kind in kinds} == set(LINEAR_OR_COSINE):
+        theirs, ours = ("cosine" if kind == LINEAR_OR_COSINE[1] else "linear" for kind in kinds)
+        print(f"from: {source} has a {theirs} classifier; the {ours} one starts anew (net.classifier.init)")
+        classifier = False
+    taken = ("encoder.", *[HEAD] * classifier, *["projector."] * projector)
+    own = {name: value for name, value in net.state_dict().items() if name.startswith(taken)}
+    if classifier:
+        try:
+            rows = numbers_in(names, class_names, str(source), "data.source")
+        except ValueError as error:
+            raise RecipeError(
+                f"from: {error}, or take the encoder alone: net.backbone=local-dir:RUN/model net.pretrained=true"
+            ) from None
+        if rows is not None:
+            weights = {name: value[rows] if name.startswith(HEAD) else value for name, value in weights.items()}
     wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
-    wrong += [name for name in weights if name not in own and name.startswith("encoder." if not heads else HEADS)]
+    wrong += [name for name in weights if name not in own and name.startswith(taken[: 1 + classifier])]
     if wrong:
         raise RecipeError(
             f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net and "
@@ -189,7 +212,9 @@ def load_weights(net: Net, source: Path, heads: bool = True) -> None:
     net.load_state_dict({name: weights[name] for name in own}, strict=False)
 
 
-HEADS = ("encoder.", "classifier.")
+HEAD = "classifier."
+LINEAR_OR_COSINE = (frozenset({f"{HEAD}weight", f"{HEAD}bias"}), frozenset({f"{HEAD}weight"}))
+"""Names of the weights of the two classifiers that a recipe may choose."""
 
 
 def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:

@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,29 @@ def _check(state: dict[str, Any]) -> None:
     best = progress.get("best_checkpoint")
     if best is not None and not (isinstance(best, str) and NAME.fullmatch(best)):
         raise ValueError(f"{FILES[2]} says best_checkpoint {best!r}, which is no name of one")
+    names = state.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{FILES[2]} holds class_names that are no list of names")
     for name in ("method", "average"):
         if not all(isinstance(value, Tensor) for value in (state.get(name) or {}).values()):
             raise ValueError(f"{FILES[2]} holds something else than tensors in {name}")
+
+
+def class_names(path: Path, state: Mapping[str, Any]) -> list[str] | None:
+    """Of the classes that a checkpoint's net was trained on, (K,): as its state has them or, of an older one, its run's
+    classes.json; None where they are not known. Raises CheckpointError where that file is damaged."""
+    if state.get("class_names"):
+        return list(state["class_names"])
+    beside = path.resolve().parent.parent / "classes.json"
+    if not beside.is_file():
+        return None
+    try:
+        names = read_json(beside).get("class_names")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{beside} is damaged: {error}") from error
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{beside} is damaged: its class_names are no list of names")
+    return names
 
 
 @contextmanager

@@ -8,7 +8,7 @@ bit on a CPU.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as shards
 from torch.distributed.fsdp import FSDPModule
 
+from rescom_timm.class_names import numbers_in
 from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.sources import Data
 from rescom_timm.methods import Method
@@ -106,9 +107,9 @@ class State:
         teacher = getattr(method, "teacher", None)
         self.teacher_digest = None if teacher is None else teacher.digest
 
-    def save(self, folder: Path, recipe: Recipe, index: str) -> str | None:
+    def save(self, folder: Path, recipe: Recipe, data: Data) -> str | None:
         """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name; every
-        process must call it. index: digest of the rows trained on.
+        process must call it. data: of which it keeps the class names and the digest of the rows trained on.
 
         Raises NonFiniteLoss where a weight is not finite, CheckpointError where the disk does not take it.
         """
@@ -127,7 +128,8 @@ class State:
             state = {
                 "progress": asdict(self.progress),
                 "recipe": recipe.to_dict(),
-                "index": index,
+                "index": data.provenance["train"]["sha256"],
+                "class_names": data.class_names,
                 "processes": self.accelerator.num_processes,
                 "method": self._beside_the_net(),
                 "average": average,
@@ -237,9 +239,13 @@ class State:
                 yield name.replace("net.module.", "net.", 1), buffer
 
 
-def check_resumable(path: Path, saved: dict[str, Any], index: str, recipe: Recipe, data: Data, folder: Path) -> None:
-    """Whether a run in `folder` goes on from checkpoint `path` with this recipe and data. saved, index: the recipe and
-    the digest of training rows in it. Raises RecipeError, naming the keys, where they train something else."""
+def check_resumable(
+    path: Path, saved: dict[str, Any], index: str, recipe: Recipe, data: Data, folder: Path,
+    class_names: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Whether a run in `folder` goes on from checkpoint `path` with this recipe and data. saved, index, class_names:
+    the recipe, the digest of training rows and the classes in it. Raises RecipeError, naming the keys or the classes,
+    where they train something else."""
     old, new = load_dict(saved, f"the recipe in {path}").to_dict(), recipe.to_dict()
     one, other = flat(old), flat(new)
     changed = [f"{key} ({one.get(key)!r} then, {other.get(key)!r} now)" for key in differences(old, new)]
@@ -248,5 +254,9 @@ def check_resumable(path: Path, saved: dict[str, Any], index: str, recipe: Recip
             f"{path} was made by another recipe; different: {', '.join(changed)}. Resume with "
             f"{folder / 'recipe.yaml'}, or start a new run without --resume"
         )
+    try:
+        numbers_in(class_names, data.class_names, str(path), data.train.name, ordered=True)
+    except ValueError as error:
+        raise RecipeError(f"{error}, as when the run began; or start a new run without --resume") from None
     if index != data.provenance["train"]["sha256"]:
         raise RecipeError(f"{path} was trained on other rows or labels than {data.train.name} has now")

@@ -372,7 +372,7 @@ class Trainer:
         before = newest_of_all(self.folder) if resume else None
         if before is not None:
             self._restore(*before)
-        elif self.recipe.net.classifier.init == "class_means" and self.recipe.init_from is None:
+        elif self.recipe.net.classifier.init == "class_means":
             sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
             start_from_means(self.net.classifier, sums.to(self.accelerator.device))
             if self.average is not None:
@@ -391,7 +391,8 @@ class Trainer:
 
     def _restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         with checkpoint.consistent(path):
-            check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder)
+            names = checkpoint.class_names(path, state)
+            check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder, names)
         self.state.restore(path, weights, state)
 
     def save(self) -> None:
@@ -399,8 +400,7 @@ class Trainer:
         disk does not take it, and NonFiniteLoss where a weight is not finite."""
         trouble: Exception | None = None
         try:
-            index = self.data.provenance["train"]["sha256"]
-            written = self.state.save(self.folder / "checkpoints", self.recipe, index)
+            written = self.state.save(self.folder / "checkpoints", self.recipe, self.data)
             if written is not None:
                 self.follower.saved(written, self.progress.best_checkpoint)
         except (CheckpointError, NonFiniteLoss) as error:

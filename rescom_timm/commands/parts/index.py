@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rescom_timm.class_names import numbers_in
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
 from rescom_timm.data.image_folders import class_folders, holds_tables, metadata_in
 from rescom_timm.data.index import Index
-from rescom_timm.data.index_files import MAX_CLASSES, first_few, is_label
+from rescom_timm.data.index_files import MAX_CLASSES, is_label
 from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
@@ -282,10 +283,8 @@ def _under(root: Path, folder: Path) -> Index:
 
 def _as_in(train: Index, part: Index, folder: Path) -> Index:
     """The part with its classes numbered as those of training, of which it may lack some."""
-    known = {name: label for label, name in enumerate(train.names)}
-    if odd := [name for name in part.names if name not in known]:
-        raise ValueError(f"{folder} has classes that train lacks: {first_few(odd)}")
-    labels = np.array([known[name] for name in part.names])[part.labels]
+    numbers = numbers_in(train.names, part.names, "train", str(folder), lacking=True)
+    labels = part.labels if numbers is None else np.array(numbers)[part.labels]
     return replace(part, labels=labels, num_classes=train.num_classes, class_names=train.class_names)
 
 

@@ -1,0 +1,94 @@
+"""Class names of two things that meet: compared by name, after Unicode normalisation (NFC), never by number alone.
+
+Splits, lists, tables, runs, checkpoints, teachers and files of class features all ask `numbers_in`. Numbers in the
+place of names ("0", "1", ... in order) count as no names, unless they are the same set as the other side's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from unicodedata import normalize
+
+log = logging.getLogger(__name__)
+
+
+def nfc(text: str) -> str:
+    """The composed form, in which two spellings of one text are equal."""
+    return text if text.isascii() else normalize("NFC", text)
+
+
+def numbers_in(
+    names: Sequence[str] | None,
+    theirs: Sequence[str] | None,
+    here: str,
+    there: str,
+    lacking: bool = False,
+    ordered: bool = False,
+) -> list[int] | None:
+    """For each class of `theirs` its number in `names`, reported in one line; None where both are numbered alike, or
+    where one side has no names.
+
+    here, there: what has `names` and `theirs`, for messages. lacking: theirs may lack some of `names`. ordered: another
+    order is an error too. Raises ValueError, naming the first few of each side, where the names are others.
+    """
+    if not names or not theirs:
+        return None
+    own, other = [nfc(name) for name in names], [nfc(name) for name in theirs]
+    if other == (own[: len(other)] if lacking else own):
+        return None
+    place, found = {name: k for k, name in enumerate(own)}, set(other)
+    unknown = [name for name in theirs if nfc(name) not in place]
+    missing = [] if lacking else [name for name in names if nfc(name) not in found]
+    if (unknown or missing) and (_numbers(own) or _numbers(other)):
+        return None
+    if unknown or missing:
+        only = [f"only in {there}: {first_names(unknown)}"] * bool(unknown)
+        only += [f"only in {here}: {first_names(missing)}"] * bool(missing)
+        raise ValueError(f"{there} has other classes than {here} ({'; '.join(only)}): give both the same class names")
+    if len(place) < len(own) or len(found) < len(other):
+        twice = next(name for name in (*own, *other) if own.count(name) > 1 or other.count(name) > 1)
+        raise ValueError(f"{there} and {here} have class {twice!r} twice and in another order: rename one of the two")
+    if ordered:
+        k = next(k for k, (one, two) in enumerate(zip(own, other, strict=False)) if one != two)
+        raise ValueError(
+            f"{there} has the classes of {here} in another order: class {k} is {theirs[k]!r} there, {names[k]!r} here"
+        )
+    log.warning("%s has the classes of %s in another order: its labels are renumbered by class name", there, here)
+    return [place[name] for name in other]
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names in their order, without those equal to an earlier one after normalisation."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(nfc(name), name)
+    return list(first.values())
+
+
+def refuse_two_forms(names: Sequence[str], where: str) -> None:
+    """Raises ValueError where two classes have one name in two Unicode forms."""
+    if len({nfc(name) for name in names}) < len(set(names)):
+        forms: dict[str, set[str]] = {}
+        for name in names:
+            forms.setdefault(nfc(name), set()).add(name)
+        both = next(sorted(found) for found in forms.values() if len(found) > 1)
+        raise ValueError(
+            f"{where} has two classes of one name, {both[0]!r}, in two Unicode forms ({', '.join(map(ascii, both))}): "
+            "merge them, or rename one"
+        )
+
+
+def as_spelled(names: Sequence[str], own: Sequence[str]) -> list[str]:
+    """The names, those that `own` has in its spelling."""
+    spelled = {nfc(name): name for name in own}
+    return [spelled.get(nfc(name), name) for name in names]
+
+
+def first_names(names: Sequence[str], n: int = 3) -> str:
+    """The first few, quoted."""
+    return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def _numbers(names: Sequence[str]) -> bool:
+    return all(name == str(k) for k, name in enumerate(names))
