@@ -14,6 +14,7 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     nets/       ground     any timm backbone with classifier and projector; torch and timm
     data/       ground     index files, sources, views, loaders
     metrics     ground     top-1 by group, calibration, corruption errors
+    class_names ground     class names of two things, compared
     files       ground     files written whole and read within bounds
 """
 

@@ -40,22 +40,35 @@ def numbers_in(
     place, found = {name: k for k, name in enumerate(own)}, set(other)
     unknown = [name for name in theirs if nfc(name) not in place]
     missing = [] if lacking else [name for name in names if nfc(name) not in found]
-    if (unknown or missing) and (_numbers(own) or _numbers(other)):
+    if found.isdisjoint(place) and (_numbers(own) or _numbers(other)):
         return None
     if unknown or missing:
-        only = [f"only in {there}: {first_names(unknown)}"] * bool(unknown)
-        only += [f"only in {here}: {first_names(missing)}"] * bool(missing)
-        raise ValueError(f"{there} has other classes than {here} ({'; '.join(only)}): give both the same class names")
+        only = [f"it lacks {first_names(missing)}"] * bool(missing) + [f"only it has {first_names(unknown)}"] * bool(
+            unknown
+        )
+        raise ValueError(
+            f"{there} has other classes than {here}: {'; '.join(only)}; {here} has {first_names(names)}: give both the "
+            "same class names"
+        )
     if len(place) < len(own) or len(found) < len(other):
         twice = next(name for name in (*own, *other) if own.count(name) > 1 or other.count(name) > 1)
-        raise ValueError(f"{there} and {here} have class {twice!r} twice and in another order: rename one of the two")
+        raise ValueError(
+            f"{there} and {here} have their classes in another order, and one of them names one twice: rename {twice!r}"
+        )
     if ordered:
         k = next(k for k, (one, two) in enumerate(zip(own, other, strict=False)) if one != two)
         raise ValueError(
-            f"{there} has the classes of {here} in another order: class {k} is {theirs[k]!r} there, {names[k]!r} here"
+            f"{there} was trained on the classes of {here}, but on these in another order: its class {theirs[k]!r} is "
+            f"{names[k]!r} here"
         )
-    log.warning("%s has the classes of %s in another order: its labels are renumbered by class name", there, here)
+    log.warning("%s has the classes of %s in another order: they are matched by class name", there, here)
     return [place[name] for name in other]
+
+
+def rows_of(names: Sequence[str] | None, theirs: Sequence[str] | None, here: str, there: str) -> list[int] | None:
+    """For each class of `names` its row in what has the classes `theirs`; None and errors as of `numbers_in`."""
+    numbers = numbers_in(names, theirs, here, there)
+    return None if numbers is None else sorted(range(len(numbers)), key=numbers.__getitem__)
 
 
 def distinct(names: Iterable[str]) -> list[str]:

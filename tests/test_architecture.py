@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 FLOORS: dict[str, set[str]] = {
     "files": set(),
+    "class_names": set(),
     "contrast": set(),
-    "nets": {"files"},
-    "data": {"files"},
+    "nets": {"files", "class_names"},
+    "data": {"files", "class_names"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
     "recipe": {"files", "data", "nets", "methods"},
-    "training": {"files", "contrast", "nets", "data", "metrics", "methods", "recipe"},
+    "training": {"files", "class_names", "contrast", "nets", "data", "metrics", "methods", "recipe"},
 }
 FLOORS["sharing"] = FLOORS["training"] | {"training"}
 FLOORS["figures"] = FLOORS["sharing"] | {"sharing"}

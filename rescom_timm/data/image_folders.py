@@ -222,11 +222,12 @@ def _layouts(depth: int) -> Iterator[tuple[str, Callable[[str], str]]]:
         yield f"without their first {n} folders", lambda path, n=n: "/".join(path.split("/")[n:])  # type: ignore[misc]
 
 
-def fit_layout(root: str | Path, paths: list[str], disk: Disk) -> tuple[str, list[str]]:
+def fit_layout(root: str | Path, paths: list[str], disk: Disk | None = None) -> tuple[str, list[str]]:
     """Decide, once for a list, how its paths are found under ``root``: the way that finds most of a sample of 64.
 
     Returns the way in words, and the paths as they stand under ``root``.
     """
+    disk = disk or Disk(root)
     sample = paths[:: max(len(paths) // 64, 1)]
     best, name, change = 0, *LAYOUTS[0]
     for other, rule in _layouts(min((path.count("/") for path in sample), default=0)):

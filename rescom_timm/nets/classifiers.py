@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rescom_timm.class_names import rows_of
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -87,24 +89,14 @@ def read_class_features(path: str | Path, class_names: Sequence[str], width: int
         )
     features = features.float()
     if names is not None:
-        there, asked = set(names), set(class_names)
-        lacking = [name for name in class_names if name not in there]
-        unknown = [name for name in names if name not in asked]
-        if lacking or unknown or len(set(names)) != len(names):
-            told = [f"it lacks {_first(lacking)}"] * bool(lacking) + [f"only it has {_first(unknown)}"] * bool(unknown)
-            raise ValueError(f"{path} is of other classes: {'; '.join(told) or 'it names one twice'}")
-        place = {name: row for row, name in enumerate(names)}
-        features = features[[place[name] for name in class_names]] if len(features) == len(names) else features
+        rows = rows_of(class_names, names, "data.source", str(path))
+        features = features[rows] if rows is not None and len(features) == len(names) else features
     if features.shape != (len(class_names), width) or not bool(features.isfinite().all()):
         raise ValueError(
             f"{path} holds class features of {tuple(features.shape)}, and ({len(class_names)}, {width}) finite ones "
             "are needed: classes, and features of the backbone"
         )
     return features
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @torch.no_grad()

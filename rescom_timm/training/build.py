@@ -17,7 +17,7 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from rescom_timm.class_names import numbers_in
+from rescom_timm.class_names import numbers_in, rows_of
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method
@@ -194,13 +194,16 @@ def load_weights(
     own = {name: value for name, value in net.state_dict().items() if name.startswith(taken)}
     if classifier:
         try:
-            rows = numbers_in(names, class_names, str(source), "data.source")
+            rows = rows_of(class_names, names, "data.source", str(source))
         except ValueError as error:
             raise RecipeError(
                 f"from: {error}, or take the encoder alone: net.backbone=local-dir:RUN/model net.pretrained=true"
             ) from None
         if rows is not None:
-            weights = {name: value[rows] if name.startswith(HEAD) else value for name, value in weights.items()}
+            weights = {
+                name: value[rows] if name.startswith(HEAD) and len(value) == len(rows) else value
+                for name, value in weights.items()
+            }
     wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
     wrong += [name for name in weights if name not in own and name.startswith(taken[: 1 + classifier])]
     if wrong:

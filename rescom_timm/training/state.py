@@ -255,8 +255,10 @@ def check_resumable(
             f"{folder / 'recipe.yaml'}, or start a new run without --resume"
         )
     try:
-        numbers_in(class_names, data.class_names, str(path), data.train.name, ordered=True)
+        numbers_in(data.class_names, class_names, data.train.name, str(path), ordered=True)
     except ValueError as error:
-        raise RecipeError(f"{error}, as when the run began; or start a new run without --resume") from None
+        raise RecipeError(
+            f"{error}: go on with the classes of the checkpoint, or start a new run without --resume"
+        ) from None
     if index != data.provenance["train"]["sha256"]:
         raise RecipeError(f"{path} was trained on other rows or labels than {data.train.name} has now")
