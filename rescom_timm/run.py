@@ -20,10 +20,10 @@ import timm
 from torch import nn
 
 from rescom_timm.data.memory import MEMORY, InMemory, in_memory
-from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import pictures, write_figures
+from rescom_timm.files import read_json
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import flat, load, load_dict
 from rescom_timm.sharing.neighbours import Embeddings
@@ -34,7 +34,7 @@ from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
 from rescom_timm.sharing.teacher import read_teacher
 from rescom_timm.training.build import Weights
-from rescom_timm.training.evaluate import evaluate_run
+from rescom_timm.training.evaluate import data_of, evaluate_run
 from rescom_timm.training.run_folder import Resume, lines, run_recipe
 from rescom_timm.training.trainer import train as train_only
 
@@ -104,7 +104,8 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
-        """dataset: the data set in memory that it was trained on, where it was one."""
+        """dataset: the data set in memory that it was trained on, where it was one, or another one to evaluate on, with
+        the same classes in whatever order: of one split all images are test images."""
         self.folder = RunFolder(folder).path
         self.dataset = dataset
 
@@ -123,13 +124,32 @@ class Run:
 
     def evaluate(
         self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False,
-        weights: Weights = "raw",
+        weights: Weights = "raw", dataset: InMemory | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
         last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
-        five_crops: the mean of five crops instead of the single one. weights: raw, or ema for those of train.ema."""
-        with in_memory(self.dataset):
-            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops, weights)[2].compute()
+        five_crops: the mean of five crops instead of the single one. weights: raw, or ema for those of train.ema.
+        dataset: to evaluate on, as of Run. What is not of the run's own data has a name of its own in its folder."""
+        words = [*self._reading(dataset), *overrides]
+        with in_memory(dataset if dataset is not None else self.dataset):
+            return evaluate_run(self.folder, checkpoint, split, words, five_crops, weights)[2].compute()
+
+    def _reading(self, dataset: InMemory | None = None) -> list[str]:
+        """The overrides by which the data set in memory is read in the place of the run's own data."""
+        own = self.recipe.data
+        if dataset is None and (self.dataset is None or own.source == MEMORY):
+            return []
+        given = dataset if dataset is not None else self.dataset
+        names = [str(name) for name in given] if isinstance(given, Mapping) else ["train"]
+        parted = len(names) > 1
+        train = own.train if own.train in names and parted else names[0]
+        test = next((name for name in (own.test, "test") if name in names and parted), names[-1])
+        validation = next((f"split({name})" for name in names if name in ("validation", "valid", "val")), "none")
+        return [
+            f"data.source={MEMORY}", f"data.train={train if parted else test}", f"data.test={test}",
+            f"data.validation={validation if parted else 'none'}", "data.index=all", "data.test_index=all",
+            *(f"data.{key}=null" for key in ("image_column", "label_column", "split_column", "group_column", "subset")),
+        ]  # fmt: skip
 
     def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""
@@ -149,11 +169,16 @@ class Run:
 
     def _split(self, name: str) -> tuple[Split, list[str]]:
         with in_memory(self.dataset):
-            data = load_data(self.recipe.data)
+            own, words = self.recipe, self._reading()
+            data = data_of(self.folder, own, run_recipe(self.folder, words) if words else own, self._class_names())
         found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
         if found is None:
             raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
         return found, data.class_names
+
+    def _class_names(self) -> list[str] | None:
+        path = self.folder / "classes.json"
+        return list(read_json(path)["class_names"]) if path.is_file() else None
 
     def model(self) -> nn.Module:
         """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm
@@ -173,7 +198,8 @@ class Run:
         RUN/figures. What a run lacks is told in a warning."""
         written = []
         with in_memory(self.dataset):
-            for told in write_figures([RunFolder(self.folder)], names or None, checkpoint=checkpoint):
+            runs, words = [RunFolder(self.folder)], self._reading()
+            for told in write_figures(runs, names or None, checkpoint=checkpoint, overrides=words):
                 if isinstance(told, Path):
                     written.append(told)
                 else:

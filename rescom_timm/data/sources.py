@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from rescom_timm.class_names import numbers_in
 from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
@@ -103,6 +104,18 @@ def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
         validation=None if data.validation is None else again(data.validation),
         provenance={**data.provenance, "numbering": f"as in {here}, by class name"},
     )  # fmt: skip
+
+
+def test_alone(
+    config: DataConfig, class_names: Sequence[str], counts: np.ndarray, cache: str | Path | None = None
+) -> Data:
+    """The whole of ``config.test``, without training images, in the classes (K,) of a trained run, which had `counts`
+    (K,) images of each; it stands in the place of the training split too. Raises as ``load`` does."""
+    nothing = Index(np.arange(0), np.arange(0), len(counts), class_names=list(class_names))
+    like = Part("the run", None, Dataset.from_dict({}), np.arange(0), nothing, {})
+    part = _opener(config, cache)(config.test, config.test_index, like)
+    provenance = {"source": config.source, "num_classes": len(counts), "test": part.provenance()}
+    return Data(part.split(), part.split(), None, counts, list(class_names), provenance)
 
 
 def training_index(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Index:

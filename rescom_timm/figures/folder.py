@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.files import read_json, read_yaml
-from rescom_timm.training.run_folder import lines
+from rescom_timm.training.run_folder import CHANGED, lines
 
 _MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation")
 _PREFERRED = ("test-last", "test-best")
@@ -95,14 +95,16 @@ class RunFolder:
 
     def evaluations(self) -> list[str]:
         """Names <split>-<checkpoint> of the evaluations with predictions, the one to show by default first: the test
-        split at the last checkpoint, else at the best, else by name."""
+        split at the last checkpoint, else at the best, else by name; those of other data or settings than the run's
+        own last."""
         names = sorted(path.stem for path in (self.path / "evaluation").glob("*.safetensors"))
-        return sorted(names, key=lambda name: _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED))
+        names = sorted(names, key=lambda name: _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED))
+        return sorted(names, key=lambda name: CHANGED in name)
 
     def evaluation(self, name: str = "") -> Evaluation:
         """The evaluation of this name, or the default one. Missing where there is none."""
         known = self.evaluations()
-        if not known or (name and name not in known):
+        if not known or (name and name not in known) or (not name and CHANGED in known[0]):
             raise Missing(f"run {self.name} has no evaluation {name or 'with predictions'}; there: {known or 'none'}")
         stem = self.path / "evaluation" / (name or known[0])
         predictions, json_path = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))

@@ -23,7 +23,6 @@ from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data
-from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import Missing
 from rescom_timm.files import read_json
@@ -32,7 +31,7 @@ from rescom_timm.metrics import Meter
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import base_net, build_method, whole_weights
-from rescom_timm.training.evaluate import evaluated_otherwise, load_net, open_checkpoint
+from rescom_timm.training.evaluate import data_of, digest_of, evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.training.launch import new_accelerator
 from rescom_timm.training.run_folder import run_recipe
 
@@ -126,12 +125,13 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
     network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
     """
-    recipe = run_recipe(folder, overrides)
-    _, changed, suffix = evaluated_otherwise(run_recipe(folder), recipe) if overrides else ({}, "", "")
+    own = run_recipe(folder)
+    recipe = run_recipe(folder, overrides) if overrides else own
     path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
+    data = data_of(folder, own, recipe, checkpoint.class_names(path, state))
+    _, changed, suffix = evaluated_otherwise(own, recipe, digest_of(data.test)) if overrides else ({}, "", "")
     recipe = dataclasses.replace(recipe, net=base_net(recipe, state))
     accelerator = new_accelerator("no")  # one for all runs; precision is each one's own (autocast)
-    data = load_data(recipe.data)
     method = build_method(recipe, data)
     with checkpoint.consistent(path):
         load_net(method.net, whole_weights(method.net, weights, state, path), path)

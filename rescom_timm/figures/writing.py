@@ -11,7 +11,8 @@ from PIL.Image import Image
 from rescom_timm.figures import files, report, style
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.files import refuse_links
-from rescom_timm.training.run_folder import FOLDERS
+from rescom_timm.training.evaluate import evaluated_otherwise
+from rescom_timm.training.run_folder import FOLDERS, run_recipe
 
 
 def write_figures(
@@ -42,6 +43,9 @@ def write_figures(
             yield f"no {one.name}: {one.missing}"
         elif names != ["report"]:
             stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
+            if overrides and one.name in files.FROM_NET:
+                own = next(run.path for run in runs if run.name == one.run)
+                stem += evaluated_otherwise(run_recipe(own), run_recipe(own, overrides), "")[2]
             yield from map(Path, style.save(one.figure, one.table, folder / stem))
     if "report" in names:
         yield Path(report.write(runs, folder / "report.html", drawn, evaluation))

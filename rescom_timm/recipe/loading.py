@@ -34,6 +34,8 @@ FREE_KEYS = (
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may
 have moved, the weights are compared)."""
+UNREAD_KEYS = tuple(key for key in FREE_KEYS if key != "data.source")
+"""Those that do not change what is evaluated either."""
 FETCHED_KEYS = ("output", "track", "hub")
 """What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says. Nor is
 what names files of a machine (`named_files`)."""
@@ -312,9 +314,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], but: Sequence[str] = FREE_KEYS) -> list[str]:
     """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS."""
     one, other = flat(old), flat(new)
-    free = tuple(f"{key}." for key in FREE_KEYS)
+    free = tuple(f"{key}." for key in but)
     changed = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [key for key in changed if not f"{key}.".startswith(free)]

@@ -22,6 +22,7 @@ from rescom_timm.files import read_json
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
 from rescom_timm.training.log import lines
+from rescom_timm.training.run_folder import CHANGED
 
 GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
 TITLES = {
@@ -90,7 +91,7 @@ SHOWN = ("longtail", "confusion", "curves")
 
 def _telling(names: Iterable[str]) -> list[str]:
     """At most one picture of each of SHOWN; of other figures the first three, where none of those is there."""
-    names = sorted(names)
+    names = sorted(name for name in names if CHANGED not in name)
     chosen = [next((name for name in names if name.startswith(start)), "") for start in SHOWN]
     return [name for name in chosen if name] or names[: len(SHOWN)]
 
@@ -99,7 +100,8 @@ def read_facts(
     run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
 ) -> Facts:  # fmt: skip
     """Facts of a run's folder (or its staged copy) and the export of it, with environment.json as it may be told."""
-    evaluations = {path.stem: read_json(path) for path in sorted(run.glob("evaluation/*.json"))}
+    own = sorted(path for path in run.glob("evaluation/*.json") if CHANGED not in path.name)
+    evaluations = {path.stem: read_json(path) for path in own}
     evaluations = {name: record for name, record in evaluations.items() if isinstance(record.get("numbers"), dict)}
     return Facts(
         repo=repo,

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rescom_timm.class_names import as_spelled
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, files_under
 from rescom_timm.data.sampling import class_probabilities
@@ -233,7 +234,7 @@ class Reader:
         self.shift = adjustment(self.model, prior)
         self.batch_size, self.workers = batch_size, workers
         policies = five_crops(self.model.eval_policy) if crops else []
-        self.source.prepare(self.model, class_names or self.names, policies)
+        self.source.prepare(self.model, as_spelled(class_names or self.names, self.names), policies)
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's stays where and as it is

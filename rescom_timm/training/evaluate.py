@@ -14,23 +14,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.sources import Data, numbered_as, test_alone
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import parse
-from rescom_timm.files import refuse_links, write_json, write_tensors
+from rescom_timm.files import read_json, refuse_links, write_json, write_tensors
 from rescom_timm.metrics import Meter
 from rescom_timm.nets.net import Net, check_weights
 from rescom_timm.recipe.config import Recipe
-from rescom_timm.recipe.loading import differences, flat
+from rescom_timm.recipe.loading import UNREAD_KEYS, differences, flat
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import Weights, base_net, build_method, chosen_weights, whole_weights
 from rescom_timm.training.launch import new_accelerator
-from rescom_timm.training.run_folder import run_recipe
+from rescom_timm.training.run_folder import CHANGED, run_recipe
 
 
 @torch.no_grad()
@@ -130,6 +133,7 @@ def about(split: Split, which: str, chosen: str, class_names: list[str], weights
         "checkpoint": which if weights == "raw" else f"{which}, averaged weights",
         "chosen": chosen,
         "class_names": class_names,
+        "data": digest_of(split),
     }
 
 
@@ -156,15 +160,66 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
     return best, *checkpoint.load(best), f"epoch {best_epoch}, best {select} on validation"
 
 
-def evaluated_otherwise(own: Recipe, recipe: Recipe) -> tuple[dict[str, Any], str, str]:
-    """What a recipe changes of a run's own, but for what changes no figure: (keys and values, the same in words, what
-    to add to a file's name so that the run's own figures stay); empty where nothing is."""
+def evaluated_otherwise(
+    own: Recipe, recipe: Recipe, read: str, run: str | None = None
+) -> tuple[dict[str, Any], str, str]:
+    """What is evaluated otherwise than in a run's own recipe: (keys and values, the same in words, what to add to a
+    file's name so that no other evaluation is replaced); empty where nothing is.
+
+    read: digest of what is evaluated on (`digest_of`). run: that of the run's own evaluation, where it is known.
+    """
     now = flat(recipe.to_dict())
-    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict())}
-    if not changed:
+    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict(), UNREAD_KEYS)}
+    if not changed and run in (None, read):
         return {}, "", ""
+    changed = changed or {"data": read}
     told = " ".join(f"{key}={value}" for key, value in changed.items())
-    return changed, f"evaluated with {told}", f"-changed-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(f"{told} {read}".encode()).hexdigest()
+    return changed, f"evaluated with {told}", f"{CHANGED}{digest[:8]}"
+
+
+def digest_of(split: Split) -> str:
+    """Digest of a split's labels and of a sample of its images, as they are stored."""
+    digest = hashlib.sha256(np.asarray(split.labels, dtype=np.int64).tobytes())
+    for position in np.unique(np.linspace(0, len(split.labels) - 1, 16).astype(int)) if len(split.labels) else ():
+        first, second = (_stored(split.dataset[int(position)]["image"]) for _ in range(2))
+        digest.update(first if first == second else b"random")  # of a data set whose own transform draws
+    return digest.hexdigest()[:16]
+
+
+def _stored(image: Any) -> bytes:
+    if not isinstance(image, Mapping):
+        return np.asarray(image).tobytes()
+    if image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    try:
+        return Path(image["path"]).read_bytes()
+    except (OSError, ValueError, TypeError):
+        return str(image.get("path")).encode()
+
+
+def _digest_then(run: Path, name: str, split: Split) -> str | None:
+    """`digest_of` what an evaluation of a run describes; of an older one, which has none, that of `split` where the
+    labels are the same. None where there is none."""
+    path = run / "evaluation" / f"{name}.json"
+    if not path.is_file():
+        return None
+    if (found := read_json(path).get("data")) is not None:
+        return str(found)
+    try:
+        labels = load_file(path.with_suffix(".safetensors"))["labels"]
+    except (OSError, LookupError, SafetensorError):
+        return None
+    return digest_of(split) if np.array_equal(labels, split.labels) else "other labels"
+
+
+def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] | None) -> Data:
+    """The data of a recipe, with classes numbered as in a run, which has `class_names`. Where the recipe names other data
+    than the run's own, with one split to train and to test on, the whole of that is the test split."""
+    if recipe.data == own.data or recipe.data.train != recipe.data.test:
+        return numbered_as(load_data(recipe.data), class_names, str(run))
+    counts = np.asarray(read_json(run / "classes.json")["counts"], dtype=np.int64)
+    return test_alone(recipe.data, class_names or [str(k) for k in range(len(counts))], counts)
 
 
 def evaluate_run(
@@ -175,7 +230,8 @@ def evaluate_run(
 
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
     overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
-    whose name ends in -changed- and a digest of them, so that the run's own figures stay. crops: average the logits of
+    whose name ends in -changed- and a digest of them and of the data, so that the run's own figures stay; so it does
+    where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average the logits of
     `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
     Raises RecipeError, CheckpointError or ValueError.
     """
@@ -183,7 +239,7 @@ def evaluate_run(
     recipe = run_recipe(run, overrides) if overrides else own
     path, tensors, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
     taken = chosen_weights(weights, tensors, state, path)
-    data = load_data(recipe.data)
+    data = data_of(run, own, recipe, checkpoint.class_names(path, state))
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
         raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
@@ -200,7 +256,8 @@ def evaluate_run(
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)
-    changed, told, suffix = evaluated_otherwise(own, recipe)
+    then = next(filter(None, (_digest_then(run, one, part) for one in (name, file_name(split, "last", "raw")))), None)
+    changed, told, suffix = evaluated_otherwise(own, recipe, record["data"], then)
     if changed:
         record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
         name += suffix

@@ -28,6 +28,8 @@ from rescom_timm.training.errors import FAILURES, CheckpointError, advice, raise
 LOCK, OWNER = ".lock", ".lock.json"
 FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard")
 """What of a run's folder are folders that we write to."""
+CHANGED = "-changed-"
+"""In the name of an evaluation that is not the run's own: of other data, or of overrides that change what is read."""
 PATIENCE = 10.0
 """Seconds to wait for a lock whose owner is gone: the workers of a killed run have it until they notice."""
 

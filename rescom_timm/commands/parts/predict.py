@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.data.sources import Data, labelled, load
+from rescom_timm.class_names import as_spelled
+from rescom_timm.data.sources import Data, labelled, load, numbered_as
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.metrics import groups
 from rescom_timm.sharing.neighbours import Embeddings, Gatherer
@@ -25,14 +26,16 @@ def predict(options: argparse.Namespace) -> int:
     images: Any = options.images
     if options.data:
         images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
-        names = names or model.class_names
+        names = as_spelled(names or model.class_names, model.class_names)
         if model.class_names and not set(names) & set(model.class_names):
             raise ValueError(
                 f"none of the classes of {options.data} ({', '.join(names[:3])} ...) is one of the model's "
                 f"({', '.join(model.class_names[:3])} ...)"
             )
     reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
-    data = _data(options.model) if options.coverage is not None or _makes_embeddings(options) else None
+    data = (
+        _data(options.model, model.class_names) if options.coverage is not None or _makes_embeddings(options) else None
+    )
     sets = among = None
     if options.coverage is not None:
         assert data is not None
@@ -68,11 +71,11 @@ def _makes_embeddings(options: argparse.Namespace) -> bool:
     return bool(options.nearest) and not (options.among and Path(options.among).is_file())
 
 
-def _data(run: str) -> Data:
-    """The data that a run was trained on. Raises ValueError for a model that is no run."""
+def _data(run: str, class_names: Sequence[str]) -> Data:
+    """The data that a run was trained on, its classes numbered as in the run. Raises ValueError for a model that is no run."""
     if not (Path(run) / "checkpoints").is_dir():
         raise ValueError(f"{run} is no run's folder, so its training and validation images are not known")
-    return load(run_recipe(Path(run)).data)
+    return numbered_as(load(run_recipe(Path(run)).data), class_names, run)
 
 
 def _among(options: argparse.Namespace, model: Pretrained, data: Data | None, reading: dict[str, Any]) -> Embeddings:
