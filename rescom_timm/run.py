@@ -23,7 +23,6 @@ from rescom_timm.data.memory import MEMORY, InMemory, in_memory
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import pictures, write_figures
-from rescom_timm.files import read_json
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import flat, load, load_dict
 from rescom_timm.sharing.neighbours import Embeddings
@@ -35,7 +34,7 @@ from rescom_timm.sharing.push import push_run
 from rescom_timm.sharing.teacher import read_teacher
 from rescom_timm.training.build import Weights
 from rescom_timm.training.evaluate import data_of, evaluate_run
-from rescom_timm.training.run_folder import Resume, lines, run_recipe
+from rescom_timm.training.run_folder import Resume, class_names, lines, run_recipe
 from rescom_timm.training.trainer import train as train_only
 
 
@@ -170,15 +169,11 @@ class Run:
     def _split(self, name: str) -> tuple[Split, list[str]]:
         with in_memory(self.dataset):
             own, words = self.recipe, self._reading()
-            data = data_of(self.folder, own, run_recipe(self.folder, words) if words else own, self._class_names())
+            data = data_of(self.folder, own, run_recipe(self.folder, words) if words else own, class_names(self.folder))
         found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
         if found is None:
             raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
         return found, data.class_names
-
-    def _class_names(self) -> list[str] | None:
-        path = self.folder / "classes.json"
-        return list(read_json(path)["class_names"]) if path.is_file() else None
 
     def model(self) -> nn.Module:
         """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm

@@ -82,14 +82,12 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> A
 def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
     """The data of a run's recipe; None, told on stderr, where the model is no run or its data is not there."""
     from rescom_timm.data.sources import load, numbered_as
-    from rescom_timm.files import read_json
-    from rescom_timm.training.run_folder import run_recipe
+    from rescom_timm.training.run_folder import class_names, run_recipe
 
     try:
         if not (run / "checkpoints").is_dir():
             return None
-        names = read_json(run / "classes.json")["class_names"] if (run / "classes.json").is_file() else None
-        return numbered_as(load(run_recipe(run, overrides).data), names, str(run))
+        return numbered_as(load(run_recipe(run, overrides).data), class_names(run), str(run))
     except (ValueError, OSError) as error:
         print(f"without nearest images and map, for the run's data cannot be opened: {error}", file=sys.stderr)
         return None

@@ -44,16 +44,16 @@ def look(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from rescom_timm.data.doctor import examine, findings
-    from rescom_timm.data.sources import load
+    from rescom_timm.data.sources import load, numbered_as
     from rescom_timm.figures.doctor_page import page, told
     from rescom_timm.files import write_text
     from rescom_timm.recipe.loading import load as load_recipe
-    from rescom_timm.training.run_folder import run_recipe
+    from rescom_timm.training.run_folder import class_names, run_recipe
 
     run = Path(options.recipe)
     is_run = (run / "recipe.yaml").is_file()
     recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
-    data = load(recipe.data)
+    data = numbered_as(load(recipe.data), class_names(run) if is_run else None, str(run))
     splits = {"train": data.train, "test": data.test}
     if data.validation is not None:
         splits["validation"] = data.validation

@@ -214,8 +214,8 @@ def _digest_then(run: Path, name: str, split: Split) -> str | None:
 
 
 def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] | None) -> Data:
-    """The data of a recipe, with classes numbered as in a run, which has `class_names`. Where the recipe names other data
-    than the run's own, with one split to train and to test on, the whole of that is the test split."""
+    """The data of a recipe, with classes numbered as in a run, which has `class_names`. Where the recipe names other
+    data than the run's own, with one split to train and to test on, the whole of that is the test split."""
     if recipe.data == own.data or recipe.data.train != recipe.data.test:
         return numbered_as(load_data(recipe.data), class_names, str(run))
     counts = np.asarray(read_json(run / "classes.json")["counts"], dtype=np.int64)
@@ -231,8 +231,8 @@ def evaluate_run(
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
     overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
     whose name ends in -changed- and a digest of them and of the data, so that the run's own figures stay; so it does
-    where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average the logits of
-    `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
+    where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average
+    the logits of `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
     Raises RecipeError, CheckpointError or ValueError.
     """
     own = run_recipe(run)

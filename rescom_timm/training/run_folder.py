@@ -225,6 +225,15 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load(path, overrides)
 
 
+def class_names(run: Path) -> list[str] | None:
+    """The names (K,) of the classes that a run was trained on; None where it has no classes.json, or a damaged one."""
+    try:
+        names = read_json(run / "classes.json").get("class_names")
+    except (OSError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """The figures of a metrics.jsonl, each line with its epoch and step. Torn lines are left out: the last one, as a
     crash leaves it, without a word, others with a warning. Empty where there is no file."""

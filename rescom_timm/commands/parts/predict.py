@@ -72,7 +72,8 @@ def _makes_embeddings(options: argparse.Namespace) -> bool:
 
 
 def _data(run: str, class_names: Sequence[str]) -> Data:
-    """The data that a run was trained on, its classes numbered as in the run. Raises ValueError for a model that is no run."""
+    """The data that a run was trained on, its classes numbered as in the run. Raises ValueError for a model that is no
+    run."""
     if not (Path(run) / "checkpoints").is_dir():
         raise ValueError(f"{run} is no run's folder, so its training and validation images are not known")
     return numbered_as(load(run_recipe(Path(run)).data), class_names, run)
