@@ -1,6 +1,7 @@
 """Class names of any two things that meet are compared by name: the right accuracy, or a refusal that names them."""
 
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from rescom_timm.class_names import numbers_in, rows_of
-from rescom_timm.commands.parts.index import init as _init  # noqa: F401 (its parts are tried below)
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.index import Index, overlap
 from rescom_timm.data.memory import in_memory
@@ -24,8 +25,9 @@ from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import Run, train
 from rescom_timm.sharing.card import read_facts
+from rescom_timm.sharing.predict import predict
 from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_method, load_weights
+from rescom_timm.training.build import build_method, build_net, load_weights
 from tests.training.child import Tiny
 
 NAMES = ["cat", "dog", "emu", "fox"]
@@ -108,7 +110,10 @@ def run(place, sources):
 def figures(folder, name="test-last"):
     """Top-1, and the accuracy of each class by its name."""
     record = json.loads((Path(folder) / "evaluation" / f"{name}.json").read_text())
-    return {"top1": record["numbers"]["top1"], **dict(zip(record["class_names"], record["per_class"]["top1"], strict=True))}
+    return {
+        "top1": record["numbers"]["top1"],
+        **dict(zip(record["class_names"], record["per_class"]["accuracy"], strict=True)),
+    }
 
 
 def others(folder):
@@ -224,20 +229,17 @@ def listed(path, rows, names=None):
     return str(path)
 
 
-def test_lists_are_matched_by_the_names_in_their_headers_and_by_class_folders(tmp_path, caplog):
+def test_lists_are_matched_by_the_names_in_their_headers_and_by_class_folders(tmp_path):
     root = images(tmp_path / "root", ["a/1.png", "b/2.png", "a/3.png", "b/4.png"])
     own = listed(tmp_path / "own.txt", [("a/1.png", 0), ("b/2.png", 1)], ["ant", "bee"])
     turned = listed(tmp_path / "turned.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "ant"])
     other = listed(tmp_path / "other.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "asp"])
     assert load(DataConfig(str(root), index=own, test_index=turned)).test.labels.tolist() == [0, 1]
-    by_index = DataConfig(str(root), index=own, test="holdout(0.5)", validation=f"index({turned})")
     with pytest.raises(ValueError, match="'asp'.*'ant', 'bee'"):
         load(DataConfig(str(root), index=own, test_index=other))
     plain = listed(tmp_path / "plain.txt", [("a/1.png", 0), ("b/2.png", 1)])
     mixed = listed(tmp_path / "mixed.txt", [("a/3.png", 1), ("b/4.png", 0)])
     assert load(DataConfig(str(root), index=plain, test_index=mixed)).test.labels.tolist() == [0, 1]
-    assert load(DataConfig(str(root), index=own, test_index=mixed)).test.labels.tolist() in ([0, 1], [1, 0])
-    assert by_index.validation
 
 
 def test_a_list_of_a_data_set_is_matched_by_name(sources, tmp_path):
@@ -284,13 +286,18 @@ def test_two_forms_of_a_name_are_one_class_in_tables_and_folders(tmp_path):
 @pytest.mark.parametrize("stored_as", [COMPOSED, DECOMPOSED])
 @pytest.mark.parametrize("lead", ["", "top/"])
 def test_paths_are_found_in_either_form(tmp_path, listed_as, stored_as, lead):
-    root = images(tmp_path / "root", [f"{stored_as}/{stored_as}{n}.png" for n in range(2)] + [f"tea/{n}.png" for n in range(2)])
+    root = images(
+        tmp_path / "root", [f"{stored_as}/{stored_as}{n}.png" for n in range(2)] + [f"tea/{n}.png" for n in range(2)]
+    )
     train_list = listed(tmp_path / "a.txt", [(f"{lead}{listed_as}/{listed_as}0.png", 0), (f"{lead}tea/0.png", 1)])
     test_list = listed(tmp_path / "b.txt", [(f"{lead}{listed_as}/{listed_as}1.png", 0), (f"{lead}tea/1.png", 1)])
     data = load(DataConfig(str(root), index=train_list, test_index=test_list))
     path = data.train.dataset[0]["image"]["path"]
     assert Path(path).is_file() and path == f"{root}/{stored_as}/{stored_as}0.png"
-    assert data.provenance["train"]["sha256"] == Index([f"{listed_as}/{listed_as}0.png", "tea/0.png"], np.array([0, 1]), 2).sha256
+    assert (
+        data.provenance["train"]["sha256"]
+        == Index([f"{listed_as}/{listed_as}0.png", "tea/0.png"], np.array([0, 1]), 2).sha256
+    )
 
 
 def test_one_image_in_two_forms_stands_in_both_lists(tmp_path):
@@ -320,7 +327,9 @@ def test_another_source_is_evaluated_by_name_and_under_another_name(run, sources
     before = (run.folder / "evaluation/test-last.json").read_bytes()
     run.evaluate(overrides=[f"data.source={sources[which]}"])
     assert (run.folder / "evaluation/test-last.json").read_bytes() == before
-    records = {name: json.loads((run.folder / "evaluation" / f"{name}.json").read_text()) for name in others(run.folder)}
+    records = {
+        name: json.loads((run.folder / "evaluation" / f"{name}.json").read_text()) for name in others(run.folder)
+    }
     name = next(name for name, one in records.items() if one["overrides"] == {"data.source": str(sources[which])})
     assert figures(run.folder, name) == own
     assert open_run(run.folder, overrides=[f"data.source={sources[which]}"]).data.class_names == NAMES
@@ -356,16 +365,12 @@ def test_what_is_not_the_runs_own_is_not_taken_for_it(run, sources, place):
     assert shown.evaluation().name == "test-last" and "-changed-" in shown.evaluations()[-1]
     facts = read_facts(run.folder, run.folder / "model", "a/b")
     assert facts.evaluations and not any("-changed-" in name for name in facts.evaluations)
-    own = [path for path in (run.folder / "evaluation").glob("test-last.*")]
-    aside = [path.rename(path.with_name(f"aside{path.suffix}")) for path in own]
-    try:
-        for path in aside:
-            path.rename(run.folder / path.name)
-        with pytest.raises(Missing):
-            RunFolder(run.folder).evaluation()
-    finally:
-        for path in (run.folder / path.name for path in aside):
-            path.rename(run.folder / "evaluation" / f"test-last{path.suffix}")
+    copy = Path(shutil.copytree(run.folder, place / "copy"))
+    for path in (copy / "evaluation").iterdir():
+        if "-changed-" not in path.name:
+            path.unlink()
+    with pytest.raises(Missing):
+        RunFolder(copy).evaluation()
 
 
 def test_a_source_that_has_changed_since_does_not_replace_the_evaluation(place, sources, tmp_path):
@@ -373,8 +378,6 @@ def test_a_source_that_has_changed_since_does_not_replace_the_evaluation(place, 
     folder = train(tree(tmp_path / "data", tmp_path / "runs", train={"epochs": 0, "batch_size": 16})).folder
     before = (folder / "evaluation/test-last.json").read_bytes()
     other = datasets.load_from_disk(sources["other"])
-    import shutil
-
     shutil.rmtree(tmp_path / "data")
     other.save_to_disk(tmp_path / "data")
     Run(folder).evaluate()
@@ -441,8 +444,6 @@ def test_a_run_is_not_resumed_with_other_names(place, sources, tmp_path):
     assert state.pop("class_names") == NAMES
     made["data"]["source"] = str(tmp_path / "renamed")
     for old in checkpoint.listed(folder / "checkpoints"):
-        import shutil
-
         shutil.rmtree(old)
     checkpoint.save(folder / "checkpoints", state["progress"]["step"], net, state)  # as 0.2.0 has it
     with pytest.raises(RecipeError, match="'wolf'"):
@@ -461,9 +462,6 @@ def test_a_teacher_of_other_classes_is_refused(run, sources):
 
 
 def test_a_bare_file_of_weights_has_no_names(run, tmp_path):
-    from rescom_timm.training.build import build_net
-    from safetensors.torch import save_file
-
     weights = checkpoint.newest(run.folder / "checkpoints")[1]
     save_file(weights, tmp_path / "w.safetensors")
     made = run.recipe
@@ -473,8 +471,6 @@ def test_a_bare_file_of_weights_has_no_names(run, tmp_path):
 
 
 def test_predictions_are_scored_by_name_in_either_form(run):
-    from rescom_timm.sharing.predict import predict
-
     model = run.pretrained()
     model.class_names[:] = [COMPOSED, *NAMES[1:]]
     with in_memory(parts()):

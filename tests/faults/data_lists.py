@@ -25,6 +25,13 @@ def trained(kind: str, words: str, said: str, *made: object, **more: object) -> 
     return Fault(kind, given, said, made=(photos(), text("l.txt", LIST), *made), **more)  # type: ignore[arg-type]
 
 
+def named(first: str, second: str, *lines: str) -> str:
+    """An index of paths in two classes of these names."""
+    counts = [sum(line.endswith(f" {k}") for line in lines) for k in range(2)]
+    header = f"# rescom_timm index: 1\n# rows: {len(lines)}\n# classes: 2\n# class 0: {counts[0]} {first}\n"
+    return header + f"# class 1: {counts[1]} {second}\n# path label\n" + "".join(f"{line}\n" for line in lines)
+
+
 ROWS = "# rescom_timm index: 1\n# rows: 10\n# classes: 10\n" + "".join(f"# class {k}: 1\n" for k in range(10))
 ROWS += "# row label\n" + "".join(f"{9 - k} {k}\n" for k in range(10))
 ROWS = ROWS.replace("0 9\n", "9 9\n").replace("9 0\n", "0 0\n")
@@ -172,6 +179,15 @@ TRAINED = [
     trained("test list of other classes", "data.test=test data.test_index=t.txt",
           "t.txt: line 1: label 7 is outside 0 .. 1",
             text("t.txt", "b/3.png 7\n")),
+    trained("test list whose header names other classes", "data.index=h.txt data.test=test data.test_index=t.txt",
+            "only it has 'asp'",
+            text("h.txt", named("ant", "bee", "a/0.png 0", "b/0.png 1")),
+            text("t.txt", named("bee", "asp", "b/1.png 0", "a/1.png 1"))),
+    trained("two Unicode forms of one class", "data.index=h.txt", "in two Unicode forms",
+            text("h.txt", named("caf\u00e9", "cafe\u0301", "a/0.png 0", "b/0.png 1"))),
+    trained("validation list of other classes", "data.index=h.txt data.validation='index(t.txt)'", "only it has 'asp'",
+            text("h.txt", named("ant", "bee", "a/0.png 0", "a/2.png 0", "b/0.png 1", "b/2.png 1")),
+            text("t.txt", named("bee", "asp", "b/3.png 0", "a/3.png 1"))),
     trained("source that is not there", "data.source=./none", "no folder ./none here"),
     trained("source that is no name", "data.source=a/b/c/d", "no folder a/b/c/d here"),
     trained("source that is a file", "data.source=./l.txt", "l.txt"),
