@@ -42,10 +42,15 @@ def numbers_in(
     missing = [] if lacking else [name for name in names if nfc(name) not in found]
     if found.isdisjoint(place) and (_numbers(own) or _numbers(other)):
         return None
-    if unknown or missing:
-        only = [f"it lacks {first_names(missing)}"] * bool(missing) + [f"only it has {first_names(unknown)}"] * bool(
-            unknown
+    if lacking and unknown:
+        known = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        raise ValueError(
+            f"{there} has classes that {here} lacks: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}; {here} has "
+            f"{known}: give both the same class names"
         )
+    if unknown or missing:
+        only = [f"it lacks {first_names(missing)}"] if missing else []
+        only += [f"only it has {first_names(unknown)}"] if unknown else []
         raise ValueError(
             f"{there} has other classes than {here}: {'; '.join(only)}; {here} has {first_names(names)}: give both the "
             "same class names"

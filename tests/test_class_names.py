@@ -150,7 +150,7 @@ def test_numbers_by_name(own, theirs, options, expected, caplog):
     ("own", "theirs", "options", "words"),
     [
         (NAMES, ["cat", "dog", "elk", "fox"], {}, ["'emu'", "'elk'", "it lacks", "only it has"]),
-        (NAMES, ["cat", "elk"], {"lacking": True}, ["only it has 'elk'", "'cat', 'dog', 'emu'"]),
+        (NAMES, ["cat", "elk"], {"lacking": True}, ["classes that here lacks: elk", "cat, dog, emu"]),
         (NAMES, NAMES[:3], {}, ["it lacks 'fox'"]),
         (NAMES, TURNED, {"ordered": True}, ["another order", "'fox' is 'cat'"]),
         (["a", "a", "b"], ["a", "b", "a"], {}, ["names one twice"]),
@@ -194,7 +194,7 @@ def test_a_split_of_other_classes_is_refused(which):
     made = parts()
     made[which] = split(NAMES, 2, 3, rename={"fox": "wolf"})
     config = DataConfig("memory", validation="split(validation)" if which == "validation" else "none")
-    with in_memory(made), pytest.raises(ValueError, match="'wolf'.*'cat'"):
+    with in_memory(made), pytest.raises(ValueError, match="wolf.*cat"):
         load(config)
 
 
@@ -235,7 +235,7 @@ def test_lists_are_matched_by_the_names_in_their_headers_and_by_class_folders(tm
     turned = listed(tmp_path / "turned.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "ant"])
     other = listed(tmp_path / "other.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "asp"])
     assert load(DataConfig(str(root), index=own, test_index=turned)).test.labels.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="'asp'.*'ant', 'bee'"):
+    with pytest.raises(ValueError, match="asp.*ant, bee"):
         load(DataConfig(str(root), index=own, test_index=other))
     plain = listed(tmp_path / "plain.txt", [("a/1.png", 0), ("b/2.png", 1)])
     mixed = listed(tmp_path / "mixed.txt", [("a/3.png", 1), ("b/4.png", 0)])
@@ -352,7 +352,7 @@ def test_a_data_set_that_is_given_is_used(run, sources):
     assert turned._split("test")[1] == NAMES
     assert Run(run.folder, dataset=split(TURNED, 6, 1)).evaluate()["top1"] == own["top1"], "one split: all of it"
     assert run.evaluate(dataset={"test": split(TURNED, 6, 1)})["top1"] == own["top1"]
-    with pytest.raises(ValueError, match="'wolf'"):
+    with pytest.raises(ValueError, match="wolf"):
         run.evaluate(dataset=split(NAMES, 2, 1, rename={"fox": "wolf"}))
     assert (run.folder / "evaluation/test-last.json").read_bytes() == before
     assert len({*others(run.folder)}) >= 3, "each data set has an evaluation of its own"
