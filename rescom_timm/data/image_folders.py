@@ -147,31 +147,32 @@ def below(root: Path, paths: Sequence[str]) -> list[str]:
 
 
 class Disk:
-    """Paths below a folder, in the Unicode form that the disk has them in. Lists a folder at most once."""
+    """Paths below a folder, in the Unicode form that the disk has them in. Lists a folder at most once, and stats no
+    file."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root, self.folders = str(root), dict[str, dict[str, str]]()
+        self.root = str(root)
+        self.folders: dict[str, str] = {"": ""}
+        self.names: dict[str, tuple[set[str], dict[str, str]]] = {}
 
     def spelled(self, path: str) -> str:
         """The path as the disk spells it; as it is where it is plain ASCII, is there so, or is there in no form."""
-        if path.isascii() or os.path.lexists(os.path.join(self.root, path)):
+        if path.isascii() or path.startswith("/") or ".." in path.split("/"):
             return path
-        found = ""
-        for name in path.split("/"):
-            there = self._names(found)
-            if nfc(name) not in there and name not in there.values():
-                return path
-            found = os.path.join(found, name if name in there.values() else there[nfc(name)])
-        return found
+        return self._below(*path.rpartition("/")[::2])
 
-    def _names(self, folder: str) -> dict[str, str]:
+    def _below(self, folder: str, name: str) -> str:
         if folder not in self.folders:
+            self.folders[folder] = self._below(*folder.rpartition("/")[::2])
+        lead = self.folders[folder]
+        if lead not in self.names:
             try:
-                names = os.listdir(os.path.join(self.root, folder))
-            except (OSError, ValueError):
-                names = []
-            self.folders[folder] = {nfc(name): name for name in sorted(names)}
-        return self.folders[folder]
+                there = sorted(os.listdir(os.path.join(self.root, lead)))
+            except (OSError, ValueError):  # not there, no folder, too long a name, one with a zero byte
+                there = []
+            self.names[lead] = set(there), {nfc(one): one for one in there}
+        exact, forms = self.names[lead]
+        return os.path.join(lead, name if name in exact else forms.get(nfc(name), name))
 
 
 def _files_dataset(root: Path, paths: list[str], labels: np.ndarray) -> Dataset:
