@@ -9,7 +9,7 @@
 A step is the trainer's: forward of two views, loss, backward, SGD with momentum, on eight-bit images that are on the
 device already. All contenders start from the same weights and take turns; memory is what each holds at its peak, from
 nothing to its fifth step: weights, momentum, queue, activations.
-plain        Balanced Softmax on both views, the project's own (its frozen projector runs too)
+plain        Balanced Softmax on both views, the project's own, without a projector
 rescom       ResCom, released mode, queue full
 dense        the same with the yardstick of `head` in the place of mining and queue; not with --capture
 

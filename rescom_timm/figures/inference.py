@@ -76,7 +76,6 @@ class Shared(nn.Module):
     def __init__(self, net: ExpertsNet) -> None:
         super().__init__()
         self.net = net
-        del net.projector
 
     def classify(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, K)."""
@@ -90,7 +89,7 @@ def ensemble(
 ) -> tuple[str, nn.Module]:
     """(its name, an untrained ensemble). branch: first child of the backbone that every expert has for itself, by
     default the last stage but one. Raises ValueError where a named branch is no place to cut the backbone."""
-    net = create_model(backbone, num_classes, **options)
+    net = create_model(backbone, num_classes, projector=None, **options)
     stages = [info["module"] for info in getattr(net.encoder, "feature_info", []) if "module" in info]
     place = branch or (stages[-2] if len(stages) > 1 else None)
     if place is not None:
@@ -100,7 +99,7 @@ def ensemble(
         except ValueError:
             if branch is not None:
                 raise
-    others = [create_model(backbone, num_classes, **options) for _ in range(1, experts)]
+    others = [create_model(backbone, num_classes, projector=None, **options) for _ in range(1, experts)]
     return f"{experts} whole nets", Whole([net, *others])
 
 
@@ -134,14 +133,13 @@ def measure(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here: say --device cpu")
     options = options or {}
-    plain = create_model(backbone, num_classes, **options)
+    plain = create_model(backbone, num_classes, projector=None, **options)
     cfg: dict[str, Any] = plain.encoder.pretrained_cfg  # type: ignore[assignment]
     height, width = image_size or cfg["input_size"][1:]
     nets: dict[str, nn.Module] = {"plain": plain}
     for number in experts:
         name, net = ensemble(backbone, number, num_classes, branch, **options)
         nets[name] = net
-    del plain.projector
     images = torch.randint(0, 256, (batch_size, 3, height, width), dtype=torch.uint8, device=place)
     for net in nets.values():
         net.to(place).eval()

@@ -5,7 +5,8 @@ A method is a module with `net` (all that is trained), `views` (how many it want
 epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. Where
 its loss is a sum over images, each of its own logits and label, it says `per_image = True`: its batches may be mixed
 (batch["partner"], batch["share"]) or cut into parts. With `second_sampler` (a loader.sampler) its batches have 2 B
-rows: below the B rows of the recipe's draw, B of that one's. One that learns from a teacher has it as `teacher`, which
+rows: below the B rows of the recipe's draw, B of that one's. One that uses embeddings says `embeds = True`; others drop
+the net's projector. One that learns from a teacher has it as `teacher`, which
 is set before training.
 """
 
@@ -150,6 +151,11 @@ def long_tailed(config: MethodConfig) -> bool:
         ):
             return True
     return False
+
+
+def embeds(name: str) -> bool:
+    """Whether a method uses the embeddings of a projector."""
+    return getattr(METHODS[name][1], "embeds", False)
 
 
 def per_image(name: str) -> bool:

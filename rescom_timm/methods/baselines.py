@@ -227,7 +227,7 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 class Classification(nn.Module):
-    """A net trained by a loss on its logits alone (`loss`); the projector is not trained."""
+    """A net trained by a loss on its logits alone (`loss`), without a projector."""
 
     counts: Tensor
     per_image = True
@@ -235,7 +235,7 @@ class Classification(nn.Module):
     def __init__(self, net: Net, counts: Tensor, config: Any) -> None:
         """counts: (K,) training images of each class. config: the method's own."""
         super().__init__()
-        net.projector.requires_grad_(False)
+        net.drop_projector()
         self.net = net
         self.config = config
         self.views: int = config.views

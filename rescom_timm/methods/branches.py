@@ -81,7 +81,7 @@ class BbnNet(BranchedNet):
             halves = zip(self.experts, images.chunk(2), strict=True)
             parts = [end(self.stem(half)) for end, half in halves]  # BatchNorm sees each draw by itself
             features = 2 * torch.cat([alpha * parts[0], (1 - alpha) * parts[1]], dim=1)
-        embeddings = F.normalize(at_least_float32(self.projector((parts[0] + parts[1]) / 2)), dim=1)
+        embeddings = self.projector(parts[0])
         return Outputs(features, self.classifier(features), embeddings)
 
     def classify(self, images: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class ResltNet(Remade):
         maps = self._maps(self.normalize(images))
         branches = self.classifier(maps)
         features = maps.mean(dim=(2, 3))
-        embeddings = F.normalize(at_least_float32(self.projector(features)), dim=1)
+        embeddings = self.projector(features)
         return ResltOutputs(features, branches.sum(dim=0), embeddings, branches)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rescom_timm.contrast.losses import at_least_float32, ldam_margins, less_margins, weighted_mean
+from rescom_timm.contrast.losses import ldam_margins, less_margins, weighted_mean
 from rescom_timm.methods.baselines import balanced_weights
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
@@ -111,7 +111,7 @@ class ElfNet(Remade):
         early = [head(own.mean(dim=(2, 3))) for head, own in zip(self.exits, maps, strict=True)]
         exits = torch.stack([*early, self.classifier(features)])
         chosen = self.left(exits)[None, :, None].expand(1, -1, exits.shape[2])
-        embeddings = F.normalize(at_least_float32(self.projector(features)), dim=1)
+        embeddings = self.projector(features)
         return ElfOutputs(features, exits.gather(0, chosen)[0], embeddings, exits)
 
     def left(self, exits: Tensor) -> Tensor:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.contrast.losses import (
-    at_least_float32,
     check_temperature,
     distillation,
     diversity,
@@ -109,7 +107,7 @@ class ExpertsNet(BranchedNet):
         features = torch.stack([expert(stem) for expert in self.experts])
         logits = self.classifier(features)
         mean = features.mean(dim=0)
-        embeddings = F.normalize(at_least_float32(self.projector(mean)), dim=1)
+        embeddings = self.projector(mean)
         return ExpertOutputs(mean, logits.mean(dim=0), embeddings, logits)
 
     def classify(self, images: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Moco(nn.Module):
 
     counts: Tensor
     views = 2
+    embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: MocoConfig) -> None:
         """counts: (K,) training images of each class."""
@@ -100,7 +101,7 @@ class Moco(nn.Module):
         self.net = net
         self.config = config
         self.momentum_net = MomentumNet(net, config.momentum)
-        self.queue = FifoQueue(config.queue_size, _width(net))
+        self.queue = FifoQueue(config.queue_size, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,6 +148,7 @@ class Paco(nn.Module):
     counts: Tensor
     prior: Tensor
     views = 2
+    embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: PacoConfig) -> None:
         """counts: (K,) training images of each class."""
@@ -154,7 +156,7 @@ class Paco(nn.Module):
         self.net = net
         self.config = config
         self.momentum_net = None if config.momentum is None else MomentumNet(net, config.momentum)
-        self.queue = FifoQueue(config.queue_size, _width(net))
+        self.queue = FifoQueue(config.queue_size, net.embedding_width)
         self.register_buffer("prior", log_prior(counts).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +181,3 @@ class Paco(nn.Module):
         """Called after each optimizer step."""
         if self.momentum_net is not None:
             self.momentum_net.follow(self.net)
-
-
-def _width(net: Net) -> int:
-    return int(net.projector[-1].out_features)  # type: ignore[arg-type]

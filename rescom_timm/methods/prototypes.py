@@ -64,12 +64,12 @@ class HybridPsc(nn.Module):
     """
 
     weights: Tensor
+    embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: HybridPscConfig) -> None:
         """counts: (K,) training images of each class."""
         super().__init__()
-        width = int(net.projector[-1].out_features)  # type: ignore[arg-type]
-        net.prototypes = nn.ParameterList([F.normalize(torch.randn(len(counts), width), dim=1)])
+        net.prototypes = nn.ParameterList([F.normalize(torch.randn(len(counts), net.embedding_width), dim=1)])
         self.prototypes = (net.prototypes[0],)  # a tuple: they are the net's
         self.net = net
         self.config = config
@@ -111,7 +111,7 @@ class DroLt(nn.Module):
     def __init__(self, net: Net, counts: Tensor, config: DroLtConfig) -> None:
         """counts: (K,) training images of each class."""
         super().__init__()
-        net.projector.requires_grad_(False)
+        net.drop_projector()
         epsilon = torch.full((len(counts),), config.epsilon)
         if config.radius == "by_count":
             epsilon = epsilon / counts.sqrt()

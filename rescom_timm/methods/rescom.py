@@ -91,15 +91,15 @@ class ResCom(nn.Module):
     counts: Tensor
     weights: Tensor
     views = 2
+    embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
         """counts: (K,) training images of each class. Raises ValueError where Q, Qp, Qn and K do not fit."""
         super().__init__()
         config.check_classes(len(counts))
-        dim = int(net.projector[-1].out_features)  # type: ignore[arg-type]
         self.net = net
         self.config = config
-        self.queue = config.queue.build(counts, dim)
+        self.queue = config.queue.build(counts, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
         weights = class_weights(counts, config.beta, config.class_weight)
         self.register_buffer("weights", weights, persistent=False)

@@ -244,7 +244,7 @@ class Rsg(nn.Module):
         the flattened map), and for weight decay, which moves T and the pair classifier also where they do not train."""
         super().__init__()
         stage, channels = last_stage(net.encoder)
-        net.projector.requires_grad_(False)
+        net.drop_projector()
         if config.loss == "ldam":
             replace_classifier(net, Cosine(net.classifier.in_features, len(counts), config.scale))
         head = torch.zeros(len(counts), dtype=torch.bool)

@@ -12,17 +12,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.nets.net import Net
+from rescom_timm.nets.net import Net, NoProjector
 from rescom_timm.nets.trainable import freeze_statistics
 
 
 class Remade(Net):
-    """A net made of the parts of another, for one that runs them another way; it trains no projector."""
+    """A net made of the parts of another, for one that runs them another way, without a projector."""
 
     def __init__(self, net: Net) -> None:
         nn.Module.__init__(self)
         self.encoder, self.classifier = net.encoder, net.classifier
-        self.projector = net.projector.requires_grad_(False)
+        self.projector = NoProjector()
         self.recreate, self.tuning, self.head = net.recreate, net.tuning, net.head
         self.frozen_statistics = net.frozen_statistics
         for name in ("mean", "std"):

@@ -22,6 +22,8 @@ from rescom_timm.nets.classifiers import ClassifierConfig, Cosine, classifier
 from rescom_timm.nets.trainable import freeze_statistics
 from rescom_timm.nets.tuning import TuningConfig, tune, untuned
 
+PROJECTOR = "projector."
+"""How the names of a projector's weights begin."""
 MAX_WIDTH = 65_536
 """Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
 
@@ -72,8 +74,19 @@ class NetConfig:
         return replace(self, pretrained=False, weights_file=None)
 
 
+class NoProjector(nn.Module):
+    """In the place of a projector that nothing uses: embeddings of width 0. It has no weights, and passes over those of
+    a checkpoint or an export of 0.2.0, which saved a projector for every method."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_empty(len(features), 0)
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
+
+
 class Outputs(NamedTuple):
-    """features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider."""
+    """features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider; D = 0 without a projector."""
 
     features: Tensor
     logits: Tensor
@@ -81,7 +94,7 @@ class Outputs(NamedTuple):
 
 
 class Net(nn.Module):
-    """A timm encoder, a linear classifier and a projector.
+    """A timm encoder, a linear classifier and a projector, if any.
 
     Images are taken as eight-bit (N, 3, H, W), which are normalised here, or as floats already normalised.
     """
@@ -93,22 +106,25 @@ class Net(nn.Module):
         self,
         encoder: nn.Module,
         num_classes: int,
-        projector: ProjectorConfig = ProjectorConfig(),  # noqa: B008 (frozen)
+        projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         recreate: dict[str, Any] | None = None,
         head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. mean, std: of each channel, for
-        images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder again, for to_timm."""
+        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. projector: None for none. mean,
+        std: of each channel, for images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder
+        again, for to_timm."""
         super().__init__()
         width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
-        hidden = projector.hidden or width
         self.encoder = encoder
         self.classifier = classifier(head, width, num_classes)
-        self.projector = nn.Sequential(
-            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
-        )
+        self.projector: nn.Module = NoProjector()
+        if projector is not None:
+            hidden = projector.hidden or width
+            self.projector = nn.Sequential(
+                nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
+            )
         self.recreate, self.tuning, self.head = recreate, TuningConfig(), head
         self.frozen_statistics = False
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -119,6 +135,18 @@ class Net(nn.Module):
         if self.frozen_statistics:
             freeze_statistics(self.encoder)
         return self
+
+    @property
+    def embedding_width(self) -> int:
+        """D. Raises ValueError for a net without a projector."""
+        if not isinstance(self.projector, nn.Sequential):
+            raise ValueError("the net has no projector, which this method needs: make it with a ProjectorConfig")
+        return int(self.projector[-1].out_features)  # type: ignore[arg-type]
+
+    def drop_projector(self) -> None:
+        """For methods that use no embeddings. Nets are made with one all the same, so that the random numbers drawn
+        after it are the same for every method."""
+        self.projector = NoProjector()
 
     def normalize(self, images: Tensor) -> Tensor:
         """Eight-bit images to normalised floats; floats are returned as they are."""
@@ -198,9 +226,13 @@ def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
     """Raises ValueError, naming the first few, where weights are not those of `own`: in name, shape or kind of number
-    (floats of any width are one kind), or where one is NaN or infinite. where: what they were read from."""
+    (floats of any width are one kind), or where one is NaN or infinite. where: what they were read from. A projector
+    that `own` lacks is left out: 0.2.0 saved one for every method."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
+    projector = any(name.startswith(PROJECTOR) for name in own)
     for name, value in weights.items():
+        if name.startswith(PROJECTOR) and not projector:
+            continue
         if name not in own:
             wrong.append(f"{name} is not known")
         elif value.shape != own[name].shape:
@@ -258,7 +290,7 @@ def create_model(
     *,
     pretrained: bool = False,
     weights_file: str | None = None,
-    projector: ProjectorConfig = ProjectorConfig(),  # noqa: B008 (frozen)
+    projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     tuning: TuningConfig = TuningConfig(),  # noqa: B008 (frozen)
@@ -267,9 +299,9 @@ def create_model(
 ) -> Net:
     """A Net over any timm backbone by name.
 
-    mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by default.
-    tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed on to
-    timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
+    projector: None for none. mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by
+    default. tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed
+    on to timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
     """
     check_backbone(backbone)
     check_options(backbone, options)

@@ -284,11 +284,17 @@ def _recreate(net: Net) -> dict[str, Any]:
     options = {**made, **getattr(encoder, "_model_args", {})}  # timm's record includes those of hf-hub: and local-dir:
     for key in ("model_name", "num_classes"):
         options.pop(key, None)
-    hidden, dim = net.projector[0], net.projector[-1]
     return {
         "backbone": name,
         "options": options,
-        "projector": {"hidden": hidden.out_features, "dim": dim.out_features},
+        "projector": _projector(net),
         "mean": net.mean.flatten().tolist(),
         "std": net.std.flatten().tolist(),
     }
+
+
+def _projector(net: Net) -> dict[str, int] | None:
+    if not isinstance(net.projector, nn.Sequential):
+        return None
+    hidden: Any = net.projector[0]
+    return {"hidden": hidden.out_features, "dim": net.embedding_width}

@@ -170,8 +170,9 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         tuning = dict(details.get("tuning", {}))
         tuning["layers"] = tuple(tuning.get("layers", ()))
         head = ClassifierConfig(**details.get("classifier", {}))
+        projector = None if details["projector"] is None else ProjectorConfig(**details["projector"])
         net = create_model(
-            details["backbone"], len(details["class_names"]), projector=ProjectorConfig(**details["projector"]),
+            details["backbone"], len(details["class_names"]), projector=projector,
             mean=tuple(details["mean"]), std=tuple(details["std"]), tuning=TuningConfig(**tuning), head=head,
             **details["options"],
         )  # fmt: skip
@@ -226,9 +227,11 @@ def _check_room(details: dict[str, Any], folder: Path) -> None:
     with torch.device("meta"):
         encoder = timm.create_model(details["backbone"], num_classes=0, **options)
     width = encoder.head_hidden_size
-    hidden, dim = (int(details["projector"][name] or width) for name in ("hidden", "dim"))
     weights = sum(value.numel() for value in encoder.state_dict().values())
-    weights += len(details["class_names"]) * width + hidden * (width + dim)
+    weights += len(details["class_names"]) * width
+    if details["projector"] is not None:
+        hidden, dim = (int(details["projector"][name] or width) for name in ("hidden", "dim"))
+        weights += hidden * (width + dim)
     if weights > there:
         raise ValueError(
             f"{DETAILS} describes a net of {weights:,} numbers, and the files of weights have {there:,} bytes"

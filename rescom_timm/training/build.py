@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from rescom_timm.class_names import numbers_in, rows_of
 from rescom_timm.data.sources import Data
 from rescom_timm.data.views import ViewsConfig
-from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method
+from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method, embeds
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.nets.classifiers import ClassifierConfig, read_class_features, start_from_means
-from rescom_timm.nets.net import Net, NetConfig, create_model
+from rescom_timm.nets.net import PROJECTOR, Net, NetConfig, create_model
 from rescom_timm.nets.trainable import digest, keep_frozen_in_bfloat16, set_trainable
 from rescom_timm.nets.tuning import added
 from rescom_timm.recipe.config import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
@@ -84,6 +84,8 @@ def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teach
     classes = len(data.counts)
     refuse_queue(recipe, classes)
     net = build_net(recipe.net, recipe.views, classes)
+    if not embeds(recipe.method.name):
+        net.drop_projector()
     if start and recipe.init_from is not None:
         source, retrained = Path(recipe.init_from).expanduser(), recipe.method.name == "crt"
         anew = retrained or recipe.net.classifier.init != "random"
@@ -154,9 +156,10 @@ def load_weights(
 ) -> None:
     """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
 
-    class_names: (K,) of the net's classes, by which the rows of the classifier are taken. classifier, projector: take
-    that too, which then must be there; a linear classifier in the place of a cosine one, and the other way round, is
-    left out and reported. Raises RecipeError where there are no weights, or they are of another net or other classes.
+    class_names: (K,) of the net's classes, by which the rows of the classifier are taken. classifier: take that too,
+    which then must be there; a linear classifier in the place of a cosine one, and the other way round, is left out and
+    reported. projector: take that where the run's method had one. Raises RecipeError where there are no weights, or
+    they are of another net or other classes.
     """
     run, names = source / "checkpoints", None
     if run.is_dir():
@@ -190,7 +193,8 @@ def load_weights(
         theirs, ours = ("cosine" if kind == LINEAR_OR_COSINE[1] else "linear" for kind in kinds)
         print(f"from: {source} has a {theirs} classifier; the {ours} one starts anew (net.classifier.init)")
         classifier = False
-    taken = ("encoder.", *[HEAD] * classifier, *["projector."] * projector)
+    projector = projector and any(name.startswith(PROJECTOR) for name in weights)
+    taken = ("encoder.", *[HEAD] * classifier, *[PROJECTOR] * projector)
     own = {name: value for name, value in net.state_dict().items() if name.startswith(taken)}
     if classifier:
         try:

@@ -219,7 +219,7 @@ def test_features_that_cannot_be_cut_into_heads_are_refused():
         make(CausalNormConfig(heads=4))
 
 
-def test_training_lowers_the_loss_and_leaves_the_projector():
+def test_training_lowers_the_loss():
     for config in (
         FocalConfig(),
         ClassBalancedConfig(),
@@ -228,7 +228,5 @@ def test_training_lowers_the_loss_and_leaves_the_projector():
         CausalNormConfig(tau=4.0),
     ):
         method = make(config)
-        before = [p.clone() for p in method.net.projector.parameters()]
         losses = [train(method, steps=1)["loss"].item() for _ in range(20)]  # always the same batch
         assert losses[-1] < 0.8 * losses[0], config
-        assert all(torch.equal(a, b) for a, b in zip(before, method.net.projector.parameters(), strict=True))

@@ -54,10 +54,7 @@ def changed(method, steps=3):
 )
 def test_training_moves_the_named_parts_and_nothing_else(config, expected):
     method = make(config)
-    projector = method.net.projector[1].running_mean.clone()
-    moved = {name for name in changed(method) if not name.startswith("projector.1.")}
-    assert moved == expected
-    assert torch.isfinite(projector).all()
+    assert set(changed(method)) == expected
 
 
 def test_encoder_is_in_evaluation_mode_while_training_also_after_an_evaluation():
