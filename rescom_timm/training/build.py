@@ -59,6 +59,12 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
             f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {told[:300]}. Name a file of "
             "them in net.weights_file, or say net.pretrained=false"
         ) from error
+    channels = config.options.get("in_chans", net.encoder.pretrained_cfg["input_size"][0])  # type: ignore[index]
+    if channels != 3:
+        raise RecipeError(
+            f"net.options.in_chans: {config.backbone} would take images of {channels} channels, and images are always "
+            "read in 3 (RGB), grey ones too: leave in_chans out, or choose a backbone of 3 channels"
+        )
     try:
         if config.tuning.name == "full":
             set_trainable(net.encoder, config.trainable)
@@ -82,6 +88,11 @@ def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teach
     teacher the data.
     """
     classes = len(data.counts)
+    if classes < 2:
+        raise RecipeError(
+            f"data.index: {data.train.name} has one class ({data.class_names[0]}), and training needs at least "
+            "two: add images of other classes"
+        )
     refuse_queue(recipe, classes)
     net = build_net(recipe.net, recipe.views, classes)
     if not embeds(recipe.method.name):

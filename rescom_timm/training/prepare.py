@@ -27,6 +27,7 @@ from rescom_timm.recipe.config import EmaConfig, Recipe, RecipeError
 from rescom_timm.training.build import speed_up
 from rescom_timm.training.launch import prepare_to_shard
 from rescom_timm.training.log import bars_shown
+from rescom_timm.training.nonfinite import copy_buffers, put_back
 from rescom_timm.training.stop_signals import in_own_process_group
 
 
@@ -78,8 +79,10 @@ def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
 
 
 @torch.no_grad()
-def check_image_size(method: Method, recipe: Recipe, train: Split, device: torch.device) -> None:
-    """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another."""
+def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: Accelerator) -> None:
+    """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another, or
+    where a training pass has too few images for BatchNorm."""
+    device = accelerator.device
     view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken, recipe.loader.reading)[0, 0]["image"]
     height, width = view.shape[-2:]
     images = torch.zeros(1, 3, height, width, device=device)
@@ -98,6 +101,35 @@ def check_image_size(method: Method, recipe: Recipe, train: Split, device: torch
             raise RecipeError(
                 f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}"
             ) from error
+    check_single_image(method, recipe, images, accelerator)
+
+
+@torch.no_grad()
+def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerator: Accelerator) -> None:
+    """Raises RecipeError where each pass of a process has one image and a BatchNorm would see one value per channel,
+    which has no variance. image: (1, 3, H, W). Buffers and random generators stay as they were."""
+    train, processes = recipe.train, accelerator.num_processes
+    if train.batch_size > train.accumulate * processes:
+        return
+    rows = 2 if hasattr(method, "second_sampler") else 1
+    batch = {
+        "image": image.expand(rows, method.views, *image.shape[1:]),
+        "label": torch.zeros(rows, dtype=torch.long, device=image.device),
+    }
+    before = copy_buffers(method)
+    try:
+        with torch.random.fork_rng(), accelerator.autocast():
+            method.train()(batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} over {processes} processes and train.accumulate={train.accumulate} "
+            f"is 1 image per forward pass, and the BatchNorm layers of method {recipe.method.name} need at least 2: "
+            "raise train.batch_size or lower train.accumulate"
+        ) from error
+    finally:
+        put_back(method, before)
 
 
 def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> None:

@@ -114,7 +114,7 @@ class Trainer:
         self.trained = f"{share:.1f}% of {self.weights['all'] / 1e6:.2f} M weights train"
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
-        check_image_size(method, recipe, data.train, accelerator.device)
+        check_image_size(method, recipe, data.train, accelerator)
         self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
         self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
