@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 GROUPS = ("many", "medium", "few")
+GROUPS_DEFINED = (
+    "many, medium and few: accuracy over the test images of the classes with more than 100, 20 to 100 and fewer than 20 "
+    "training images"
+)
+"""For every place that shows them."""
 
 # Mean top-1 error (percent) of AlexNet over the five severities of each ImageNet-C corruption, and on the clean images:
 # Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019

@@ -12,7 +12,8 @@ saves within the epoch and goes on there the next time.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and deviation (of the sample) over the seeds of the
 figures at the last epoch, in percent, and of the minutes of training. Where settings are to be chosen, give the runs
-validation rows, data.validation=unused(50) or holdout(0.1), and choose by their columns: never by the test figures.
+validation rows, data.validation=unused(50) or holdout(0.1): the first columns and the picture then show these. Never
+choose by the test figures.
 
 The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imagenet_lt_r50.yaml):
 

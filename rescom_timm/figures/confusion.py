@@ -74,7 +74,8 @@ def table(confusion: Confusion) -> style.Table:
 
 
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
-    """The matrix in percent of each row's images and, where groups are known, the same by group beside it."""
+    """The matrix in percent of each row's images and, where groups are known, beside it the
+    same by the group of the predicted class, right or wrong: not the accuracy of a group."""
     present = style.present(confusion.groups)
     figure = style.new_figure(11 if present else 8, 6.8)
     main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
@@ -151,7 +152,7 @@ def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
     percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
     _heat(axes, percent)
     _numbers(axes, percent, 10, least=0)
-    style.tidy(axes, "by group, percent", "predicted", "label")
+    style.tidy(axes, "group of the predicted class,\nright or wrong (percent)", "predicted", "label")
     axes.set_xticks(range(len(present)), present)
     axes.set_yticks(range(len(present)), present, rotation=90, va="center")
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):

@@ -35,8 +35,9 @@ def last_part(name: str) -> str:
     return re.split(r"[/.]", name)[-1]
 
 
-def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 6) -> list[Curve]:
-    """The curves of these names, or of the up to `most` most telling ones. Runs without a log are left out.
+def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 5) -> list[Curve]:
+    """The curves of these names, or of the up to `most` most telling figures, each on every split that has it. Runs
+    without a log are left out.
 
     After a resume the same step may be logged twice: the later line counts. Missing where nothing is left.
     """
@@ -49,7 +50,9 @@ def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 6)
     if not logs:
         raise Missing(f"no training log (metrics.jsonl) in {', '.join(run.name for run in runs)}")
     known = {name for rows in logs.values() for row in rows for name, value in row.items() if _is_number(value)}
-    chosen = list(names) or sorted(filter(_is_telling, known), key=_importance)[:most]
+    telling = sorted(filter(_is_telling, known), key=_importance)
+    figures = list(dict.fromkeys(map(last_part, telling)))[:most]
+    chosen = list(names) or [name for name in telling if last_part(name) in figures]
     series = {(run, name): _series(rows, name) for run, rows in logs.items() for name in chosen}
     if not any(len(x) for x, _, _ in series.values()):
         raise Missing(f"the training log holds none of {', '.join(chosen) or 'a curve'}; there: {sorted(known)}")

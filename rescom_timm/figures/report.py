@@ -168,9 +168,8 @@ def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
     for row in rows:
         cells.append("".join(_td(value, value is not None and value == best.get(name)) for name, value in row.items()))
     note = (
-        "Accuracies and ECE in percent. many: more than 100 training images of the class, medium: 20 to 100, few: "
-        "under 20; each a mean over the group's test images. chosen: how the checkpoint was chosen. "
-        + ("Bold: the best of the runs." if len(runs) > 1 else "")
+        f"Accuracies and ECE in percent. {metrics.GROUPS_DEFINED}; class mean: the mean of all classes' accuracies. "
+        "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
     )
     head = "".join(_th(name) for name in rows[0])
     body = "".join(f"<tr>{line}</tr>" for line in cells)

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.files import read_json
+from rescom_timm.metrics import GROUPS_DEFINED
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
 from rescom_timm.training.log import lines
@@ -334,8 +335,7 @@ def _table_of_results(facts: Facts) -> str:
         [
             "## Results",
             "",
-            "In percent. Many, medium and few are the test images of classes with more than 100, 20 to 100 and fewer "
-            "than 20 training images.",
+            f"In percent. {GROUPS_DEFINED}.",
             "",
             head,
             "|---" * (3 + len(columns)) + "|",

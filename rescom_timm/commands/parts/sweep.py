@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -27,10 +28,13 @@ from rescom_timm.training.errors import FAILURES, one_line
 from rescom_timm.training.run_folder import lines, run_recipe
 from rescom_timm.training.state import Progress
 
+_NUMBERS = ("top1", "many", "medium", "few", "mean_class")
 FIGURES = (
-    *("top1", "many", "medium", "few", "mean_class", "ece"),
-    *("validation_top1", "validation_mean_class", "trained_thousands", "minutes", "memory_gib"),
+    *(f"validation_{name}" for name in _NUMBERS),
+    *_NUMBERS,
+    *("ece", "trained_thousands", "minutes", "memory_gib"),
 )
+"""Columns of the table: those to choose settings by come first, where a run has them."""
 
 
 @dataclass(frozen=True)
@@ -177,15 +181,19 @@ def markdown(table: list[dict[str, Any]]) -> str:
 
 
 def draw(table: list[dict[str, Any]], title: str) -> Any:
-    """Top-1 of every line with its deviation, in the order of the table."""
+    """Top-1 of every line with its deviation, in the order of the table: on the validation rows, where any line has
+    them (a line without has no point), otherwise on the test rows."""
+    split = "validation" if any(line["validation_top1"] is not None for line in table) else "test"
+    name = "validation_top1" if split == "validation" else "top1"
     figure = style.new_figure(7.0, 1.0 + 0.28 * len(table))
     axes = figure.subplots()
     places = range(len(table))
-    deviations = [line["top1_deviation"] or 0.0 for line in table]
-    axes.errorbar([line["top1"] for line in table], places, xerr=deviations, fmt="o", color=style.color(0), capsize=3)
+    values = [math.nan if line[name] is None else line[name] for line in table]
+    deviations = [line[f"{name}_deviation"] or 0.0 for line in table]
+    axes.errorbar(values, places, xerr=deviations, fmt="o", color=style.color(0), capsize=3)
     axes.set_yticks(places, [style.plain(line["run"], 60) for line in table])
     axes.invert_yaxis()
-    style.tidy(axes, title, "test top-1, last epoch (%)", "", "x")
+    style.tidy(axes, title, f"{split} top-1, last epoch (%)", "", "x")
     return figure
 
 
