@@ -36,6 +36,38 @@ VERBS = {
 """What each verb does, and the file of commands/ that does it. A file is imported when its verb is asked for."""
 
 
+MEANT = {
+    "export": "push RUN --onnx FILE.onnx (a trained run holds its plain timm model in RUN/model)",
+    "onnx": "push RUN --onnx FILE.onnx",
+    "fit": "train RECIPE",
+    "finetune": "train RECIPE",
+    "run": "train RECIPE",
+    "resume": "train RECIPE --resume",
+    "val": "evaluate RUN",
+    "validate": "evaluate RUN",
+    "eval": "evaluate RUN",
+    "test": "evaluate RUN",
+    "infer": "predict RUN IMAGES",
+    "classify": "predict RUN IMAGES",
+    "detect": "predict RUN IMAGES",
+    "serve": "demo RUN",
+    "app": "demo RUN",
+    "plot": "figures RUN",
+    "report": "figures RUN",
+    "visualize": "figures RUN",
+    "upload": "push RUN --repo OWNER/NAME",
+    "publish": "push RUN --repo OWNER/NAME",
+    "models": "recipes",
+    "list": "recipes",
+    "tune": "sweep RECIPE key=a,b,c",
+    "grid": "sweep RECIPE key=a,b,c",
+    "new": "init FOLDER",
+    "create": "init FOLDER",
+    "version": "--version",
+}
+"""Subcommands of other libraries, and what to write here."""
+
+
 def usage() -> str:
     width = max(map(len, VERBS)) + 2
     lines = [f"  {verb:<{width}}{about}" for verb, (_, about) in VERBS.items()]
@@ -72,8 +104,9 @@ def _run(words: list[str]) -> int:
         print(_version())
         return 0
     if words[0] not in VERBS:
-        near = get_close_matches(words[0], VERBS, n=1)
-        print(f"rescom-timm has no verb {words[0]!r}" + (f"; did you mean {near[0]}?" if near else ""), file=sys.stderr)
+        near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
+        hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""
+        print(f"rescom-timm has no verb {words[0]!r}{hint}", file=sys.stderr)
         print(usage(), file=sys.stderr)
         return 2
     file, _ = VERBS[words[0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 GROUPS = ("many", "medium", "few")
 GROUPS_DEFINED = (
-    "many, medium and few: accuracy over the test images of the classes with more than 100, 20 to 100 and fewer than 20 "
+    "many, medium and few: accuracy over the test images of classes with more than 100, 20 to 100 and fewer than 20 "
     "training images"
 )
 """For every place that shows them."""

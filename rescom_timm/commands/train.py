@@ -108,7 +108,10 @@ def _as_key(option: str, words: Sequence[str]) -> str:
     after = list(words)[list(words).index(option) + 1 :][:1]
     value = value or next((word for word in after if not word.startswith("-")), "VALUE")
     from rescom_timm.recipe.loading import keys
+    from rescom_timm.recipe.synonyms import meant
 
     known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
+    if name not in known and (advice := meant(name, value)):
+        return f": keys of the recipe are written without dashes; {advice}"
     near = get_close_matches(name, [*known, *known.values()], n=1)
-    return f": keys of the recipe are said without dashes, {known.get(near[0], near[0])}={value}" if near else ""
+    return f": keys of the recipe are written without dashes, {known.get(near[0], near[0])}={value}" if near else ""

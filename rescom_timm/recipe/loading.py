@@ -25,6 +25,7 @@ from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig
 from rescom_timm.files import MAX_DEPTH, parse_yaml, read_yaml
 from rescom_timm.methods import METHODS
+from rescom_timm.recipe import synonyms
 from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
 from rescom_timm.recipe.private import secret_in, without_secrets
 
@@ -152,6 +153,7 @@ def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[
     """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
     if not isinstance(tree, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    tree = _in_full(tree)
     before, said = tree, [word.partition("=")[0].strip() for word in overrides]
     for word in overrides:
         tree = _merge(tree, _override(word))
@@ -224,7 +226,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
-    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), _in_full(tree))
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -249,7 +251,21 @@ def _override(word: str) -> dict[str, Any]:
         raise RecipeError(f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
     for part in reversed(parts):
         tree = {part: tree}
-    return tree
+    return _in_full(tree)
+
+
+SHORT = {"method": "name", "optimizer": "name", "schedule": "name", "net.tuning": "name", "net.classifier": "kind"}
+"""Sections that may be given as the value of one of their keys."""
+
+
+def _in_full(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": "focal"} -> {"method": {"name": "focal"}}."""
+    full: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, str) and f"{prefix}{key}" in SHORT:
+            value = {SHORT[f"{prefix}{key}"]: value}
+        full[key] = _in_full(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return full
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -276,6 +292,20 @@ def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
                 yield from keys(inner, f"{prefix}{name}.")
 
 
+WHOLE = {
+    "data": "data.source",
+    "net": "net.backbone",
+    "hub": "hub.repo",
+    "views": "views.train",
+    "track": "track.log_with",
+}
+"""Which key is meant where a section is given as one value."""
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, str | int | float) and len(str(value)) < 60 else ""
+
+
 def _explain(problem: dict[str, Any]) -> str:
     # A tagged union puts its tag into the location: method.rescom.beta.
     where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
@@ -284,21 +314,32 @@ def _explain(problem: dict[str, Any]) -> str:
         named: dict[str, list[str]] = {}  # keys by their last part
         for key in known:
             named.setdefault(key.split(".")[-1], []).append(key)
-        last = where.split(".")[-1]
+        last, given = where.split(".")[-1], problem["input"]
+        if ("." not in where or last not in named) and (advice := synonyms.meant(where, _shown(given))):
+            return f"unknown key {where}; {advice}"
         near = (
             named.get(last)
             or get_close_matches(where, known, n=1, cutoff=0.9)  # as good as certain
-            or get_close_matches(where, known, n=3, cutoff=0.6)
-            or [key for close in get_close_matches(last, named, n=1) for key in named[close]]
+            or (list(given) if isinstance(given, dict) and len(given) == 1 and (named.get(*given)) else [])
+            or get_close_matches(where, known, n=3, cutoff=0.75)
+            or [key for close in get_close_matches(last, named, n=1, cutoff=0.7) for key in named[close]]
         )
-        hint = f"; did you mean {', '.join(near[:3])}?" if near else f"; there are: {', '.join(known)}"
-        return f"unknown key {where}{hint}"
+        near = [key for one in near for key in (named[one] if one not in known else [one])]
+        if near:
+            return f"unknown key {where}; did you mean {', '.join(near[:3])}?"
+        section = where.rpartition(".")[0]
+        inside = [key for key in known if key.rpartition(".")[0] == section] or [key for key in known if "." not in key]
+        told = ", ".join("from" if key == "init_from" else key for key in inside)
+        return f"unknown key {where}; there are: {told} (all: rescom-timm train RECIPE --print)"
     if problem["type"] == "union_tag_invalid":
         given = problem["input"].get("name")
-        near = get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
+        same = synonyms.METHODS.get(synonyms.plain(str(given)))
+        near = [same] if same else get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
         return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
         return f"{where.rpartition('.')[0]}: has too few values: {problem['input']!r}"
+    if problem["type"].startswith("dataclass") and isinstance(problem["input"], str) and where in WHOLE:
+        return f"{where}: a section of keys, not {problem['input']!r}; did you mean {WHOLE[where]}={problem['input']}?"
     if problem["type"] == "missing":
         return f"{where} is missing: every recipe names it"
     message = problem["msg"].removeprefix("Value error, ")

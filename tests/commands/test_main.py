@@ -91,7 +91,7 @@ def test_help_lists_every_verb(words, code, capsys):
 
 def test_a_wrong_verb_is_told_with_the_nearest(capsys):
     assert main(["trian", "digits_lt"]) == 2
-    assert "no verb 'trian'; did you mean train?" in capsys.readouterr().err
+    assert "no verb 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -84,7 +84,7 @@ def test_of_a_workers_error_its_own_words_are_told():
         ([], "name a recipe, such as digits_lt; all of them: rescom-timm recipes"),
         (
             [DIGITS, "--epochs", "3"],
-            "option --epochs: keys of the recipe are said without dashes, train.epochs=3",
+            "option --epochs: keys of the recipe are written without dashes, train.epochs=3",
         ),
         ([DIGITS, "--train.epochs=3"], "train.epochs=3"),
         ([DIGITS, "--lr", "0.3"], "optimizer.lr=0.3"),

@@ -1,11 +1,14 @@
 """Values of a recipe that cannot be, and files that are no recipe."""
 
-from tests.faults.fault import Fault, data, folder, link, text
+import re
+
+from tests.faults.fault import Fault, data, folder, link, photos, text
 
 
 def value(kind: str, word: str, said: str) -> Fault:
-    """A word over a shipped recipe."""
-    return Fault(kind, f"train digits_lt '{word}' --dry-run", said)
+    """A word, or several, over a shipped recipe."""
+    words = " ".join(f"'{one}'" for one in re.split(r" (?=[\w.]+=)", word))
+    return Fault(kind, f"train digits_lt {words} --dry-run", said)
 
 
 def file(kind: str, content: str, said: str) -> Fault:
@@ -20,6 +23,24 @@ WORDS = [
     value("key of a section within", "method.queue.perclass=3", "did you mean method.queue.per_class"),
     value("section with a typo", "trian.epochs=3", "unknown key trian; did you mean train"),
     value("key like none", "zzz.qqq=3", "unknown key zzz; there are: checkpoint"),
+    value("key of ultralytics", "batch=32", "unknown key batch; did you mean train.batch_size=32?"),
+    value("key of transformers", "per_device_train_batch_size=32", "did you mean train.batch_size=32?"),
+    value("key of timm", "train.clip_grad=1.0", "did you mean optimizer.clip_norm=1.0?"),
+    value("key with a section of another library", "training.epochs=3", "did you mean train.epochs?"),
+    value("backbone as model", "model=resnet50", "did you mean net.backbone=resnet50?"),
+    value("image size as a key", "imgsz=224", "unknown key imgsz; ...views.train="),
+    value("device as a key", "device=0", "unknown key device; ...CUDA_VISIBLE_DEVICES"),
+    value("number of classes as a key", "num_classes=10", "the classes come from the data"),
+    value("class weights as a key", "class_weights=balanced", "did you mean method.name=class_balanced?"),
+    value("method of another name", "method=weighted_ce", "unknown method 'weighted_ce'; did you mean class_balanced?"),
+    value("folder for the section data", "data=photos", "data: ...did you mean data.source=photos?"),
+    value("key like none of its section", "train.qqq=1", "unknown key train.qqq; there are: train.accumulate"),
+    value("one image a pass", "train.batch_size=1 method.name=paco", "train.batch_size: 1 over 1 processes"),
+    value("as many parts as images", "train.accumulate=64 method.name=moco method.queue_size=64",
+          "train.accumulate=64 is 1 image per forward pass"),
+    value("one image for prototypes", "train.batch_size=1 method.name=hybrid_psc", "1 image per forward pass"),
+    value("backbone for grey images", "net.options.in_chans=1", "net.options.in_chans: ...images of 1 channels...read in 3"),
+    value("backbone of five channels", "net={backbone: resnet18, options: {in_chans: 5}}", "images of 5 channels"),
     value("text for a number", "train.epochs=ten", "train.epochs: ...integer, not 'ten'"),
     value("true for a number", "train.epochs=true", "train.epochs: ...integer, not True"),
     value("fraction of an epoch", "train.epochs=1.5", "train.epochs: ...integer, not 1.5"),
@@ -169,6 +190,9 @@ FILES = [
     Fault("folder for a recipe", "train x.yaml", "no recipe x.yaml", made=(folder("x.yaml"),)),
     Fault("recipe that is a broken link", "train x.yaml", "no recipe x.yaml", made=(link("x.yaml", "nowhere"),)),
     Fault("recipe with a typo in its name", "train digits_lr", "no recipe digits_lr; did you mean digits_l"),
+    Fault("data of one class", "train x.yaml --dry-run", "l.txt has one class",
+          made=(text("x.yaml", "data: {source: p, index: l.txt, test_index: m.txt}\n"), photos(a=4),
+                text("l.txt", "a/0.png 0\na/1.png 0\n"), text("m.txt", "a/2.png 0\na/3.png 0\n"))),
     Fault("recipe that is not there", "train there/mine.yaml", "no recipe there/mine.yaml"),
 ]
 # fmt: on
