@@ -411,6 +411,9 @@ def test_overlap() -> None:
     assert rows.overlap(a, b) == ["y"]
     train, test = (Index([1, 2], np.zeros(2), 1, {"split": split}) for split in ("train", "test"))  # type: ignore[arg-type]
     assert rows.overlap(train, train) == [1, 2] and rows.overlap(train, test) == []
+    for info in ({"split": "test"}, {"split": "train"}, {}):  # a path is the same file whatever split it stands in
+        named = Index(["y", "z"], np.zeros(2), 1, info)  # type: ignore[arg-type]
+        assert rows.overlap(Index(["x", "y"], np.zeros(2), 1, {"split": "train"}), named) == ["y"]
     with pytest.raises(ValueError, match="cannot be compared"):
         rows.overlap(a, train)
 

@@ -39,7 +39,7 @@ WORDS = [
     value("as many parts as images", "train.accumulate=64 method.name=moco method.queue_size=64",
           "train.accumulate=64 is 1 image per forward pass"),
     value("one image for prototypes", "train.batch_size=1 method.name=hybrid_psc", "1 image per forward pass"),
-    value("backbone for grey images", "net.options.in_chans=1", "net.options.in_chans: ...images of 1 channels...read in 3"),
+    value("backbone for grey images", "net.options.in_chans=1", "images of 1 channels...read in 3"),
     value("backbone of five channels", "net={backbone: resnet18, options: {in_chans: 5}}", "images of 5 channels"),
     value("text for a number", "train.epochs=ten", "train.epochs: ...integer, not 'ten'"),
     value("true for a number", "train.epochs=true", "train.epochs: ...integer, not True"),

@@ -134,3 +134,16 @@ def test_a_run_goes_on_with_the_bits_of_the_whole_one(alone, tmp_path):
 def test_what_cannot_be_averaged_is_refused(tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
         load_dict(averaged(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("classifier", [{"init": "class_means"}, {"kind": "cosine", "init": "class_means"}])
+@pytest.mark.parametrize("export", [False, True])
+def test_an_average_starts_from_the_class_means_too(alone, tmp_path, classifier, export):
+    """Before the first step the average is the net, whose classifier was drawn anew after the average was made."""
+    net = {**recipe(tmp_path)["net"], "classifier": classifier}
+    trainer = trainer_of(averaged(tmp_path, net=net, train__ema={"decay": 0.9, "export": export}))
+    drawn = trainer.net.classifier.weight.clone()
+    trainer.open(resume=False)
+    trainer.close()
+    assert not torch.equal(trainer.net.classifier.weight, drawn)
+    assert differences(dict(trainer.average.module.state_dict()), dict(trainer.net.state_dict())) == []

@@ -35,7 +35,7 @@ from rescom_timm.training.evaluate import evaluate, evaluate_run
 from rescom_timm.training.launch import refuse_what_cannot_be_sharded
 from rescom_timm.training.run_folder import lines
 from rescom_timm.training.run_folder import locked as held
-from rescom_timm.training.state import check_resumable
+from rescom_timm.training.state import Progress, check_resumable
 from tests.training.child import Launch, differences, figures, last, recipe, run, trainer_of
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
@@ -254,6 +254,33 @@ def test_undo_is_exact(alone, tmp_path):
     for name, value in trainer.method.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert all(parameter.grad is None for parameter in trainer.net.parameters())
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("method", ["rescom", "dro_lt", "causal_norm"])
+def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_path, method, part):
+    """BatchNorm's statistics, keys of the queue, centroids, mean feature: as they were before the step's first pass."""
+    own = {"queue": {"per_class": 4}, "positives": 1, "negatives": 20} if method == "rescom" else {}
+    trainer = trainer_of(recipe(tmp_path, train__nonfinite="skip", train__accumulate=2, train__epochs=1,
+                                schedule__warmup_epochs=0, method={"name": method, **own}))  # fmt: skip
+    before, seen, passed = [], trainer._mixed, trainer._forward_backward
+
+    def first_of_a_step(batch, index):
+        if index % 2 == 0:
+            before.append({name: buffer.clone() for name, buffer in trainer.method.named_buffers()})
+        return seen(batch, index)
+
+    def poisoned(batch, last):
+        outputs = passed(batch, last)
+        return {**outputs, "loss": outputs["loss"] * math.nan} if len(before) == 4 and last == part else outputs
+
+    trainer._mixed, trainer._forward_backward = first_of_a_step, poisoned
+    trainer.open(resume=False)
+    with pytest.warns(RuntimeWarning, match="the batch is left out"):
+        trainer.fit()
+    trainer.close()
+    moved = [differences(one, other) for one, other in zip(before, before[1:], strict=False)]
+    assert [not names for names in moved] == [step == 3 for step in range(len(moved))], moved[3]
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -761,3 +788,15 @@ def test_gradient_checkpointing_that_cannot_be(alone, tmp_path):
     tree["speed"]["compile"] = True
     with pytest.raises(RecipeError, match="does not go together with speed.capture or speed.compile"):
         load_dict(tree)
+
+
+def test_the_first_of_equal_scores_is_the_best():
+    """A later epoch that is only as good neither replaces the checkpoint nor starts the patience anew."""
+    progress, recipe_ = Progress(), load_dict(recipe("x", evaluation__patience=2, train__epochs=9))
+    best = []
+    for score in (50.0, 50.0, 60.0, 60.0, 60.0):
+        progress.epoch, progress.step = progress.epoch + 1, progress.step + 10
+        progress.scored(score)
+        best.append((progress.best_epoch, progress.best_checkpoint, progress.ended(recipe_)))
+    first, second = (1, "step-00000010", False), (3, "step-00000030", False)
+    assert best == [first, first, second, second, (*second[:2], True)]
