@@ -35,6 +35,10 @@ from rescom_timm.training.trackers import Trackers, left_out
 PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
 
 
+MININTERVAL = 0.5
+"""Seconds between two drawings of a bar."""
+
+
 class Log:
     """metrics.jsonl, one JSON object a line with epoch, step and named figures, and the same in TensorBoard."""
 
@@ -104,11 +108,30 @@ class Log:
 
 
 def progress_bar(total: int, done: int, main: bool) -> Any:
-    """Of images, on a terminal of the main process."""
+    """Of the images of all epochs, on a terminal of the main process."""
     return tqdm(
-        total=total, initial=done, unit="img", unit_scale=True, smoothing=0.05, mininterval=0.5,
+        total=total, initial=done, unit="img", unit_scale=True, smoothing=0.05, mininterval=MININTERVAL,
+        dynamic_ncols=True,
+        bar_format="{desc}{percentage:.0f}% of training |{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
         disable=not (main and bars_shown()),
     )  # fmt: skip
+
+
+def show(bar: Any, epoch: str, sums: dict[str, float], passes: int) -> None:
+    """Put the epoch that is trained, such as 3/30, and its means so far on the bar, which the next update draws."""
+    bar.set_description(f"epoch {epoch}", refresh=False)
+    if passes:
+        told = (f"{name} {sums[name] / passes:.3f}" for name in ("loss", "top1") if name in sums)
+        bar.set_postfix_str(", ".join(told), refresh=False)
+
+
+def trained_line(weights: dict[str, int], images: int, steps: int, batch: int) -> str:
+    """How much of the net trains, and which images an epoch of so many steps has no batch for."""
+    share = 100 * weights["trained"] / weights["all"]
+    line = f"{share:.1f}% of {weights['all'] / 1e6:.2f} M weights train"
+    if (left := images - steps * batch) > 0:
+        line += f"; each epoch leaves out {left:,} of {images:,} images, in turn: they do not fill a batch of {batch:,}"
+    return line
 
 
 _quiet = False

@@ -41,7 +41,7 @@ from rescom_timm.training.evaluate import about, evaluate, file_name, table, tit
 from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
 from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
-from rescom_timm.training.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar
+from rescom_timm.training.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar, show, trained_line
 from rescom_timm.training.prepare import (
     average_of,
     check_image_size,
@@ -110,8 +110,8 @@ class Trainer:
             recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs, self.steps_per_epoch
         )
         self.weights = count_weights(method.net)
-        share = 100 * self.weights["trained"] / self.weights["all"]
-        self.trained = f"{share:.1f}% of {self.weights['all'] / 1e6:.2f} M weights train"
+        batch = recipe.train.batch_size
+        self.trained = trained_line(self.weights, len(data.train.rows), self.steps_per_epoch, batch)
         self.net = method.net  # as it is under what prepare wraps around it
         to_device(accelerator, recipe, method)
         check_image_size(method, recipe, data.train, accelerator)
@@ -193,6 +193,7 @@ class Trainer:
             finite = True
             progress.step += 1
             progress.step_in_epoch += 1
+            show(bar, f"{progress.epoch + 1}/{recipe.train.epochs}", progress.sums, progress.passes)
             bar.update(recipe.train.batch_size)
             if stop and progress.step_in_epoch < self.steps_per_epoch:
                 for one in metrics.drain():
@@ -281,8 +282,7 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             pace["memory_gib"] = peak_memory() / 2**30
         self._write(told | skipped | {"lr": lr} | pace)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
-        bar.set_description(f"epoch {progress.epoch}/{self.recipe.train.epochs}")
+        show(bar, f"{progress.epoch}/{self.recipe.train.epochs}", means, 1)
         if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
             left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
             epochs = f"{progress.epoch}/{self.recipe.train.epochs}"
@@ -322,9 +322,10 @@ class Trainer:
         progress.unevaluated = False
         if "validation" in figures:
             progress.scored(figures["validation"][self.recipe.evaluation.select])
-        if self.main:
-            line = evaluation_line(progress.epoch, figures)
-            bar.write(line if bar.disable else f"after epoch {progress.epoch}\n{table(figures)}")
+        if self.main and bar.disable:
+            bar.write(evaluation_line(progress.epoch, figures))
+        elif self.main and not progress.ended(self.recipe):  # the last table is `finish`'s
+            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
 
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""

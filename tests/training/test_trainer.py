@@ -27,7 +27,7 @@ from rescom_timm.recipe.loading import flat, load_dict
 from rescom_timm.recipe.loading import load as load_recipe
 from rescom_timm.run import train_recipe as train
 from rescom_timm.sharing import publish
-from rescom_timm.training import checkpoint, nonfinite
+from rescom_timm.training import checkpoint, log, nonfinite
 from rescom_timm.training import trainer as training
 from rescom_timm.training.build import speed_up
 from rescom_timm.training.errors import Stopped, with_advice
@@ -394,16 +394,32 @@ def test_a_run_that_is_asked_to_stop_stops_where_it_cannot_save_too(alone, tmp_p
     trainer.close()
 
 
-def test_the_progress_bar_shows_the_epoch_that_has_ended(alone, tmp_path, monkeypatch):
+def test_the_progress_bar_shows_each_epoch_and_the_last_table_is_printed_once(alone, tmp_path, monkeypatch, capsys):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(log, "MININTERVAL", 0.0)
     folder = train(load_dict(recipe(tmp_path, train__epochs=2)))
     means = [line["train/loss"] for line in lines(folder / "metrics.jsonl") if "train/loss" in line]
-    drawn = screen.getvalue().split("\r")
+    drawn = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "% of training" in line]
     for epoch, loss in enumerate(means, start=1):
-        shown = [line for line in drawn if line.startswith(f"epoch {epoch}/2:")]
-        assert shown and all(f"loss={loss:.3f}" in line for line in shown)
+        shown = [line for line in drawn if line.startswith(f"epoch {epoch}/2: ")]
+        assert len(shown) > 5 and f"loss {loss:.3f}, top1 " in shown[-1]
+        assert sum("loss " in line for line in shown) > 5, "before the epoch has ended"
+        bars = [len(line.split("|")[1]) for line in shown]
+        assert min(bars) >= 20 and max(map(len, shown)) <= 120
+    told = capsys.readouterr().out
+    assert told.count("after epoch") == 1 and told.count("digits") <= told.count("top1") + 2
+    top1 = f"{lines(folder / 'metrics.jsonl')[-1]['test/top1']:.2f}"
+    assert sum(top1 in line for line in told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("images", "steps", "left"), [(364, 11, 12), (352, 11, 0), (63, 1, 31)])
+def test_images_that_fill_no_batch_are_named(images, steps, left):
+    line = log.trained_line({"trained": 1, "all": 4}, images, steps, 32)
+    assert line.startswith("25.0% of 0.00 M weights train")
+    assert (f"leaves out {left} of {images} images" in line) == bool(left) == ("leaves out" in line)
 
 
 def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
