@@ -1,4 +1,5 @@
-"""Shared fixtures. Tests over real data skip, with the reason, where that data is absent."""
+"""Shared fixtures. Tests over real data look for it in the folder that RESCOM_TEST_DATA names, by default `shared`
+beside the clone, and skip, with the reason, where it is absent."""
 
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, share t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("RESCOM_TEST_DATA") or ROOT.parent / "shared")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _folder(name: str) -> Path:
     path = SHARED / name
     if not path.is_dir():
-        pytest.skip(f"real data absent: no folder {path}")
+        pytest.skip(f"real data absent: no folder {path} (RESCOM_TEST_DATA names the folder of test data)")
     return path
 
 

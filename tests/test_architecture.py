@@ -1,9 +1,12 @@
 """The house: every import points down the floors of rescom_timm/__init__.py, and the front door tells the truth."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -100,6 +103,56 @@ def test_ci_runs_the_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     command = next(line for line in (ROOT / ".ci/run").read_text().splitlines() if "pytest" in line).strip()
     assert f"\n{command}\n" in readme
+
+
+def test_ci_leaves_the_clone_as_it_is(tmp_path):
+    """.ci/run copies the tracked files, changed ones as they are now, and runs the tests there, with the data beside
+    the clone: no .venv of the clone is removed, and what git does not track is not seen."""
+    clone, bin_ = tmp_path / "clone", tmp_path / "bin"
+    for name, content in {
+        ".ci/run": (ROOT / ".ci/run").read_text(),
+        "a b/x.py": "old",
+        "gone.py": "",
+        ".venv/mine": "",
+    }.items():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(content)
+    bin_.mkdir()
+    (bin_ / "python3").write_text(
+        f"#!/bin/bash\nfind . -type f > {tmp_path}/seen\necho $RESCOM_TEST_DATA > {tmp_path}/data\n"
+        f"cat 'a b/x.py' > {tmp_path}/x\nexit 7\n"
+    )
+    for script in (bin_ / "python3", clone / ".ci/run"):
+        script.chmod(0o755)
+    (clone / ".gitignore").write_text(".venv/\n")
+    for words in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *words], cwd=clone, check=True)
+    (clone / "a b/x.py").write_text("new")
+    (clone / "untracked.py").touch()
+    (clone / "gone.py").unlink()
+    environment = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    environment.pop("RESCOM_TEST_DATA", None)
+    result = subprocess.run([str(clone / ".ci/run")], env=environment, capture_output=True, text=True)
+    assert result.returncode == 7, result.stderr
+    assert set((tmp_path / "seen").read_text().split("\n")) == {"./.ci/run", "./a b/x.py", "./.gitignore", ""}
+    assert (tmp_path / "x").read_text() == "new" and (tmp_path / "data").read_text() == f"{tmp_path}/shared\n"
+    assert (clone / ".venv/mine").is_file() and not list(tmp_path.glob("tmp*")), "the copy is removed"
+
+
+def distribution(name):
+    """Its name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_imported_is_declared():
+    """As a dependency or an extra of pyproject.toml, not only by way of another package."""
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = {distribution(name) for name in re.findall(r'"([\w.-]+)', text)}
+    known = packages_distributions()
+    for path in FILES:
+        for top in {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"rescom_timm"}:
+            names = set(map(distribution, known.get(top, [top])))
+            assert names & declared, f"{path}: {top} is not declared in pyproject.toml"
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
