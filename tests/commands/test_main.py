@@ -94,6 +94,16 @@ def test_a_wrong_verb_is_told_with_the_nearest(capsys):
     assert "no verb 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("verb", "meant"),
+    [("export", "push RUN --onnx"), ("val", "evaluate RUN"), ("fit", "train RECIPE"), ("Serve", "demo RUN")],
+)
+def test_subcommands_of_other_libraries_are_answered_with_ours(verb, meant, capsys):
+    assert main([verb, "runs/x"]) == 2
+    assert f"did you mean  rescom-timm {meant}" in capsys.readouterr().err
+    assert meant.split()[0] in VERBS and verb.lower() not in VERBS
+
+
 def test_the_version_is_that_of_the_package(capsys):
     assert main(["--version"]) == 0
     version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))

@@ -138,6 +138,22 @@ def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep
     assert text[2:] == ["| a beta=0 | 2 | 52.0 ± 2.8 | 81.0 ± 1.4 |", "| a beta=0.9 | 1 | 61.5 | 90.0 |"]
 
 
+@pytest.mark.parametrize("held", [[60.0, 70.0], [None, 70.0], [None, None]])
+def test_validation_comes_first_and_is_drawn_where_there_is_one(sweep, held):
+    rows = {
+        (name,): [{"top1": test, "few": test} | ({} if value is None else {"validation_top1": value})]
+        for name, test, value in zip("ab", (90.0, 50.0), held, strict=True)
+    }
+    table = sweep.summary(rows)
+    head = sweep.markdown(table).splitlines()[0]
+    assert head == "| run | seeds |" + " validation_top1 |" * any(held) + " top1 | few |"
+    (axes,) = sweep.draw(table, "x").axes
+    drawn = axes.lines[0].get_xdata()
+    expected = held if any(held) else [90.0, 50.0]
+    assert [None if value != value else value for value in drawn] == expected
+    assert axes.get_xlabel().startswith("validation" if any(held) else "test")
+
+
 def test_a_cell_that_does_not_fit_is_left_out_with_its_reason(sweep, tmp_path, capsys):
     words = [str(ROOT / "recipes" / "digits_lt.yaml"), "method.positives=99", "--seeds", "0", "--output", str(tmp_path)]
     assert command.main(words) == 1

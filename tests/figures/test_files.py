@@ -125,6 +125,21 @@ def test_curves_in_percent_have_one_scale(tmp_path: Path) -> None:
     assert percents[0][0] <= 20 and 90 <= percents[0][1] <= 101
 
 
+@pytest.mark.parametrize(
+    "splits", [["test"], ["test", "validation"], ["test", "test_ema", "validation", "validation_ema"]]
+)
+def test_curves_show_many_medium_and_few_however_many_splits_are_evaluated(tmp_path: Path, splits: list[str]) -> None:
+    names = ("top1", "top5", "many", "medium", "few", "few_mean_class", "mean_class", "ece")
+    numbers = {f"{split}/{name}": 50.0 for split in splits for name in names}
+    train = {"train/loss": 2.0, "train/loss_contrast": 1.0, "train/top1": 30.0}
+    run = _log(tmp_path / "a", [json.dumps({"epoch": e, **train, **numbers}) for e in range(2)])
+    found = {curve.name for curve in curves.measure([run])}
+    shown = {f"{split}/{name}" for split in splits for name in ("top1", "many", "medium", "few")}
+    assert found == {"train/loss", "train/top1", *shown}
+    panels = [axes for axes in curves.draw(curves.measure([run])).axes if axes.get_visible()]
+    assert len(panels) == len(found)
+
+
 def test_reliability_tells_over_from_under_confidence() -> None:
     count, confidence, accuracy = (np.array(values, float) for values in ([5, 5], [30, 80], [20, 90]))
     found = reliability.Reliability("r", count, confidence, accuracy, ece=10.0)

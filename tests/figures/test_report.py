@@ -6,11 +6,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
+from rescom_timm import metrics
 from rescom_timm.commands import figures as command
-from rescom_timm.figures import report
-from rescom_timm.figures.folder import RunFolder, open_runs
+from rescom_timm.figures import confusion, longtail, report
+from rescom_timm.figures.folder import Evaluation, RunFolder, open_runs
 from tests.figures.made_up import long_tail, make_run
 
 COUNTS = long_tail(8, 400, 100)
@@ -55,6 +58,23 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         make_run(folder / "rescom", COUNTS, names),
         make_run(folder / "balanced_softmax", COUNTS, names, seed=1, skill=0.7),
     ]
+
+
+def test_few_is_defined_once_in_report_and_card_alike(two_runs: list[Path]) -> None:
+    text = _Page(report.page([RunFolder(path) for path in two_runs[:1]])).text
+    assert text.count("fewer than 20") == 1 and metrics.GROUPS_DEFINED in text and "under 20" not in text
+    counts, labels = [200, 50, 5, 4], np.array([0, 1, 2, 2, 2, 3])
+    predicted = np.array([0, 1, 3, 2, 2, 2])  # of the classes of few 2 of 4 images are right, 4 of 4 within the group
+    meter = metrics.Meter(4, counts)
+    meter.update(torch.eye(4)[predicted], torch.from_numpy(labels))
+    tail = longtail.measure(
+        Evaluation("r", "test-last", labels, predicted, np.ones(6, np.float32), 4, np.array(counts), "abcd")
+    )
+    few = tail.groups == "few"
+    assert meter.compute()["few"] == np.average(tail.accuracy[few], weights=tail.tested[few]) == 50
+    side = confusion.draw(confusion.measure(Evaluation("r", "t", labels, predicted, np.ones(6, np.float32), 4,
+                                                       np.array(counts), "abcd"))).axes[1]  # fmt: skip
+    assert "right or wrong" in side.get_title(loc="left") + side.get_title()
 
 
 def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -> None:

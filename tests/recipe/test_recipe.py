@@ -5,6 +5,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rescom_timm.methods import METHODS
+from rescom_timm.recipe import synonyms
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import differences, keys, load, load_dict, load_fetched
 
@@ -165,3 +167,38 @@ def test_whatever_stands_at_a_key_is_a_recipe_or_an_error_of_one(values):
         assert str(error)
     else:
         assert load_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "expected"),
+    [
+        (["method=focal", "method.gamma=1.5"], "method", {"name": "focal", "views": 1, "gamma": 1.5}),
+        (["optimizer=adamw"], "optimizer", {"name": "adamw"}),
+        (["schedule=constant", "schedule.warmup_epochs=0"], "schedule", {"name": "constant"}),
+        (["net.tuning=lora"], "net", {"backbone": "resnet32_cifar"}),
+    ],
+)
+def test_a_section_may_be_given_as_its_name(words, section, expected):
+    """Of the method it starts the section anew, as method.name does; of others the rest of the section stays."""
+    made, written = load("digits_lt", words), load("digits_lt")
+    told = made.to_dict()[section]
+    assert expected.items() <= told.items()
+    if section != "method":
+        assert {key for key, value in told.items() if value != written.to_dict()[section][key]} <= {"name", "tuning"}
+
+
+def test_a_section_may_be_given_as_its_name_in_a_file_and_in_a_base(tmp_path):
+    (tmp_path / "below.yaml").write_text("data: {source: digits}\nmethod: focal\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\nmethod: {gamma: 1.0}\noptimizer: lamb\n")
+    made = load(tmp_path / "above.yaml")
+    assert (made.method.name, made.method.gamma, made.optimizer.name) == ("focal", 1.0, "lamb")
+    assert load_dict({"data": {"source": "digits"}, "method": "ldam"}).method.name == "ldam"
+
+
+def test_synonyms_name_keys_and_methods_that_exist_and_hide_none():
+    known = {*keys(), "from"}
+    named = {key.partition("=")[0] for key in synonyms.KEYS.values()}
+    assert {key for key in named if not key.startswith("net.options.")} <= known
+    assert set(synonyms.METHODS.values()) <= set(METHODS) and not set(synonyms.METHODS) & set(METHODS)
+    top = {key for key in known if "." not in key}
+    assert not top & {*synonyms.KEYS, *synonyms.ELSEWHERE} and not set(synonyms.KEYS) & set(synonyms.ELSEWHERE)
