@@ -87,8 +87,8 @@ def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_projector_that_a_method_leaves_as_it_is_is_saved(alone, tmp_path, base, kind):
-    """It is random, and made otherwise by another state of the generators."""
+def test_what_is_read_back_depends_on_no_state_of_the_generators(alone, tmp_path, base, kind):
+    """Whatever of a net is drawn at random is saved, or not there."""
     folder = train_recipe(load_dict(tuned(tmp_path, base, kind, method={"name": "balanced_softmax", "views": 2})))
     torch.manual_seed(99)
     before = load_file(folder / "evaluation/test-last.safetensors")
