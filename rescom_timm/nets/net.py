@@ -158,7 +158,9 @@ class Net(nn.Module):
         features = self.encoder(self.normalize(images))
         embeddings = self.projector(features)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        return Outputs(features, self.classifier(features), F.normalize(embeddings, dim=1))
+        if embeddings.shape[1]:
+            embeddings = F.normalize(embeddings, dim=1)
+        return Outputs(features, self.classifier(features), embeddings)
 
     def classify(self, images: Tensor) -> Tensor:
         """Logits only, (N, K): encoder and classifier, as at inference. Mixed precision spares the classifier, for
