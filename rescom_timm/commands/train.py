@@ -111,7 +111,7 @@ def _as_key(option: str, words: Sequence[str]) -> str:
     from rescom_timm.recipe.synonyms import meant
 
     known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
-    if name not in known and (advice := meant(name, value)):
+    if advice := meant(name, value):
         return f": keys of the recipe are written without dashes; {advice}"
     near = get_close_matches(name, [*known, *known.values()], n=1)
     return f": keys of the recipe are written without dashes, {known.get(near[0], near[0])}={value}" if near else ""

@@ -222,11 +222,11 @@ _ADAPTER = pydantic.TypeAdapter(Recipe)
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
-    tree = _yaml(path)
+    tree = _in_full(_yaml(path))
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
-    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), _in_full(tree))
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _KEYS = {
     "schedule.warmup_epochs": "warmup warmup_steps warmup_ratio warmup_iters",
     "schedule.milestones": "decay_milestones decay_epochs lr_steps lr_milestones step_size",
     "train.epochs": "epoch num_epochs num_train_epochs max_epochs n_epochs nepochs total_epochs max_steps",
-    "train.batch_size": "batch bs b batchsize per_device_train_batch_size train_batch_size total_batch_size",
+    "train.batch_size": "batch_size batch bs b batchsize per_device_train_batch_size train_batch_size total_batch_size",
     "train.accumulate": "gradient_accumulation_steps grad_accum_steps grad_accum accumulation_steps accum_iter "
     "accumulate_grad_batches nbs",
     "train.precision": "amp fp16 bf16 half mixed_precision amp_dtype dtype",
