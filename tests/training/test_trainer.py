@@ -398,7 +398,6 @@ def test_the_progress_bar_shows_each_epoch_and_the_last_table_is_printed_once(al
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(log, "MININTERVAL", 0.0)
     folder = train(load_dict(recipe(tmp_path, train__epochs=2)))
     means = [line["train/loss"] for line in lines(folder / "metrics.jsonl") if "train/loss" in line]
@@ -407,12 +406,10 @@ def test_the_progress_bar_shows_each_epoch_and_the_last_table_is_printed_once(al
         shown = [line for line in drawn if line.startswith(f"epoch {epoch}/2: ")]
         assert len(shown) > 5 and f"loss {loss:.3f}, top1 " in shown[-1]
         assert sum("loss " in line for line in shown) > 5, "before the epoch has ended"
-        bars = [len(line.split("|")[1]) for line in shown]
-        assert min(bars) >= 20 and max(map(len, shown)) <= 120
+        others = [len(line) - len(line.split("|")[1]) for line in shown]
+        assert max(others) <= 95, "25 of 120 columns are left to the bar"
     told = capsys.readouterr().out
-    assert told.count("after epoch") == 1 and told.count("digits") <= told.count("top1") + 2
-    top1 = f"{lines(folder / 'metrics.jsonl')[-1]['test/top1']:.2f}"
-    assert sum(top1 in line for line in told.splitlines()) == 1
+    assert "after epoch 1\n" in told and "after epoch 2\n" not in told
 
 
 @pytest.mark.parametrize(("images", "steps", "left"), [(364, 11, 12), (352, 11, 0), (63, 1, 31)])
