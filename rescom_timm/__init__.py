@@ -16,6 +16,7 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     metrics     ground     top-1 by group, calibration, corruption errors
     class_names ground     class names of two things, compared
     files       ground     files written whole and read within bounds
+    text/       ground     text of others made harmless: on a terminal, in HTML and Markdown (templates)
 """
 
 import sys

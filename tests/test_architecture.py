@@ -16,20 +16,21 @@ PACKAGE = ROOT / "rescom_timm"
 FLOORS: dict[str, set[str]] = {
     "files": set(),
     "class_names": set(),
+    "text": set(),
     "contrast": set(),
     "nets": {"files", "class_names"},
-    "data": {"files", "class_names"},
+    "data": {"files", "class_names", "text"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
-    "recipe": {"files", "data", "nets", "methods"},
-    "training": {"files", "class_names", "contrast", "nets", "data", "metrics", "methods", "recipe"},
+    "recipe": {"files", "text", "data", "nets", "methods"},
+    "training": {"files", "class_names", "text", "contrast", "nets", "data", "metrics", "methods", "recipe"},
 }
 FLOORS["sharing"] = FLOORS["training"] | {"training"}
 FLOORS["figures"] = FLOORS["sharing"] | {"sharing"}
 FLOORS["run"] = FLOORS["figures"] | {"figures"}
 FLOORS["benchmarks"] = FLOORS["run"] | {"run"}
 FLOORS["commands"] = FLOORS["benchmarks"] | {"benchmarks"}
-FLOORS["__main__"] = {"commands"}
+FLOORS["__main__"] = {"commands", "text"}
 """Room: the rooms below it that it may import."""
 
 # peft and transformers only where LoRA or text features are asked for

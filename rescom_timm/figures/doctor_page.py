@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 
@@ -11,20 +10,13 @@ from PIL import Image
 
 from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.data.doctor import Examined, Finding
+from rescom_timm.text.pages import render
 
 SIDE = 96
 """Pixels of a thumbnail's longer side."""
 MOST = 40
 """Groups shown of each finding."""
 MOST_OF_A_GROUP = 8
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; }
-.groups { display: flex; flex-wrap: wrap; gap: 12px; }
-.group { display: flex; gap: 6px; background: #f5f5f5; padding: 6px; }
-figure { margin: 0; width: 100px; font-size: 11px; overflow-wrap: anywhere; } .advice { color: #8a4b00; }
-"""
 
 
 def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str], examples: int = 3) -> str:
@@ -46,45 +38,31 @@ def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
 def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str], title: str) -> str:
     """The findings as HTML, with thumbnails of at most MOST groups each; everything from the data is escaped."""
     counts = ", ".join(f"{(images.split == name).sum():,} in {name}" for name in images.splits)
-    parts = [f"<h1>{html.escape(title)}</h1>\n<p>{len(images):,} images: {html.escape(counts)}.</p>"]
-    if not found:
-        parts.append("<p>Nothing found.</p>")
-    else:
-        items = "".join(f'<li><a href="#{f.key}">{html.escape(f.title)}</a>: {f.count:,}</li>' for f in found)
-        parts.append(f"<ul>{items}</ul>")
-    for finding in found:
-        parts.append(
-            f'<h2 id="{finding.key}">{html.escape(finding.title)}: {finding.count:,}</h2>\n'
-            f'<p class="advice">{html.escape(finding.advice)}.</p>'
-        )
-        if finding.lines:
-            parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in finding.lines[:1000]) + "</ul>")
-        groups = "".join(_group(images, group, class_names) for group in finding.groups[:MOST])
-        parts.append(f'<div class="groups">{groups}</div>')
-        if len(finding.groups) > MOST:
-            parts.append(f"<p>and {len(finding.groups) - MOST:,} more.</p>")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    findings = [
+        {
+            "about": one,
+            "lines": one.lines[:1000],
+            "groups": [
+                [_figure(images, i, class_names) for i in group[:MOST_OF_A_GROUP]] for group in one.groups[:MOST]
+            ],
+            "more": len(one.groups) - MOST,
+        }
+        for one in found
+    ]
+    return render("doctor.html", title=title, images=len(images), counts=counts, findings=findings)
 
 
-def _group(images: Examined, group: Sequence[int], class_names: Sequence[str]) -> str:
-    return '<div class="group">' + "".join(_figure(images, i, class_names) for i in group[:MOST_OF_A_GROUP]) + "</div>"
-
-
-def _figure(images: Examined, i: int, class_names: Sequence[str]) -> str:
-    caption = html.escape(_name(images, i, class_names))
+def _figure(images: Examined, i: int, class_names: Sequence[str]) -> dict[str, str]:
+    """caption, and the thumbnail as JPEG in base64; empty for an image that cannot be read."""
+    caption = _name(images, i, class_names)
     try:
         image = images.image(i)
     except BrokenImage:
-        return f"<figure><figcaption>{caption}</figcaption></figure>"
+        return {"caption": caption, "jpeg": ""}
     image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
     file = io.BytesIO()
     image.save(file, "jpeg", quality=80)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<figure><img alt="" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return {"caption": caption, "jpeg": base64.b64encode(file.getvalue()).decode("ascii")}
 
 
 def _name(images: Examined, i: int, class_names: Sequence[str]) -> str:

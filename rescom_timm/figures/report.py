@@ -1,23 +1,22 @@
 """One HTML file about one or several runs side by side: opens offline and holds its pictures. A script of its own,
 which it can do without, sorts and searches the table of classes.
 
-Everything that comes from a run passes through html.escape. What a run lacks is named, not skipped in silence.
+Everything that comes from a run is escaped by the template, text/report.html. What a run lacks is named.
 """
 
 import base64
-import html
 import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
 from rescom_timm.figures.classes import Classes
 from rescom_timm.figures.classes import measure as measure_classes
@@ -26,6 +25,7 @@ from rescom_timm.figures.folder import Evaluation, Missing, RunFolder
 from rescom_timm.files import write_text
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load as load_recipe
+from rescom_timm.text.pages import render
 
 _NUMBERS = {
     "top1": "all",
@@ -54,42 +54,38 @@ _TITLES = {
     "mistakes": "The most confident mistakes",
     "rare": "The rarest classes and what they are taken for",
 }
+_NONE = "\N{EN DASH}"
 _SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; } h3 { font-size: 1em; }
-table { border-collapse: collapse; font-size: 13px; } th, td { padding: 3px 9px; border-bottom: 1px solid #e4e4e4; }
-th { text-align: left; background: #f5f5f5; position: sticky; top: 0; } .n { text-align: right; }
-td { min-width: 2em; } td.n { white-space: nowrap; } td.text { min-width: 9em; }
-td.best { font-weight: bold; } .scroll { overflow: auto; max-height: 36em; } img { max-width: 100%; height: auto; }
-pre { background: #f7f7f7; padding: 1em; overflow: auto; font-size: 12px; } .missing { color: #8a4b00; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1em; align-items: start; }
-nav ul { columns: 3; padding-left: 1.2em; }
-.many, .medium, .few { border-left: 5px solid; padding-left: 6px; }
-"""
 
-_SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const rows = [...table.rows].slice(1), search = table.closest("div").previousElementSibling;
-  const value = (row, i) => { const t = row.cells[i].textContent, n = parseFloat(t.replaceAll(",", ""));
-    return /^[-\\d.,]+%?$/.test(t) ? n : t; };
-  [...table.rows[0].cells].forEach((head, i) => {
-    let rising = false;
-    head.style.cursor = "pointer";
-    head.addEventListener("click", () => {
-      rising = !rising;
-      const order = (a, b) => typeof a == typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a == "number" ? -1 : 1;
-      rows.sort((a, b) => order(value(a, i), value(b, i)) * (rising ? 1 : -1));
-      for (const row of rows) table.tBodies[0].append(row);
-    });
-  });
-  search.hidden = false;
-  search.addEventListener("input", () => {
-    const word = search.value.toLowerCase();
-    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(word);
-  });
-}
-"""
+
+class Cell(NamedTuple):
+    text: str
+    kind: str = ""
+    """Classes of HTML: n for a number, best, text for what needs width."""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[Cell]
+    rows: list[list[Cell]]
+    note: str = ""
+    sortable: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Under a heading: what is missing, tables, pictures (alt, and png in base64), and the files of runs."""
+
+    heading: str
+    missing: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    runs: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"\W+", "-", self.heading.lower())
 
 
 def write(
@@ -106,35 +102,22 @@ def write(
 def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evaluation: str = "") -> str:
     """The report as text."""
     drawn = files.draw_all(runs, evaluation=evaluation) if drawn is None else drawn
-    title = _text(", ".join(run.name for run in runs))
     found: dict[str, Evaluation] = {}
     for run in runs:
         with suppress(Missing):
             found[run.name] = run.evaluation(evaluation)
     missing: list[str] = []
-    sections = {
-        "Summary": _summary(runs, found),
-        "Over seeds": _seeds(runs, found),
-        "Classes": _classes(found),
-        **_pictures(drawn, missing),
-        "Recipes and versions": "\n".join(map(_sources, runs)),
-        "Not drawn": "\n".join(missing),
-    }
-    sections = {heading: content for heading, content in sections.items() if content}
-    links = "".join(f'<li><a href="#{_anchor(heading)}">{_text(heading)}</a></li>' for heading in sections)
-    parts = [f"<h1>{title}</h1>", f"<nav><ul>{links}</ul></nav>"]
-    for heading, content in sections.items():
-        parts += [f'<h2 id="{_anchor(heading)}">{_text(heading)}</h2>', content]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}{_group_style()}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + f"\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def _anchor(heading: str) -> str:
-    return re.sub(r"\W+", "-", heading.lower())
+    sections = [
+        Section("Summary", tables=[_summary(runs, found)]),
+        Section("Over seeds", tables=_seeds(runs, found)),
+        _classes(found),
+        *_pictures(drawn, missing),
+        Section("Recipes and versions", runs=[_sources(run) for run in runs]),
+        Section("Not drawn", missing),
+    ]
+    shown = [one for one in sections if one.missing or one.tables or one.pictures or one.runs]
+    title = ", ".join(run.name for run in runs)
+    return render("report.html", title=title, sections=shown, colors=style.GROUP_COLORS)
 
 
 def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:
@@ -161,19 +144,15 @@ def _recomputed(found: Evaluation) -> dict[str, float]:
     return numbers
 
 
-def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
+def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Table:
     rows = [summary(run, found.get(run.name)) for run in runs]
     best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
-    cells = []
-    for row in rows:
-        cells.append("".join(_td(value, value is not None and value == best.get(name)) for name, value in row.items()))
+    cells = [[_td(value, value is not None and value == best.get(name)) for name, value in row.items()] for row in rows]
     note = (
         f"Accuracies and ECE in percent. {metrics.GROUPS_DEFINED}; class mean: the mean of all classes' accuracies. "
         "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
     )
-    head = "".join(_th(name) for name in rows[0])
-    body = "".join(f"<tr>{line}</tr>" for line in cells)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div><p>{note}</p>'
+    return Table([_th(name) for name in rows[0]], cells, note)
 
 
 def _best(name: str, values: Sequence[object]) -> float | None:
@@ -214,47 +193,44 @@ def _whole(run: RunFolder) -> dict[str, Any]:
     return run.recipe()
 
 
-def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> str:
+def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[Table]:
     groups = over_seeds(runs, found)
     if not groups:
-        return ""
+        return []
     by_name = {run.name: run for run in runs}
     names = [name for name in _NUMBERS.values() if any(name in numbers for _, numbers in groups)]
-    head = "".join(_th(name) for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed")
-    body = ""
+    head = [_th(name) for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed"]
+    rows = []
     for members, numbers in groups:
         recipe = by_name[members[0]].recipe()
         said = [_at(recipe, path) for name, path in _RECIPE.items() if name != "seed"]
         cells = [", ".join(members), *said, found[members[0]].name]
-        line = "".join(_td(None if value is None else str(value)) for value in cells)
+        row = [_td(None if value is None else str(value)) for value in cells]
         for name in names:
-            both = f"{numbers[name][0]:.1f} &plusmn; {numbers[name][1]:.1f}" if name in numbers else "&ndash;"
-            line += f'<td class="n">{both}</td>'
-        body += f"<tr>{line}</tr>"
-    return (
-        f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>\n'
-        "<p>Mean and sample standard deviation of runs that differ in nothing but their seed.</p>"
-    )
+            both = "{:.1f} \N{PLUS-MINUS SIGN} {:.1f}".format(*numbers[name]) if name in numbers else _NONE
+            row.append(Cell(both, "n"))
+        rows.append(row)
+    return [Table(head, rows, "Mean and sample standard deviation of runs that differ in nothing but their seed.")]
 
 
-def _pictures(figures: Iterable[Drawn], missing: list[str]) -> dict[str, str]:
-    """Of each figure, under its title, the runs' pictures side by side; in `missing`, in words, those that are not
+def _pictures(figures: Iterable[Drawn], missing: list[str]) -> list[Section]:
+    """A section of each figure, with the runs' pictures side by side; in `missing`, in words, those that are not
     there."""
-    found: dict[str, str] = {}
+    found: dict[str, Section] = {}
     for drawn in figures:
         title = _TITLES[drawn.name]
         if drawn.figure is None:
-            missing.append(f'<p class="missing">No picture of {_text(title)}: {_text(drawn.missing)}.</p>')
+            missing.append(f"No picture of {title}: {drawn.missing}.")
             continue
         buffer = io.BytesIO()
         style.write(drawn.figure, buffer, dpi=110)
-        image = base64.b64encode(buffer.getvalue()).decode("ascii")
-        alt = _text(f"{drawn.name} {drawn.run}".strip())
-        found[title] = found.get(title, "") + f'<img alt="{alt}" src="data:image/png;base64,{image}">\n'
-    return {title: f'<div class="pair">{images}</div>' for title, images in found.items()}
+        png = base64.b64encode(buffer.getvalue()).decode("ascii")
+        picture = {"alt": f"{drawn.name} {drawn.run}".strip(), "png": png}
+        found.setdefault(title, Section(title)).pictures.append(picture)
+    return list(found.values())
 
 
-def _classes(found: Mapping[str, Evaluation]) -> str:
+def _classes(found: Mapping[str, Evaluation]) -> Section:
     """Per-class accuracy of all runs side by side; runs with other classes or counts get a table of their own."""
     tables: list[dict[str, longtail.LongTail]] = []
     for name, evaluation in found.items():
@@ -264,59 +240,45 @@ def _classes(found: Mapping[str, Evaluation]) -> str:
         same = [table for table in tables if _same_classes(next(iter(table.values())), tail)]
         (same[0] if same else tables.append({}) or tables[-1])[name] = tail  # type: ignore[func-returns-value]
     if not tables:
-        return '<p class="missing">No per-class table: no run has an evaluation that records its training counts.</p>'
+        return Section("Classes", ["No per-class table: no run has an evaluation that records its training counts."])
     details = measure_classes(next(iter(found.values()))) if len(found) == 1 else None
-    return "\n".join(_class_table(table, details) for table in tables)
+    return Section("Classes", tables=[_class_table(table, details) for table in tables])
 
 
 def _same_classes(one: longtail.LongTail, other: longtail.LongTail) -> bool:
     return one.class_names == other.class_names and np.array_equal(one.counts, other.counts)
 
 
-def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> str:
+def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> Table:
     first = next(iter(tails.values()))
     accuracies: list[npt.NDArray[np.float64]] = [tail.accuracy for tail in tails.values()]
     head = ["class", "name", "training images", "group", "test images", *(f"{name}, percent" for name in tails)]
     names = dict(zip(first.classes.tolist(), first.class_names, strict=True))
     if details is not None:
         head[-1:] = ["accuracy", "precision", "F1", "most confused with"]
-    lines = []
+    rows = []
     for place, label in enumerate(first.classes):
         group = str(first.groups[place])
-        numbers = "".join(f'<td class="n">{_cell(_number(accuracy[place]))}</td>' for accuracy in accuracies)
+        numbers = [_number(accuracy[place]) for accuracy in accuracies]
+        row = [
+            Cell(str(label), "n"), Cell(first.class_names[place]), Cell(f"{first.counts[place]:,}", "n"),
+            Cell(group, group=group), Cell(f"{first.tested[place]:,}", "n"),
+        ]  # fmt: skip
         if details is not None:
-            more = (details.precision[label], details.f1[label])
-            numbers += "".join(f'<td class="n">{_cell(_number(value))}</td>' for value in more)
+            numbers += [_number(value) for value in (details.precision[label], details.f1[label])]
+        row += [Cell(_cell(number), "n") for number in numbers]
+        if details is not None:
             other = int(details.confused[label])
-            taken = f"{_text(names[other])}, {details.share[label]:.0f}%" if other >= 0 else "&ndash;"
-            numbers += f"<td>{taken}</td>"
-        lines.append(
-            f'<tr><td class="n">{label}</td><td>{_text(first.class_names[place])}</td>'
-            f'<td class="n">{first.counts[place]:,}</td><td><span class="{group}">{group}</span></td>'
-            f'<td class="n">{first.tested[place]:,}</td>{numbers}</tr>'
-        )
-    heads = "".join(f"<th>{_text(name)}</th>" for name in head)
-    note = "" if details is None else "<p>Accuracy, precision and F1 in percent, of test images.</p>"
-    search = '<input type="search" class="search" placeholder="search a class" hidden>'
-    return f'{search}<div class="scroll"><table class="sortable"><tr>{heads}</tr>{"".join(lines)}</table></div>{note}'
+            row.append(Cell(f"{names[other]}, {details.share[label]:.0f}%" if other >= 0 else _NONE))
+        rows.append(row)
+    note = "" if details is None else "Accuracy, precision and F1 in percent, of test images."
+    return Table([Cell(name) for name in head], rows, note, sortable=True)
 
 
-def _sources(run: RunFolder) -> str:
-    recipe, environment = run.recipe_text(), run.environment()
+def _sources(run: RunFolder) -> dict[str, str]:
+    environment = run.environment()
     versions = json.dumps(environment, indent=2, ensure_ascii=False) if environment else ""
-    return (
-        f"<h3>{_text(run.name)}</h3><p>{_text(run.path)}</p>"
-        f"<details open><summary>recipe</summary>{_file(recipe, 'recipe.yaml')}</details>"
-        f"<details><summary>versions and environment</summary>{_file(versions, 'environment.json')}</details>"
-    )
-
-
-def _file(content: str, name: str) -> str:
-    return f"<pre>{_text(content)}</pre>" if content else f'<p class="missing">No {name} in this run.</p>'
-
-
-def _group_style() -> str:
-    return "".join(f".{name} {{ border-color: {style.GROUP_COLORS[name]}; }} " for name in metrics.GROUPS)
+    return {"name": run.name, "path": str(run.path), "recipe": run.recipe_text(), "versions": versions}
 
 
 def _at(recipe: Mapping[str, Any], path: str) -> object:
@@ -331,23 +293,19 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
-def _th(name: str) -> str:
+def _th(name: str) -> Cell:
     """Headings of numbers stand over them, at the right."""
-    return f'<th class="n">{_text(name)}</th>' if name in (*_NUMBERS.values(), "images") else f"<th>{_text(name)}</th>"
+    return Cell(name, "n" if name in (*_NUMBERS.values(), "images") else "")
 
 
-def _td(value: str | float | None, best: bool = False) -> str:
+def _td(value: str | float | None, best: bool = False) -> Cell:
     kind = "n best" if best else "n"
     if not isinstance(value, float):
         kind = "text" if value is not None and " " in value else ""
-    return f'<td class="{kind}">{_cell(value)}</td>' if kind else f"<td>{_cell(value)}</td>"
+    return Cell(_cell(value), kind)
 
 
 def _cell(value: str | float | None) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value > 100 else f"{value:.1f}"
-    return "&ndash;" if value is None else _text(value)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return _NONE if value is None else value

@@ -1,15 +1,17 @@
 """The model card: written from what a run recorded, in sections that we own and a person may take over.
 
 A section stands between <!-- rescom_timm:NAME HASH --> and <!-- /rescom_timm:NAME -->. A new push rewrites it, unless a
-person changed what is between (the hash tells) or removed it; text outside the sections is never touched. In the header
-(YAML) our keys are written anew and all others stay.
+person changed what is between (its hash is another then) or removed it; text outside the sections is never touched. In
+the header (YAML) our keys are written anew and all others stay. The text is the template text/card.md, where all that
+a run recorded is escaped; of several end markers that with the right hash counts, so that nothing within a section can
+pass for its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from rescom_timm.files import read_json
 from rescom_timm.metrics import GROUPS_DEFINED
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
+from rescom_timm.text import escape_controls
+from rescom_timm.text.pages import markdown, render
 from rescom_timm.training.log import lines
 from rescom_timm.training.run_folder import CHANGED
 
@@ -120,17 +124,13 @@ def write(facts: Facts, before: str | None = None) -> str:
     """The text of a card. before: the card that is there already, whose other parts are kept."""
     header, body = _split(before or "")
     if not body.strip():
-        body = f"# {facts.name}\n"
-    sections = dict(_sections(facts))
-    fresh = "<!-- rescom_timm:" not in body
-    for name, text in sections.items():
-        block = f"<!-- rescom_timm:{name} {_hash(text)} -->\n{text}\n<!-- /rescom_timm:{name} -->"
-        pattern = rf"<!-- rescom_timm:{name} (\w+) -->\n(.*?)\n?<!-- /rescom_timm:{name} -->"
-        found = re.search(pattern, body, re.DOTALL)
-        if found is None:
-            body = f"{body.rstrip()}\n\n{block}\n" if fresh else body
-        elif found[1] == _hash(found[2]):
-            body = body[: found.start()] + block + body[found.end() :]
+        body = f"# {markdown(facts.name)}\n"
+    blocks = {name: _block(name, text) for name, text in _sections(facts).items()}
+    if "<!-- rescom_timm:" not in body:
+        body = "\n\n".join([body.rstrip(), *blocks.values()]) + "\n"
+    else:
+        for name, where in sorted(_found(body).items(), key=lambda found: -found[1].start):
+            body = body[: where.start] + blocks.get(name, body[where]) + body[where.stop :]
     return f"---\n{_header(facts, header)}---\n{body}"
 
 
@@ -169,9 +169,12 @@ def _header(facts: Facts, before: dict[str, Any]) -> str:
 
 
 def _without_none(tree: Any) -> Any:
+    """Also without control characters."""
     if isinstance(tree, dict):
         return {key: _without_none(value) for key, value in tree.items() if value is not None}
-    return [_without_none(value) for value in tree] if isinstance(tree, list) else tree
+    if isinstance(tree, list):
+        return [_without_none(value) for value in tree]
+    return escape_controls(tree) if isinstance(tree, str) else tree
 
 
 def _base_model(facts: Facts) -> str | None:
@@ -205,115 +208,42 @@ def _results(facts: Facts) -> list[EvalResult]:
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-def _sections(facts: Facts) -> Iterator[tuple[str, str]]:
-    """(name, Markdown) of every section, in order."""
-    yield "model", _model(facts)
-    yield "use", _use(facts)
-    yield "data", _data(facts)
-    if facts.evaluations:
-        yield "results", _table_of_results(facts)
-    yield "limits", _limits(facts)
-    yield "training", _training(facts)
-    if facts.figures:
-        yield "figures", "## Figures\n\n" + "\n".join(f"![{name}](figures/{name})" for name in facts.figures)
-
-
-def _model(facts: Facts) -> str:
-    method = facts.recipe["method"]["name"]
-    told, arxiv = PAPERS.get(method, (f"the method `{method}`", None))
-    start = "from timm's weights of that name" if facts.recipe["net"]["pretrained"] else "from scratch"
-    progress = facts.details.get("progress") or {}
-    plain = "" if facts.plain_reason else " At inference it is a plain timm model."
-    return (
-        f"An image classifier for {len(facts.details['class_names'])} classes: `{facts.recipe['net']['backbone']}`, "
-        f"trained {start} on long-tailed data ({facts.train_name}) with {told}"
-        + (f", [arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else "")
-        + f".{plain}\n\n"
-        f"Checkpoint `{facts.details.get('checkpoint', '?')}`, after {progress.get('epoch', '?')} of "
-        f"{facts.recipe['train']['epochs']} epochs. "
-        + ("Its weights are the moving average of those trained. " if facts.details.get("weights") == "ema" else "")
-        + (f"Licence: {facts.license}." if facts.license else "No licence was named for these weights.")
-    )
-
-
-def _use(facts: Facts) -> str:
-    own = facts.recipe["net"]["backbone"].endswith("_cifar")
-    note = (
-        "With timm. It has no CIFAR ResNets: `import rescom_timm` (pip install rescom-timm) adds them, and without "
-        "that line timm says `Unknown model`."
-    )
-    plain = (
-        f"## Use\n\n{note if own else 'With timm alone:'}\n\n"
-        f"""```python
-import timm{", rescom_timm" if own else ""}
-model = timm.create_model("hf-hub:{facts.repo}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-probabilities = model(transform(image)[None]).softmax(dim=1)   # image: a PIL image in RGB
-names = model.pretrained_cfg["label_names"]
-```
-"""
-    )
-    if facts.details.get("ranks_alike"):
-        plain += (
-            "\nIts classifier compares directions, which timm's does not: the classes are ranked as trained, but these "
-            "probabilities are not the trained ones, which rescom_timm gives.\n"
-        )
-    if facts.plain_reason:
-        plain = f"## Use\n\nPlain timm cannot read this model ({facts.plain_reason}); rescom_timm can.\n"
-    return f"""{plain}
-{_pixels(facts)}
-
-With rescom_timm, which also brings projector, queue and recipe to go on training:
-
-```python
-import rescom_timm
-for found in rescom_timm.predict("{facts.repo}", "photos/"):
-    print(found.image, found.labels[0], found.probabilities[0])
-model = rescom_timm.from_pretrained("{facts.repo}")                    # model.net, model.recipe, model.method()
-fresh = rescom_timm.from_pretrained("{facts.repo}", num_classes=7)     # other classes: a fresh classifier
-```"""
-
-
-def _pixels(facts: Facts) -> str:
-    """Which images other readers see otherwise than rescom_timm, and so than training."""
-    reading = ReadConfig.of(facts.details.get("reading", {}))
-    rotated = "as it is stored, as in training; the pipeline of transformers rotates it"
-    if reading.exif:
-        rotated = (
-            "upright, as in training, and so does the pipeline of transformers; for timm, ONNX and torch.export files, "
-            "call `PIL.ImageOps.exif_transpose(image)` first"
-        )
-    return (
-        "The scores are the same everywhere for 8-bit RGB images without an EXIF orientation. rescom_timm reads a "
-        f"photograph with an EXIF orientation {rotated}. It lays transparent images on white and scales 16-bit gray "
-        f"from 0..{reading.white_level or 65535} to 0..255; timm and transformers drop the transparency and clip "
-        "16-bit gray at 255. An exported model cannot carry this: convert such images first."
-    )
-
-
-def _data(facts: Facts) -> str:
-    data = facts.environment.get("data", {})
-    rows = []
-    for split in ("train", "validation", "test"):
-        part = data.get(split)
-        if part:
-            imbalance = part.get("imbalance")
-            ratio = "-" if imbalance is None else f"{imbalance:g}"
-            rows.append(f"| {split} | {part['name']} | {part['rows']:,} | {ratio} | `{str(part['sha256'])[:12]}` |")
-    counts = facts.counts
-    text = "## Data\n\n| split | images from | images | largest / smallest class | sha256 of its index |\n"
-    text += "|---|---|---|---|---|\n"
-    text += "\n".join(rows)
-    if counts:
-        text += (
-            f"\n\nTraining images of each of the {len(counts)} classes: {max(counts):,} to {min(counts):,}, in all "
-            f"{sum(counts):,}. " + "; ".join(_group(name, counts) for name in GROUPS if _group(name, counts)) + "."
-        )
-        if len(counts) <= 20:
-            names = facts.details["class_names"]
-            pairs = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
-            text += f" By class: {pairs}."
-    return text
+def _sections(facts: Facts) -> dict[str, str]:
+    """name -> Markdown of every section, in order."""
+    environment, recipe, details = facts.environment, facts.recipe, facts.details
+    data, gpus = environment.get("data", {}), environment.get("gpus") or []
+    progress = details.get("progress") or {}
+    values: dict[str, Any] = {
+        "facts": facts,
+        "recipe": recipe,
+        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, width=120),
+        "details": details,
+        "names": details["class_names"],
+        "counts": facts.counts,
+        "paper": PAPERS.get(recipe["method"]["name"]),
+        "progress": progress,
+        "reading": ReadConfig.of(details.get("reading", {})),
+        "own_net": recipe["net"]["backbone"].endswith("_cifar"),
+        "splits": [(name, data[name]) for name in ("train", "validation", "test") if data.get(name)],
+        "groups": [group for name in GROUPS if (group := _group(name, facts.counts))],
+        "columns": {
+            name: title
+            for name, title in TITLES.items()
+            if any(name in record["numbers"] for record in facts.evaluations.values())
+        },
+        "groups_defined": GROUPS_DEFINED,
+        "few": sum(count < 20 for count in facts.counts),
+        "leans": leans(load_dict(recipe)),
+        "time": _time(progress.get("seconds") or 0),
+        "machine": f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU",
+        "processes": environment.get("processes", 1),
+        "packages": environment.get("packages") or {},
+        "git": environment.get("git"),
+        "command": environment.get("command", ""),
+    }
+    names = ["model", "use", "data", *(["results"] if facts.evaluations else []), "limits", "training"]
+    names += ["figures"] if facts.figures else []
+    return {name: render("card.md", section=name, **values).strip("\n") for name in names}
 
 
 def _group(name: str, counts: list[int]) -> str:
@@ -321,71 +251,6 @@ def _group(name: str, counts: list[int]) -> str:
     low, high = ranges[name]
     number = sum(low <= count <= high for count in counts)
     return f"{name} ({GROUPS[name]} images): {number} class{'es' * (number > 1)}" if number else ""
-
-
-def _table_of_results(facts: Facts) -> str:
-    columns = [name for name in TITLES if any(name in record["numbers"] for record in facts.evaluations.values())]
-    head = "| split | checkpoint | images | " + " | ".join(TITLES[name] for name in columns) + " |"
-    rows = []
-    for record in facts.evaluations.values():
-        cells = (f"{record['numbers'][name]:.2f}" if name in record["numbers"] else "-" for name in columns)
-        chosen = f"{record['checkpoint']}: {record['chosen']}" if record.get("chosen") else record["checkpoint"]
-        rows.append(f"| {record['split']} | {chosen} | {record.get('images', '-')} | " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            f"In percent. {GROUPS_DEFINED}.",
-            "",
-            head,
-            "|---" * (3 + len(columns)) + "|",
-            *rows,
-        ]
-    )
-
-
-def _limits(facts: Facts) -> str:
-    few = sum(count < 20 for count in facts.counts)
-    rare = f"{few} class{'es' * (few != 1)} had fewer than 20 training images"
-    weak = f" {rare}; expect most errors there." if few else ""
-    prior = (
-        "Its probabilities are those of evenly frequent classes; where the classes' frequencies are known, give them "
-        "to `rescom_timm.predict(..., prior=[...])`."
-        if not leans(load_dict(facts.recipe))
-        else "Its probabilities lean to the classes that were frequent in training; `rescom_timm.predict(..., "
-        'prior="uniform")` takes that off.'
-    )
-    return (
-        f"## Intended use and limits\n\nFor telling {len(facts.details['class_names'])} classes (`class_names` in "
-        f"`rescom.json`) apart in images like those of {facts.train_name}, and as a start for fine-tuning.{weak} An "
-        f"image of none of these classes gets one of their labels all the same. {prior} Nothing was measured beyond "
-        "the table above: not other cameras or places, not bias between groups of people, not attacks. Do not let it "
-        "decide about people, health or safety."
-    )
-
-
-def _training(facts: Facts) -> str:
-    environment, recipe = facts.environment, dict(facts.recipe)
-    told = []
-    seconds = (facts.details.get("progress") or {}).get("seconds")
-    if seconds:
-        gpus = environment.get("gpus") or []
-        machine = f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU"
-        processes = environment.get("processes", 1)
-        told.append(f"Training steps took {_time(seconds)} on {machine} ({processes} process{'es' * (processes > 1)}).")
-    if environment.get("packages"):
-        told.append(
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in environment["packages"].items()) + "."
-        )
-    git = environment.get("git")
-    if git:
-        told.append(f"Code: commit `{git['commit'][:12]}`{' with local changes' if git.get('changed') else ''}.")
-    command = environment.get("command", "")
-    return (
-        "## Training\n\n" + " ".join(told) + (f"\n\n```bash\n{command}\n```" if command else "")
-        + "\n\n<details><summary>The recipe (recipe.yaml)</summary>\n\n```yaml\n"
-        + yaml.safe_dump(recipe, sort_keys=False, width=120) + "```\n\n</details>"
-    )  # fmt: skip
 
 
 def _time(seconds: float) -> str:
@@ -413,6 +278,24 @@ def _during_training(path: Path) -> dict[str, dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.is_file() else {}
+
+
+def _block(name: str, text: str) -> str:
+    return f"<!-- rescom_timm:{name} {_hash(text)} -->\n{text}\n<!-- /rescom_timm:{name} -->"
+
+
+def _found(body: str) -> dict[str, slice]:
+    """Where the sections stand that nobody changed. A section ends where its text has the hash of its start."""
+    found: dict[str, slice] = {}
+    position = 0
+    while start := re.compile(r"<!-- rescom_timm:(\w+) (\w+) -->\n").search(body, position):
+        end = f"<!-- /rescom_timm:{start[1]} -->"
+        ends = [mark.start() for mark in re.finditer(end, body[start.end() :])]
+        whole = [at for at in ends if _hash(body[start.end() : start.end() + at].removesuffix("\n")) == start[2]]
+        position = start.end() + (whole + ends)[0] + len(end) if ends else start.end()
+        if whole:
+            found.setdefault(start[1], slice(start.start(), position))
+    return found
 
 
 def _hash(text: str) -> str:

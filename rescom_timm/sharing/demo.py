@@ -9,16 +9,16 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.splits import Split
-from rescom_timm.sharing.neighbours import Neighbour
 from rescom_timm.sharing.predict import Prediction, Prior, embed, image_name, predict
 from rescom_timm.sharing.pretrained import Pretrained
+from rescom_timm.text.pages import render
 
 OWN_NUMBERS = "my own numbers"
 PRIORS: dict[str, Prior | None] = {
@@ -82,43 +82,41 @@ def answers(
     training images; what cannot be answered is told in its place. Names of files and classes may be anything: they are
     escaped."""
     if not files:
-        return "<p>Drop images above.</p>"
+        return render("demo.html", note="Drop images above.")
     among, nearest = (training.embeddings, 5) if training else (None, 0)
     try:
         prior = prior_of(choice, numbers)
         found = predict(model, list(files), top_k=top_k, prior=prior, among=among, nearest=nearest)
     except (ValueError, OSError) as error:
-        return f"<p><b>{escape(str(error))}</b></p>"
-    cards = (_card(model, one, training) for one in found)
-    return f'<div class="answers" style="display: flex; flex-wrap: wrap; gap: 2em">{"".join(cards)}</div>'
+        return render("demo.html", error=str(error))
+    return render("demo.html", cards=[_card(model, one, training) for one in found])
 
 
-def _card(model: Pretrained, found: Prediction, training: TrainingImages | None) -> str:
-    name = f"<h3>{escape(Path(found.image).name)}</h3>"
+def _card(model: Pretrained, found: Prediction, training: TrainingImages | None) -> dict[str, Any]:
+    name = Path(found.image).name
     if found.error:
-        return f'<div class="answer">{name}<p><b>cannot be read: {escape(found.error)}</b></p></div>'
+        return {"name": name, "error": found.error}
     counts = dict(zip(model.class_names, [] if model.counts is None else model.counts.tolist(), strict=False))
-    head = "<tr><th>class</th><th>probability</th><th>training images</th></tr>"
     rows = [
-        f"<tr><td>{escape(label)}</td><td>{100 * share:.1f} %</td><td>{counts.get(label, '?')}</td></tr>"
+        (label, f"{100 * share:.1f} %", counts.get(label, "?"))
         for label, share in zip(found.labels, found.probabilities, strict=True)
     ]
-    near = "".join(_near(training.image(one.image), one) for one in found.nearest) if training else ""
-    if near:
-        near = f'nearest training images<div style="display: flex; gap: 0.5em">{near}</div>'
-    picture = _picture(decode(found.image, 0, model.reading), 96)
-    return f'<div class="answer">{name}{picture}<table>{head}{"".join(rows)}</table>{near}</div>'
-
-
-def _near(image: Image.Image, about: Neighbour) -> str:
-    caption = f"{escape(about.label)} ({about.similarity:.2f})"
-    return f'<figure style="margin: 0">{_picture(image, 64)}<figcaption>{caption}</figcaption></figure>'
+    near = [] if training is None else [
+        {"caption": f"{one.label} ({one.similarity:.2f})", "png": _picture(training.image(one.image), 64)}
+        for one in found.nearest
+    ]  # fmt: skip
+    return {
+        "name": name,
+        "error": "",
+        "png": _picture(decode(found.image, 0, model.reading), 96),
+        "rows": rows,
+        "near": near,
+    }
 
 
 def _picture(image: Image.Image, side: int) -> str:
-    """With a data: address, so that the page needs no other file."""
+    """A thumbnail as PNG in base64, so that the page needs no other file."""
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" style="height: {side}px" src="data:image/png;base64,{data}">'
+    return base64.b64encode(file.getvalue()).decode()
