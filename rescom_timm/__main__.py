@@ -1,6 +1,9 @@
 """The console command:  rescom-timm VERB ...  or  python -m rescom_timm VERB ...
 
 Several processes train together with  accelerate launch -m rescom_timm train RECIPE.
+
+Exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C, 143
+stopped by SIGTERM (a training has saved its state). An error is one line on stderr that begins with "error:".
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+
+from rescom_timm.commands import EXIT_CODES
+from rescom_timm.text import escape_output, escaped_output
 
 VERBS = {
     "train": ("train", "train a recipe, or resume a run"),
@@ -78,18 +84,20 @@ def usage() -> str:
             *lines,
             "",
             "example: rescom-timm train digits_lt",
-            "exit codes: 0 done, 1 failed (one line says why), 2 a wrong word, 143 stopped by a signal with all saved",
+            EXIT_CODES,
             "on several processes: accelerate launch -m rescom_timm train RECIPE",
         ]
     )
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """words: verb and its own words; those of the command line by default. Returns the exit code: 0, 1 where something
-    failed, 2 for a wrong word, 143 where a signal stopped a training."""
+    """words: subcommand and its arguments; those of the command line by default. Returns the exit code."""
+    if words is None:
+        escape_output()  # to the end of the process, a traceback too
     try:
-        code = _run(list(sys.argv[1:] if words is None else words))
-        sys.stdout.flush()
+        with escaped_output():
+            code = _run(list(sys.argv[1:] if words is None else words))
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,8 +114,8 @@ def _run(words: list[str]) -> int:
     if words[0] not in VERBS:
         near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""
-        print(f"rescom-timm has no verb {words[0]!r}{hint}", file=sys.stderr)
         print(usage(), file=sys.stderr)
+        print(f"error: no verb {words[0]!r}{hint}", file=sys.stderr)
         return 2
     file, _ = VERBS[words[0]]
     command = import_module(f"rescom_timm.commands.{file}")

@@ -72,7 +72,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, beside, metadata)
         except SafetensorError as error:  # of a full disk too
-            raise OSError(None, str(error)) from error
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code) if number else str(error)) from error
         beside.chmod(mode)
 
 

@@ -10,11 +10,30 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import IO, NoReturn
+
+from rescom_timm.text import escape_controls, escaped_output
+
+EXIT_CODES = (
+    "exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C,\n"
+    "            143 stopped by SIGTERM (a training has saved its state)"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """With the errors of all commands: one line that begins with "error:", and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        super()._print_message(escape_controls(message, lines=True), file)
 
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
-    """A parser that tells ``about`` as it is written, and ends with examples of the verb."""
-    return argparse.ArgumentParser(
+    """A parser that shows ``about`` as it is written, and ends with the exit codes and examples of the verb."""
+    return Parser(
         prog=prog,
         description=about,
         epilog=example(*examples),
@@ -23,16 +42,21 @@ def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.
 
 
 def example(*lines: str) -> str:
-    return "\n".join([f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
+    return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
 
 
-def answer(work: Callable[[], int], failed: int = 1, named: bool = True, trains: bool = False) -> int:
-    """The exit code of a verb: what its work returns, or `failed` after one line on stderr that says why.
+def answer(work: Callable[[], int], trains: bool = False) -> int:
+    """The exit code of a command: what its work returns, or 1 after one line on stderr, "error: ...".
 
-    named: the line begins with the kind of error. Ctrl-C ends it with 130; SIGTERM with 143, and its children and files
-    half written go with it. trains: SIGTERM is left to the training, which saves its state before it ends.
+    Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
+    left to the training, which saves its state before it ends.
     """
-    from rescom_timm.training.errors import FAILURES, one_line, with_advice
+    with escaped_output():
+        return _answer(work, trains)
+
+
+def _answer(work: Callable[[], int], trains: bool) -> int:
+    from rescom_timm.training.errors import FAILURES, message, with_advice
 
     mine = not trains and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if mine else None
@@ -43,8 +67,8 @@ def answer(work: Callable[[], int], failed: int = 1, named: bool = True, trains:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (*FAILURES, ImportError, MemoryError) as error:
-        print(one_line(error) if named else f"error: {error}", file=sys.stderr)
-        return failed
+        print(f"error: {message(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130

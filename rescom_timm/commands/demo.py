@@ -24,18 +24,19 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
+    parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
     parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
     arguments = parser.parse_intermixed_args(words)
 
     def work() -> int:
-        made = page(arguments.model, arguments.overrides, not arguments.no_data)
+        made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
         made.launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
         return 0
 
     return answer(work)
 
 
-def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> Any:
+def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Any:
     """The page, a gradio.Blocks to launch. Raises ImportError without the extra, and as from_pretrained does."""
     try:
         import gradio
@@ -44,7 +45,7 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True) -> A
     from rescom_timm.sharing.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
     from rescom_timm.sharing.pretrained import from_pretrained
 
-    read = from_pretrained(model)
+    read = from_pretrained(model, revision=revision)
     data = run_data(Path(model), overrides) if with_data else None
     training = TrainingImages(read, data.train) if data else None
 

@@ -4,7 +4,7 @@ Looks at every image of the recipe's splits: images that cannot be read, the sam
 splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that hold
 fewer bits, classes too small to be held out or without test images, class names that may be one. Of a RUN it also tells
 labels of test and validation images that are probably wrong (confident learning; training images were learnt by heart
-and say nothing). Text, and one HTML page with thumbnails. Exit code 1 where images cannot be read, are in two splits or
+and say nothing). Text, and one HTML page with thumbnails. Exit code 3 where images cannot be read, are in two splits or
 have two labels.
 Data of your own: rescom-timm init FOLDER first.
 """
@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
     options = parser.parse_intermixed_args(words)
-    return answer(lambda: look(options), failed=2)
+    return answer(lambda: look(options))
 
 
 def look(options: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def look(options: argparse.Namespace) -> int:
     title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
     write_text(options.output, page(images, found, data.class_names, title))
     print(options.output)
-    return int(any(finding.key in GRAVE for finding in found))
+    return 3 if any(finding.key in GRAVE for finding in found) else 0
 
 
 def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:

@@ -97,4 +97,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         sys.stdout.flush()
         return code
 
-    return answer(work, failed=2, named=False)
+    return answer(work)

@@ -38,6 +38,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("-o", "--output", default="inference", metavar="FOLDER", help="inference by default")
     arguments = parser.parse_intermixed_args(words)
+    try:
+        arguments.experts = [int(number) for number in arguments.experts.split(",")]
+    except ValueError:
+        parser.error(f"--experts is like 2,3,4, not {arguments.experts!r}")
+    if wrong := [word for word in arguments.options if "=" not in word]:
+        parser.error(f"{wrong[0]!r} is not key=value, such as img_size=384")
     return answer(lambda: measure(arguments))
 
 
@@ -45,12 +51,10 @@ def measure(arguments: argparse.Namespace) -> int:
     from rescom_timm.figures import inference, style
     from rescom_timm.files import parse_yaml, write_json
 
-    if wrong := [word for word in arguments.options if "=" not in word]:
-        raise ValueError(f"{wrong[0]!r} is not key=value, such as img_size=384")
     try:
         found = inference.measure(
             arguments.backbone,
-            [int(number) for number in arguments.experts.split(",")],
+            arguments.experts,
             batch_size=arguments.batch_size,
             image_size=(arguments.size, arguments.size) if arguments.size else None,
             num_classes=arguments.classes,

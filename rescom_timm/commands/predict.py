@@ -2,7 +2,8 @@
 
 MODEL: a run's folder, an exported folder or a Hub id such as me/rescom-r50. IMAGES: files and folders. An image that
 cannot be read is named in the CSV's column `error` and stops nothing. --prior: how frequent the classes are where the
-images come from: as in training, evenly, or a file with one number a class, a line each.
+images come from: as in training, evenly, or a file of lines name,number in any order, or of one number a class in the
+order of the model's classes.
 
 Images of known classes, whose share of right labels is told: --data SOURCE (a folder of class folders, a data set,
 digits), with --list labels.csv for a list of the images in a folder; --split, test by default, where it has splits.
@@ -31,11 +32,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("images", nargs="*", help="image files and folders")
+    parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
     parser.add_argument("--data", metavar="SOURCE", help="labelled images: digits, a Hub id, a folder")
     parser.add_argument("--list", metavar="FILE", help="a list of the labelled images in the folder SOURCE")
     parser.add_argument("--split", default="test", help="of the data set; test by default")
     parser.add_argument("--top-k", type=int, default=5, help="classes of each image, 5 by default")
-    parser.add_argument("--prior", help="train, uniform, or a file of one number a class")
+    parser.add_argument("--prior", help="train, uniform, or a file of name,number a line")
     parser.add_argument("--embeddings", metavar="FILE", help="keep features and embeddings, as safetensors")
     parser.add_argument("--nearest", type=int, default=0, metavar="K", help="name the K nearest training images")
     parser.add_argument("--among", metavar="FILE", help="embeddings of the images to look in; made if not there")

@@ -6,8 +6,6 @@ GPUs:  accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accel
 --resume goes on with the last run of the recipe's name, or, where RECIPE is RUN/recipe.yaml, with that run.
 --resume hf://owner/name goes on with a run that was pushed with its checkpoint, on another machine perhaps; without a
 RECIPE, by the recipe that it was pushed with.
-
-Exit codes: 0 trained, 1 failed, 2 a wrong word, 143 stopped by a signal with all saved.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str],
     from rescom_timm.recipe.loading import load, load_fetched
     from rescom_timm.run import train_recipe
     from rescom_timm.sharing.hub import PushedRun
-    from rescom_timm.training.errors import Stopped, one_line
+    from rescom_timm.training.errors import Stopped
     from rescom_timm.training.log import quiet
     from rescom_timm.training.run_folder import run_recipe
     from rescom_timm.training.trainer import Resume
@@ -80,7 +78,7 @@ def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str],
         try:
             folder = train_recipe(recipe, resume, arguments.dry_run)
         except Stopped as error:
-            print(one_line(error), file=sys.stderr)
+            print(error, file=sys.stderr)
             return 143
     if arguments.quiet and not arguments.dry_run and PartialState().is_main_process:
         print(last_figures(folder))

@@ -33,6 +33,7 @@ from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
 from rescom_timm.data.named_columns import Columns, is_table, read_table
 from rescom_timm.files import write_text
+from rescom_timm.text import check_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +129,13 @@ class Index:
     def save(self, path: str | Path) -> None:
         """Write the text file, aside and then renamed: a reader sees the old file or the whole new one.
 
-        Raises ValueError for what could not be read back: line breaks, or a header key that the format uses itself.
+        Raises ValueError for what could not be read back (line breaks, or a header key that the format uses itself),
+        and for a class name with control or direction characters.
         """
         names = self.class_names or [""] * self.num_classes
         header = {**self.info, "rows": str(len(self)), "classes": str(self.num_classes)}
         for k, (count, name) in enumerate(zip(self.counts, names, strict=True)):
+            check_name(name, "a class name")
             header[f"class {k}"] = f"{count} {name}".rstrip()
         for key, value in header.items():
             if "\n" in key + value or "\r" in key + value or ":" in key:

@@ -17,9 +17,8 @@ from safetensors.numpy import load_file
 
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.files import read_json, read_yaml
-from rescom_timm.training.run_folder import CHANGED, lines
+from rescom_timm.training.run_folder import CHANGED, check_run, lines
 
-_MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation")
 _PREFERRED = ("test-last", "test-best")
 
 
@@ -64,11 +63,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, name: str = "") -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"No run folder {self.path}.")
-        if not any((self.path / mark).exists() for mark in _MARKS):
-            raise ValueError(f"{self.path} is no run folder: it holds none of {', '.join(_MARKS)}.")
+        self.path = check_run(path)
         self.name = name or self.path.resolve().name
 
     def recipe_text(self) -> str:

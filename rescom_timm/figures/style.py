@@ -19,6 +19,7 @@ from PIL.Image import open as open_image
 
 from rescom_timm import metrics
 from rescom_timm.files import atomic_path, errors_named, write_rows
+from rescom_timm.text import escape_controls
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
 
@@ -50,7 +51,7 @@ def line(index: int) -> Literal["-", "--", "-.", ":"]:
 
 def plain(text: object, longest: int = 28) -> str:
     """Text from outside, made safe for matplotlib: one line, cut in the middle, no mathematics."""
-    words = " ".join(str(text).split())
+    words = escape_controls(" ".join(str(text).split()))
     if len(words) > longest:
         head = (longest - 1) // 2
         words = words[: longest - 1 - head] + "\N{HORIZONTAL ELLIPSIS}" + words[-head:]

@@ -25,6 +25,7 @@ from rescom_timm.data.views import ViewsConfig
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
 from rescom_timm.nets.net import NetConfig
 from rescom_timm.recipe.private import without_home, without_secrets
+from rescom_timm.text import check_name
 
 MAX_NAME = 200
 """Bytes of a run's name; file systems take 255, and run, figures and pushes add to it."""
@@ -287,6 +288,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
             raise ValueError(f"name must be the name of one folder, without / and not hidden, not {self.name!r}")
+        check_name(self.name, "name")
         if DEVICES.fullmatch(self.name):
             raise ValueError(f"name must be the name of a folder, and {self.name!r} is a device or a drive on Windows")
         if len(os.fsencode(self.name)) > MAX_NAME:

@@ -93,6 +93,19 @@ def as_repo(source: str | Path) -> str | None:
     return text if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) else None
 
 
+def at_revision(source: str | Path, revision: str) -> str:
+    """The address of a Hub id at a branch, tag or commit. Raises ValueError for what is no Hub id, or names another."""
+    name, _, own = (as_repo(source) or "").partition("@")
+    if not name or (isinstance(source, str) and Path(source).expanduser().is_dir()):
+        raise ValueError(f"revision is of a Hub id such as me/rescom-r50, not of the folder {source}: leave it out")
+    address = f"hf://{name}@{revision}"
+    if as_repo(address) is None:
+        raise ValueError(f"revision must be a branch, a tag or a commit, not {revision!r}")
+    if own not in ("", revision):
+        raise ValueError(f"{source} names a revision already, and revision is {revision}: give one of them")
+    return address
+
+
 def download(repo: str, names: Sequence[str], needed: str, force: bool = False) -> Path:
     """Those of the named files that a repository holds, in the Hub's cache on this machine; returns their folder.
 

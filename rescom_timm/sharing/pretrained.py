@@ -33,7 +33,7 @@ from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
-from rescom_timm.sharing.hub import as_repo, download
+from rescom_timm.sharing.hub import as_repo, at_revision, download
 from rescom_timm.training.build import refuse_queue
 
 
@@ -73,16 +73,21 @@ class Pretrained:
         return create_method(self.net, counts, self.recipe.method)
 
 
-def from_pretrained(source: str | Path, num_classes: int | None = None) -> Pretrained:
+def from_pretrained(
+    source: str | Path, num_classes: int | None = None, revision: str | None = None
+) -> Pretrained:  # fmt: skip
     """A trained net with everything needed to use it or to train on.
 
     source: an exported folder, a run's folder (its best checkpoint), or a Hub id such as "me/rescom-r50", which may
-    end in "@revision". num_classes: start on other classes, with a fresh classifier and an empty queue.
+    end in "@revision". num_classes: start on other classes, with a fresh classifier and an empty queue. revision: of a
+    Hub id: a branch, a tag or a commit.
     Raises FileNotFoundError where there is no such folder or repository or it cannot be reached, and ValueError where
     it was not made by rescom_timm or its files are not what was written.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if revision is not None:
+        source = at_revision(source, revision)
     local = Path(source).expanduser()
     repo = as_repo(source)
     if repo is not None and (not local.is_dir() or str(source) != str(local)):
@@ -102,7 +107,9 @@ def from_pretrained(source: str | Path, num_classes: int | None = None) -> Pretr
             f"{local} is neither a run's folder nor one exported by rescom_timm (it holds no {DETAILS}); a plain timm "
             f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)'
         )
-    raise FileNotFoundError(f"no folder {local}: give a folder or a Hub id such as me/rescom-r50")
+    raise FileNotFoundError(
+        f"no run folder {local}: give the folder of a run or an export, or a Hub id such as me/rescom-r50"
+    )
 
 
 def _with_own_bound(model: Pretrained) -> Pretrained:

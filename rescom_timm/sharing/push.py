@@ -26,6 +26,7 @@ from rescom_timm.sharing import card
 from rescom_timm.sharing.export import DETAILS, export_run
 from rescom_timm.sharing.hub import HubError, explain
 from rescom_timm.sharing.staging import stage, staged, status
+from rescom_timm.text import escape_output
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import Weights
 from rescom_timm.training.errors import CheckpointError
@@ -217,10 +218,11 @@ def _refuse_secrets(files: dict[str, Path]) -> None:
 
 
 def main() -> int:
+    escape_output()
     try:
         print(push(sys.argv[1]) or status(Path(sys.argv[1])))
     except HubError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -64,15 +64,20 @@ def _escaped(text: str) -> str:
     return text if moves else escape_controls(text, lines=True)
 
 
-@contextmanager
-def plain_output() -> Iterator[None]:
-    """What is printed within is escaped, on stdout and stderr, and a warning is one line without the code's."""
-    before = sys.stdout, sys.stderr, warnings.formatwarning
+def escape_output() -> None:
+    """From now on what is printed is escaped, on stdout and stderr, and a warning is one line without the code's."""
     sys.stdout, sys.stderr = (  # type: ignore[assignment]
         stream if stream is None or isinstance(stream, EscapedStream) else EscapedStream(stream, bars)
         for stream, bars in ((sys.stdout, False), (sys.stderr, True))
     )
     warnings.formatwarning = _warning  # type: ignore[assignment]
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """As escape_output, for the block."""
+    before = sys.stdout, sys.stderr, warnings.formatwarning
+    escape_output()
     try:
         yield
     finally:

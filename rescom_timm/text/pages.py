@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 
 from rescom_timm.text import escape_controls
 
-_PUNCTUATION = re.compile(r"([\\`*_{}\[\]()#!|~$@:^]|(?<=www)\.)")
-"""What has a meaning in Markdown, GitHub's and the Hub's, somewhere within a line."""
+_PUNCTUATION = re.compile(r"([\\`*\[\]#!|~$@:^]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.)")
+"""What has a meaning in Markdown, GitHub's and the Hub's, somewhere within a line: _ only at the end of a word."""
 
 
 def render(template: str, **values: Any) -> str:

@@ -136,6 +136,13 @@ def one_line(error: BaseException) -> str:
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{name}: {text}"
 
 
+def message(error: BaseException) -> str:
+    """An error as a command prints it: without its name and the system's number of it."""
+    text = re.sub(rf"^([\w.]+\.)?{type(error).__name__}: ", "", one_line(error))
+    text = re.sub(r"\[Errno (None|-?\d+)\] ", "", text)
+    return text or ("memory is full" if isinstance(error, MemoryError) else type(error).__name__)
+
+
 def worker_was_lost(error: BaseException) -> bool:
     """Whether torch says that a worker process of a loader is gone, or that it is shows as a tensor is asked of it."""
     asked = (

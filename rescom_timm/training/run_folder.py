@@ -30,6 +30,8 @@ FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard"
 """What of a run's folder are folders that we write to."""
 CHANGED = "-changed-"
 """In the name of an evaluation that is not the run's own: of other data, or of overrides that change what is read."""
+MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation", "checkpoints")
+"""A folder with none of these is no run's."""
 PATIENCE = 10.0
 """Seconds to wait for a lock whose owner is gone: the workers of a killed run have it until they notice."""
 
@@ -207,13 +209,25 @@ def _told(owner: dict[str, Any]) -> str:
     return f"process {owner.get('process')} on {owner.get('host')} since {owner.get('since')}"
 
 
+def check_run(path: str | Path) -> Path:
+    """The folder of a run. Raises FileNotFoundError where nothing is there, ValueError for what is no run's folder."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no run folder {path}: give the folder that training printed, such as runs/NAME")
+    if not path.is_dir():
+        raise ValueError(f"{path} is no run folder: it is a file")
+    if not any((path / mark).exists() for mark in MARKS):
+        raise ValueError(f"{path} is no run folder: it holds none of {', '.join(MARKS)}")
+    return path
+
+
 def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run's folder, changed by key=value words; of its newest checkpoint where recipe.yaml is damaged.
 
-    Raises RecipeError where neither can be read, or for the words, and CheckpointError where every checkpoint is
-    damaged.
+    Raises FileNotFoundError or ValueError where the folder is no run's, RecipeError where neither can be read, or for
+    the words, and CheckpointError where every checkpoint is damaged.
     """
-    path = run / "recipe.yaml"
+    path = check_run(run) / "recipe.yaml"
     try:
         load(path)
     except RecipeError as error:

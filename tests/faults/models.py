@@ -156,7 +156,7 @@ OTHERS = [
     Fault("time of a net that there is not", "inference resnet33_cifar", "timm has no model 'resnet33_cifar'"),
     Fault("time of an option that is none", "inference resnet8_cifar x", "'x' is not key=value"),
     Fault("time of x experts", "inference resnet8_cifar --experts x", "x"),
-    Fault("verb with a typo", "trian digits_lt", "no verb 'trian'; did you mean train?", code=2, lines=40),
+    Fault("verb with a typo", "trian digits_lt", "did you mean  rescom-timm train?", code=2, lines=40),
     Fault("option with a typo", "train digits_lt --epochz 3", "unknown option --epochz", code=2),
     Fault("two recipes at once", "train digits_lt digits_lt_cross_entropy", "one run is trained at a time", code=2),
     Fault("address of the Hub that is none", "train --resume hf://x", "'hf://x' is no address of a run on the Hub"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.class_names import as_spelled
+from rescom_timm.class_names import as_spelled, nfc
+from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, labelled, load, numbered_as
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.files import read_text
 from rescom_timm.metrics import groups
 from rescom_timm.sharing.neighbours import Embeddings, Gatherer
 from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predictions, write_csv
@@ -21,8 +24,8 @@ from rescom_timm.training.run_folder import run_recipe
 
 def predict(options: argparse.Namespace) -> int:
     """Raises ValueError and OSError for what cannot be."""
-    model = from_pretrained(options.model)
-    prior, names = read_prior(options.prior), None
+    model = from_pretrained(options.model, revision=options.revision)
+    prior, names = read_prior(options.prior, model.class_names), None
     images: Any = options.images
     if options.data:
         images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
@@ -128,13 +131,50 @@ class Score:
         return ", ".join(lines)
 
 
-def read_prior(word: str | None) -> Prior | None:
-    """train, uniform, or the numbers in a file. Raises FileNotFoundError or ValueError."""
+def read_prior(word: str | None, class_names: Sequence[str] = ()) -> Prior | None:
+    """train, uniform, or the numbers of a file in the order of the K class names. The file has lines name,number in any
+    order, or K numbers alone, of which the order is printed. Raises FileNotFoundError or ValueError."""
     if word is None or word == "train" or word == "uniform":
         return word  # type: ignore[return-value]
     try:
-        return [float(line) for line in Path(word).read_text(encoding="utf-8").split()]
+        text = read_text(Path(word).expanduser())
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {word}: --prior is train, uniform or a file of one number a class") from None
+    if "," in text:
+        return _named_prior(word, text, class_names)
+    try:
+        prior = [float(number) for number in text.split()]
     except ValueError as error:
         raise ValueError(f"{word} is not one number a class: {error}") from None
+    if len(prior) == len(class_names):
+        pairs = [f"{name} {number:g}" for name, number in zip(class_names, prior, strict=True)]
+        print(f"prior, in the order of the model's classes: {first_few(pairs, 20)}")
+    return prior
+
+
+def _named_prior(word: str, text: str, class_names: Sequence[str]) -> list[float]:
+    """The numbers of lines name,number; a first line of headings is passed over."""
+    known = {nfc(name): name for name in class_names}
+    found: dict[str, float] = {}
+    for place, row in enumerate(csv.reader(text.splitlines(), skipinitialspace=True)):
+        if not row:
+            continue
+        name = known.get(nfc(row[0].strip()))
+        try:
+            if len(row) != 2:
+                raise ValueError
+            number = float(row[1])
+        except ValueError:
+            if place == 0 and name is None:
+                continue
+            raise ValueError(f"{word}: line {place + 1} is not name,number: {','.join(row)!r}") from None
+        if name is None:
+            raise ValueError(
+                f"{word}: line {place + 1}: the model has no class {row[0]!r}; it has {first_few(class_names)}"
+            )
+        if name in found:
+            raise ValueError(f"{word}: line {place + 1}: class {name!r} is given twice")
+        found[name] = number
+    if missing := [name for name in class_names if name not in found]:
+        raise ValueError(f"{word} has no number for {first_few(missing)}")
+    return [found[name] for name in class_names]

@@ -24,6 +24,7 @@ from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import differences, load
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import DETAILS
+from rescom_timm.text.pages import markdown as escaped
 from rescom_timm.training.errors import FAILURES, one_line
 from rescom_timm.training.run_folder import lines, run_recipe
 from rescom_timm.training.state import Progress
@@ -176,7 +177,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
     text = [f"| run | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
     for line in table:
         told = (_told(line[figure], line[f"{figure}_deviation"]) for figure in shown)
-        text.append(f"| {line['run']} | {line['seeds']} | {' | '.join(told)} |")
+        text.append(f"| {escaped(line['run'])} | {line['seeds']} | {' | '.join(told)} |")
     return "\n".join(text) + "\n"
 
 
