@@ -85,7 +85,7 @@ def test_a_run_is_opened_again_with_its_data_and_not_without(run):
     assert again.evaluate() == run.evaluate()
     with pytest.raises(ValueError, match=r"the images were a data set in memory. Give it again .* dataset="):
         Run(run.folder).evaluate()
-    with pytest.raises(FileNotFoundError, match="No run folder"):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
         Run(run.folder / "none")
     with pytest.raises(ValueError, match="is no run folder"):
         Run(run.folder.parent)

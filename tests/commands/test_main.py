@@ -134,4 +134,4 @@ def test_a_tool_answers_as_its_verb(tmp_path, capsys):
     told = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT)
     assert main(["train", *words]) == told.returncode == 1
     error = capsys.readouterr().err
-    assert error == told.stderr == f"RecipeError: no recipe {words[0]}; all: rescom-timm recipes\n"
+    assert error == told.stderr == f"error: no recipe {words[0]}; all: rescom-timm recipes\n"

@@ -160,5 +160,5 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], alone: pyt
     assert main(["doctor", "digits_lt", "-o", str(output)]) == 0
     assert "Classes with fewer than five training images: 2" in capsys.readouterr().out
     assert "<h1>What may be wrong with digits_lt</h1>" in output.read_text()
-    assert main(["doctor", "digits_lr"]) == 2
+    assert main(["doctor", "digits_lr"]) == 1
     assert "did you mean" in capsys.readouterr().err

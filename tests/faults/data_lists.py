@@ -9,12 +9,12 @@ HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1 a\n# cla
 
 def listed(kind: str, content: str, said: str, name: str = "l.txt") -> Fault:
     """A list as `check` reads it."""
-    return Fault(kind, f"check {name}", said, code=1, made=(text(name, content),))
+    return Fault(kind, f"check {name}", said, code=3, made=(text(name, content),))
 
 
 def refused(kind: str, given: str, said: str, *made: object, lines: int = 1) -> Fault:
     """What an index verb refuses."""
-    return Fault(kind, given, said, code=2, made=made, lines=lines)  # type: ignore[arg-type]
+    return Fault(kind, given, said, made=made, lines=lines)  # type: ignore[arg-type]
 
 
 def trained(kind: str, words: str, said: str, *made: object, **more: object) -> Fault:
@@ -94,19 +94,22 @@ LISTS = [
            '[{"image_id": 2, "category_id": 0}]}', "2", "l.json"),
     listed("annotation with a list as its id", '{"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": '
            '[{"image_id": [1], "category_id": 0}]}', "id", "l.json"),
-    Fault("list that is a picture", "check l.txt", "is not UTF-8 text", made=(data("l.txt", b"\x89PNG\xff\xfe\n"),)),
-    Fault("table that is a picture", "check l.csv", "is not UTF-8 text", made=(data("l.csv", b"\x89PNG\xff\xfd\n"),)),
-    Fault("parquet that is none", "check l.parquet", "cannot be read as parquet", made=(data("l.parquet",
+    Fault("list that is a picture", "check l.txt", "is not UTF-8 text", code=3,
+          made=(data("l.txt", b"\x89PNG\xff\xfe\n"),)),
+    Fault("table that is a picture", "check l.csv", "is not UTF-8 text", code=3,
+          made=(data("l.csv", b"\x89PNG\xff\xfd\n"),)),
+    Fault("parquet that is none", "check l.parquet", "cannot be read as parquet", code=3,
+          made=(data("l.parquet",
           b"PAR1" * 9),)),
     refused("list that is not there", "check none.txt", "error: no index file none.txt"),
     refused("folder for a list", "check l", "error: no index file l", folder("l")),
     refused("list that is a broken link", "check l.txt", "error: no index file l.txt", link("l.txt", "nowhere")),
-    Fault("more classes than are said", "check l.txt --classes 1", "1", made=(text("l.txt", LIST),)),
+    Fault("more classes than are said", "check l.txt --classes 1", "1", code=3, made=(text("l.txt", LIST),)),
     refused("decoding without images", "check l.txt --decode", "say where they are with --source", text("l.txt", LIST)),
     Fault("images that are not there", "check l.txt --source p", "6 of 10 images of l.txt are not under p",
-          made=(photos(), text("l.txt", LIST), gone("p/a"))),
+          code=3, made=(photos(), text("l.txt", LIST), gone("p/a"))),
     Fault("image that is cut off", "check l.txt --source p --decode", "p/a/3.png",
-          made=(photos(), text("l.txt", LIST), half("p/a/3.png"))),
+          code=3, made=(photos(), text("l.txt", LIST), half("p/a/3.png"))),
 ]
 
 VERBS = [

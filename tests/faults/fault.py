@@ -30,7 +30,7 @@ class Fault:
     said: str
     """What must be told, in one line; ... stands for whatever is between."""
     code: int = 1
-    """How it ends: 1 failed (2 of index and figures), 2 a wrong word, 0 told and gone on with."""
+    """How it ends: 1 failed, 2 usage error, 3 something was found, 0 a warning."""
     made: tuple[Change, ...] = ()
     """What makes the files that are there before, in turn."""
     whole: str = "*"

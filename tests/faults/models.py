@@ -104,7 +104,7 @@ PREDICTED = [
 ]
 
 PUSHED = [
-    Fault("push of nothing", "push none --export x", "none", made=(a_run,)),
+    Fault("push of nothing", "push none --export x", "error: no run folder none", made=(a_run,)),
     Fault("push to nowhere", "push run", "repo", made=(a_run,)),
     Fault("push to a name of no owner", "push run --repo digits", "repo must be owner/name, not 'digits'",
           made=(a_run,)),
@@ -116,15 +116,15 @@ PUSHED = [
 
 OTHERS = [
     Fault("recipe to print that there is not", "recipes digits_lr", "did you mean digits_l"),
-    Fault("doctor of nothing", "doctor none", "no recipe none", code=2),
-    Fault("report of the doctor where a folder is", "doctor digits_lt -o q", "q", code=2, made=(folder("q"),)),
+    Fault("doctor of nothing", "doctor none", "error: no recipe none"),
+    Fault("report of the doctor where a folder is", "doctor digits_lt -o q", "q", made=(folder("q"),)),
     Fault("features of no class", "class-features n.txt --model m -o o", "n.txt tells no class names",
           made=(text("n.txt", "\n"),)),
     Fault("features of a class twice", "class-features n.txt --model m -o o", "n.txt has class names twice: a",
           made=(text("n.txt", "a\na\n"),)),
     Fault("names of classes in bytes", "class-features n.txt --model m -o o", "n.txt is not UTF-8 text",
           made=(data("n.txt", b"\xff\xfea"),)),
-    Fault("robustness of nothing", "robustness none", "No run folder none"),
+    Fault("robustness of nothing", "robustness none", "error: no run folder none"),
     Fault("robustness of no image", "robustness run --limit 0", "--limit must be at least 1, not 0", made=(a_run,)),
     Fault("corruption with a typo", "robustness run --kinds snw", "did you mean snow", made=(a_run,)),
     Fault("corrupted images that are not there", "robustness run --prepared none",
@@ -154,9 +154,10 @@ OTHERS = [
     Fault("benchmark of nothing", "benchmark startup none.yaml", "no recipe none.yaml"),
     Fault("benchmark that there is not", "benchmark hed", "invalid choice: 'hed'", code=2),
     Fault("time of a net that there is not", "inference resnet33_cifar", "timm has no model 'resnet33_cifar'"),
-    Fault("time of an option that is none", "inference resnet8_cifar x", "'x' is not key=value"),
-    Fault("time of x experts", "inference resnet8_cifar --experts x", "x"),
-    Fault("verb with a typo", "trian digits_lt", "did you mean  rescom-timm train?", code=2, lines=40),
+    Fault("time of an option that is none", "inference resnet8_cifar x", "error: 'x' is not key=value", code=2),
+    Fault("time of x experts", "inference resnet8_cifar --experts x", "error: --experts is like 2,3,4",
+          code=2),
+    Fault("verb with a typo", "trian digits_lt", "error: no verb 'trian'; did you mean  rescom-timm train?", code=2, lines=40),
     Fault("option with a typo", "train digits_lt --epochz 3", "unknown option --epochz", code=2),
     Fault("two recipes at once", "train digits_lt digits_lt_cross_entropy", "one run is trained at a time", code=2),
     Fault("address of the Hub that is none", "train --resume hf://x", "'hf://x' is no address of a run on the Hub"),

@@ -82,8 +82,9 @@ RESUMED = [
 ]
 
 EVALUATED = [
-    evaluated("evaluation of nothing", "none", "no recipe none/recipe.yaml"),
-    evaluated("evaluation of a folder of images", "p", "no recipe p/recipe.yaml", photos()),
+    evaluated("evaluation of nothing", "none", "error: no run folder none"),
+    evaluated("evaluation of a folder of images", "p", "error: p is no run folder: it holds none of", photos()),
+    evaluated("evaluation of a file", "f", "error: f is no run folder: it is a file", text("f", "mine")),
     evaluated("checkpoint that there is not", "run --checkpoint step-7", "no checkpoint step-7"),
     evaluated("checkpoint that is damaged", f"run --checkpoint {FIRST}", "step-00000011 is damaged",
               flipped(f"{FIRST}/state.safetensors")),
@@ -103,23 +104,23 @@ EVALUATED = [
 ]
 
 DRAWN = [
-    drawn("figures of nothing", "none", "No run folder none", code=2),
-    drawn("figures of a folder of images", "p", "p is no run folder: it holds none of", photos(), code=2),
-    drawn("figure that there is not", "run --only confusio", "confusion", code=2),
+    drawn("figures of nothing", "none", "error: no run folder none"),
+    drawn("figures of a folder of images", "p", "p is no run folder: it holds none of", photos()),
+    drawn("figure that there is not", "run --only confusio", "confusion"),
     drawn("figure of an evaluation that there is not", "run --only confusion --evaluation test-best9",
           "has no evaluation test-best9", code=0),
     drawn("predictions torn", "run --only confusion", "write it again with rescom-timm evaluate",
           half("run/evaluation/test-last.safetensors"), code=0),
     drawn("record that is a list", "run --only confusion", "holds list, not dict", text("run/evaluation/test-last.json",
-          "[]"), code=2),
+          "[]")),
     drawn("record that counts other classes", "run --only confusion", "disagree on the number of classes",
-          changed("run/evaluation/test-last.json", per_class__count=[1, 2]), code=2),
+          changed("run/evaluation/test-last.json", per_class__count=[1, 2])),
     drawn("log without a line", "run --only curves", "no training log (metrics.jsonl) in run",
           empty("run/metrics.jsonl"), code=0),
-    drawn("recipe torn under figures", "run --only report", "recipe.yaml", text("run/recipe.yaml", "a: ["), code=2),
+    drawn("recipe torn under figures", "run --only report", "recipe.yaml", text("run/recipe.yaml", "a: [")),
     drawn("net that cannot be drawn from", "run --only tsne", "every checkpoint in run/checkpoints is damaged",
           *both(half), code=0),
-    drawn("pictures where a file is", "run --only curves -o f", "f", text("f", "mine"), code=2),
+    drawn("pictures where a file is", "run --only curves -o f", "f", text("f", "mine")),
 ]
 # fmt: on
 

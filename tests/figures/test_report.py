@@ -170,14 +170,14 @@ def test_tool_puts_one_runs_pictures_into_the_run(tool: ModuleType, tmp_path: Pa
 
 def test_tool_says_what_is_wrong(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "r", COUNTS)
-    assert tool.main([str(folder), "--only", "reliabilty"]) == 2
+    assert tool.main([str(folder), "--only", "reliabilty"]) == 1
     assert "Did you mean reliability?" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert tool.main([str(empty)]) == 2
+    assert tool.main([str(empty)]) == 1
     assert "is no run folder" in capsys.readouterr().err
-    assert tool.main([str(tmp_path / "absent")]) == 2
-    assert "No run folder" in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "absent")]) == 1
+    assert "no run folder" in capsys.readouterr().err
     (folder / "metrics.jsonl").unlink()
     (folder / "environment.json").write_text(json.dumps([]))
     assert tool.main([str(folder), "--only", "curves,longtail"]) == 0

@@ -173,7 +173,7 @@ def test_tool_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.Ca
         ([str(folder), "--baseline", "alexnet"], "1,000 classes, and the run has 10"),
         ([str(folder), "--prepared", str(tmp_path)], "neither ImageNet-C"),
         ([str(folder), "--limit", "0"], "at least 1"),
-        ([str(tmp_path / "absent")], "No run folder"),
+        ([str(tmp_path / "absent")], "no run folder"),
     ):
         assert command.main(words) == 1
         assert message in capsys.readouterr().err

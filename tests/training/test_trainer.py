@@ -324,7 +324,7 @@ def test_two_trainings_of_one_folder_are_refused(alone, tmp_path):
     with held(folder):
         launch = Launch(tree, resume=True)
         assert launch.wait() == [1]
-    assert f"CheckpointError: {folder} is being trained by process {os.getpid()} on" in launch.text
+    assert f"error: {folder} is being trained by process {os.getpid()} on" in launch.text
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,0 +1,141 @@
+"""Printed text: what a terminal would obey is escaped, whoever prints it."""
+
+import io
+import sys
+import warnings
+
+import pytest
+from tqdm import tqdm
+
+from rescom_timm.__main__ import main
+from rescom_timm.commands import EXIT_CODES, answer, new_parser
+from rescom_timm.data.index import Index
+from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import load
+from rescom_timm.text import check_name, escape_controls, escaped_output
+from rescom_timm.training.errors import message
+from tests.text.hostile import CONTROLS, TERMINAL
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("\x1b[31m", "\\x1b[31m"),
+        ("a\x9bb", "a\\x9bb"),
+        ("x\u202ey", "x\\u202ey"),
+        ("\udcff", "\\udcff"),
+        ("caf\u00e9 \u65e5\u672c \u05d0\u05d1 \U0001f408\u200d\u2b1b \u0645\u06cc\u200c\u062e", None),
+    ],
+)
+def test_controls_are_escaped_and_letters_stay(text, escaped):
+    assert escape_controls(text) == (text if escaped is None else escaped)
+
+
+def test_line_breaks_stay_where_text_has_lines():
+    assert escape_controls("a\n\tb\r", lines=True) == "a\n\tb\\r" and escape_controls("a\nb\t") == "a\\nb\\t"
+
+
+def test_every_print_is_escaped_and_the_streams_come_back(capsys):
+    before = sys.stdout, sys.stderr, warnings.formatwarning
+    with escaped_output(), escaped_output():
+        print("out", *TERMINAL)
+        print("\r", *TERMINAL, file=sys.stderr)
+        sys.stdout.writelines(TERMINAL)
+    assert before == (sys.stdout, sys.stderr, warnings.formatwarning)
+    told = capsys.readouterr()
+    assert told.out.count("\\x1b]52;c;bWU=\\x07") == 2 and "\\u202egnp" in told.err
+    assert not any(one in told.out for one in CONTROLS) and not any(one in told.err[1:] for one in CONTROLS)
+
+
+def test_a_bar_moves_and_its_text_is_escaped(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with escaped_output():
+        with tqdm(total=2, desc="a\x1b]0;x\x07b", ncols=60, mininterval=0, file=sys.stderr) as bar:
+            bar.update(2)
+    told = screen.getvalue()
+    assert told.startswith("\r") and "a\\x1b]0;x\\x07b" in told and "2/2" in told
+    assert not any(one in told.replace("\r", "") for one in CONTROLS)
+
+
+@pytest.mark.parametrize(
+    "words", ["recipes {}", "train digits_lt {}=1 --print", "train digits_lt --{}", "{}", "doctor {}"]
+)
+@pytest.mark.parametrize("hostile", ["a\x1b]52;c;bWU=\x07", "b\x9b1m", "c\u202eyx"])
+def test_words_that_a_command_refuses_are_printed_escaped(words, hostile, capsys):
+    try:
+        code = main([word.replace("{}", hostile) for word in words.split()])
+    except SystemExit as stop:
+        code = stop.code
+    told = "".join(capsys.readouterr())
+    assert code in (1, 2) and ascii(hostile)[1:-1] in told.replace("\\\\", "\\")
+    assert not any(one in told for one in CONTROLS)
+
+
+def test_names_of_classes_in_printed_findings_are_escaped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    header = "# rescom_timm index: 1\n# source: \x1b[2Jgone\n# rows: 2\n# classes: 2\n# class 0: 1 a\n# class 1: 1 b\n"
+    (tmp_path / "l.txt").write_text(header + "# path label\na\u202e.png 0\nb.png 1\n", encoding="utf-8")
+    assert main(["describe", "l.txt"]) == 0 and "source: \\x1b[2Jgone" in capsys.readouterr().out
+    assert main(["overlap", "l.txt", "l.txt"]) == 3 and "a\\u202e.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a\x1b[m", "b\x9b", "c\u202e", "d\u200f", "e\x00"])
+def test_names_with_controls_are_refused_where_we_write_them(name, tmp_path):
+    with pytest.raises(ValueError, match="a class name must not contain control"):
+        Index([f"{k}.png" for k in range(2)], [0, 1], 2, class_names=["good", name]).save(tmp_path / "l.txt")
+    assert not (tmp_path / "l.txt").exists()
+    with pytest.raises(RecipeError, match="name"):
+        load("digits_lt", [f'name="{ascii(name)[1:-1]}"'])
+    check_name("caf\u00e9 \u05d0 \U0001f408\u200d\u2b1b", "a class name")
+
+
+def test_a_warning_is_one_line_without_the_code(capsys):
+    def work():
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            monkey = warnings.formatwarning
+            assert (
+                monkey(UserWarning("two\nlines \x1b"), UserWarning, "commands/train.py", 75)
+                == "warning: two lines \x1b\n"
+            )
+        return 0
+
+    assert answer(work) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (RecipeError("no such key"), "no such key"),
+        (OSError(28, "No space left on device", "f"), "No space left on device: 'f'"),
+        (OSError(None, "Error while serializing"), "Error while serializing"),
+        (MemoryError(), "memory is full"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_an_error_is_printed_without_its_kind_and_number(error, printed, capsys):
+    def work():
+        raise error
+
+    assert message(error) == printed
+    assert answer(work) == 1
+    assert capsys.readouterr().err.startswith(f"error: {printed}")
+
+
+def test_help_ends_with_the_exit_codes(capsys):
+    assert EXIT_CODES in new_parser("about", "x", "rescom-timm x").format_help()
+    assert main(["--help"]) == 0 and EXIT_CODES in capsys.readouterr().out
+    for word in ("0 ok", "1 failed", "2 usage error", "3 check", "130", "143"):
+        assert word in EXIT_CODES
+
+
+@pytest.mark.parametrize("verb", ["evaluate {}", "figures {}", "robustness {}", "push {} --export x"])
+@pytest.mark.parametrize(("run", "said"), [("none", "no run folder none"), ("f", "f is no run folder: it is a file"),
+                                           ("d", "d is no run folder: it holds none of")])  # fmt: skip
+def test_every_command_answers_alike_to_what_is_no_run(verb, run, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_text("mine")
+    (tmp_path / "d").mkdir()
+    assert main(verb.format(run).split()) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")
