@@ -30,7 +30,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     def work() -> int:
         made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
-        made.launch(server_name="127.0.0.1", server_port=arguments.port, share=False)
+        made.launch(
+            server_name="127.0.0.1", server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True
+        )
+        print(f"{made.local_url}  (Ctrl-C ends it)", flush=True)
+        made.block_thread()
         return 0
 
     return answer(work)
@@ -60,8 +64,6 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
             first_numbers(read),
             headers=["class", "how frequent"],
             column_count=2,
-            column_limits=(2, 2),
-            row_limits=(len(read.class_names), len(read.class_names)),
             static_columns=[0],
             type="array",
             interactive=True,

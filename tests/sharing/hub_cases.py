@@ -125,6 +125,11 @@ def test_one_repository_for_two_readers(tmp_path):
     assert same_net(model.method(), local.method()) and model.class_names == NAMES
     for address in (f"hf://{REPO}", f"hf-hub:{REPO}", f"{REPO}@main", f"{REPO}@{repo.commits[-1][0]}"):
         assert same_net(from_pretrained(address).net, local.net)
+    commit = repo.commits[-1][0]
+    for address, revision in ((REPO, "main"), (REPO, commit), (f"hf://{REPO}", commit), (f"{REPO}@main", "main")):
+        assert same_net(from_pretrained(address, revision=revision).net, local.net)
+    with pytest.raises(FileNotFoundError, match="no such revision"):
+        from_pretrained(REPO, revision="v9")
     plain = timm.create_model(f"hf-hub:{REPO}", pretrained=True).eval()
     x = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(plain(x), local.net.classify(x))

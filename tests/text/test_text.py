@@ -3,15 +3,20 @@
 import io
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from rescom_timm import files
 from rescom_timm.__main__ import main
 from rescom_timm.commands import EXIT_CODES, answer, new_parser
+from rescom_timm.commands.parts.predict import read_prior
 from rescom_timm.data.index import Index
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.recipe.loading import load
+from rescom_timm.sharing.hub import at_revision
 from rescom_timm.text import check_name, escape_controls, escaped_output
 from rescom_timm.training.errors import message
 from tests.text.hostile import CONTROLS, TERMINAL
@@ -139,3 +144,41 @@ def test_every_command_answers_alike_to_what_is_no_run(verb, run, said, tmp_path
     (tmp_path / "d").mkdir()
     assert main(verb.format(run).split()) == 1
     assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "printed"),
+    [
+        ("1\n2\n3\n", [1, 2, 3], "cat 1, dog 2, caf\u00e9 3"),
+        ("4 5\n6", [4, 5, 6], "cat 4, dog 5, caf\u00e9 6"),
+        ("dog,2\ncafe\u0301,3\ncat,1\n", [1, 2, 3], ""),
+        ('class,images\n\ncaf\u00e9, 30\n"cat",1e1\ndog,0.5\n', [10, 0.5, 30], ""),
+    ],
+)
+def test_a_prior_is_numbers_in_the_printed_order_or_names_in_any(text, expected, printed, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text(text, encoding="utf-8")
+    assert read_prior(str(tmp_path / "p.csv"), ["cat", "dog", "caf\u00e9"]) == expected
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["me/x", "hf://me/x", "hf-hub:me/x", "me/x@v1"])
+def test_a_revision_makes_an_address(source):
+    assert at_revision(source, "v1") == "hf://me/x@v1"
+
+
+@pytest.mark.parametrize(
+    ("source", "revision"), [("runs", "v1"), ("me/x@v2", "v1"), ("me/x", "a b"), (Path("me/x"), "v1")]
+)
+def test_revisions_that_cannot_be(source, revision):
+    with pytest.raises(ValueError, match="revision"):
+        at_revision(source, revision)
+
+
+def test_what_safetensors_cannot_write_is_the_systems_error(tmp_path, monkeypatch):
+    def fails(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", fails)
+    with pytest.raises(OSError) as error:
+        files.write_tensors(tmp_path / "x.safetensors", {})
+    assert error.value.errno == 28 and "None" not in str(error.value) and str(tmp_path) in str(error.value)
