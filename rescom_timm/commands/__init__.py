@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from rescom_timm.text import escape_controls, escaped_output
 
@@ -25,10 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(2, f"error: {message}\n")
-
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
-        super()._print_message(escape_controls(message, lines=True), file)
+        self.exit(2, f"error: {escape_controls(message, lines=True)}\n")
 
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.sharing.predict import Prediction, Prior, embed, image_name, predict
 from rescom_timm.sharing.pretrained import Pretrained
 from rescom_timm.text.pages import render
+from rescom_timm.training.errors import message
 
 OWN_NUMBERS = "my own numbers"
 PRIORS: dict[str, Prior | None] = {
@@ -88,7 +89,7 @@ def answers(
         prior = prior_of(choice, numbers)
         found = predict(model, list(files), top_k=top_k, prior=prior, among=among, nearest=nearest)
     except (ValueError, OSError) as error:
-        return render("demo.html", error=str(error))
+        return render("demo.html", error=message(error))
     return render("demo.html", cards=[_card(model, one, training) for one in found])
 
 

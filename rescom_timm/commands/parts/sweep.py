@@ -25,7 +25,7 @@ from rescom_timm.recipe.loading import differences, load
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import DETAILS
 from rescom_timm.text.pages import markdown as escaped
-from rescom_timm.training.errors import FAILURES, one_line
+from rescom_timm.training.errors import FAILURES, message
 from rescom_timm.training.run_folder import lines, run_recipe
 from rescom_timm.training.state import Progress
 
@@ -114,7 +114,7 @@ def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
             if lean and main:
                 shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
         except FAILURES as error:
-            wrong.append(f"{cell.name}: {one_line(error)}")
+            wrong.append(f"{cell.name}: {message(error)}")
             if main:
                 print(f"left out: {wrong[-1]}", file=sys.stderr, flush=True)
     return wrong
