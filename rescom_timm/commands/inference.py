@@ -10,7 +10,6 @@ rescom-timm inference resnet32_cifar --batch-size 8 --classes 100 --rounds 10
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,9 +47,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from rescom_timm.figures import inference, style
     from rescom_timm.files import parse_yaml, write_json
 
+    bar = tqdm(bar_format="{desc}", leave=False)
     try:
         found = inference.measure(
             arguments.backbone,
@@ -64,11 +66,12 @@ def measure(arguments: argparse.Namespace) -> int:
             branch=arguments.branch,
             channels_last=arguments.channels_last,
             options={key: parse_yaml(value) for key, _, value in (w.partition("=") for w in arguments.options)},
-            note=lambda text: print(f"\r{text}   ", end="", file=sys.stderr, flush=True),
+            note=bar.set_description_str,
         )
     except RuntimeError as error:  # of torch, for a net that does not take such images or does not fit the memory
         raise ValueError(str(error).splitlines()[0]) from error
-    print(file=sys.stderr)
+    finally:
+        bar.close()
     for row in (record := found.record())["nets"]:
         speed = f"{row['median_ms']:10.3f} ms{row['images_per_second']:12,.1f} images/s"
         print(f"{row['net']:<28}{speed}   x {row['ratio']:.2f}")

@@ -36,14 +36,14 @@ def check_name(name: str, what: str) -> None:
 
 
 class EscapedStream:
-    """A text stream on which control characters are escaped, whoever writes. bars: those by which a progress bar moves
-    are not."""
+    """A text stream on which control characters are escaped, whoever writes. Those by which tqdm moves a bar stay."""
 
-    def __init__(self, stream: Any, bars: bool = False) -> None:
-        self.stream, self.bars = stream, bars
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
 
     def write(self, text: str) -> int:
-        bar = _BAR.fullmatch(text) if self.bars else None
+        writer = str(sys._getframe(1).f_globals.get("__name__"))
+        bar = _BAR.fullmatch(text) if writer.startswith("tqdm.") else None
         if bar:
             start, stop = bar.span(1)
             self.stream.write(text[:start] + _escaped(bar[1]) + text[stop:])
@@ -67,8 +67,8 @@ def _escaped(text: str) -> str:
 def escape_output() -> None:
     """From now on what is printed is escaped, on stdout and stderr, and a warning is one line without the code's."""
     sys.stdout, sys.stderr = (  # type: ignore[assignment]
-        stream if stream is None or isinstance(stream, EscapedStream) else EscapedStream(stream, bars)
-        for stream, bars in ((sys.stdout, False), (sys.stderr, True))
+        stream if stream is None or isinstance(stream, EscapedStream) else EscapedStream(stream)
+        for stream in (sys.stdout, sys.stderr)
     )
     warnings.formatwarning = _warning  # type: ignore[assignment]
 
