@@ -143,5 +143,5 @@ def test_of_a_good_recipe_with_a_wrong_word_the_word_is_told(tmp_path):
     run = make_run(tmp_path / "run")
     with pytest.raises(RecipeError, match="unknown key net.backbon; did you mean net.backbone"):
         run_recipe(run, ["net.backbon=resnet18"])
-    with pytest.raises(RecipeError, match="no recipe"):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
         run_recipe(tmp_path / "none")
