@@ -246,6 +246,12 @@ def _sections(facts: Facts) -> dict[str, str]:
     return {name: render("card.md", section=name, **values).strip("\n") for name in names}
 
 
+def _pixels(facts: Facts) -> str:
+    """Which images other readers see otherwise than rescom_timm, and so than training."""
+    reading = ReadConfig.of(facts.details.get("reading", {}))
+    return render("card.md", section="pixels", reading=reading).strip()
+
+
 def _group(name: str, counts: list[int]) -> str:
     ranges = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
     low, high = ranges[name]
