@@ -99,8 +99,7 @@ def rescom_config(options: argparse.Namespace, classes: int) -> RescomConfig:
         negatives=options.negatives or default, positives=POSITIVES, temperature=TEMPERATURE,
         queue=QueueConfig(per_class=options.per_class),
     )  # fmt: skip
-    config.check_classes(classes)
-    return config
+    return config.for_classes(classes)
 
 
 def measure_steps(options: argparse.Namespace, classes: int) -> dict[str, Any]:

@@ -102,11 +102,15 @@ def inspect(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig
         return _rgb(_open(value, reading), reading)
 
 
-def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> None:
-    """Read the header of an image alone, and of a file no more. Arguments and what is raised as in `decode`."""
+def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> tuple[int, int]:
+    """Width and height of an image as it is read, by its header alone; of a file no more is read. Arguments and what is
+    raised as in `decode`."""
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
-        _refuse_mode(_image(source, reading) if source is not value else _open(value, reading), reading)
+        image = _image(source, reading) if source is not value else _open(value, reading)
+        _refuse_mode(image, reading)
+        turned = reading.exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 @contextmanager

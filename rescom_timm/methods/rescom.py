@@ -6,7 +6,7 @@ the first views of the batch, rows B..2B-1 the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ class RescomConfig:
     queue: QueueConfig = QueueConfig()
     positives: int | None = 1
     """Qp, hardest positive keys of each query; null: all (eq. 3)."""
-    negatives: int | None = 500
-    """Qn, hardest negative keys of each query; null: all (eq. 3)."""
+    negatives: int | None | Literal["auto"] = "auto"
+    """Qn, hardest negative keys of each query; null: all (eq. 3); auto: see `auto_negatives`."""
     siamese: bool = True
     """Balanced Softmax on both views (eq. 6) or on the first only."""
     gather_pairs: bool = False
@@ -63,21 +63,33 @@ class RescomConfig:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        check(self, beta=BELOW_ONE, contrast_weight=NOT_NEGATIVE, positives=AT_LEAST_ONE, negatives=AT_LEAST_ONE)
+        check(self, beta=BELOW_ONE, contrast_weight=NOT_NEGATIVE, positives=AT_LEAST_ONE)
+        if not isinstance(self.negatives, str):
+            check(self, negatives=AT_LEAST_ONE)
         if self.queue.kind == "class_balanced" and (self.positives or 0) > self.queue.per_class:
             raise ValueError(
                 f"positives (Qp = {self.positives}) are mined from the queue.per_class (Q = {self.queue.per_class}) "
                 "keys of one class: lower positives or raise queue.per_class"
             )
 
-    def check_classes(self, num_classes: int) -> None:
-        """Raises ValueError where the negatives asked for are more than a queue over num_classes classes holds."""
-        slots = (num_classes - 1) * self.queue.per_class
-        if self.queue.kind == "class_balanced" and (self.negatives or 0) > slots:
+    def for_classes(self, num_classes: int) -> RescomConfig:
+        """The config with a number (or None) for Qn. Raises ValueError where the negatives asked for are more than a
+        queue over num_classes classes holds."""
+        negatives, slots = self.negatives, (num_classes - 1) * self.queue.per_class
+        if isinstance(negatives, str):
+            negatives = auto_negatives(num_classes, self.queue.per_class)
+        if self.queue.kind == "class_balanced" and (negatives or 0) > slots:
             raise ValueError(
-                f"negatives (Qn = {self.negatives}) are mined from the (K - 1) Q = {slots} keys of the other classes "
+                f"negatives (Qn = {negatives}) are mined from the (K - 1) Q = {slots} keys of the other classes "
                 f"(K = {num_classes}, Q = {self.queue.per_class}): lower negatives or raise queue.per_class"
             )
+        return replace(self, negatives=negatives)
+
+
+def auto_negatives(num_classes: int, per_class: int) -> int:
+    """Qn for K classes and Q keys of each: two fifths of the keys of other classes, as the paper's 400 of 990 for
+    CIFAR-100-LT, and at most 500, its number for 1,000 classes and more."""
+    return max(1, min(500, round(0.4 * (num_classes - 1) * per_class)))
 
 
 def stack_views(images: Tensor) -> Tensor:
@@ -96,7 +108,7 @@ class ResCom(nn.Module):
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
         """counts: (K,) training images of each class. Raises ValueError where Q, Qp, Qn and K do not fit."""
         super().__init__()
-        config.check_classes(len(counts))
+        config = config.for_classes(len(counts))
         self.net = net
         self.config = config
         self.queue = config.queue.build(counts, net.embedding_width)
@@ -126,7 +138,8 @@ class ResCom(nn.Module):
 
     def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The contrastive loss (eq. 5) of the 2B stacked views. embeddings: (2B, D) unit vectors. labels: (2B,)."""
-        config = self.config
+        config, negatives = self.config, self.config.negatives
+        assert not isinstance(negatives, str)
         z, y, first = embeddings, labels, 0
         keys, key_labels = (z, y) if config.mode == "released" else (None, None)
         if config.mode == "paper":
@@ -134,6 +147,6 @@ class ResCom(nn.Module):
         elif config.gather_pairs:
             keys, key_labels, first = gather(z), gather(y), processes()[0] * len(z)
         return mined_supcon(
-            z, y, self.queue, config.positives, config.negatives, config.temperature, self.weights[y],
+            z, y, self.queue, config.positives, negatives, config.temperature, self.weights[y],
             keys=keys, key_labels=key_labels, first=first,
         )  # fmt: skip

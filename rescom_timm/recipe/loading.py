@@ -356,8 +356,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], but: Sequence[str] = FREE_KEYS) -> list[str]:
-    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS."""
+    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS, and
+    for method.negatives where the new one leaves it to K and Q, a number in the recipe of a run."""
     one, other = flat(old), flat(new)
+    if other.get("method.negatives") == "auto" and "method.negatives" in one:
+        other["method.negatives"] = one["method.negatives"]
     free = tuple(f"{key}." for key in but)
     changed = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return [key for key in changed if not f"{key}.".startswith(free)]

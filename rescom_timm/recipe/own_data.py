@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import yaml
 
-from rescom_timm.data.decoding import decode
 from rescom_timm.data.index import groups
+from rescom_timm.data.sizes import sample, sizes
 from rescom_timm.data.sources import Data
-from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.methods.rescom import auto_negatives
 
 
 def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
@@ -19,7 +20,7 @@ def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
     classes = len(counts)
     q = int(np.clip(round(1000 / classes), 4, 64))
     others = (classes - 1) * q
-    qn = max(1, min(500, round(0.4 * others)))
+    qn = auto_negatives(classes, q)
     many = int((counts > 100).sum())
     return {
         "per_class": (q, f"Q: {classes * q:,} keys in all; the paper has 10 for 100 classes and 4 for 1,000"),
@@ -36,8 +37,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
     frozen ViT of ImageNet-21k."""
     section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
     chosen = settings(data.counts)
-    sample = data.train.dataset.select(range(min(32, len(data.train.rows))))
-    side = int(np.median([min(decode(row["image"]).size) for row in sample]))
+    least, side, most = _sides(data.train)
     images = int(data.counts.sum())
     batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
     few, many = (len(groups(data.counts)[name]) for name in ("few", "many"))
@@ -73,7 +73,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
 # Made by rescom-timm init. Q, Qp, Qn and beta are chosen for these counts, for the reasons beside them; nothing
 # here was tuned. Train:  rescom-timm train THIS_FILE
 {yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
-{views}  # images are about {side} pixels on their shorter side
+{views}  # shorter sides have {least} to {most} pixels, {side} in the middle
 loader: {{exif: true}}  # photographs are turned upright by their EXIF orientation
 {net}
 method:
@@ -87,3 +87,12 @@ method:
 schedule: {{name: cosine, warmup_epochs: {warmup}}}
 train: {{epochs: {epochs}, batch_size: {batch}}}
 """
+
+
+def _sides(train: Split) -> tuple[int, int, int]:
+    """Least, median and largest shorter side in pixels, of a sample over all classes. Raises ValueError where none of
+    its images can be read."""
+    sides = [min(size) for size, _ in sizes(train, sample(train.labels))]
+    if not sides:
+        raise ValueError(f"no image of {train.name} that was looked at can be read: rescom-timm doctor says why")
+    return min(sides), int(np.median(sides)), max(sides)

@@ -20,7 +20,7 @@ from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_method, build_optimizer
 from rescom_timm.training.prepare import average_of, to_device
-from rescom_timm.training.run_folder import Resume, RunElsewhere, existing, run_recipe
+from rescom_timm.training.run_folder import Resume, RunElsewhere, resumed
 
 
 def fitted(recipe: Recipe, accelerator: Accelerator, data: Data, resume: Resume) -> Recipe:
@@ -35,21 +35,14 @@ def fitted(recipe: Recipe, accelerator: Accelerator, data: Data, resume: Resume)
         raise RecipeError("train.fit_batch tries the whole net on one device, which FSDP shards: set train.accumulate")
     if isinstance(resume, RunElsewhere):
         raise RecipeError(f"train.fit_batch: set train.accumulate to that of {resume} instead, which goes on with it")
-    accumulate = broadcast_object_list([_of_run(recipe, resume) if accelerator.is_main_process else None])[0]
+    run = resumed(recipe, resume) if accelerator.is_main_process else None
+    accumulate = broadcast_object_list([run.train.accumulate if run else None])[0]
     if accumulate is None:
         before = checkpoint.random_state()
         accumulate = _tried(recipe, accelerator, data)
         checkpoint.set_random_state(before)
         clear_device_cache(garbage_collection=True)
     return replace(recipe, train=replace(recipe.train, accumulate=accumulate, fit_batch=False))
-
-
-def _of_run(recipe: Recipe, resume: bool | Path) -> int | None:
-    """train.accumulate of the run that goes on; None where none does."""
-    folders = [resume] if isinstance(resume, Path) else existing(recipe) if resume else []
-    if folders and checkpoint.listed(folders[-1] / "checkpoints"):
-        return run_recipe(folders[-1]).train.accumulate
-    return None
 
 
 def _tried(recipe: Recipe, accelerator: Accelerator, data: Data) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +18,12 @@ from tqdm import tqdm
 from rescom_timm.data.broken import unreadable
 from rescom_timm.data.loaders import eval_loader, train_loader
 from rescom_timm.data.samples import Batch, ViewsDataset
+from rescom_timm.data.sizes import check_views
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import parse
 from rescom_timm.methods import Method
+from rescom_timm.methods.rescom import RescomConfig, auto_negatives
 from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import EmaConfig, Recipe, RecipeError
@@ -28,7 +31,22 @@ from rescom_timm.training.build import speed_up
 from rescom_timm.training.launch import prepare_to_shard
 from rescom_timm.training.log import bars_shown
 from rescom_timm.training.nonfinite import copy_buffers, put_back
+from rescom_timm.training.run_folder import Resume, RunElsewhere, resumed
 from rescom_timm.training.stop_signals import in_own_process_group
+
+
+def settled(recipe: Recipe, data: Data, resume: Resume) -> Recipe:
+    """The recipe with a number where method.negatives is auto: that of the run to resume, else by K and Q. Earlier
+    versions had 500 for any K and Q, so their runs keep it."""
+    method = recipe.method
+    if not isinstance(method, RescomConfig) or method.negatives != "auto":
+        return recipe
+    run = None if isinstance(resume, RunElsewhere) else resumed(recipe, resume)
+    if run is not None and isinstance(run.method, RescomConfig):
+        negatives = run.method.negatives
+    else:
+        negatives = auto_negatives(len(data.counts), method.queue.per_class)
+    return replace(recipe, method=replace(method, negatives=negatives))
 
 
 def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Batch]:
@@ -132,9 +150,9 @@ def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerato
         put_back(method, before)
 
 
-def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> None:
+def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits: dict[str, Split]) -> None:
     """Raises RecipeError where an evaluation image cannot be read, by its header: hours before an evaluation would.
-    Each process looks at its part."""
+    Each process looks at its part. Then `_check_sizes`."""
     found: list[str] = []
     for split in splits.values():
         own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
@@ -145,6 +163,32 @@ def check_images(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Spl
         raise RecipeError(
             f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
             f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)"
+        )
+    _check_sizes(recipe, train, splits, accelerator.is_main_process)
+
+
+FAR_APART = 1.5
+"""Ratio of the sizes of training and evaluation images above which a warning is given."""
+
+
+def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: bool) -> None:
+    """Raises RecipeError where images are too small for a crop of the views, or differ in size after them. Warns where
+    training and evaluation images have sizes far apart."""
+    views, exif = recipe.views, recipe.loader.exif
+    try:
+        ours = check_views(parse(views.train), train, "views.train", exif)
+        theirs = [check_views(parse(views.eval), split, "views.eval", exif) for split in splits.values()]
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    sizes = [size for size in (ours, *theirs) if size is not None]
+    sides = [max(size) for size in sizes]
+    if main and sides and max(sides) > FAR_APART * min(sides):
+        first, other = sizes[sides.index(min(sides))], sizes[sides.index(max(sides))]
+        warnings.warn(
+            f"the net would see images of {first[0]} x {first[1]} and of {other[0]} x {other[1]} pixels in training "
+            f"(views.train: {views.train}) and evaluation (views.eval: {views.eval or 'none'}), which costs accuracy: "
+            "let both end in the same size",
+            stacklevel=3,
         )
 
 

@@ -46,6 +46,14 @@ def existing(recipe: Recipe) -> list[Path]:
     return found
 
 
+def resumed(recipe: Recipe, resume: bool | Path) -> Recipe | None:
+    """The recipe of the run on this machine that will be resumed; None where there is no checkpoint to resume from."""
+    folders = [resume] if isinstance(resume, Path) else existing(recipe) if resume else []
+    if folders and checkpoint.listed(folders[-1] / "checkpoints"):
+        return run_recipe(folders[-1])
+    return None
+
+
 def check_place(recipe: Recipe) -> None:
     """Raises RecipeError where the run's folder cannot be made."""
     parent = Path(os.path.abspath(recipe.folder.parent))

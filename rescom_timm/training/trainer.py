@@ -49,6 +49,7 @@ from rescom_timm.training.prepare import (
     check_selection,
     class_feature_sums,
     evaluation_loaders,
+    settled,
     to_device,
     training_loader,
 )
@@ -74,7 +75,7 @@ def train(
         accelerator = launch(recipe)
         set_seed(recipe.seed)
         data = load(recipe.data)
-        recipe = fitted(recipe, accelerator, data, resume)
+        recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
         method = build_method(recipe, data, start=True, teacher=teacher)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
         trainer = Trainer(recipe, accelerator, data, method, follower)
@@ -130,7 +131,7 @@ class Trainer:
         check_selection(recipe, data)
         splits = {"test": data.test, "validation": data.validation}
         self.splits = {name: split for name, split in splits.items() if split is not None}
-        check_images(accelerator, recipe, self.splits)
+        check_images(accelerator, recipe, data.train, self.splits)
         self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
 
     @property
