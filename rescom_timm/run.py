@@ -11,8 +11,10 @@ model = run.model()                 # a plain timm model
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from rescom_timm.data.memory import MEMORY, InMemory, in_memory
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import pictures, write_figures
+from rescom_timm.files import parse_yaml
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import flat, load, load_dict
+from rescom_timm.recipe.own_data import recipe_for
 from rescom_timm.sharing.neighbours import Embeddings
 from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predict
 from rescom_timm.sharing.prediction_sets import PredictionSets
@@ -55,7 +59,8 @@ def train(
     """Train a recipe and come back with its run.
 
     recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values;
-    None: the defaults. dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe
+    None: for a dataset what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights,
+    which are downloaded unless sections name another backbone), else the defaults. dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe
     names), or one Dataset, of which a fifth of each class is parted off for testing; in the place of the recipe's
     data.source. A torch Dataset of (image, label) may stand for a Dataset, a dict of them for a DatasetDict. sections:
     parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}. overrides: the same as
@@ -69,12 +74,47 @@ def train(
         words = [f"data.source={MEMORY}", *_splits(dataset, words), *words]
     if isinstance(recipe, Recipe):
         recipe = recipe.to_dict()
-    if recipe is None or isinstance(recipe, Mapping):
-        resolved = load_dict(dict(recipe or {}), "recipe", words)
-    else:
-        resolved = load(recipe, words)
     with in_memory(dataset):
+        if recipe is None and dataset is not None:
+            resolved = _proposed(dataset, words)
+        elif recipe is None or isinstance(recipe, Mapping):
+            resolved = load_dict(dict(recipe or {}), "recipe", words)
+        else:
+            resolved = load(recipe, words)
         return Run(train_recipe(resolved, resume), dataset)
+
+
+def _proposed(dataset: InMemory, words: Sequence[str]) -> Recipe:
+    """What `rescom-timm init` proposes for the data set in memory, below the words. Where they name a backbone, nothing
+    of the proposed net is taken, such as its pretrained weights."""
+    said = [word.partition("=")[0].strip() for word in words]
+    config = load_dict({}, "recipe", [word for word in words if word.startswith(("data.", "data="))]).data
+    names = list(dataset) if isinstance(dataset, Mapping) else [config.train]
+    if "test" not in names and config.train in names and not {"data", "data.test"} & set(said):
+        print("the data set has no split 'test': a fifth of each class is kept for testing (data.test=holdout(0.2))")
+        config = replace(config, test="holdout(0.2)")
+    spare = [name for name in names if name not in (config.train, config.test, *SPLIT.findall(config.validation))]
+    if not {"data", "data.validation"} & set(said) and (found := {"validation", "val"}.intersection(spare)):
+        config = replace(config, validation=f"split({max(found, key=len)})")
+        spare.remove(max(found, key=len))
+    if spare:
+        print(f"left out: the splits {', '.join(spare)} of the data set (data.train, data.test, data.validation)")
+    tree = parse_yaml(recipe_for(load_data(config), config, MEMORY))
+    del tree["method"]["negatives"]  # which follows from K and Q, and the words may name another Q
+    if {"net", "net.backbone"} & set(said):
+        del tree["net"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "train.epochs=.* shortens the schedule")  # which the user has not chosen
+        recipe = load_dict(tree, "recipe", words)
+    print(
+        f"no recipe: as rescom-timm init proposes for these images, net.backbone={recipe.net.backbone} "
+        f"net.pretrained={str(recipe.net.pretrained).lower()} views.train={recipe.views.train!r} "
+        f"views.eval={recipe.views.eval!r}; all is in the run's recipe.yaml"
+    )
+    return recipe
+
+
+SPLIT = re.compile(r"split\((.*)\)")
 
 
 def _words(sections: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ class Pairs:
     def __init__(self, source: Any, rows: np.ndarray | None = None) -> None:
         self.source = source
         self.rows = np.arange(len(source)) if rows is None else rows
+        self._labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,13 +50,16 @@ class Pairs:
     def labels(self) -> np.ndarray:
         """(N,) int64: of an attribute `targets` or `labels`, else of every item. Raises ValueError for labels that are
         no whole numbers."""
+        if self._labels is not None:
+            return self._labels
         given = next((getattr(self.source, name) for name in ("targets", "labels") if hasattr(self.source, name)), None)
         if given is None:
             given = [self.source[i][1] for i in range(len(self.source))]
         found = np.asarray(given)
         if found.ndim != 1 or len(found) != len(self.source) or found.dtype.kind not in "iu":
             raise ValueError("the data set's labels must be whole numbers, one of each image")
-        return found.astype(np.int64)
+        self._labels = found.astype(np.int64)
+        return self._labels
 
     def class_names(self) -> list[str] | None:
         names = getattr(self.source, "classes", None)
