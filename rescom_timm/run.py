@@ -58,13 +58,16 @@ def train(
 ) -> Run:
     """Train a recipe and come back with its run.
 
-    recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values;
+    recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values.
     None: for a dataset what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights,
-    which are downloaded unless sections name another backbone), else the defaults. dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe
-    names), or one Dataset, of which a fifth of each class is parted off for testing; in the place of the recipe's
-    data.source. A torch Dataset of (image, label) may stand for a Dataset, a dict of them for a DatasetDict. sections:
-    parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}. overrides: the same as
-    words of the command line, "train.epochs=30". resume: continue the last run of the recipe's name, if there is one.
+    which are downloaded unless sections name another backbone; a split validation or val chooses the best checkpoint),
+    else the defaults.
+    dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe names), or one Dataset, of
+    which a fifth of each class is kept for testing; in the place of the recipe's data.source. A torch Dataset of
+    (image, label) may stand for a Dataset, a dict of them for a DatasetDict.
+    sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
+    overrides: the same as on the command line, "train.epochs=30".
+    resume: continue the last run of the recipe's name, if there is one.
 
     Raises RecipeError for a recipe that cannot be run, ValueError and FileNotFoundError for the data, and what else
     training.trainer.train does.

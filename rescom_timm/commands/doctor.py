@@ -2,9 +2,10 @@
 
 Looks at every image of the recipe's splits: images that cannot be read, the same or nearly the same image in two
 splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that hold
-fewer bits, classes too small to be held out or without test images, class names that may be one. Of a RUN it also tells
-labels of test and validation images that are probably wrong (confident learning; training images were learnt by heart
-and say nothing). Text, and one HTML page with thumbnails. Exit code 3 where images cannot be read, are in two splits or
+fewer bits, classes too small to be held out or without test images, class names that look alike. Of a RUN it also names
+test and validation images whose labels the net disagrees with (confident learning, over classes of ten such images or
+more; training images were learnt by heart and say nothing). Text, and one HTML page with thumbnails. Exit code 3 where
+images cannot be read, are in two splits or
 have two labels.
 Data of your own: rescom-timm init FOLDER first.
 """
@@ -71,19 +72,24 @@ def look(options: argparse.Namespace) -> int:
 
 
 def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:
-    """Labels of held-out images that a run's net contradicts."""
-    from rescom_timm.data.doctor import Finding, wrong_labels
+    """Labels of held-out images that a run's net disagrees with."""
+    import numpy as np
+
+    from rescom_timm.data.doctor import Finding, disputed
     from rescom_timm.figures.opened import open_run
 
-    opened, groups, lines = open_run(run, overrides=overrides), [], []
-    for name in ("test", "validation"):
-        if name in images.splits:
-            seen = opened.look(images.splits[name])
-            first = int((images.split == name).argmax())
-            for i, other in wrong_labels(seen.labels.numpy(), seen.logits.softmax(dim=1).numpy()):
-                groups.append([first + i])
-                lines.append(f"{name} {images.name[first + i]}: perhaps {data.class_names[other]}")
+    opened = open_run(run, overrides=overrides)
+    names = [name for name in ("test", "validation") if name in images.splits]
+    seen = [opened.look(images.splits[name]) for name in names]
+    labels = np.concatenate([one.labels.numpy() for one in seen])
+    shares = np.concatenate([one.logits.softmax(dim=1).numpy() for one in seen])
+    place = np.concatenate([np.flatnonzero(images.split == name) for name in names])
+    groups, notes = [], []
+    for i, other in disputed(labels, shares):
+        groups.append([int(place[i])])
+        kinds = (other, int(labels[i]))
+        notes.append("the net says " + ", ".join(f"{data.class_names[k]} {shares[i, k]:.2f}" for k in kinds))
     if not groups:
         return []
-    advice = "by a net that was not trained on them; look at them, and do not tune on a test set that you clean so"
-    return [Finding("labels", "Labels that are probably wrong", advice, groups, tuple(lines))]
+    advice = "label or net may be wrong: look at them, and do not tune on a test set that you clean so"
+    return [Finding("labels", "Labels that the net disagrees with", advice, groups, notes=tuple(notes))]

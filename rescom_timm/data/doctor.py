@@ -81,6 +81,8 @@ class Finding:
     """Images that belong together, as numbers in Examined; empty where the finding is about classes or names."""
     lines: tuple[str, ...] = ()
     """What is told where there are no images to show."""
+    notes: tuple[str, ...] = ()
+    """Of each group, what is said beside its images; empty: nothing."""
 
     @property
     def count(self) -> int:
@@ -267,16 +269,25 @@ def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> I
 def _of_names(names: Sequence[str]) -> Finding:
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        alike["".join(nfc(name).split()).replace("_", "").replace("-", "").casefold()].append(name)
-    lines = tuple(", ".join(repr(name) for name in group) for group in alike.values() if len(group) > 1)
-    title = "Class names that differ in case, blanks or dashes alone"
-    return Finding("names", title, "they may be one class", [], lines)
+        alike[nfc("".join(nfc(name).split()).replace("_", "").replace("-", "").casefold())].append(name)
+    lines = []
+    for group in alike.values():
+        if len(group) > 1:
+            show = ascii if len(set(map(nfc, group))) < len(group) else repr  # names that look the same
+            lines.append(", ".join(map(show, group)))
+    title = "Class names that differ in case, blanks, dashes or Unicode form alone"
+    return Finding("names", title, "they may be one class", [], tuple(lines))
 
 
-def wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[int, int]]:
-    """(image, its more probable class) of labels that are probably wrong, the surest first, by confident learning
+HELD_OUT = 10
+"""Images by which a class's mean probability is known well enough to say that a label is wrong."""
+
+
+def disputed(labels: np.ndarray, probabilities: np.ndarray, least: int = HELD_OUT) -> list[tuple[int, int]]:
+    """(image, its more probable class) of labels that the net disagrees with, the surest first, by confident learning
     (Northcutt et al. 2021, arXiv 1911.00068): some other class j reaches the mean probability that the
-    net gives j on images labelled j, and the label's class does not reach its own.
+    net gives j on images labelled j, and the label's class does not reach its own. A class of fewer than `least` images
+    is never j, as a mean over so few says little.
 
     labels: (N,). probabilities: (N, K), of images that the net was not trained on.
     """
@@ -285,7 +296,7 @@ def wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[in
     counts = np.bincount(labels, minlength=classes)
     means = np.bincount(labels, own, minlength=classes) / np.maximum(counts, 1)
     threshold = np.where(counts > 0, means, np.inf)
-    reached = np.where(probabilities >= threshold, probabilities, -1.0)
+    reached = np.where((probabilities >= threshold) & (counts >= least), probabilities, -1.0)
     reached[np.arange(len(labels)), labels] = -1.0
     other = reached.argmax(axis=1)
     best = reached[np.arange(len(labels)), other]

@@ -3,6 +3,7 @@
 import logging
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Value
 from datasets.table import InMemoryTable
 
-from rescom_timm.class_names import distinct, nfc, refuse_two_forms
+from rescom_timm.class_names import nfc, refuse_two_forms
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import is_table
@@ -36,11 +37,54 @@ def holds_tables(folder: Path) -> bool:
     return any(path.endswith((".parquet", ".arrow")) for path in islice(files_under(folder), 1000))
 
 
-def files_under(folder: str | Path) -> Iterator[str]:
-    """Paths of the files in and below a folder, but for hidden ones: in their name or a folder's a dot comes first."""
-    for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (f"{path}/{name}" for name in files if not name.startswith("."))
+class LeftOut:
+    """Files and folders that are left out: called with (why, path) for each."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, list[str]] = {}
+
+    def __call__(self, why: str, path: str) -> None:
+        self.paths.setdefault(why, []).append(path)
+
+    def say(self, root: Path, say: Callable[[str], object]) -> None:
+        """A line for each reason, with the first few paths below the root."""
+        for why, paths in self.paths.items():
+            shown = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths[:4]]
+            say(f"{len(paths):,} files or folders under {root} {why} and left out: {first_few(shown, 3)}")
+
+
+def files_under(folder: str | Path, left_out: Callable[[str, str], object] = lambda why, path: None) -> Iterator[str]:
+    """Paths of the files in and below a folder, but for hidden ones, whose names begin with a dot. Links to folders are
+    followed, after all else, each real folder once.
+
+    Raises OSError for a folder that cannot be listed.
+    """
+    seen: set[str] = set()
+    todo, links = [str(folder)], list[str]()
+    while todo or links:
+        path = todo.pop() if todo else links.pop(0)
+        real = os.path.realpath(path)
+        if real in seen or f"{os.path.realpath(os.path.dirname(path))}/".startswith(f"{real}/"):
+            left_out("are links to folders that are read already or that they are in", path)
+            continue
+        seen.add(real)
+        with os.scandir(path) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            inner = f"{path}/{entry.name}"
+            if entry.name.startswith("."):
+                left_out("are hidden", inner)
+            elif is_dangling(entry):
+                left_out("are links to what is not there", inner)
+            elif entry.is_dir():
+                (links if entry.is_symlink() else todo).append(inner)
+            else:
+                yield inner
+
+
+def is_dangling(entry: os.DirEntry[str]) -> bool:
+    """Whether the entry is a link to what is not there, such as a disk that is not mounted, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def folder_part(
@@ -75,7 +119,11 @@ def folder_part(
             f"{first_few(missing, 3)}"
         )
     if len(set(there)) < len(there):
-        raise ValueError(f"{path}: paths {layout} are no longer different: name another folder as the source")
+        double = [key for key, number in Counter(there).items() if number > 1]
+        raise ValueError(
+            f"{path}: several rows mean one image under {root} (paths {layout}), the first: {first_few(double, 3)}; "
+            "remove all but one, or name another folder as data.source"
+        )
     if layout != LAYOUTS[0][0]:
         log.info("%s: paths are read %s", path, layout)
     index, from_folders = replace(index, keys=paths), like is None and index.class_names is None
@@ -255,37 +303,63 @@ def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
     return [paths[i] for i in sorted(missing)]
 
 
-def class_folders(root: str | Path) -> tuple[Index, list[str]]:
-    """An index of a folder of class folders, and the files in it that are no images. Hidden files count as neither.
+def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) -> tuple[Index, list[str]]:
+    """An index of a folder of class folders, and the files in these that are no images. What is left out is named to
+    `say`, a line for each reason.
 
-    Classes are numbered by sorted folder name, by value where all names are whole numbers (2 before 10).
-    Raises ValueError where there are fewer than two class folders, or one without an image.
+    Classes are numbered by sorted folder name, by value where all names are whole numbers (2 before 10). Folders whose
+    names are the same after NFC are one class.
+    Raises ValueError where there are fewer than two class folders, one without an image, or one that is a link to what
+    is not there.
     """
-    root = Path(root)
-    names = [e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith((".", "__"))]
-    numbered = all(name.isdecimal() for name in names)
-    names.sort(key=lambda name: (int(name) if numbered else 0, name))
-    classes: dict[str, list[str]] = {}
-    for name in names:
-        classes.setdefault(nfc(name), []).append(name)
-    for forms in classes.values():
-        if len(forms) > 1:
-            log.warning("%s: the folders %s are one class", root, ", ".join(map(ascii, forms)))
+    root, left = Path(root), LeftOut()
+    names = class_names_in(root, left)
+    first: dict[str, str] = {}
+    kinds = [first.setdefault(nfc(name), name) for name in names]  # of each folder its class
+    classes = list(dict.fromkeys(kinds))
+    if len(classes) < 2:
+        raise ValueError(f"{root} holds {len(classes)} class folders: put each class's images in a folder of its own")
     paths: list[str] = []
     labels: list[int] = []
     others: list[str] = []
-    for k, name in ((k, name) for k, forms in enumerate(classes.values()) for name in forms):
+    for k, name in enumerate(classes):
         before = len(paths)
-        for path in sorted(files_under(root / name)):
+        folders = [folder for folder, kind in zip(names, kinds, strict=True) if kind == name]
+        for path in sorted(path for folder in folders for path in files_under(root / folder, left)):
             relative = _utf8(Path(path).relative_to(root).as_posix(), root)
-            (paths if Path(path).suffix.lower() in IMAGE_SUFFIXES else others).append(relative)
+            if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+                paths.append(relative)
+            else:
+                others.append(relative)
+                left("are no images", path)
         labels += [k] * (len(paths) - before)
         if len(paths) == before:
             raise ValueError(f"the class folder {root / name} holds no image: fill or remove it")
-    names = distinct(names)
-    if len(names) < 2:
-        raise ValueError(f"{root} holds {len(names)} class folders: put each class's images in a folder of its own")
-    return Index(paths, np.array(labels), len(names), {"source": str(root)}, names), others
+    if double := [name for name, kind in zip(names, kinds, strict=True) if name != kind]:
+        say(f"{root}: class folders of the same name in another Unicode form are one class: {first_few(double, 3)}")
+    left.say(root, say)
+    return Index(paths, np.array(labels), len(classes), {"source": str(root)}, classes), others
+
+
+def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
+    """Names of the class folders in a folder, in the order of their numbers; not hidden ones, and none that begins with
+    two underscores. Raises ValueError for a link to what is not there, which may be a class."""
+    names = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith((".", "__")):
+                left_out("are hidden" if entry.name[0] == "." else "have names that begin with __", entry.path)
+            elif is_dangling(entry):
+                raise ValueError(
+                    f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there: mount its disk, or "
+                    "remove the link"
+                )
+            elif entry.is_dir():
+                names.append(entry.name)
+            else:
+                left_out("are in no class folder", entry.path)
+    numbered = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbered else 0, name))
 
 
 def _utf8(path: str, root: Path) -> str:

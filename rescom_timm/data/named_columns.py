@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,16 @@ def read_table(
         groups = {nfc(value): k for k, value in enumerate(distinct(sorted(set(values))))}
         rows.groups = array("q", [groups[nfc(value)] for value in values])
     return rows
+
+
+def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str, int]:
+    """Rows of each split that a table has beside those; empty where it has no column of splits."""
+    if not is_table(path):
+        return {}
+    frame = _frame(path)
+    part = pick("split", columns.split, list(frame.columns), "split_column", needed=False)
+    values = Counter(frame[part].astype(str)) if part is not None else Counter[str]()
+    return {value: count for value, count in values.items() if not any(_same(value, split) for split in without)}
 
 
 def class_values(texts: Iterable[str]) -> list[str] | None:

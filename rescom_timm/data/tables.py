@@ -291,6 +291,9 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
         have, want = (pc.utf8_normalize(x, form="NFC") for x in (have, want))
         rows = pc.index_in(want, value_set=have)
     if rows.null_count:
+        have, want = (pc.utf8_normalize(x, form="NFC") for x in (have, want))
+        rows = pc.index_in(want, value_set=have)
+    if rows.null_count:
         have, want = (pc.replace_substring_regex(x, pattern="^.*/", replacement="") for x in (have, want))
         rows = pc.index_in(want, value_set=have)
     if rows.null_count:

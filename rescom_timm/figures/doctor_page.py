@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from itertools import repeat
 
 from PIL import Image
 
@@ -24,11 +25,12 @@ def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
     lines = []
     for finding in found:
         lines.append(f"{finding.title}: {finding.count:,}; {finding.advice}")
-        for group in finding.groups[:examples]:
+        for i, group in enumerate(finding.groups[:examples]):
             if finding.key == "broken":
                 lines.append(f"    {images.broken[group[0]]}")
             else:
-                lines.append("    " + "  ~  ".join(_name(images, i, class_names) for i in group[:MOST_OF_A_GROUP]))
+                names = "  ~  ".join(_name(images, one, class_names) for one in group[:MOST_OF_A_GROUP])
+                lines.append(f"    {names}" + (f": {finding.notes[i]}" if finding.notes else ""))
         lines += [f"    {line}" for line in finding.lines[:examples]]
         if finding.count > examples:
             lines.append(f"    and {finding.count - examples:,} more")
@@ -43,7 +45,8 @@ def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
             "about": one,
             "lines": one.lines[:1000],
             "groups": [
-                [_figure(images, i, class_names) for i in group[:MOST_OF_A_GROUP]] for group in one.groups[:MOST]
+                [_figure(images, i, class_names, note) for i in group[:MOST_OF_A_GROUP]]
+                for group, note in zip(one.groups[:MOST], one.notes or repeat(""), strict=False)
             ],
             "more": len(one.groups) - MOST,
         }
@@ -52,9 +55,9 @@ def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
     return render("doctor.html", title=title, images=len(images), counts=counts, findings=findings)
 
 
-def _figure(images: Examined, i: int, class_names: Sequence[str]) -> dict[str, str]:
+def _figure(images: Examined, i: int, class_names: Sequence[str], note: str) -> dict[str, str]:
     """caption, and the thumbnail as JPEG in base64; empty for an image that cannot be read."""
-    caption = _name(images, i, class_names)
+    caption = _name(images, i, class_names) + (f": {note}" if note else "")
     try:
         image = images.image(i)
     except BrokenImage:

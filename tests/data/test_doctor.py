@@ -12,11 +12,11 @@ from PIL import Image
 from rescom_timm.data.doctor import (
     Examined,
     Finding,
+    disputed,
     exact_duplicates,
     examine,
     findings,
     near_duplicates,
-    wrong_labels,
 )
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.doctor_page import MOST, page, told
@@ -141,14 +141,14 @@ def test_labels_that_a_net_contradicts() -> None:
         [[0.9, 0.1, 0.0], [0.9, 0.05, 0.05], [0.1, 0.7, 0.2], [0.1, 0.7, 0.2], [0.05, 0.05, 0.9], [0.1, 0.85, 0.05]]
     )
     labels = np.array([0, 0, 1, 1, 2, 0])
-    assert wrong_labels(labels, probabilities) == [(5, 1)]
-    assert wrong_labels(labels[:5], probabilities[:5]) == []
+    assert disputed(labels, probabilities, least=1) == [(5, 1)]
+    assert disputed(labels[:5], probabilities[:5], least=1) == []
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 10, 2000)
     said = np.where(rng.random(2000) < 0.05, rng.integers(0, 10, 2000), truth)
     logits = rng.normal(size=(2000, 10)) + 5 * np.eye(10)[truth]
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    found = {i for i, _ in wrong_labels(said, shares)}
+    found = {i for i, _ in disputed(said, shares)}
     wrong = set(np.flatnonzero(said != truth).tolist())
     assert len(found & wrong) > 0.7 * len(wrong) and len(found & wrong) > 0.8 * len(found)
 

@@ -18,10 +18,18 @@ from rescom_timm.class_names import numbers_in
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
-from rescom_timm.data.image_folders import class_folders, holds_tables, metadata_in
+from rescom_timm.data.image_folders import (
+    IMAGE_SUFFIXES,
+    LeftOut,
+    class_folders,
+    class_names_in,
+    files_under,
+    holds_tables,
+    metadata_in,
+)
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, is_label
-from rescom_timm.data.named_columns import Columns
+from rescom_timm.data.named_columns import Columns, split_rows
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.tables import NoSplit
@@ -139,10 +147,6 @@ def init(options: argparse.Namespace) -> int:
     if options.source != "digits" and Path(options.source).expanduser().exists():
         options.source = _place(options.source)
     indexes, config = _parts(options)
-    train = indexes.get("train")
-    if options.validation is None and train is not None and train.counts.max() < 5 and "validation" not in indexes:
-        print("no class is large enough for validation images: the last epoch is what counts (data.validation: none)")
-        config = replace(config, validation="none")
     with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
 
         def tried() -> Data:
@@ -189,28 +193,52 @@ def _with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
 def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
     """The index files to write and the data section that uses them."""
     root = Path(options.source).expanduser()
-    validation = options.validation or "holdout(0.1)"
     if root.is_dir() and not holds_tables(root):
-        config = DataConfig(options.source, validation=validation)
+        config = DataConfig(options.source, validation=options.validation or "none")
         nested = metadata_in(root / "train") is not None
         if listed := options.list or (None if nested else metadata_in(root)):
             parts = _listed(options, _config(options, "train", str(listed)))
         else:
             parts = _folders(options, root, listed=nested)
+        if listed or nested:
+            _say_unlisted(root, parts)
     else:
         if options.list:
             raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
-        config = replace(_config(options, options.split), test=options.test_split, validation=validation)
+        config = replace(_config(options, options.split), test=options.test_split)
         whole = training_index(config)
         if options.test_split != options.split:
             try:
                 training_index(replace(config, train=options.test_split), allow_empty=True)
-                return ({"train": _cut(whole, options.imbalance)} if options.imbalance else {}), config
+                train = _cut(whole, options.imbalance)
+                config = replace(config, validation=options.validation or _validation(train))
+                return ({"train": train} if options.imbalance else {}), config
             except NoSplit:
                 print(f"no split {options.test_split!r}: a fifth of each class is kept for testing")
                 config = replace(config, test=options.split)
         parts = _part(whole, options.validation)
-    return {**parts, "train": _cut(parts["train"], options.imbalance)}, config
+    parts["train"] = _cut(parts["train"], options.imbalance)
+    if "validation" not in parts:
+        config = replace(config, validation=options.validation or _validation(parts["train"]))
+    return parts, config
+
+
+def _validation(train: Index) -> str:
+    """data.validation where it is not said: a tenth of each class, of which one must have five images."""
+    if train.counts.max() >= 5:
+        return "holdout(0.1)"
+    print("no class is large enough for validation images: the last epoch is what counts (data.validation: none)")
+    return "none"
+
+
+def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:
+    """Name the images in the folder that are in none of the lists."""
+    listed = {f"{root}/{key}" for index in parts.values() for key in index.keys}
+    left = LeftOut()
+    for path in sorted(files_under(root, left)):
+        if path not in listed and Path(path).suffix.lower() in IMAGE_SUFFIXES:
+            left("are images of no row in use", path)
+    left.say(root, print)
 
 
 def _folders(options: argparse.Namespace, root: Path, listed: bool) -> dict[str, Index]:
@@ -225,11 +253,17 @@ def _folders(options: argparse.Namespace, root: Path, listed: bool) -> dict[str,
             return training_index(_config(options, split), allow_empty=split != "train")
         return _under(root, root / split)
 
+    left = LeftOut()
+    names = class_names_in(root, left)  # refuses links to what is not there
     folders = [split for split in ("test", "val", "validation") if there(split)]
     if not folders or not there("train"):
         return _part(_told(read("train")) if listed else _under(root, root), options.validation)
     train = _told(read("train"))
     parts = ["test", "validation"] if options.validation is None else ["test"]
+    for name in names:
+        if name not in ("train", *folders[: len(parts)]):
+            left("are in no folder that is read", f"{root}/{name}")
+    left.say(root, print)
     return {"train": train, **{p: _as_in(train, read(at), root / at) for p, at in zip(parts, folders, strict=False)}}
 
 
@@ -245,9 +279,13 @@ def _listed(options: argparse.Namespace, config: DataConfig) -> dict[str, Index]
         except ValueError as error:
             if f"no row of split '{part}'" not in str(error):
                 raise
+    used = ("train", *found)
+    for name, count in split_rows(Path(config.index).expanduser(), config.columns, used).items():
+        print(f"{count:,} rows of split {name!r} are left out: those of train, test and validation are read")
+    found = {part: _like(train, index) for part, index in found.items()}
     if "test" not in found:
-        return _part(_told(train), options.validation)
-    return {"train": _told(train), **{part: _like(train, index) for part, index in found.items()}}
+        return {**_part(_told(train), "list" if found else options.validation), **found}
+    return {"train": _told(train), **found}
 
 
 def _told(index: Index) -> Index:
@@ -265,6 +303,11 @@ def _like(train: Index, part: Index) -> Index:
 def _part(whole: Index, validation: str | None) -> dict[str, Index]:
     """A fifth of each class for testing; where rows stay together by group, a tenth of the rest for validation too,
     which the recipe could not hold out without knowing the groups."""
+    if whole.groups is None and whole.counts.max() < 3:
+        raise ValueError(
+            "no class has three images or more, so that none can be kept for testing: give test images of their own, "
+            "in a folder or a split test"
+        )
     parts = dict(zip(("train", "test"), _part_test(whole), strict=True))
     if whole.groups is not None and validation is None:
         parts["train"], parts["validation"] = _part_test(parts["train"], 0.1, "validation")
@@ -273,9 +316,7 @@ def _part(whole: Index, validation: str | None) -> dict[str, Index]:
 
 def _under(root: Path, folder: Path) -> Index:
     """The class folders of ``folder`` as paths under ``root``; files that are no images are named and left out."""
-    index, others = class_folders(folder)
-    if others:
-        print(f"{len(others):,} files under {folder} are no images and left out: {', '.join(others[:3])}")
+    index, _ = class_folders(folder, print)
     lead = "" if folder == root else folder.name + "/"
     info = {"source": _place(root), "split": folder.name, "rule": "all images of the class folders"}
     return replace(index, keys=[lead + str(key) for key in index.keys], info=info)
