@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.class_names import as_spelled
 from rescom_timm.data.decoding import BrokenImage, decode
-from rescom_timm.data.image_folders import IMAGE_SUFFIXES, files_under
+from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
 from rescom_timm.data.sampling import class_probabilities
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, parse
@@ -380,7 +381,10 @@ def _files(path: Path) -> list[Path]:
     """The file, or all images in and below the folder, but for hidden ones. Raises FileNotFoundError, ValueError for a
     folder without."""
     if path.is_dir():
-        files = map(Path, files_under(path))
+        left = LeftOut()
+        files = list(map(Path, files_under(path, left)))
+        left.paths.pop("are hidden", None)
+        left.say(path, logging.getLogger(__name__).warning)
         found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not found:
             raise ValueError(f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}")

@@ -103,6 +103,10 @@ class Trainer:
         self.signals = StopSignals()
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
+        check_selection(recipe, data)
+        splits = {"test": data.test, "validation": data.validation}
+        self.splits = {name: split for name, split in splits.items() if split is not None}
+        check_images(accelerator, recipe, data.train, self.splits)
         loader = training_loader(recipe, data, method)
         self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
         self.steps_per_epoch = len(loader) // recipe.train.accumulate
@@ -128,10 +132,6 @@ class Trainer:
             self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
-        check_selection(recipe, data)
-        splits = {"test": data.test, "validation": data.validation}
-        self.splits = {name: split for name, split in splits.items() if split is not None}
-        check_images(accelerator, recipe, data.train, self.splits)
         self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
 
     @property
