@@ -73,7 +73,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
 # Made by rescom-timm init. Q, Qp, Qn and beta are chosen for these counts, for the reasons beside them; nothing
 # here was tuned. Train:  rescom-timm train THIS_FILE
 {yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
-{views}  # shorter sides have {least} to {most} pixels, {side} in the middle
+{views}  # shorter sides have {least} to {most} pixels, usually {side}
 loader: {{exif: true}}  # photographs are turned upright by their EXIF orientation
 {net}
 method:
@@ -90,9 +90,12 @@ train: {{epochs: {epochs}, batch_size: {batch}}}
 
 
 def _sides(train: Split) -> tuple[int, int, int]:
-    """Least, median and largest shorter side in pixels, of a sample over all classes. Raises ValueError where none of
-    its images can be read."""
-    sides = [min(size) for size, _ in sizes(train, sample(train.labels))]
-    if not sides:
+    """Least, usual and largest shorter side in pixels, of a sample over all classes. Usual is the median over images or
+    that over classes, the larger one: enlarging some images costs time, shrinking the others loses what is in them.
+    Raises ValueError where none of the images can be read."""
+    found = sizes(train, sample(train.labels))
+    if not found:
         raise ValueError(f"no image of {train.name} that was looked at can be read: rescom-timm doctor says why")
-    return min(sides), int(np.median(sides)), max(sides)
+    sides, labels = np.array([min(size) for size, _ in found]), train.labels[[position for _, position in found]]
+    by_class = [np.median(sides[labels == label]) for label in np.unique(labels)]
+    return int(sides.min()), int(max(np.median(sides), np.median(by_class))), int(sides.max())

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset, Features, Value
 from PIL import Image
 
 from rescom_timm.commands import index as command
@@ -433,3 +435,131 @@ def test_init_of_a_data_set_without_a_test_split_parts_one(run: Run, tmp_path: P
     assert code == 0 and "no split 'test': a fifth of each class is kept for testing" in said, said
     data = load(recipe.load(tmp_path / "d.yaml").data)
     assert len(data.test.labels) == pytest.approx(40, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("sides", "backbone"),
+    [
+        ({"a": (40, 48), "b": (12, 300), "c": (12, 300), "d": (12, 300)}, "resnet50.tv_in1k"),  # icons first
+        ({"a": (12, 300), "b": (12, 300), "c": (12, 300), "d": (40, 48)}, "resnet50.tv_in1k"),  # icons last
+        ({"a": (40, 300), "b": (12, 48), "c": (12, 48), "d": (60, 48)}, "resnet32_cifar"),  # photographs first
+    ],
+)
+def test_init_judges_the_size_of_images_by_all_classes(
+    run: Run, tmp_path: Path, sides: dict[str, tuple[int, int]], backbone: str
+) -> None:
+    for name, (count, side) in sides.items():
+        photos(tmp_path / "p", {name: count}, side)
+    code, said = run("init", "p", "-o", "p.yaml")
+    made = recipe.load("p.yaml")
+    assert code == 0 and made.net.backbone == backbone, said
+    assert "shorter sides have 48 to 300 pixels" in Path("p.yaml").read_text()
+    assert ("48" in made.views.eval) == (backbone == "resnet32_cifar")
+
+
+def test_init_follows_links_and_names_everything_that_it_leaves_out(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p", {"cat": 6, "dog": 6})
+    photos(tmp_path / "disk", {"more": 4, "more/deep": 2, "cow": 5})
+    (tmp_path / "p/cow").symlink_to("../disk/cow")  # a class
+    (tmp_path / "p/cat/more").symlink_to(tmp_path / "disk/more")  # a folder below a class
+    (tmp_path / "p/cat/again").symlink_to(tmp_path / "disk/more")
+    (tmp_path / "disk/more/deep/up").symlink_to("..")
+    (tmp_path / "p/dog/all").symlink_to("../..")  # p itself is within
+    (tmp_path / "p/dog/gone").symlink_to("/none/dogs")
+    (tmp_path / "p/__MACOSX").mkdir()
+    for name in ("p/loose.png", "p/dog/notes.txt", "p/dog/.DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    code, said = run("init", "p", "-o", "p.yaml")
+    counts = sum(Index.load(f"p_{part}.txt").counts for part in ("train", "test"))
+    assert code == 0 and counts.tolist() == [12, 5, 6], said
+    told = {line.partition(" and left out: ")[2] for line in said.splitlines() if "left out" in line}
+    assert told == {
+        "cat/again, cat/more/deep/up, dog/all", "dog/gone", "__MACOSX", "loose.png", "dog/notes.txt", "dog/.DS_Store",
+    }, said  # fmt: skip
+    (tmp_path / "p/eel").symlink_to("/none/eel")
+    code, said = run("init", "p", "-o", "q.yaml")
+    assert code == 2 and "p/eel is a link to /none/eel, which is not there: mount its disk" in said
+
+
+def test_init_names_folders_and_rows_that_it_does_not_read(run: Run, tmp_path: Path) -> None:
+    for split in ("train", "test", "val", "validation", "extra"):
+        photos(tmp_path / "p" / split, {"cat": 5, "dog": 5})
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 0 and "p are in no folder that is read and left out: extra, val" in said, said
+    code, said = run("init", "p", "-o", "q.yaml", "--validation", "none")
+    assert code == 0 and "left out: extra, val, validation" in said, said
+    table = listed(tmp_path / "q", 24, split=["train"] * 15 + ["val"] * 3 + ["unlabelled"] * 6)[:22]
+    table.to_csv(tmp_path / "l.csv", index=False)
+    code, said = run("init", "q", "-o", "l.yaml", "--list", "l.csv")
+    assert code == 0 and "4 rows of split 'unlabelled' are left out" in said, said
+    assert (
+        "/q are images of no row in use and left out: x/015.png" in said
+        or "/q are images of no row in use and left out: x/018.png" in said
+    ), said
+    assert len(Index.load("l_validation.txt")) == 3, "rows of validation are used, though there are none of test"
+    (tmp_path / "p/test").rename(tmp_path / "elsewhere")
+    (tmp_path / "p/test").symlink_to("nowhere")
+    assert "p/test is a link to nowhere, which is not there" in run("init", "p", "-o", "r.yaml")[1]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path / "p", {"cat": 5, "dog": 5, "dog/more": 5})
+    scan = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refusing)
+    code, said = run("init", "p", "-o", "p.yaml")
+    assert code == 2 and "p/dog/more" in said and "Permission denied" in said
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_folders_and_lists_meet_whatever_the_unicode_form_of_their_names(run: Run, tmp_path: Path) -> None:
+    photos(tmp_path / "p/train", {NFD: 6, "tea": 6})
+    photos(tmp_path / "p/test", {NFC: 3})
+    code, said = run("init", "p", "-o", "p.yaml", "--validation", "none")
+    assert code == 0, said
+    data = load(recipe.load("p.yaml").data)
+    assert data.class_names == [NFD, "tea"] and data.test.labels.tolist() == [0] * 3
+    photos(tmp_path / "q", {NFD: 6, "tea": 6})
+    (tmp_path / "q/tea/000.png").rename(tmp_path / f"q/tea/{NFC}.png")
+    rows = [f"x/{NFC}/{k:03}.png,{NFC}" for k in range(6)] + [f"x/tea/{NFD}.png,tea"]
+    write("l.csv", "\n".join(["path,label", *rows, *(f"x/tea/{k:03}.png,tea" for k in range(1, 6))]))
+    code, said = run("init", "q", "-o", "q.yaml", "--list", "l.csv")
+    assert code == 0 and "left out" not in said, said
+    assert {str(key) for part in ("train", "test") for key in Index.load(f"q_{part}.txt").keys} == {
+        *(f"{NFD}/{k:03}.png" for k in range(6)), *(f"tea/{k:03}.png" for k in range(1, 6)), f"tea/{NFC}.png",
+    }  # fmt: skip
+    write("a.txt", f"{NFC}/1.png 0\n")
+    write("b.txt", f"{NFD}/1.png 0\n{NFD}/2.png 0\n")
+    assert run("overlap", "a.txt", "b.txt")[0] == 1
+    photos(tmp_path / "r", {NFD: 6, "tea": 6, NFC: 5})
+    code, said = run("init", "r", "-o", "r.yaml")
+    assert code == 0 and "another Unicode form are one class" in said, said
+    assert sum(Index.load(f"r_{part}.txt").counts for part in ("train", "test")).tolist() == [11, 6]
+
+
+@pytest.mark.parametrize("each", [2, 3, 4])
+def test_init_holds_nothing_out_of_classes_of_a_few_images(run: Run, tmp_path: Path, each: int) -> None:
+    labels = np.repeat(np.arange(30), each)
+    images = [{"bytes": digits("train")[0]["image"]["bytes"], "path": None}] * len(labels)
+    features = digits("train").features | {"label": Value("int64")}
+    whole = Dataset.from_dict({"image": images, "label": labels}, features=Features(features))
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        whole.to_parquet(tmp_path / f"d/{split}-00000-of-00001.parquet")
+    code, said = run("init", "d", "-o", "d.yaml")
+    assert code == 0 and "no class is large enough for validation images" in said, said
+    made = recipe.load("d.yaml")
+    assert made.data.validation == "none" and load(made.data).counts.tolist() == [each] * 30
+    (tmp_path / "d/test-00000-of-00001.parquet").unlink()
+    code, said = run("init", "d", "-o", "e.yaml")
+    assert "holdout(0.1)" not in said
+    assert code == (2 if each < 3 else 0) and ("no class has three images" in said) == (each < 3), said
