@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import rescom_timm
 from rescom_timm import Run, train
@@ -19,7 +21,11 @@ from rescom_timm.data.memory import in_memory
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.recipe.config import RecipeError
+from rescom_timm.recipe.loading import differences as recipe_differences
+from rescom_timm.recipe.loading import load_dict
+from rescom_timm.run import train_recipe
 from rescom_timm.training.errors import CheckpointError
+from rescom_timm.training.prepare import settled
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -243,3 +249,102 @@ def test_a_torch_data_set_that_transforms_is_told_and_labels_must_be_numbers(tmp
     odd.targets = ["a"] * 500
     with in_memory(odd), pytest.raises(ValueError, match="labels must be whole numbers, one of each image"):
         load(DataConfig("memory", test="holdout(0.2)"))
+
+
+def photographs(*shapes: tuple[int, int], classes: int = 4, count: int = 12) -> datasets.Dataset:
+    """Noise of these sizes in turn."""
+    dice = np.random.default_rng(0)
+    images = [Image.fromarray(dice.integers(0, 256, (*shapes[k % len(shapes)], 3), np.uint8)) for k in range(count)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=classes))
+    return datasets.Dataset.from_dict({"image": images, "label": [k % classes for k in range(count)]}, features)
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Recipes that `train` was left with, each built and tried on one step and one evaluation batch."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    recipes = []
+
+    def dry(recipe, resume):
+        recipes.append(recipe)
+        return train_recipe(recipe, dry_run=True)
+
+    monkeypatch.setattr("rescom_timm.run.train_recipe", dry)
+    monkeypatch.setattr("rescom_timm.run.Run", lambda folder, dataset: None)
+    return recipes
+
+
+PHOTOS = datasets.DatasetDict(train=photographs((90, 120), (100, 70), (80, 80)), test=photographs((75, 90), (120, 80)))
+ICONS = datasets.DatasetDict(train=photographs((12, 12)), test=photographs((12, 12)))
+LITTLE = {"train": {"epochs": 1, "batch_size": 2}, "speed": {"workers": 0}, "net": {"backbone": "test_resnet"}}
+
+
+@pytest.mark.parametrize("method", ["rescom", "cross_entropy", "focal"])
+def test_without_a_recipe_photographs_are_trained_on_as_init_proposes(tried, method):
+    train(dataset=PHOTOS, **LITTLE, **({} if method == "rescom" else {"method": {"name": method}}))
+    (made,) = tried
+    assert made.method.name == method and (made.views.train, made.views.eval) == ("imagenet", "eval224")
+    assert made.net.backbone == "test_resnet" and not made.net.pretrained and made.train.epochs == 1
+    if method == "rescom":
+        assert (made.method.queue.per_class, made.method.negatives, made.method.beta) == (64, "auto", 0.999999)
+
+
+def test_without_a_recipe_small_images_keep_their_size(tried, capsys):
+    parts = {**ICONS, "val": photographs((12, 12)), "more": photographs((12, 12))}
+    train(dataset=parts, **{**LITTLE, "net": {}}, method={"queue": {"per_class": 3}})
+    (made,) = tried
+    assert made.net.backbone == "resnet32_cifar" and "resize(12)" in made.views.eval
+    assert made.data.validation == "split(val)" and "left out: the splits more" in capsys.readouterr().out
+    train(dataset={name: ICONS[name] for name in ("train",)} | {"val": photographs((12, 12))}, **LITTLE)
+    assert (tried[1].data.test, tried[1].data.validation) == ("holdout(0.2)", "split(val)")
+    train(dataset={"train": ICONS["train"], "val": ICONS["test"]}, data={"test": "val"}, **LITTLE)
+    assert (tried[2].data.test, tried[2].data.validation) == ("val", "none")
+
+
+def test_a_recipe_is_kept_as_it_is(tried):
+    train({"method": {"queue": {"per_class": 4}}}, dataset=ICONS, views={"train": "crop(12,2)"}, **LITTLE)
+    assert tried[0].views.train == "crop(12,2)" and tried[0].views.eval == "none" and not tried[0].net.pretrained
+    assert tried[0].method.name == "rescom" and tried[0].data.validation == "none"
+
+
+def test_weights_that_cannot_be_fetched_say_what_to_do(tried, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(RecipeError, match="weights of resnet50.tv_in1k cannot be read .* or say net.pretrained=false"):
+        train(dataset=PHOTOS, train=LITTLE["train"], speed=LITTLE["speed"])
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        ({"train": "random_resized_crop(32)", "eval": "none"}, "views.eval: images of memory test differ in size"),
+        ({"train": "flip", "eval": "upscale(32)"}, "views.train: images of memory train differ in size"),
+        ({"train": "crop(100)", "eval": "upscale(100)"}, "views.train: row .* has no crop of 100"),
+    ],
+)
+def test_sizes_are_checked_before_a_step(tmp_path, monkeypatch, views, said):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    with pytest.raises(RecipeError, match=said):
+        train({}, dataset=PHOTOS, views=views, output=tmp_path / "runs", **LITTLE)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("train_at", "eval_at"), [(32, 96), (96, 32), (32, 33)])
+def test_training_and_evaluation_at_sizes_far_apart_are_reported(tried, train_at, eval_at):
+    views = {"train": f"random_resized_crop({train_at})", "eval": f"upscale({eval_at})"}
+    far = max(train_at, eval_at) > 1.5 * min(train_at, eval_at)
+    with pytest.warns(UserWarning, match=f"{train_at} x {train_at}.*") if far else nullcontext():
+        train({}, dataset=PHOTOS, views=views, **LITTLE)
+
+
+def test_a_run_of_earlier_versions_keeps_its_qn(monkeypatch):
+    made = load_dict({"data": {"source": "digits"}, "method": {"queue": {"per_class": 10}}})
+    old = load_dict({"data": {"source": "digits"}, "method": {"queue": {"per_class": 10}, "negatives": 90}})
+    with in_memory(None):
+        data = load(DataConfig("digits"))
+    assert settled(made, data, False).method.negatives == 36 and settled(old, data, False) == old
+    monkeypatch.setattr("rescom_timm.training.prepare.resumed", lambda recipe, resume: old if resume else None)
+    assert settled(made, data, True) == old and settled(made, data, False).method.negatives == 36
+    assert not recipe_differences(old.to_dict(), made.to_dict()), "a sweep knows its own cell again"

@@ -348,7 +348,7 @@ def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith((".", "__")):
-                left_out("are hidden" if entry.name[0] == "." else "have names that begin with __", entry.path)
+                left_out("are hidden" if entry.name[0] == "." else "are named with a leading __", entry.path)
             elif is_dangling(entry):
                 raise ValueError(
                     f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there: mount its disk, or "

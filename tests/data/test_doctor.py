@@ -2,9 +2,11 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -162,3 +164,46 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], alone: pyt
     assert "<h1>What may be wrong with digits_lt</h1>" in output.read_text()
     assert main(["doctor", "digits_lr"]) == 1
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(9, []), (10, [(20, 1)]), (2, [])])
+def test_a_class_of_few_held_out_images_accuses_nobody(held_out: int, expected: list[tuple[int, int]]) -> None:
+    """Image 20, labelled 0, of which the net gives .8 to class 1, that has so many images of its own."""
+    labels = np.array([0] * 21 + [1] * held_out)
+    probabilities = np.where(labels[:, None] == np.arange(2), 0.7, 0.3)
+    probabilities[20] = 0.2, 0.8
+    assert disputed(labels, probabilities) == expected
+    assert disputed(labels, probabilities, least=1) == [(20, 1)]
+
+
+def test_disputed_labels_are_named_once_with_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rescom_timm.commands.doctor import suspects
+
+    parts = {
+        name: split_of(name, [(f"{name}{k}.png", encoded(scene(100 + k)), int(k >= 6)) for k in range(12)])
+        for name in ("train", "test", "validation")
+    }
+    images = examine(parts)
+
+    class Opened:
+        def look(self, split: Split) -> SimpleNamespace:
+            logits = torch.full((12, 2), -1.0)
+            logits[torch.arange(12), torch.from_numpy(split.labels)] = 1.0
+            if split.name == "test":
+                logits[0] = torch.tensor([-2.0, 2.0])
+            return SimpleNamespace(labels=torch.from_numpy(split.labels), logits=logits)
+
+    monkeypatch.setattr("rescom_timm.figures.opened.open_run", lambda run, overrides: Opened())
+    data = SimpleNamespace(class_names=["cat", "dog"])
+    (found,) = suspects(Path("run"), [], images, data)  # type: ignore[arg-type]
+    assert named(images, found) == [["test0.png"]] and "disagrees" in found.title and "wrong" not in found.title
+    text = told(images, [found], ["cat", "dog"])
+    assert text.count("test0.png") == 1 and "dog 0.98, cat 0.02" in text
+    html = page(images, [found], ["cat", "dog"], "t")
+    assert html.count("test0.png") == 1 and "dog 0.98, cat 0.02" in html
+
+
+def test_class_names_of_two_unicode_forms_look_alike(images: Examined) -> None:
+    names = ["caf\u00e9", "Cafe\u0301", "tea", "cafe\u0301"]
+    (found,) = [finding for finding in findings(images, names, np.full(4, 9)) if finding.key == "names"]
+    assert found.lines == (r"'caf\xe9', 'Cafe\u0301', 'cafe\u0301'",)

@@ -235,3 +235,15 @@ def test_what_leaves_the_class_frequencies_in_the_logits():
         "logit_adjustment": {"tau": 0.0}, "tau_norm": {"tau": 0.0}, "disalign": {"power": 0.0},
     }.items():  # fmt: skip
         assert long_tailed(METHODS[name][0](**changes)), name
+
+
+@pytest.mark.parametrize(
+    ("classes", "per_class", "expected"), [(40, 4, 62), (100, 10, 396), (1000, 4, 500), (2, 4, 2), (3, 1, 1), (2, 1, 1)]
+)
+def test_qn_follows_from_k_and_q_where_it_is_not_said(classes: int, per_class: int, expected: int) -> None:
+    config = RescomConfig(queue=QueueConfig(per_class=per_class))
+    assert config.negatives == "auto" and config.for_classes(classes).negatives == expected
+    for said in (None, 1):
+        assert RescomConfig(negatives=said).for_classes(classes).negatives == said
+    with pytest.raises(ValueError, match="lower negatives or raise queue.per_class"):
+        RescomConfig(negatives=4 * classes).for_classes(classes)
