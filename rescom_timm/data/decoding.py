@@ -109,7 +109,7 @@ def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig())
     with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
         image = _image(source, reading) if source is not value else _open(value, reading)
         _refuse_mode(image, reading)
-        turned = reading.exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        turned = reading.exif and _orientation(image) >= 5
         return image.size[::-1] if turned else image.size
 
 

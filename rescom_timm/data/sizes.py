@@ -9,12 +9,13 @@ from torchvision import transforms
 
 from rescom_timm.data.broken import AT_ONCE
 from rescom_timm.data.crops import CornerCrop, RisingCrop
-from rescom_timm.data.decoding import BrokenImage, look
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, look
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy
 
 Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
+READ = ReadConfig()
 SAMPLE = 256
 """Images whose size stands for those of a split."""
 
@@ -31,15 +32,15 @@ def sample(labels: np.ndarray, number: int = SAMPLE) -> np.ndarray:
     return np.sort(order[np.lexsort((tie, turn))][:number])
 
 
-def sizes(split: Split, positions: np.ndarray, exif: bool = False) -> list[tuple[Size, int]]:
-    """(size, position) of the images at these positions that can be read, by their headers; with exif=True turned as
-    their EXIF tag says."""
+def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> list[tuple[Size, int]]:
+    """(size, position) of the images at these positions that can be read, by their headers; reading:
+    upright or not."""
     found = []
     for start in range(0, len(positions), AT_ONCE):
         some = positions[start : start + AT_ONCE].tolist()
         for position, row in zip(some, split.dataset.select(some), strict=True):
             try:
-                found.append((look(row["image"], int(split.rows[position]), exif=exif), position))
+                found.append((look(row["image"], int(split.rows[position]), reading), position))
             except BrokenImage:
                 continue
     return found
@@ -75,7 +76,7 @@ def one_size(policy: Policy) -> bool:
         return True
 
 
-def check_views(policy: Policy, split: Split, key: str, exif: bool = False) -> Size | None:
+def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = READ) -> Size | None:
     """The one size of a split's images after the policy of the recipe's `key`; None where no image can be read. A
     sample of images is looked at, all of them where the policy does not end in one size.
 
@@ -83,7 +84,7 @@ def check_views(policy: Policy, split: Split, key: str, exif: bool = False) -> S
     """
     ends = one_size(policy)
     made: dict[Size, int] = {}
-    for size, position in sizes(split, sample(split.labels) if ends else np.arange(len(split.rows)), exif):
+    for size, position in sizes(split, sample(split.labels) if ends else np.arange(len(split.rows)), reading):
         try:
             made.setdefault(after(policy, size), position)
         except ValueError as error:

@@ -174,10 +174,10 @@ FAR_APART = 1.5
 def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: bool) -> None:
     """Raises RecipeError where images are too small for a crop of the views, or differ in size after them. Warns where
     training and evaluation images have sizes far apart."""
-    views, exif = recipe.views, recipe.loader.exif
+    views, reading = recipe.views, recipe.loader.reading
     try:
-        ours = check_views(parse(views.train), train, "views.train", exif)
-        theirs = [check_views(parse(views.eval), split, "views.eval", exif) for split in splits.values()]
+        ours = check_views(parse(views.train), train, "views.train", reading)
+        theirs = [check_views(parse(views.eval), split, "views.eval", reading) for split in splits.values()]
     except ValueError as error:
         raise RecipeError(str(error)) from None
     sizes = [size for size in (ours, *theirs) if size is not None]

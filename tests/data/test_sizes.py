@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.sizes import after, check_views, one_size, sample, sizes
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import POLICIES, parse
@@ -71,4 +72,5 @@ def test_images_that_differ_in_size_after_a_policy_are_refused(tmp_path: Path) -
 def test_sizes_are_those_upright_where_asked(tmp_path: Path) -> None:
     split = split_of(tmp_path, [(40, 30)] * 2, exif=True)
     (tmp_path / "1.jpg").write_bytes(b"no image")
-    assert sizes(split, np.arange(2)) == [((40, 30), 0)] and sizes(split, np.arange(2), exif=True) == [((30, 40), 0)]
+    assert sizes(split, np.arange(2)) == [((40, 30), 0)]
+    assert sizes(split, np.arange(2), ReadConfig(exif=True)) == [((30, 40), 0)]
