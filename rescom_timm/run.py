@@ -22,6 +22,7 @@ import timm
 from torch import nn
 
 from rescom_timm.data.memory import MEMORY, InMemory, in_memory
+from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import pictures, write_figures

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rescom_timm.text import escape_controls
+
 FORMAT = "# rescom_timm index: "
 VERSION = "1"
 COLUMNS = {"# row label": False, "# path label": True}  # the header's last line -> are the keys paths?
@@ -252,3 +254,7 @@ def _judge_duplicates(rows: Rows, problems: list[str]) -> None:
             problems.append(f"{rows.unit} {place}: {key!r} is already in {rows.unit} {first[key]}")
         else:
             first[key] = place
+
+
+def first_few(things: Sequence[Any], n: int = 5) -> str:
+    return ", ".join(map(escape_controls, things[:n])) + (" ..." if len(things) > n else "")

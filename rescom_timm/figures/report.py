@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rescom_timm import metrics
 from rescom_timm.figures import files, longtail, style
 from rescom_timm.figures.classes import Classes
 from rescom_timm.figures.classes import measure as measure_classes
