@@ -29,6 +29,8 @@ from rescom_timm.data.splits import DataConfig
 from rescom_timm.figures.folder import RunFolder
 from rescom_timm.figures.writing import write_figures
 from rescom_timm.files import read_json, read_text, read_yaml, refuse_links, sha256
+from rescom_timm.methods import create_method
+from rescom_timm.nets.bounds import budget
 from rescom_timm.nets.classifiers import read_class_features
 from rescom_timm.nets.net import NetConfig, create_model
 from rescom_timm.nets.text_features import text_features
@@ -132,7 +134,14 @@ def test_hashes_name_no_other_file(run):
         ),
         ({"projector": {"hidden": 60_000, "dim": 60_000}}, "describes a net of"),
         ({"backbone": "vit_base_patch16_224", "options": {"embed_dim": 30_000, "num_heads": 8}}, "describes a net of"),
-        ({"backbone": "vit_base_patch16_224", "options": {"depth": 10**6}}, "beyond all reason: depth=1000000"),
+        ({"backbone": "vit_base_patch16_224", "options": {"depth": 10**6}}, "depth=1000000 is out of bounds"),
+        ({"backbone": "vit_base_patch16_224", "options": {"img_size": 60_000}}, "describes a net of"),
+        ({"backbone": "resnet50", "options": {"layers": [10**6] * 4}}, "layers=1000000 is out of bounds"),
+        ({"backbone": "resnet50", "options": {"layers": [1] * 2000}}, "layers has too many values"),
+        ({"backbone": "resnet50", "options": {"block_args": {"x": {"y": [10**9]}}}}, "block_args.x.y=1000000000 is"),
+        ({"backbone": "resnet50", "options": {"stem_width": 1e12}}, "stem_width=1000000000000.0 is out of bounds"),
+        ({"backbone": "vit_base_patch16_224", "options": {"device": "cpu"}}, "no option 'device'"),
+        ({"backbone": "vit_base_patch16_224", "options": {"dtype": "float64"}}, "no option 'dtype'"),
         ({"backbone": "hf-hub:me/anything"}, "must be a name of timm.list_models"),
         ({"backbone": "local-dir:/tmp"}, "must be a name of timm.list_models"),
         ({"class_names": ["a", 2, "c", "d"]}, "class_names in rescom.json must be a list of names"),
@@ -149,6 +158,62 @@ def test_an_export_that_lies_is_refused_before_it_fills_the_memory(run, parts, e
     change(run / "model" / "rescom.json", **parts)
     refit(run / "model")
     with pytest.raises(ValueError, match=expected):
+        from_pretrained(run / "model")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("resnet50", {"stem_width": 64}),
+        ("vit_base_patch16_224", {"device": "cpu"}),
+    ],
+)
+def test_no_weights_are_made_to_check_options(run, backbone, options, monkeypatch):
+    """Of the net that is named, of its class to know its options, and of one that its options place elsewhere."""
+    change(run / "model" / "rescom.json", backbone=backbone, options=options)
+    refit(run / "model")
+    made = made_outside_meta(monkeypatch)
+    with pytest.raises(ValueError, match="describes a net of|no option"):
+        from_pretrained(run / "model")
+    assert sum(made) < 2**20
+
+
+def made_outside_meta(monkeypatch):
+    """Numbers of each parameter that is made from now on and takes memory."""
+    made, register = [], torch.nn.Module.register_parameter
+
+    def count(self, name, value):
+        if value is not None and value.device.type != "meta":
+            made.append(value.numel())
+        register(self, name, value)
+
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", count)
+    return made
+
+
+def test_a_folder_places_no_net_outside_the_bounds(tmp_path, monkeypatch):
+    """timm reads model_args of a folder's config.json as options of its net."""
+    made = made_outside_meta(monkeypatch)
+    for arguments in ({"device": "cpu"}, {"img_size": 65_000, "embed_dim": 3000}, {"depth": [10**9]}):
+        config = {"architecture": "vit_base_patch16_224", "num_classes": 3, "model_args": arguments}
+        config["pretrained_cfg"] = {"input_size": [3, 224, 224]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="a device of their own|describes a net of|out of bounds"):
+            create_model(f"local-dir:{tmp_path}", 3)
+    assert sum(made) < 2**20
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_method_builds_no_more_than_the_files_hold(run, fresh):
+    method = {"name": "experts", "experts": 1000, "fresh": fresh}
+    config = load_dict({"data": {"source": "digits"}, "method": method}).method
+    net = create_model("resnet8_cifar", 4)
+    with pytest.raises(ValueError, match="describes a net of"), budget(4 * 10**5):
+        create_method(net, torch.tensor([5, 4, 3, 2]), config)
+    tree = yaml.safe_load((run / "model" / "recipe.yaml").read_text())
+    (run / "model" / "recipe.yaml").write_text(yaml.safe_dump(tree | {"method": method}))
+    refit(run / "model")
+    with pytest.raises(ValueError, match="cannot be read"):
         from_pretrained(run / "model")
 
 

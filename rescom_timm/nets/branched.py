@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from rescom_timm.nets.bounds import spend_copy
 from rescom_timm.nets.net import Net, NoProjector
 from rescom_timm.nets.trainable import freeze_statistics
 
@@ -94,6 +95,8 @@ def cut(encoder: nn.Module, branch: str) -> tuple[nn.Module, nn.Module]:
     if branch not in names[1:]:
         raise ValueError(f"branch: the backbone has no child {branch!r} to cut at; there are: {', '.join(names[1:])}")
     at = names.index(branch)
+    for name in names[at:]:
+        spend_copy(encoder.get_submodule(name))
     stem, tail = copy.deepcopy(encoder), copy.deepcopy(encoder)
     for model, dropped in ((stem, names[at:]), (tail, names[:at])):
         for name in dropped:

@@ -16,15 +16,18 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
+from rescom_timm.files import read_json
+from rescom_timm.nets.bounds import MAX_MODULES, MAX_NUMBERS, MAX_OPTION, budget, check_values
 from rescom_timm.nets.classifiers import ClassifierConfig, Cosine, classifier
 from rescom_timm.nets.trainable import freeze_statistics
 from rescom_timm.nets.tuning import TuningConfig, tune, untuned
 
 PROJECTOR = "projector."
 """How the names of a projector's weights begin."""
-MAX_WIDTH = 65_536
+MAX_WIDTH = MAX_OPTION
 """Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
 
 
@@ -260,14 +263,34 @@ def check_backbone(name: str) -> None:
 
 
 CONTROL = (
-    "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "features_only", "kwargs_filter", "model_name",
-    "no_jit", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn",
-    "pretrained_strict", "scriptable",
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
+    "model_name", "no_jit", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
 )  # fmt: skip
-"""Arguments of timm's builders that are no options of a model: they load weights, name files or cut the net."""
+"""Arguments of timm's builders that are no options of a model: they load weights, name files, place or cut the net."""
 
 
-def check_options(backbone: str, options: Mapping[str, Any]) -> None:
+def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBERS) -> nn.Module:
+    """The encoder that create_model would make, on the meta device: its shapes without their memory.
+
+    numbers: the most weights and buffers that it may have. Raises ValueError for options out of bounds, for one that
+    is no argument of the backbone's class (naming the nearest), and for a net above `numbers` or with too many modules.
+    """
+    scheme, colon, place = backbone.partition(":")
+    if colon:
+        local = scheme == "local-dir"
+        arguments = (
+            read_json(Path(place) / "config.json").get("model_args") if local else load_model_config_from_hf(place)[2]
+        )
+        check_values(arguments if isinstance(arguments, dict) else {}, f"model_args of {place}")
+    check_values(options, "options")
+    with budget(modules=MAX_MODULES, meta=True):
+        _check_names(backbone, options)
+    with budget(numbers, MAX_MODULES, meta=True):
+        return timm.create_model(backbone, num_classes=0, **options)
+
+
+def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the nearest, for an option that is no argument of the backbone's class: what a recipe
     or an export says reaches none of timm's other arguments, of which some read files."""
     if not options:
@@ -306,7 +329,8 @@ def create_model(
     on to timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
     """
     check_backbone(backbone)
-    check_options(backbone, options)
+    if options or ":" in backbone:  # what is not timm's own may ask for any size
+        describe(backbone, options)
     overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None
     encoder = timm.create_model(
         backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options

@@ -19,15 +19,15 @@ from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.views import MAX_SIDE, parse
 from rescom_timm.files import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
+from rescom_timm.nets.bounds import SLACK, budget
 from rescom_timm.nets.classifiers import ClassifierConfig, classifier
 from rescom_timm.nets.net import (
-    MAX_WIDTH,
     Net,
     ProjectorConfig,
     check_backbone,
-    check_options,
     check_weights,
     create_model,
+    describe,
 )
 from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
@@ -171,18 +171,19 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
                 raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
         _check_details(details)
-        _check_room(details, folder)
+        most = 4 * _check_size(details, folder)
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
         tuning = dict(details.get("tuning", {}))
         tuning["layers"] = tuple(tuning.get("layers", ()))
         head = ClassifierConfig(**details.get("classifier", {}))
         projector = None if details["projector"] is None else ProjectorConfig(**details["projector"])
-        net = create_model(
-            details["backbone"], len(details["class_names"]), projector=projector,
-            mean=tuple(details["mean"]), std=tuple(details["std"]), tuning=TuningConfig(**tuning), head=head,
-            **details["options"],
-        )  # fmt: skip
+        with budget(most):
+            net = create_model(
+                details["backbone"], len(details["class_names"]), projector=projector,
+                mean=tuple(details["mean"]), std=tuple(details["std"]), tuning=TuningConfig(**tuning), head=head,
+                **details["options"],
+            )  # fmt: skip
         if details["head"] is not None:
             has_head = any(name.startswith("classifier.") for name in tensors)
             tensors |= _from_plain(net, folder / PLAIN, None if has_head else details["head"])
@@ -197,8 +198,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
         elif recipe is not None and counts is not None:
-            refuse_queue(recipe, len(names))
-            trained = create_method(net, counts, recipe.method)
+            with budget(most + refuse_queue(recipe, len(names))):
+                trained = create_method(net, counts, recipe.method)
             net = trained.net
             own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
             check_weights(state, own, "the method")
@@ -207,7 +208,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         net.load_state_dict(tensors)
     except Exception as error:  # whatever a file says whose hash was made to fit, and whatever timm makes of it
         fresh = " with a fresh classifier" if num_classes is not None else ""
-        what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else error
+        what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
     return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading)
 
@@ -221,19 +222,12 @@ def _check_details(details: dict[str, Any]) -> None:
     parse(details["eval_policy"])
 
 
-def _check_room(details: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError where rescom.json describes a net of more numbers than there are bytes in the files of weights:
-    it would fill the memory before that is seen."""
-    options = details["options"]
-    if odd := [
-        f"{name}={value}" for name, value in options.items() if isinstance(value, int) and abs(value) > MAX_WIDTH
-    ]:
-        raise ValueError(f"options in {DETAILS} are beyond all reason: {', '.join(odd)}")
-    check_options(details["backbone"], options)
+def _check_size(details: dict[str, Any], folder: Path) -> int:
+    """Bytes of the files of weights, and numbers of the net's buffers. Raises ValueError where rescom.json describes a
+    net of more numbers: it would fill the memory before that is seen."""
     there = sum((folder / name).stat().st_size for name in (SIDE, PLAIN) if (folder / name).is_file())
-    with torch.device("meta"):
-        encoder = timm.create_model(details["backbone"], num_classes=0, **options)
-    width = encoder.head_hidden_size
+    encoder = describe(details["backbone"], details["options"], there + SLACK)
+    width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
     weights = sum(value.numel() for value in encoder.state_dict().values())
     weights += len(details["class_names"]) * width
     if details["projector"] is not None:
@@ -243,6 +237,7 @@ def _check_room(details: dict[str, Any], folder: Path) -> None:
         raise ValueError(
             f"{DETAILS} describes a net of {weights:,} numbers, and the files of weights have {there:,} bytes"
         )
+    return there + sum(value.numel() for value in encoder.buffers())
 
 
 def _from_plain(net: Net, path: Path, head: str | None) -> dict[str, Tensor]:

@@ -144,12 +144,16 @@ def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
         raise RecipeError(f"method.teacher: {error}; a teacher must have been trained on the same classes") from None
 
 
-def refuse_queue(recipe: Recipe, classes: int) -> None:
-    """Raises RecipeError as refuse_size does, for the method's queue of keys."""
+def refuse_queue(recipe: Recipe, classes: int) -> int:
+    """Numbers of the method's queue of keys. Raises RecipeError as refuse_size does."""
+    numbers = 0
     if (queue := getattr(recipe.method, "queue", None)) is not None:
-        refuse_size("method.queue.per_class", classes * queue.per_class * recipe.net.projector.dim)
+        numbers = classes * queue.per_class * recipe.net.projector.dim
+        refuse_size("method.queue.per_class", numbers)
     if (size := getattr(recipe.method, "queue_size", None)) is not None:
-        refuse_size("method.queue_size", size * recipe.net.projector.dim)
+        numbers = size * recipe.net.projector.dim
+        refuse_size("method.queue_size", numbers)
+    return numbers
 
 
 def refuse_size(key: str, numbers: int) -> None:

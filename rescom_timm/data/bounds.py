@@ -1,0 +1,240 @@
+"""Bounds on tables and lists of images, checked before their text or rows take memory.
+
+A few bytes of a compressed or dictionary-encoded file can stand for gigabytes. What a file may decode to is therefore
+bounded by its own size.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rescom_timm.files import regular_size
+
+MAX_ROWS = 100_000_000
+"""Of a Parquet file."""
+MAX_COLUMNS = 1000
+MAX_LIST = 2**32
+"""Bytes of the largest text file of rows that is read: CSV, TSV, JSON lines, annotations, index files."""
+MAX_LINE = 2**20
+"""Bytes of a line of such a file."""
+MAX_TEXT = 4096
+"""Characters of a path, a label, a class name or any other text of a row."""
+MAX_DECODED, RATIO = 2**30, 100
+"""A file of B bytes may decode to MAX_DECODED + RATIO * B bytes."""
+MAX_BATCH = 2**31
+"""Bytes that a batch of rows of a Parquet file may decode to."""
+MAX_PROBLEMS = 10_000
+SHOWN = 300
+"""Characters of a value or a problem in a message."""
+
+
+class Problems(list[str]):
+    """The first MAX_PROBLEMS of what is wrong with a file, each of them cut to a line that can be read."""
+
+    def append(self, problem: str) -> None:
+        if len(self) < MAX_PROBLEMS:
+            super().append(shown(problem))
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"
+
+
+def too_long(text: str) -> bool:
+    return len(text) > MAX_TEXT
+
+
+def limit(size: int) -> int:
+    """Bytes that a file of `size` bytes may decode to."""
+    return MAX_DECODED + RATIO * size
+
+
+# ------------------------------------------------------------------------------------------------------------ text files
+
+
+def check_lines(path: str | Path, columns: int = 1) -> None:
+    """Raises ValueError for a text file that is too large, is no regular file, has a line above about MAX_LINE bytes,
+    or more cells (lines times `columns`) than its size allows."""
+    size, lines = regular_size(path), 0
+    if size > MAX_LIST:
+        raise ValueError(f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
+    with open(path, "rb") as file:
+        while block := file.read(MAX_LINE):
+            found = block.count(b"\n") or block.count(b"\r")
+            if not found and len(block) == MAX_LINE:
+                raise ValueError(f"line {lines + 1} is longer than {MAX_LINE:,} bytes")
+            lines += found
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"has {columns:,} columns; at most {MAX_COLUMNS:,} are read")
+    if 16 * lines * columns > limit(size):
+        raise ValueError(f"has {lines:,} lines of {columns:,} columns in {size:,} bytes: most of its cells are empty")
+
+
+# --------------------------------------------------------------------------------------------------------------- Parquet
+
+
+def check_parquet(path: str | Path) -> int:
+    """Raises ValueError for a Parquet file that says more rows than MAX_ROWS, or decodes to more than `limit` allows by
+    its compression or its repeated values. Returns how many rows can be decoded at a time within MAX_BATCH."""
+    most, largest = limit(regular_size(path)), 1
+    with pq.ParquetFile(path) as file:
+        about = file.metadata
+        if about.num_rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
+            raise ValueError(f"it says {about.num_rows:,} rows; at most {MAX_ROWS:,} are read")
+        decoded = 0
+        for group, number, chunk in _chunks(about):
+            column = file.schema.column(number)
+            text = chunk.physical_type == "BYTE_ARRAY"
+            width = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4}.get(chunk.physical_type, 8)
+            decoded += max(chunk.total_uncompressed_size, 0 if text else chunk.num_values * max(width, column.length))
+            if text and column.max_repetition_level and decoded + chunk.num_values * _longest(chunk) > most:
+                decoded += _nested_bytes(path, group, chunk.path_in_schema)
+            elif text:
+                largest = max(largest, _longest(chunk))
+            if decoded > most:
+                raise ValueError(_decodes(decoded, path))
+    return max(1, min(1000, MAX_BATCH // largest))
+
+
+def _chunks(about: pq.FileMetaData) -> Iterator[tuple[int, int, pq.ColumnChunkMetaData]]:
+    for group in range(about.num_row_groups):
+        rows = about.row_group(group)
+        yield from ((group, number, rows.column(number)) for number in range(rows.num_columns))
+
+
+def _longest(chunk: pq.ColumnChunkMetaData) -> int:
+    """Bytes that no value of a chunk of texts exceeds."""
+    return int(chunk.total_uncompressed_size)
+
+
+def _nested_bytes(path: str | Path, group: int, column: str) -> int:
+    """Bytes of the texts in a chunk of lists, whose repeated values are kept once while they are counted."""
+    with pq.ParquetFile(path, read_dictionary=[column]) as file:
+        values = file.read_row_group(group, columns=[column]).column(0)
+    total = 0
+    for chunk in values.chunks:
+        while pa.types.is_nested(chunk.type):
+            chunk = chunk.field(0) if pa.types.is_struct(chunk.type) else chunk.flatten()
+        total += text_bytes(chunk)
+    return total
+
+
+def text_bytes(values: pa.Array) -> int:
+    """Bytes that an array of texts, dictionary-encoded or not, has once every value is written out."""
+    if isinstance(values, pa.DictionaryArray):
+        lengths = pc.cast(pc.binary_length(values.dictionary), pa.int64())
+        return int(pc.sum(pc.take(lengths, values.indices)).as_py() or 0)
+    return int(pc.sum(pc.cast(pc.binary_length(values), pa.int64())).as_py() or 0)
+
+
+def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of a Parquet file, one value of each row. Equal texts share their memory: such columns are
+    dictionary-encoded. Raises ValueError beyond the bounds, for a text above MAX_TEXT characters, and for columns of
+    lists or records."""
+    check_parquet(path)
+    most, total, tables = limit(regular_size(path)), 0, []
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    texts = []
+    for name in columns:
+        kind = schema.field(name).type
+        if pa.types.is_nested(kind):
+            raise ValueError(f"column {name!r} holds several values of an image, which is not supported")
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+            texts.append(name)
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(65_536, columns=list(columns)):
+            for name in columns:
+                values = batch.column(name)
+                if isinstance(values, pa.DictionaryArray):
+                    longest = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
+                    if longest > MAX_TEXT:
+                        raise ValueError(f"column {name!r} holds a text of {longest:,} bytes; at most {MAX_TEXT:,}")
+                    total += text_bytes(values)
+            if total > most:
+                raise ValueError(_decodes(total, path))
+            tables.append(pa.Table.from_batches([batch]))
+    return pa.concat_tables(tables).unify_dictionaries() if tables else schema.empty_table().select(list(columns))
+
+
+def _decodes(decoded: int, path: str | Path) -> str:
+    return (
+        f"it decodes to more than {decoded / 2**30:,.1f} GiB, and the file has {os.stat(path).st_size:,} bytes: "
+        "its values are repeated or compressed beyond what is read"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def check_arrow(path: str | Path) -> None:
+    """Raises ValueError for an Arrow file (stream or file format) that decodes to more than `limit` allows, or that has
+    columns whose rows can share their values' memory, which `datasets` does not write."""
+    most = limit(regular_size(path))
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            source.seek(8)
+        else:
+            source.seek(0)
+        start, decoded = source.tell(), 0
+        for message in pa.ipc.MessageReader.open_stream(source):
+            decoded += _uncompressed(message)
+            if decoded > most:
+                raise ValueError(_decodes(decoded, path))
+        source.seek(start)
+        reader = pa.ipc.open_stream(source)
+        for field in reader.schema:
+            _refuse_shared(field.name, field.type)
+        for batch in reader:
+            batch.validate()
+
+
+def _refuse_shared(name: str, kind: pa.DataType) -> None:
+    shared = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_string_view, pa.types.is_binary_view)
+    if any(holds(kind) for holds in shared) or "list_view" in str(kind):
+        raise ValueError(f"column {name!r} is of type {kind}: save it as plain values")
+    for number in range(kind.num_fields):
+        _refuse_shared(name, kind.field(number).type)
+
+
+def _uncompressed(message: pa.ipc.Message) -> int:
+    """Bytes that a message's compressed buffers say they decode to; 0 where none is compressed. The layout is that of
+    Arrow's Message.fbs: a record batch is the header itself or, in a dictionary batch, its field 1."""
+    metadata, body = memoryview(message.metadata), memoryview(message.body)
+    root = struct.unpack_from("<I", metadata)[0]
+    kind, header = _field(metadata, root, 1), _table(metadata, root, 2)
+    if kind is None or header is None or metadata[kind] not in (2, 3):
+        return 0
+    batch = header if metadata[kind] == 3 else _table(metadata, header, 1)
+    if batch is None or _field(metadata, batch, 3) is None or (vector := _table(metadata, batch, 2)) is None:
+        return 0
+    total, count = 0, struct.unpack_from("<I", metadata, vector)[0]
+    for offset, length in struct.iter_unpack("<qq", metadata[vector + 4 : vector + 4 + 16 * count]):
+        if length >= 8:
+            total += max(length, struct.unpack_from("<q", body, offset)[0])
+    return total
+
+
+def _field(buffer: memoryview, table: int, number: int) -> int | None:
+    """Where a flatbuffers table has its field; None where it has none."""
+    vtable = table - struct.unpack_from("<i", buffer, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
+        return None
+    offset = struct.unpack_from("<H", buffer, vtable + 4 + 2 * number)[0]
+    return table + offset if offset else None
+
+
+def _table(buffer: memoryview, table: int, number: int) -> int | None:
+    """Where the table or vector that a field refers to starts."""
+    place = _field(buffer, table, number)
+    return None if place is None else place + struct.unpack_from("<I", buffer, place)[0]
