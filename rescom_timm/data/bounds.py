@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rescom_timm.files import regular_size
+from rescom_timm.text import escape_controls
 
 MAX_ROWS = 100_000_000
 """Of a Parquet file."""
@@ -45,13 +46,14 @@ class Problems(list[str]):
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = str(value)
+    """A value for a message: control characters are escaped, and it is cut where it is long."""
+    text = escape_controls(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"
 
 
-def too_long(text: str) -> bool:
-    return len(text) > MAX_TEXT
+def length_problem(what: str, text: str) -> str:
+    """What is wrong with a text of a row, or the empty string. what: a path, a label ..., with its article."""
+    return f"{what} of {len(text):,} characters; at most {MAX_TEXT:,} are read" if len(text) > MAX_TEXT else ""
 
 
 def limit(size: int) -> int:
@@ -59,15 +61,20 @@ def limit(size: int) -> int:
     return MAX_DECODED + RATIO * size
 
 
-# ------------------------------------------------------------------------------------------------------------ text files
+# ----------------------------------------------------------------------------------------------------------- text files
+
+
+def check_size(path: str | Path) -> int:
+    """Bytes of a text file of rows. Raises ValueError above MAX_LIST, and for what is no regular file."""
+    if (size := regular_size(path)) > MAX_LIST:
+        raise ValueError(f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
+    return size
 
 
 def check_lines(path: str | Path, columns: int = 1) -> None:
     """Raises ValueError for a text file that is too large, is no regular file, has a line above about MAX_LINE bytes,
     or more cells (lines times `columns`) than its size allows."""
-    size, lines = regular_size(path), 0
-    if size > MAX_LIST:
-        raise ValueError(f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
+    size, lines = check_size(path), 0
     with open(path, "rb") as file:
         while block := file.read(MAX_LINE):
             found = block.count(b"\n") or block.count(b"\r")
@@ -80,7 +87,7 @@ def check_lines(path: str | Path, columns: int = 1) -> None:
         raise ValueError(f"has {lines:,} lines of {columns:,} columns in {size:,} bytes: most of its cells are empty")
 
 
-# --------------------------------------------------------------------------------------------------------------- Parquet
+# -------------------------------------------------------------------------------------------------------------- Parquet
 
 
 def check_parquet(path: str | Path) -> int:
@@ -174,7 +181,7 @@ def _decodes(decoded: int, path: str | Path) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- Arrow
+# ---------------------------------------------------------------------------------------------------------------- Arrow
 
 
 def check_arrow(path: str | Path) -> None:

@@ -35,6 +35,7 @@ from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, ViewsConfig
+from rescom_timm.files import regular_size
 
 COMMON = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -164,8 +165,10 @@ class Prepared:
         return self._array(place, severity, name) if place.suffix == ".npy" else self._images(place, severity, name)
 
     def _array(self, place: Path, severity: int, name: str) -> Split:
-        pixels = np.load(place, mmap_mode="r")
-        labels = np.load(self.folder / "labels.npy").astype(np.int64)
+        pixels, labels = _read_array(place), _read_array(self.folder / "labels.npy")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"{self.folder}/labels.npy holds {labels.dtype} {labels.shape}, not whole numbers (N,)")
+        labels = labels.astype(np.int64)
         each = len(pixels) // len(SEVERITIES)
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or each * len(SEVERITIES) != len(pixels):
             raise ValueError(f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3) by severity")
@@ -214,6 +217,15 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
             f"holds no {COMMON[0]} nor another of the {len(KINDS)} kinds"
         )
     return Prepared(folder, class_names, places)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Mapped into memory, which its file must fill as its header says. Raises ValueError for what is no such file."""
+    regular_size(path)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not one array")
+    return array
 
 
 class _Pixels:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rescom_timm.text import escape_controls
+from rescom_timm.data.bounds import Problems, check_lines, check_size, length_problem, shown
 
 FORMAT = "# rescom_timm index: "
 VERSION = "1"
@@ -44,12 +44,9 @@ def read_rows(
     reads one of named columns."""
     if not path.is_file():
         raise FileNotFoundError(f"no index file {path}")
-    problems: list[str] = []
+    problems = Problems()
     try:
-        if table is not None:
-            rows = table(path, problems)
-        else:
-            rows = _read_json(path, problems) if path.suffix.lower() == ".json" else _read_lines(path, problems)
+        rows = (table or (_read_json if path.suffix.lower() == ".json" else _read_lines))(path, problems)
     except UnicodeDecodeError as error:
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
     if not rows.labels:
@@ -61,6 +58,11 @@ def read_rows(
 
 def _read_lines(path: Path, problems: list[str]) -> Rows:
     rows = Rows("line")
+    try:
+        check_lines(path)
+    except ValueError as error:
+        problems.append(str(error))
+        return rows
     blank = 0
     with open(path, encoding="utf-8-sig") as file:
         by_path: bool | None = True
@@ -94,6 +96,8 @@ def _wrong(key: str, label: str, by_path: bool) -> str:
     """What is wrong with one line, or the empty string."""
     if not is_label(label):
         return f"label {label!r} is not a whole number from 0"
+    if by_path and (wrong := length_problem("a path", key)):
+        return wrong
     if not key:
         return (
             f"a line reads '{'path' if by_path else 'row'} label', with a blank or a tab between; this one is {label!r}"
@@ -123,6 +127,9 @@ def _read_header(lines: Iterator[tuple[int, str]], rows: Rows, problems: list[st
         key, colon, value = line.removeprefix("# ").partition(":")
         if not line.startswith("# ") or not colon:
             problems.append(f"line {number}: a header line reads '# key: value', this one {line!r}")
+            return None
+        if wrong := length_problem("a header line", line):
+            problems.append(f"line {number}: {wrong}")
             return None
         if key in rows.header:
             problems.append(f"line {number}: the header has {key!r} twice")
@@ -158,6 +165,11 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
     """iNaturalist's (and COCO's) annotations: images, annotations and, where given, categories."""
     rows = Rows("annotation")
     try:
+        check_size(path)
+    except ValueError as error:
+        problems.append(str(error))
+        return rows
+    try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_slim)
     except json.JSONDecodeError as error:
@@ -181,6 +193,11 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
     files, bad = _pairs(content["images"])
     if bad:
         problems.append(f"{bad:,} of the 'images' have no 'id' or no 'file_name'")
+    names, _ = _pairs(content.get("categories") or [])
+    for what, texts in (("a file_name", files.values()), ("a name of a category", names.values())):
+        if wrong := next(filter(None, (length_problem(what, text) for text in texts)), ""):
+            problems.append(f"holds {wrong}")
+            return rows
     seen = set()
     for number, annotation in enumerate(content["annotations"], 1):
         image, label = annotation if isinstance(annotation, tuple) else (None, None)
@@ -195,7 +212,6 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
             rows.places.append(number)
     if without := [name for image, name in files.items() if image not in seen]:
         problems.append(f"{len(without):,} images have no annotation: {first_few(without)}")
-    names, _ = _pairs(content.get("categories") or [])
     if names and all(type(k) is int and 0 <= k < MAX_CLASSES for k in names):
         rows.num_classes = max(names) + 1
         if len(names) == rows.num_classes:
@@ -257,4 +273,5 @@ def _judge_duplicates(rows: Rows, problems: list[str]) -> None:
 
 
 def first_few(things: Sequence[Any], n: int = 5) -> str:
-    return ", ".join(map(escape_controls, things[:n])) + (" ..." if len(things) > n else "")
+    """The first n of these for a message, each cut where it is long."""
+    return ", ".join(map(shown, things[:n])) + (" ..." if len(things) > n else "")

@@ -11,23 +11,24 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from rescom_timm.class_names import as_spelled, distinct, nfc
+from rescom_timm.data.bounds import MAX_COLUMNS, check_lines, length_problem, read_columns
 from rescom_timm.data.index_files import Rows, first_few, is_label
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that hold named columns."""
-MAX_ROWS = 100_000_000
-"""Of a Parquet file."""
 
 NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "image": (
@@ -76,20 +77,21 @@ def read_table(
     """
     rows = Rows("row")
     try:
-        frame = _frame(path)
-        image = pick("image", columns.image, list(frame.columns), "image_column")
-        label = pick("label", columns.label, list(frame.columns), "label_column")
-        group = pick("group", columns.group, list(frame.columns), "group_column") if columns.group else None
-        part = pick("split", columns.split, list(frame.columns), "split_column", needed=False)
+        there = _names(path)
+        image = pick("image", columns.image, there, "image_column")
+        label = pick("label", columns.label, there, "label_column")
+        group = pick("group", columns.group, there, "group_column") if columns.group else None
+        part = pick("split", columns.split, there, "split_column", needed=False)
+        frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
     except ValueError as error:
         problems.append(str(error))
         return rows
     whole = frame[label]  # the classes are those of all splits
     if part is not None and split is not None:
-        there = dict.fromkeys(frame[part].astype(str))
+        splits = dict.fromkeys(frame[part].astype(str))
         frame = frame[[_same(value, split) for value in frame[part].astype(str)]]
         if frame.empty:
-            problems.append(f"column {part!r} has no row of split {split!r}, only {first_few(list(there))}")
+            problems.append(f"column {part!r} has no row of split {split!r}, only {first_few(list(splits))}")
             return rows
     texts, numbers = [_text(value) for value in frame[label]], (frame.index.to_numpy() + 1).tolist()
     names = None if class_names is None else list(class_names)
@@ -99,9 +101,11 @@ def read_table(
     if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
         known |= {str(k): k for k in range(len(known))}
     for number, key, text in zip(numbers, frame[image], texts, strict=True):
-        if not str(key).strip():
+        if key is None or not str(key).strip():
             problems.append(f"row {number}: column {image!r} is empty")
-        elif wrong := _wrong(text, label, known):
+        elif (
+            wrong := length_problem("a path", str(key)) or length_problem("a label", text) or _wrong(text, label, known)
+        ):
             problems.append(f"row {number}: {wrong}")
         else:
             rows.keys.append(str(key))  # type: ignore[arg-type]
@@ -168,29 +172,11 @@ def called(kind: str, there: Sequence[str]) -> str | None:
     return None
 
 
-def _frame(path: Path) -> pd.DataFrame:
-    """The table, all of it text or as it is stored. Raises ValueError."""
-    ending = path.suffix.lower()
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a reader raises becomes a ValueError in one line."""
     try:
-        if ending == ".parquet":
-            rows = pq.ParquetFile(path).metadata.num_rows
-            if rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
-                raise ValueError(f"it says {rows:,} rows; at most {MAX_ROWS:,} are read")
-            return pq.read_table(path).to_pandas(ignore_metadata=True)
-        with path.open("rb") as start:
-            encoding = "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        if ending in (".jsonl", ".ndjson"):
-            lines = path.read_text(encoding=encoding).split("\n")  # not splitlines: a text may hold U+2028
-            return pd.DataFrame([_object(line, number) for number, line in enumerate(lines, 1) if line.strip()])
-        with path.open(encoding=encoding, newline="") as file:
-            header = file.readline()
-        separator = "\t" if ending == ".tsv" else max(",;\t|", key=header.count)
-        frame = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, skipinitialspace=True
-        )
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise ValueError("rows have more cells than the header; quote text that holds the separator")
-        return frame
+        yield
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8 text: save it as UTF-8") from None
     except (
@@ -203,7 +189,71 @@ def _frame(path: Path) -> pd.DataFrame:
         LookupError,
         TypeError,
     ) as error:
-        raise ValueError(f"cannot be read as {ending[1:]}: {str(error).strip() or type(error).__name__}") from None
+        what = str(error).strip() or type(error).__name__
+        raise ValueError(f"cannot be read as {path.suffix.lower()[1:]}: {what}") from None
+
+
+def _names(path: Path) -> list[str]:
+    """Names of the columns. Raises ValueError."""
+    with _readable(path):
+        if path.suffix.lower() == ".parquet":
+            return list(pq.read_schema(path).names)
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            names: dict[str, None] = {}
+            for row in _objects(path):
+                names |= dict.fromkeys(row)
+                if len(names) > MAX_COLUMNS:
+                    raise ValueError(f"its rows have more than {MAX_COLUMNS:,} different keys")
+            return list(names)
+        return list(_delimited(path, nrows=0).columns)
+
+
+def _frame(path: Path, columns: list[str]) -> pd.DataFrame:
+    """These columns, all of them text or as they are stored. Raises ValueError."""
+    with _readable(path):
+        if path.suffix.lower() == ".parquet":
+            table = read_columns(path, columns)
+            return pd.DataFrame({name: _values(table.column(name)) for name in columns})
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            rows = [tuple(map(row.get, columns)) for row in _objects(path)]
+            return pd.DataFrame(rows, columns=columns, dtype=object)
+        frame = _delimited(path)
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("rows have more cells than the header; quote text that holds the separator")
+        return frame[columns]
+
+
+def _values(column: pa.ChunkedArray) -> Any:
+    """A column as pandas has it; of texts, equal ones are one object."""
+    values = column.to_pandas()
+    return values.astype(object) if pa.types.is_dictionary(column.type) else values
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as start:
+        return "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _delimited(path: Path, **reading: Any) -> pd.DataFrame:
+    """A CSV or TSV file, all of it text."""
+    check_lines(path)
+    encoding = _encoding(path)
+    with path.open(encoding=encoding, newline="") as file:
+        header = file.readline()
+    separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+    check_lines(path, 1 + header.count(separator))
+    return pd.read_csv(
+        path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, skipinitialspace=True, **reading
+    )
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    check_lines(path)
+    with path.open(encoding=_encoding(path), newline="\n") as lines:  # a text may hold U+2028
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _object(line, number)
 
 
 def _object(line: str, number: int) -> dict[str, Any]:

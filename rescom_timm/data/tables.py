@@ -10,20 +10,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, refuse_two_forms
+from rescom_timm.data.bounds import MAX_TEXT
 from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.named_columns import called
+from rescom_timm.data.own_files import load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
 
@@ -130,13 +131,15 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     groups = None
     if config.group_column is not None:
         group = str(_pick("group", config.group_column, [], dataset.features, config.source))
+        _refuse_long(_column(dataset, group), f"{config.source} {split}: column {group!r}")
         values = [str(value) for value in _column(dataset, group).to_pandas()]
         groups = _as_classes(values, distinct(sorted(set(values))), "", "")
     dataset = dataset.select_columns([image] + ([label] if label else []))
     dataset = dataset.rename_columns({image: "image"} | ({label: "label"} if label else {}))
     dataset = dataset.cast_column("image", Image(decode=False))
-    if config.source not in ("digits", MEMORY) and not folder.is_dir():
-        _refuse_paths(dataset, f"{config.source} {split}")
+    if config.source not in ("digits", MEMORY):
+        images = pa.chunked_array(_column(dataset, "image").chunks)
+        dataset = own_images(dataset, images, folder if folder.is_dir() else None, f"{config.source} {split}")
     if label is None:
         return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
@@ -146,23 +149,18 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
     if names is not None or "int" in feature.dtype:
         return _Table(dataset, column.to_numpy().astype(np.int64), names, groups=groups)
+    _refuse_long(column, f"{config.source} {split}: column {label!r}")
     texts = [str(value) for value in column.to_pylist()]
     names = distinct(sorted(set(texts)))
     labels = _as_classes(texts, names, f"{config.source} {split}", "")
     return _Table(with_labels(dataset, labels), labels, names, texts, groups)
 
 
-def _refuse_paths(dataset: Dataset, name: str) -> None:
-    """Raises ValueError where a table of the Hub has a path in the place of an image: it would be a file of this
-    machine."""
-    images = pa.chunked_array(_column(dataset, "image").chunks)
-    own = pc.struct_field(images, "bytes")
-    named = pc.and_(pc.is_null(own), pc.is_valid(pc.struct_field(images, "path"))) if own.null_count else None
-    if named is not None and (number := pc.sum(named).as_py()):
-        raise ValueError(
-            f"{name}: {number:,} rows have no image but the path of one, which is not followed: it would be a file of "
-            "this machine; download the data set and name its folder as data.source"
-        )
+def _refuse_long(column: pa.ChunkedArray, name: str) -> None:
+    """Raises ValueError where a column of texts holds one above MAX_TEXT bytes."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if (longest := pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT:
+            raise ValueError(f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
 
 
 def _as_classes(texts: list[str], names: list[str] | None, there: str, here: str) -> np.ndarray:
@@ -189,15 +187,15 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
     local = folder.is_dir()
     try:
         if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
-            found: Any = datasets.load_from_disk(str(folder))
-            if not isinstance(found, DatasetDict):
+            splits = saved_splits(folder)
+            if splits is None:
                 raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict of train and test")
-            if split not in found:
-                raise ValueError(f"Unknown split {split!r}. Should be one of {list(found)}.")
-            return found[split]
+            if split not in splits:
+                raise ValueError(f"Unknown split {split!r}. Should be one of {splits}.")
+            return load_saved(folder / split, folder)
         if local and (folder / split / "state.json").is_file():
-            return datasets.load_from_disk(str(folder / split))  # type: ignore[return-value]
-        return datasets.load_dataset(str(folder.resolve()) if local else source, config.subset, split=split)
+            return load_saved(folder / split, folder)
+        return load_files(str(folder.resolve()) if local else source, local, config.subset, split)
     except (ConnectionError, HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it: set data.source to a "
