@@ -24,20 +24,34 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: other machines may call")
     parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
     parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
     arguments = parser.parse_intermixed_args(words)
 
     def work() -> int:
-        made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
-        made.launch(
-            server_name="127.0.0.1", server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True
-        )
-        print(f"{made.local_url}  (Ctrl-C ends it)", flush=True)
-        made.block_thread()
+        from rescom_timm.sharing.page_guard import own_uploads
+
+        with own_uploads():
+            made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
+            made.launch(
+                server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True, **guarded(arguments.host)
+            )
+            print(f"{made.local_url}  (Ctrl-C ends it)", flush=True)
+            made.block_thread()
         return 0
 
     return answer(work)
+
+
+def guarded(host: str) -> dict[str, Any]:
+    """Arguments of gradio's launch: listen on `host`, take files up to a bound, refuse other hosts and origins."""
+    from starlette.middleware import Middleware
+
+    from rescom_timm.sharing.page_guard import MAX_UPLOAD, PageGuard
+
+    guard = Middleware(PageGuard, host=host)  # type: ignore[arg-type]
+    return {"server_name": host, "max_file_size": MAX_UPLOAD, "app_kwargs": {"middleware": [guard]}}
 
 
 def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Any:
@@ -47,6 +61,7 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
     except ImportError as error:
         raise ImportError("the demo needs more packages: pip install 'rescom-timm[demo]'") from error
     from rescom_timm.sharing.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
+    from rescom_timm.sharing.page_guard import DELETE_CACHE
     from rescom_timm.sharing.pretrained import from_pretrained
 
     read = from_pretrained(model, revision=revision)
@@ -56,7 +71,7 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
     def show(files: list[str] | None, choice: str, numbers: Numbers, top_k: float) -> str:
         return answers(read, files or [], choice, numbers, int(top_k), training)
 
-    with gradio.Blocks(title="rescom_timm", analytics_enabled=False) as made:
+    with gradio.Blocks(title="rescom_timm", analytics_enabled=False, delete_cache=DELETE_CACHE) as made:
         gradio.Markdown("## What is on these images?")
         files = gradio.File(label="images", file_count="multiple", file_types=["image"])
         choice = gradio.Radio(list(PRIORS), value=next(iter(PRIORS)), label="how frequent are the classes?")

@@ -11,7 +11,7 @@ APP = '''"""The demo of {repo}. Written by  rescom-timm push --space."""
 
 from rescom_timm.commands.demo import page
 
-page("{repo}").launch()
+page("{repo}").launch(max_file_size="64mb")
 '''
 TEXT = """
 # {title}

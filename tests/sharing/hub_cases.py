@@ -693,7 +693,7 @@ def test_a_space_shows_what_was_pushed(tmp_path, capsys):
     assert set(files) == {".gitattributes", "app.py", "requirements.txt", "README.md"}
     assert SERVER.repos["spaces/me/rescom-demo"].private
     compile(files["app.py"], "app.py", "exec")
-    assert f'page("{REPO}").launch()' in files["app.py"].decode()
+    assert f'page("{REPO}").launch(max_file_size=' in files["app.py"].decode()
     front = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert (front["sdk"], front["app_file"], front["models"]) == ("gradio", "app.py", [REPO])
     assert files["requirements.txt"] == b"rescom-timm[demo]\n"

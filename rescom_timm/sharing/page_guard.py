@@ -1,0 +1,109 @@
+"""Requests that the demo page answers: from its own page, to its own address, of a bounded size."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+MAX_UPLOAD = 64 * 2**20
+"""Bytes of a file that the page takes."""
+MAX_REQUEST = 2**30
+"""Bytes of a request, of all its files together."""
+DELETE_CACHE = (60, 600)
+"""Seconds: how often uploads are looked at, and the age at which they are deleted."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class PageGuard:
+    """ASGI middleware: 403 for a request to another host name (DNS rebinding) or from another page (Origin), and 413
+    for one above MAX_REQUEST bytes."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], host: str) -> None:
+        """host: the address that the server listens on."""
+        self.app, self.host = app, host
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        if (status := refusal(headers, self.host)) is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            body = {403: b"refused: another host or origin", 413: b"refused: too large"}[status]
+            start = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": status, "headers": start})
+            await send({"type": "http.response.body", "body": body})
+
+
+def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
+    """The status to refuse a request with; None for one to answer. headers: lower-case names and their values."""
+    hosts, origins, lengths = (headers.get(name, []) for name in ("host", "origin", "content-length"))
+    if len(hosts) != 1 or not _own_host(hosts[0], host):
+        return 403
+    if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
+        return 403
+    if any(not length.isdecimal() or int(length[:20]) > MAX_REQUEST for length in lengths):
+        return 413
+    return None
+
+
+def _own_host(asked: str, listening: str) -> bool:
+    """Whether a Host header names this machine: a loopback name, the address listened on and, where others may call,
+    any address as a number (which no foreign name server can redirect) and the machine's own names."""
+    try:
+        name = (urlsplit(f"//{asked}").hostname or "").lower()
+    except ValueError:
+        return False
+    if name in ("localhost", "127.0.0.1", "::1", listening.lower().strip("[]")):
+        return True
+    if is_local(listening):
+        return False
+    return _is_address(name) or name in (socket.gethostname().lower(), socket.getfqdn().lower())
+
+
+def is_local(host: str) -> bool:
+    """Whether a server that listens on this address can be reached from this machine alone."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def own_uploads() -> Iterator[str]:
+    """A folder for what the page's users upload, removed at the end, also by SIGTERM (exit code 143)."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(143)
+
+    before = tempfile.tempdir, os.environ.get("GRADIO_TEMP_DIR"), signal.signal(signal.SIGTERM, end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="rescom-timm-demo-", ignore_cleanup_errors=True) as folder:
+            tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
+            yield folder
+    finally:
+        tempfile.tempdir = before[0]
+        os.environ.pop("GRADIO_TEMP_DIR", None)
+        if before[1] is not None:
+            os.environ["GRADIO_TEMP_DIR"] = before[1]
+        signal.signal(signal.SIGTERM, before[2])
