@@ -1,7 +1,6 @@
-"""What a repository, a run's folder or a data set of a stranger may do: fill memory and disk within bounds, no more.
+"""What an untrusted repository, run's folder or data set may do: use memory and disk within bounds, no more.
 
-The promises are listed at the end of rescom_timm/sharing/README.md, each with its test here, in test_fuzz.py or in
-sharing/hub_cases.py.
+rescom_timm/sharing/README.md lists the guarantees ("Security model for untrusted files"), each with its test.
 """
 
 import io

@@ -147,7 +147,7 @@ def test_a_table_names_images_of_its_folder_alone(tmp_path, path):
     assert opened(theirs).train.dataset[3]["image"]["path"] == str(theirs / "images/3.png")
 
 
-# ------------------------------------------------------------------------------------------------ small files, large rows
+# ---------------------------------------------------------------------------------------------- small files, large rows
 
 
 def repeated(number, size):
