@@ -282,11 +282,11 @@ def test_an_evaluation_of_any_number_of_classes_is_not_drawn(run):
 def test_a_parquet_file_may_not_say_any_number_of_rows(tmp_path, monkeypatch):
     import pandas as pd
 
-    from rescom_timm.data import named_columns
+    from rescom_timm.data import bounds
     from rescom_timm.data.index import read
 
     pd.DataFrame({"path": ["a", "b"], "label": ["x", "y"]}).to_parquet(tmp_path / "a.parquet")
-    monkeypatch.setattr(named_columns, "MAX_ROWS", 1)
+    monkeypatch.setattr(bounds, "MAX_ROWS", 1)
     assert read(tmp_path / "a.parquet")[1] == ["cannot be read as parquet: it says 2 rows; at most 1 are read"]
 
 

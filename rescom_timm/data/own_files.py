@@ -16,13 +16,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, limit
 from rescom_timm.data.index_files import first_few
 from rescom_timm.files import read_json, regular_size
 
-BUILDERS = ("parquet", "arrow", "webdataset", "imagefolder")
-"""Kinds of files of `datasets` that hold images; the last is refused later, with advice."""
+BUILDERS = ("parquet", "arrow", "webdataset", "imagefolder", "cache")
+"""Kinds of files of `datasets` that hold images (imagefolder is refused later, with advice), and its own cache."""
 
 
 def within(folder: str | Path, path: str | Path) -> None:
@@ -95,7 +96,13 @@ def load_files(source: str, local: bool, subset: str | None, split: str) -> Data
             raise ValueError(f"the card of {source} names {path}, which is no file of that repository and is not read")
     if kind in ("parquet", "arrow"):
         _bound(builder, kind)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
     return builder.as_dataset(split=split)
 
 
