@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.load
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -85,7 +87,35 @@ def load_files(source: str, local: bool, subset: str | None, split: str) -> Data
     Raises what that raises, and ValueError where the card of the data set names files elsewhere, or files decode to
     more than is read.
     """
-    builder = datasets.load_dataset_builder(source, subset)
+    with _builders_checked(source, local):
+        try:
+            return datasets.load_dataset(source, subset, split=split)  # type: ignore[return-value]
+        except DatasetGenerationError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
+
+
+@contextmanager
+def _builders_checked(source: str, local: bool) -> Iterator[None]:
+    """Within the block, load_dataset checks the files that it has found before it reads them, which is between two
+    steps of that function."""
+    original = datasets.load.load_dataset_builder
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        builder = original(*arguments, **named)
+        _check_builder(builder, source, local)
+        return builder
+
+    datasets.load.load_dataset_builder = checked
+    try:
+        yield
+    finally:
+        datasets.load.load_dataset_builder = original
+
+
+def _check_builder(builder: Any, source: str, local: bool) -> None:
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in BUILDERS:
         raise ValueError(f"{source} holds {kind} files, not images: {', '.join(BUILDERS[:3])} files are read")
@@ -96,14 +126,6 @@ def load_files(source: str, local: bool, subset: str | None, split: str) -> Data
             raise ValueError(f"the card of {source} names {path}, which is no file of that repository and is not read")
     if kind in ("parquet", "arrow"):
         _bound(builder, kind)
-    try:
-        builder.download_and_prepare()
-    except DatasetGenerationError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ValueError(f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
-    return builder.as_dataset(split=split)
 
 
 def _bound(builder: Any, kind: str) -> None:
