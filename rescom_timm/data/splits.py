@@ -49,7 +49,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError("data.source is empty: name a Hub data set, a local folder, or digits")
-        for split in (self.train, self.test, self.validation.removeprefix("split(")):
+        other = self.validation.removeprefix("split(") if self.validation.startswith("split(") else ""
+        for split in (self.train, self.test, other):
             if Path(split).is_absolute() or ".." in re.split(r"[/\\]", split):
                 raise ValueError(f"split {split!r} leads out of data.source: name a split, or a folder in it")
         for rule in (self.index, self.test_index):

@@ -75,6 +75,7 @@ def test_a_dict_names_plain_splits_alone(saved, name):
         opened(saved, train="../mine/train")
     with pytest.raises(ValueError, match="leads out of data.source"):
         opened(saved, validation="split(/etc)")
+    DataConfig("digits", validation="index(../lists/val.txt)")
 
 
 @pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "train/state.json", "train"])
