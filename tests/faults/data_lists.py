@@ -86,6 +86,10 @@ LISTS = [
            "l.jsonl"),
     listed("lines that are no objects", "\n[1, 2]\n", "line 2 is no object", "l.jsonl"),
     listed("several labels of an image", '{"path": "1.png", "label": ["a", "b"]}\n', "holds several labels", "l.jsonl"),
+    listed("path of 5,000 characters", f"{'x' * 5000} 0\ny 1\n", "a path of 5,000 characters; at most 4,096"),
+    listed("label of 5,000 characters", f"image,label\n1.png,{'x' * 5000}\n2.png,b\n", "a label of 5,000", "l.csv"),
+    listed("line of 2 MiB", f'{{"path": "{"x" * 2**21}", "label": 0}}\n', "is longer than", "l.jsonl"),
+    listed("table of 5,001 columns", "image,label" + ",x" * 4999 + "\n1.png,a\n", "columns; at most 1,000", "l.csv"),
     listed("annotations that are no JSON", "{", "line 1: is not JSON", "l.json"),
     listed("annotations 5,000 levels deep", "[" * 5000, "deep", "l.json"),
     listed("annotations without images", '{"annotations": []}', "images", "l.json"),
@@ -172,6 +176,9 @@ VERBS = [
     refused("list of images that are not there", "init p -o p.yaml --list l.csv",
           "9 of 9 images of l.csv are not under", photos(),
             text("l.csv", "image,label\n" + "".join(f"x/{k}.png,{'ab'[k % 2]}\n" for k in range(9)))),
+    refused("saved data set that names a file outside", "init d -o d.yaml", "no plain name", data("d/x.arrow", b""),
+            text("d/dataset_dict.json", '{"splits": ["train"]}'), text("d/train/dataset_info.json", "{}"),
+            text("d/train/state.json", '{"_fingerprint": "a", "_data_files": [{"filename": "/etc/passwd"}]}')),
     refused("parquet folder that is damaged", "init d -o d.yaml", "d", data("d/train.parquet", b"PAR1" + b"x" * 99)),
 ]
 
