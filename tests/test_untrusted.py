@@ -589,7 +589,7 @@ def test_what_is_a_secret(monkeypatch):
         (
             "i.txt",
             f"# rescom_timm index: 1\n# rows: {'1' * 5000}\n# classes: 1\n# class 0: 1\n# row label\n0 0\n",
-            "is not a whole number",
+            "line 2: a header line of 5,008 characters",
         ),
         ("i.csv", "path,label\na,²\nb,0\n", "label '²' is not a whole number from 0"),
         ("i.jsonl", "1\n2\n", "line 1 is no object"),
