@@ -128,9 +128,8 @@ def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str
     """Rows of each split that a table has beside those; empty where it has no column of splits."""
     if not is_table(path):
         return {}
-    frame = _frame(path)
-    part = pick("split", columns.split, list(frame.columns), "split_column", needed=False)
-    values = Counter(frame[part].astype(str)) if part is not None else Counter[str]()
+    part = pick("split", columns.split, _names(path), "split_column", needed=False)
+    values = Counter(_frame(path, [part])[part].astype(str)) if part is not None else Counter[str]()
     return {value: count for value, count in values.items() if not any(_same(value, split) for split in without)}
 
 
