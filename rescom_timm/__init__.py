@@ -17,6 +17,7 @@ The floors; every import points down, and tests/test_architecture.py holds it so
     class_names ground     class names of two things, compared
     files       ground     files written whole and read within bounds
     text/       ground     text of others made harmless: on a terminal, in HTML and Markdown (templates)
+    hub         ground     which names are ids of the Hub, and how long it is waited for
 """
 
 import sys

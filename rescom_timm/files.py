@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import glob
 import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
+import socket
 import stat
+import time
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,12 +51,73 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to. It is renamed to `path` where the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex}")
+    clear_leftovers(path.parent, path.name[:80])
+    beside = path.with_name(f".{path.name[:80]}.{_writer(os.getpid())}{uuid.uuid4().hex[:16]}")
+    _writing.add(beside)
     try:
         yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+        _writing.discard(beside)
+
+
+_writing: set[Path] = set()
+"""What the threads of this process are at."""
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what atomic_path's killed writers left in a folder, of one file or of all: those of processes of this
+    machine that are gone, and whatever is older than a day."""
+    for left in folder.glob(f".{glob.escape(name)}.*" if name else ".*"):
+        ending = re.fullmatch(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{16}", left.name)
+        if ending is None or (name and len(left.name) != len(name) + 34):
+            continue
+        with suppress(OSError):
+            here, process = ending[1] == _writer(0)[:8], int(ending[2], 16)
+            gone = here and (left not in _writing if process == os.getpid() else not psutil.pid_exists(process))
+            if left.is_file() and (gone or time.time() - left.stat().st_mtime > 86_400):
+                left.unlink()
+
+
+def _writer(process: int) -> str:
+    """A process of this machine, in 16 hexadecimal digits."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8] + f"{process:08x}"
+
+
+@contextmanager
+def file_lock(path: str | Path, timeout: float = -1) -> Iterator[bool]:
+    """Holds the lock file while the block runs, after waiting up to `timeout` seconds (below 0: for ever).
+
+    Yields whether it is held: a disk without file locks (NFS without lockd, some network and FUSE disks) is one
+    warning, and the block runs without. Raises filelock.Timeout where another process holds it.
+    """
+    soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters  # a marker file, which a kill leaves
+    options: dict[str, Any] = {"fallback_to_soft": False} if soft else {}
+    lock = FileLock(path, **options)
+    try:
+        lock.acquire(timeout=timeout)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout) or getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        _warn_no_locks(str(Path(path).resolve().parent))
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+"""What a disk without file locks answers."""
+
+
+@functools.cache
+def _warn_no_locks(folder: str) -> None:
+    warnings.warn(
+        f"the disk of {folder} has no file locks: make sure that no second process writes there", stacklevel=4
+    )
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:

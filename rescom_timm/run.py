@@ -36,7 +36,7 @@ from rescom_timm.sharing.prediction_sets import PredictionSets
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.sharing.publish import Publisher
 from rescom_timm.sharing.push import push_run
-from rescom_timm.sharing.teacher import read_teacher
+from rescom_timm.sharing.teacher import first_weights, read_teacher
 from rescom_timm.training.build import Weights
 from rescom_timm.training.evaluate import data_of, evaluate_run
 from rescom_timm.training.run_folder import Resume, class_names, lines, run_recipe
@@ -46,7 +46,8 @@ from rescom_timm.training.trainer import train as train_only
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
     for the arguments and what is raised."""
-    return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe))
+    with first_weights(recipe) as first:
+        return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe), first)
 
 
 def train(

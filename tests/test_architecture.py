@@ -17,13 +17,14 @@ FLOORS: dict[str, set[str]] = {
     "files": set(),
     "class_names": set(),
     "text": set(),
+    "hub": set(),
     "contrast": set(),
-    "nets": {"files", "class_names"},
-    "data": {"files", "class_names", "text"},
+    "nets": {"files", "class_names", "hub"},
+    "data": {"files", "class_names", "text", "hub"},
     "metrics": set(),
     "methods": {"contrast", "nets"},
-    "recipe": {"files", "text", "data", "nets", "methods"},
-    "training": {"files", "class_names", "text", "contrast", "nets", "data", "metrics", "methods", "recipe"},
+    "recipe": {"files", "text", "hub", "data", "nets", "methods"},
+    "training": {"files", "class_names", "text", "hub", "contrast", "nets", "data", "metrics", "methods", "recipe"},
 }
 FLOORS["sharing"] = FLOORS["training"] | {"training"}
 FLOORS["figures"] = FLOORS["sharing"] | {"sharing"}

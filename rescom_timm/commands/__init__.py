@@ -48,6 +48,7 @@ def answer(work: Callable[[], int], trains: bool = False) -> int:
     Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
     left to the training, which saves its state before it ends.
     """
+    first_line()
     with escaped_output():
         return _answer(work, trains)
 
@@ -74,5 +75,13 @@ def _answer(work: Callable[[], int], trains: bool) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
+def first_line() -> None:
+    """Something to read within a second of the command, before the imports that take many; on stderr, in the first
+    process alone, and not where they are done or --quiet asks for silence."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0" and "--quiet" not in sys.argv:
+        print("loading PyTorch, timm and datasets ...", file=sys.stderr, flush=True)
+
+
 def _terminated(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once, whatever the first has to clear away
     raise SystemExit(128 + number)

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rescom_timm.commands import answer, new_parser
+from rescom_timm.commands import answer, first_line, new_parser
 
 PARTS = {
     "head": "the contrastive part of a step, embeddings given",
@@ -45,6 +45,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     for name, summary in PARTS.items():
         one = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in words[:1]:
+            if not {"-h", "--help"} & set(words):
+                first_line()
             part = import_module(f"rescom_timm.benchmarks.{name}")
             one.description = part.__doc__
             part.arguments(one)

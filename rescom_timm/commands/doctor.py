@@ -13,7 +13,6 @@ Data of your own: rescom-timm init FOLDER first.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,9 +41,8 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def look(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from rescom_timm.data.doctor import examine, findings
+    from rescom_timm.data.progress import image_bar
     from rescom_timm.data.sources import load, numbered_as
     from rescom_timm.figures.doctor_page import page, told
     from rescom_timm.files import write_text
@@ -59,7 +57,7 @@ def look(options: argparse.Namespace) -> int:
     if data.validation is not None:
         splits["validation"] = data.validation
     total = sum(len(split.rows) for split in splits.values())
-    with tqdm(total=total, unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with image_bar(total, "images") as bar:
         images = examine(splits, bar.update, recipe.loader.reading)
     found = findings(images, data.class_names, data.counts)
     if is_run:

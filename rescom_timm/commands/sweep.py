@@ -70,8 +70,8 @@ def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], par
     from accelerate import PartialState
 
     from rescom_timm.commands.parts.sweep import cells, measure, remember, run, split, summary, write
+    from rescom_timm.data.progress import quiet
     from rescom_timm.training.errors import Stopped
-    from rescom_timm.training.log import quiet
 
     grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
     output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"

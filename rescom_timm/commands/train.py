@@ -53,11 +53,11 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str], addresses: list[str]) -> int:
     from accelerate import PartialState
 
+    from rescom_timm.data.progress import quiet
     from rescom_timm.recipe.loading import load, load_fetched
     from rescom_timm.run import train_recipe
     from rescom_timm.sharing.hub import PushedRun
     from rescom_timm.training.errors import Stopped
-    from rescom_timm.training.log import quiet
     from rescom_timm.training.run_folder import run_recipe
     from rescom_timm.training.trainer import Resume
 

@@ -13,6 +13,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,7 @@ from rescom_timm.data.batched_views import BatchedPolicy
 from rescom_timm.data.plane_views import near_resized
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
+from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.views import ViewsConfig, parse
 
 if TYPE_CHECKING:
@@ -73,15 +75,19 @@ def eval_loader(
     batch_size: int,
     config: LoaderConfig = LoaderConfig(),
     speed: SpeedConfig = SpeedConfig(),
+    together: int = 1,
 ) -> DataLoader[Batch]:
     """Every image of the split once, in order; an unreadable one raises BrokenImage whatever `config.broken` says.
-    With several processes accelerate fills up the last batch, and its `gather_for_metrics` drops the filling."""
+    together: how many such loaders run at the same time. With several processes accelerate fills up the last batch, and
+    its `gather_for_metrics` drops the filling."""
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, not {batch_size}")
     speed = dataclasses.replace(speed, cache=0, resident=False)
     policy = parse(views.eval, views.mean)
     dataset = ViewsDataset(split, policy, None, "stop", config.reading, speed)
-    return _loader(dataset, InOrder(len(dataset)), batch_size, speed, drop_last=False, persistent=False)
+    return _loader(
+        dataset, InOrder(len(dataset)), batch_size, speed, drop_last=False, persistent=False, together=together
+    )
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -93,22 +99,36 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _loader(
-    dataset: "ViewsDataset", sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool
-) -> DataLoader[Batch]:
+    dataset: "ViewsDataset", sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool,
+    together: int = 1,
+) -> DataLoader[Batch]:  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(speed.workers, cores)
+    rows = batch_size * (2 if isinstance(sampler, Order) and sampler.second is not None else 1)
+    batch_bytes = rows * _sample_bytes(dataset) if speed.workers else 0
+    options = worker_options(min(speed.workers, cores), speed.prefetch, batch_bytes, together, speed.timeout)
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        num_workers=workers,
-        prefetch_factor=speed.prefetch if workers else None,
-        persistent_workers=persistent and workers > 0,
+        persistent_workers=persistent and options["num_workers"] > 0,
         pin_memory=speed.pin_memory and torch.cuda.is_available(),
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else DataLoader draws its workers' base seed from the global generator
+        **options,
     )
+
+
+def _sample_bytes(dataset: "ViewsDataset") -> int:
+    """Of one sample that a worker hands over; 0 where the first image cannot be read, which shows when it is drawn."""
+    replaced, dataset.replaced = dataset.replaced, None  # no other image takes its place here
+    try:
+        sample = dataset[0, 0]
+    except Exception:  # whatever a reader raises
+        return 0
+    finally:
+        dataset.replaced = replaced
+    return sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray | torch.Tensor))
 
 
 def _as_it_is(batch: Any) -> Any:

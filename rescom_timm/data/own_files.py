@@ -81,15 +81,16 @@ def load_saved(folder: Path, root: Path | None = None) -> Dataset:
     return Dataset.load_from_disk(str(folder)).with_format(None)
 
 
-def load_files(source: str, local: bool, subset: str | None, split: str) -> Dataset:
-    """As datasets.load_dataset(source, subset, split=split): of a folder where `local`, else of the Hub.
+def load_files(source: str, local: bool, subset: str | None, split: str, revision: str | None = None) -> Dataset:
+    """As datasets.load_dataset(source, subset, split=split, revision=revision): of a folder where `local`, else of the
+    Hub.
 
     Raises what that raises, and ValueError where the card of the data set names files elsewhere, or files decode to
     more than is read.
     """
     with _builders_checked(source, local):
         try:
-            return datasets.load_dataset(source, subset, split=split)  # type: ignore[return-value]
+            return datasets.load_dataset(source, subset, split=split, revision=revision)  # type: ignore[return-value]
         except DatasetGenerationError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:

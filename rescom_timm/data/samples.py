@@ -16,7 +16,9 @@ from rescom_timm.data.batched_views import BatchedPolicy
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, where
 from rescom_timm.data.draws import Draws, Size
 from rescom_timm.data.plane_views import PlanePolicy
+from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sampling import Item
+from rescom_timm.data.shared_memory import TIMEOUT
 from rescom_timm.data.views import Policy, seed_all
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ class SpeedConfig:
     """Worker processes of each training process, at most its cores; 0 loads in the training process itself."""
     prefetch: int = 4
     """Batches that each worker prepares ahead."""
+    timeout: float = TIMEOUT
+    """Seconds that a batch of the workers is waited for: longer than the slowest disk takes for one."""
     pin_memory: bool = True
     """Page-locked batches, for whose copy to a GPU the host does not wait; without a GPU nothing is pinned."""
     batched: bool = True
@@ -99,6 +103,8 @@ class SpeedConfig:
             raise ValueError(f"workers must be 0 or more, not {self.workers}")
         if not 1 <= self.prefetch <= 1000:
             raise ValueError(f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, not {self.timeout}")
         if self.cache < 0:
             raise ValueError(f"cache must be 0 or more megabytes, not {self.cache}")
 
@@ -269,10 +275,17 @@ class ViewsDataset(Dataset[Batch]):
     def _decode_all(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The images (N, H, W, 3) and which of them could be read (N,), if they have one size and fit into `limit`
         bytes. Plain memory, which forked workers share; shared memory is often limited to 64 MB in containers."""
+        if not limit:
+            return None
+        with image_bar(len(self.labels), "decoding") as bar:
+            return self._decoded(limit, bar.update)
+
+    def _decoded(self, limit: int, progress: Callable[[int], Any]) -> tuple[np.ndarray, np.ndarray] | None:
         count = len(self.labels)
         pixels, readable = np.empty(0, np.uint8), np.zeros(count, bool)
-        for start in range(0, count if limit else 0, 1024):
+        for start in range(0, count, 1024):
             positions = list(range(start, min(start + 1024, count)))
+            progress(len(positions))
             for position, value in zip(positions, self.images.__getitems__(positions), strict=True):
                 try:
                     image = np.asarray(self._rgb(value["image"], position))

@@ -7,7 +7,6 @@ or a folder of images whose rows a list names. Each becomes a ``datasets.Dataset
 
 import functools
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,10 @@ from rescom_timm.data.image_folders import class_folders, folder_part, holds_tab
 from rescom_timm.data.index import Index, common_paths
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.memory import MEMORY
-from rescom_timm.data.profiles import at_most, holdout, parse_call
-from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, renumber, with_labels
-from rescom_timm.data.tables import cache_folder, no_source, open_table, table_part
+from rescom_timm.data.profiles import RULES, at_most, holdout, parse_call
+from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, index_path, renumber, with_labels
+from rescom_timm.data.tables import cache_folder, open_table, table_part
+from rescom_timm.hub import hub_id, missing
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def training_split(config: DataConfig, cache: str | Path | None = None, allow_em
 def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split, list[str] | None]:
     """The rows of ``training_index`` and their classes' names, None where they have numbers alone: to score predictions
     by. Of a folder without a list, the images of its class folders, or of those of its subfolder ``config.train``."""
-    root = Path(config.source).expanduser()
+    root = Path(config.source).expanduser()  # no folder where it is an id of the Hub
     with TemporaryDirectory() as place:
         if (
             config.index == "all"
@@ -152,14 +152,26 @@ def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split
 def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
     """How this source opens a split or a list: tables of rows, or a root of image files."""
     folder = Path(config.source).expanduser()
-    looks_local = config.source.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source)
     named = config.source in ("digits", MEMORY)
-    if not named and folder.is_dir() and not holds_tables(folder):
-        return functools.partial(folder_part, config, folder)
-    if not named and looks_local and not folder.is_dir():
-        raise no_source(config.source)
-    tables = functools.cache(functools.partial(open_table, config, folder))  # one reading of a split for several parts
+    repo = None if named else hub_id(config.source, alone=True)
+    if not named and repo is None:
+        if not folder.is_dir():
+            raise missing(config.source)
+        if not holds_tables(folder):
+            return functools.partial(folder_part, config, folder)
+    if repo is not None:  # seconds before the Hub is asked
+        _refuse_missing_lists(config)
+    # one reading of a split for several parts
+    tables = functools.cache(functools.partial(open_table, config, None if repo else folder))
     return functools.partial(table_part, config, tables, Path(cache) if cache else cache_folder())
+
+
+def _refuse_missing_lists(config: DataConfig) -> None:
+    """Raises FileNotFoundError where a list that the data section names is not there."""
+    call = parse_call(config.validation, VALIDATION) if config.validation != "none" else None
+    for spec in (config.index, config.test_index, *(call[1:] if call and call[0] == "index" else ())):
+        if spec != "all" and not parse_call(spec, RULES):
+            index_path(spec)
 
 
 def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, Part]:

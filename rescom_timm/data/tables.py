@@ -27,6 +27,7 @@ from rescom_timm.data.named_columns import called
 from rescom_timm.data.own_files import load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
+from rescom_timm.hub import hub_id, missing, online
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ def _by_name(index: Index, names: list[str] | None, like: Part | None, spec: str
     return index.numbered_as(names, name, spec) if same else index
 
 
-def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
+def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
+    """A split of a source. folder: where it is a local one, None for the Hub."""
     if config.source == MEMORY:
         dataset = memory_split(split)
         if isinstance(dataset, Pairs):
@@ -139,7 +141,7 @@ def open_table(config: DataConfig, folder: Path, split: str) -> _Table:
     dataset = dataset.cast_column("image", Image(decode=False))
     if config.source not in ("digits", MEMORY):
         images = pa.chunked_array(_column(dataset, "image").chunks)
-        dataset = own_images(dataset, images, folder if folder.is_dir() else None, f"{config.source} {split}")
+        dataset = own_images(dataset, images, folder, f"{config.source} {split}")
     if label is None:
         return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
@@ -181,25 +183,29 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
     return dataset.select_columns(name).with_format("arrow")[:].column(name)  # rows chosen or shuffled before
 
 
-def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
-    """A split of a Hub data set or of a local folder."""
+def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
+    """A split of a Hub data set or, with its place, of a local folder."""
     source = config.source
-    local = folder.is_dir()
     try:
-        if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        if folder is not None and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
             splits = saved_splits(folder)
             if splits is None:
                 raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict of train and test")
             if split not in splits:
                 raise ValueError(f"Unknown split {split!r}. Should be one of {splits}.")
             return load_saved(folder / split, folder)
-        if local and (folder / split / "state.json").is_file():
+        if folder is not None and (folder / split / "state.json").is_file():
             return load_saved(folder / split, folder)
-        return load_files(str(folder.resolve()) if local else source, local, config.subset, split)
+        if folder is not None:
+            return load_files(str(folder.resolve()), True, config.subset, split)
+        name, _, revision = str(hub_id(source, alone=True)).partition("@")
+        with online():
+            return load_files(name, False, config.subset, split, revision or None)
     except (ConnectionError, HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it: set data.source to a "
-            f"local folder of its parquet files, or load it once with a network ({first_line(error)})"
+            f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it, nor is there such a "
+            "folder here: set data.source to a local folder of its parquet files, or load it once with a network "
+            f"({first_line(error)})"
         ) from None
     except DatasetNotFoundError as error:
         raise FileNotFoundError(
@@ -209,7 +215,7 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
     except RuntimeError as error:  # a script, which datasets no longer runs
         raise ValueError(f"{source} is not read: {first_line(error)}") from None
     except HFValidationError:
-        raise no_source(source) from None
+        raise missing(source) from None
     except ValueError as error:
         if "Unknown split" in str(error):
             has = str(error).partition("one of ")[2].rstrip(".")
@@ -217,13 +223,6 @@ def _open(config: DataConfig, folder: Path, split: str) -> Dataset:
                 f"{source} has no split {split!r}, only {has}: set data.train and data.test, or data.test=holdout(0.2)"
             ) from None
         raise
-
-
-def no_source(source: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"no folder {source} here (relative paths are relative to the working directory), and it is no id of the Hub, "
-        "such as owner/name"
-    )
 
 
 def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:

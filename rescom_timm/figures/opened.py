@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import Queue
 from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.progress import progress
 from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
@@ -107,7 +108,8 @@ class Opened:
         return meter
 
     def _batches(self, split: Split, policy: str | None = None) -> Iterator[Seen]:
-        for batch in self.loader(split, policy):
+        loader = self.loader(split, policy)
+        for batch in progress(loader, f"{self.name}, {split.name}", len(split.rows), lambda batch: len(batch["label"])):
             with self.autocast():
                 features, logits, embeddings, *_ = self.method.net(batch["image"].to(self.accelerator.device))
             features, logits, embeddings = (x.float().cpu() for x in (features, logits, embeddings))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +21,7 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from rescom_timm.files import read_json
+from rescom_timm.hub import online
 from rescom_timm.nets.bounds import MAX_MODULES, MAX_NUMBERS, MAX_OPTION, budget, check_values
 from rescom_timm.nets.classifiers import ClassifierConfig, Cosine, classifier
 from rescom_timm.nets.trainable import freeze_statistics
@@ -70,6 +72,7 @@ class NetConfig:
     def __post_init__(self) -> None:
         if self.weights_file is not None and not self.pretrained:
             raise ValueError("weights_file is only read with pretrained: true")
+        object.__setattr__(self, "backbone", timm_name(self.backbone))
         check_backbone(self.backbone)
 
     def untrained(self) -> NetConfig:
@@ -251,9 +254,18 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
         raise ValueError(f"{where} does not fit: {', '.join(wrong[:3])}{more}")
 
 
+HUB = ("hf-hub:", "hf_hub:")
+"""What timm's names of models on the Hub begin with."""
+
+
+def timm_name(name: str) -> str:
+    """hf://owner/name as timm writes it; any other name as it is."""
+    return f"{HUB[0]}{name.removeprefix('hf://')}" if name.startswith("hf://") else name
+
+
 def check_backbone(name: str) -> None:
     """Raises ValueError, naming the nearest, where timm knows no such model."""
-    if name.split("/")[0] in ("hf-hub:", "hf_hub:") or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name.startswith((*HUB, "local-dir:")):
         return
     base = name.split(".")[0]
     if not timm.is_model(base):
@@ -328,13 +340,16 @@ def create_model(
     default. tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed
     on to timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
     """
+    backbone = timm_name(backbone)
     check_backbone(backbone)
-    if options or ":" in backbone:  # what is not timm's own may ask for any size
-        describe(backbone, options)
     overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None
-    encoder = timm.create_model(
-        backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
-    )
+    asks = backbone.startswith(HUB) or (pretrained and not weights_file and not backbone.startswith("local-dir:"))
+    with online() if asks else nullcontext():
+        if options or ":" in backbone:  # what is not timm's own may ask for any size
+            describe(backbone, options)
+        encoder = timm.create_model(
+            backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
+        )
     tuning = tune(encoder, tuning, num_classes)
     cfg: dict[str, Any] = encoder.pretrained_cfg
     made = {"model_name": backbone, **options}

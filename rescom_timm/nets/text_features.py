@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rescom_timm.files import write_tensors
+from rescom_timm.hub import hub_id, online
 
 PROMPT = "a photo of a {}."
 """LIFT's (Shi et al. 2024)."""
@@ -38,8 +40,11 @@ def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str]
     except ImportError as error:
         raise ImportError("class features need a package: pip install 'rescom-timm[text]'") from error
     try:
-        net: Any = AutoModel.from_pretrained(model, trust_remote_code=False).eval()
-        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        name, _, revision = (hub_id(model) or model).partition("@")
+        where = {"revision": revision} if revision else {}
+        with online() if hub_id(model, alone=True) else nullcontext():
+            net: Any = AutoModel.from_pretrained(name, trust_remote_code=False, **where).eval()
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
         told = " ".join(str(error).split())
         raise ValueError(f"{model} cannot be read as a model of transformers: {told[:300]}") from error

@@ -22,6 +22,7 @@ from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.samples import SpeedConfig as LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.views import ViewsConfig
+from rescom_timm.hub import target
 from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
 from rescom_timm.nets.net import NetConfig
 from rescom_timm.recipe.private import without_home, without_secrets
@@ -205,7 +206,7 @@ class HubConfig:
     """Where a run is pushed to. The token comes from `hf auth login` or HF_TOKEN, never from a recipe."""
 
     repo: str | None = None
-    """owner/name on the Hub; null: nothing is pushed."""
+    """owner/name on the Hub, also as hf://owner/name; null: nothing is pushed."""
     strategy: Literal["end", "best", "every_save", "checkpoint", "all_checkpoints"] = "end"
     """end: the trained model. best: also each new best one (by the validation split). every_save: also the newest, at
     each checkpoint. checkpoint: the same, with that checkpoint, so that training can go on elsewhere
@@ -221,6 +222,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         if self.repo is not None:
+            object.__setattr__(self, "repo", target(self.repo))
             if self.repo.count("/") != 1:
                 raise ValueError(f"repo must be owner/name, not {self.repo!r}")
             try:
@@ -269,8 +271,8 @@ class Recipe:
     """Folder in which the run's folder is made."""
     seed: int = 0
     init_from: str | None = None
-    """Run folder, checkpoint folder or net.safetensors whose net the training starts from; `from` for short. The
-    optimizer, the epochs and the queue start anew."""
+    """Run folder, checkpoint folder or net.safetensors whose net the training starts from, or hf://owner/name of a
+    pushed run; `from` for short. The optimizer, the epochs and the queue start anew."""
     views: ViewsConfig = ViewsConfig()
     loader: LoaderConfig = LoaderConfig()
     mix: MixConfig = MixConfig()

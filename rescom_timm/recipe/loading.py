@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import types
 import typing
 import warnings
@@ -24,6 +22,7 @@ import pydantic
 from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig
 from rescom_timm.files import MAX_DEPTH, parse_yaml, read_yaml
+from rescom_timm.hub import hub_id
 from rescom_timm.methods import METHODS
 from rescom_timm.recipe import synonyms
 from rescom_timm.recipe.config import MAX_SEED, Recipe, RecipeError
@@ -116,24 +115,18 @@ def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     call = parse_call(data.validation, VALIDATION) if data.validation != "none" else None
     teacher = getattr(recipe.method, "teacher", None)
     for key, value, named in (
-        ("data.source", data.source, not _elsewhere(data.source)),
+        ("data.source", data.source, data.source != "digits" and hub_id(data.source, alone=True) is None),
         ("data.index", data.index, data.index != "all" and not parse_call(data.index, RULES)),
         ("data.test_index", data.test_index, data.test_index != "all" and not parse_call(data.test_index, RULES)),
         ("data.validation", data.validation, call is not None and call[0] == "index"),
         ("net.backbone", net.backbone, net.backbone.startswith("local-dir:")),
         ("net.weights_file", net.weights_file, net.weights_file is not None),
         ("net.classifier.file", net.classifier.file, net.classifier.file is not None),
-        ("from", recipe.init_from, recipe.init_from is not None),
-        ("method.teacher", teacher, teacher is not None and not _elsewhere(re.sub("^(hf://|hf[-_]hub:)", "", teacher))),
+        ("from", recipe.init_from, recipe.init_from is not None and hub_id(recipe.init_from, plain=False) is None),
+        ("method.teacher", teacher, teacher is not None and hub_id(teacher) is None),
     ):
         if named:
             yield key, str(value)
-
-
-def _elsewhere(source: str) -> bool:
-    """Whether a source is a name of the Hub or no place at all (digits, memory), and no folder of that name is here."""
-    named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?", source) and not os.path.lexists(source)
-    return source == "digits" or bool(named)
 
 
 def refuse_secrets(recipe: Recipe) -> None:

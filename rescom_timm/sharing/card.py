@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.files import read_json
+from rescom_timm.hub import hub_id
 from rescom_timm.metrics import GROUPS_DEFINED
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.predict import leans
@@ -78,8 +79,11 @@ class Facts:
     @property
     def dataset(self) -> str | None:
         """The id on the Hub of the data set, None for anything else."""
-        source = str(self.recipe["data"]["source"])
-        return source if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not Path(source).is_dir() else None
+        try:
+            found = hub_id(str(self.recipe["data"]["source"]))
+        except ValueError:
+            return None
+        return found and found.partition("@")[0]
 
     def accuracy(self) -> float | None:
         """Top-1 in percent on the test split, of the checkpoint exported where that was evaluated."""

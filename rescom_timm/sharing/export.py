@@ -204,16 +204,25 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
             there = ", ".join(found.name for found in checkpoint.listed(run / "checkpoints")) or "none"
             raise FileNotFoundError(f"{run} holds no checkpoint {which!r}; there: {there}, and best and last")
         return path, *checkpoint.load(path)
-    newest = checkpoint.newest(run / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
-    best = newest[2].get("progress", {}).get("best_checkpoint")
-    if which == "best" and best not in (None, newest[0].name):
-        try:
-            return run / "checkpoints" / best, *checkpoint.load(run / "checkpoints" / best)
-        except checkpoint.CheckpointError as error:
-            warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
-    return newest
+    folder = run / "checkpoints"
+
+    def read(which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
+        best = newest[2].get("progress", {}).get("best_checkpoint")
+        if which == "last" or best in (None, newest[0].name):
+            return newest
+        return folder / best, *checkpoint.load(folder / best)
+
+    try:
+        return checkpoint.whole_read(folder, lambda: read(which))
+    except checkpoint.CheckpointError as error:
+        if which == "last":
+            raise
+        found = read("last")
+        warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
+        return found
 
 
 def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from rescom_timm.files import MAX_JSON, MAX_RECIPE, read_json, read_text, sha256, write_text
+from rescom_timm.hub import Unreachable, hub_id, online
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import RunError
 from rescom_timm.training.run_folder import RunElsewhere, lines
@@ -75,6 +76,8 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
         return HubError(f"{where}: the Hub answers with an error of its own ({code}); try again later", lasting=False)
     if code is not None:
         return HubError(f"{where}: the Hub refuses ({asked} {code}): {_line(error)}")
+    if isinstance(error, Unreachable):
+        return HubError(f"{where}: {_line(error)}")
     if isinstance(error, _NETWORK):
         return HubError(f"{where}: the connection was lost or not made ({_line(error)})", lasting=False)
     if isinstance(error.__cause__, Exception):  # the client wraps what happens in its threads
@@ -87,20 +90,16 @@ def _line(error: BaseException) -> str:
     return text if len(text) < 300 else text[:297] + "..."
 
 
-def as_repo(source: str | Path) -> str | None:
-    """owner/name (perhaps @revision) of hf://owner/name, hf-hub:owner/name or owner/name; None for anything else."""
-    text = re.sub(r"^(hf://|hf-hub:|hf_hub:)", "", str(source)) if isinstance(source, str) else ""
-    return text if re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", text) else None
-
-
 def at_revision(source: str | Path, revision: str) -> str:
     """The address of a Hub id at a branch, tag or commit. Raises ValueError for what is no Hub id, or names another."""
-    name, _, own = (as_repo(source) or "").partition("@")
-    if not name or (isinstance(source, str) and Path(source).expanduser().is_dir()):
+    name, _, own = (hub_id(source) or "").partition("@")
+    if not name:
         raise ValueError(f"revision is of a Hub id such as me/rescom-r50, not of the folder {source}: leave it out")
     address = f"hf://{name}@{revision}"
-    if as_repo(address) is None:
-        raise ValueError(f"revision must be a branch, a tag or a commit, not {revision!r}")
+    try:
+        hub_id(address)
+    except ValueError:
+        raise ValueError(f"revision must be a branch, a tag or a commit, not {revision!r}") from None
     if own not in ("", revision):
         raise ValueError(f"{source} names a revision already, and revision is {revision}: give one of them")
     return address
@@ -133,7 +132,8 @@ def asked(repo: str, doing: str) -> Iterator[None]:
     """The block asks the Hub for something. Raises FileNotFoundError where it is not there or cannot be reached, and
     where the answer is none of the Hub's: a page of a proxy, say."""
     try:
-        yield
+        with online():
+            yield
     except _NETWORK as error:
         raise FileNotFoundError(str(explain(error, repo, doing))) from error
     except (LookupError, TypeError, AttributeError, json.JSONDecodeError, RecursionError, AssertionError) as error:
@@ -165,7 +165,10 @@ def check_sizes(repo: str, files: Sequence[DryRunFileInfo]) -> None:
 
 def _parts(address: str) -> tuple[str, str | None]:
     """(owner/name, revision) of hf://owner/name@revision. Raises HubError."""
-    repo = as_repo(address)
+    try:
+        repo = hub_id(address)
+    except ValueError:
+        repo = None
     if repo is None:
         raise HubError(f"{address!r} is no address of a run on the Hub: write a recipe, or hf://owner/name")
     name, _, revision = repo.partition("@")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import errno
-import json
 import logging
-import os
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from rescom_timm.class_names import as_spelled
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
+from rescom_timm.data.progress import progress
 from rescom_timm.data.sampling import class_probabilities
+from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.views import Policy, parse
-from rescom_timm.files import errors_named, write_rows
 from rescom_timm.methods import long_tailed
 from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import Recipe
@@ -244,7 +243,10 @@ class Reader:
 
     @torch.inference_mode()
     def batches(self, embed: bool = False) -> Iterator[_Batch]:
-        for batch in DataLoader(self.source, self.batch_size, num_workers=self.workers, collate_fn=list):
+        image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
+        options = worker_options(self.workers, 2, self.batch_size * image)
+        loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
+        for batch in progress(loader, "predict", len(self.source), len):
             read = [views for views, _ in batch if views is not None]
             features = embeddings = probabilities = torch.empty(0, 0)
             crops = None
@@ -392,50 +394,3 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"no image {path}")
     return [path]
-
-
-def write_csv(
-    found: Iterable[Prediction],
-    path: str | Path,
-    top_k: int,
-    *,
-    sets: bool = False,
-    nearest: int = 0,
-    crops: bool = False,
-) -> tuple[int, int]:
-    """image, label_1, probability_1 ... label_k, probability_k, error, true_label, and what else was asked for:
-    set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
-    five_crops_probability. Where it fails, what was predicted until then is in PATH.partial, and a table that was there
-    stays. Returns (images, unreadable). Raises OSError, which names `path`."""
-    images = broken = 0
-
-    def rows() -> Iterator[list[str]]:
-        nonlocal images, broken
-        pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
-        near = [f"{name}_{k}" for k in range(1, nearest + 1) for name in ("nearest", "nearest_label", "similarity")]
-        ends = ["five_crops_label", "five_crops_probability"] if crops else []
-        yield ["image", *pairs, "error", "true_label", *(["set_size", "set"] if sets else []), *near, *ends]
-        for one in found:
-            cells = [
-                cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
-            ]
-            row = [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
-            if sets:
-                row += ["", ""] if one.inside is None else [f"{len(one.inside)}", json.dumps(one.inside)]
-            close = [cell for other in one.nearest for cell in (other.image, other.label, f"{other.similarity:.6f}")]
-            row += [*close, *[""] * (3 * nearest - len(close))]
-            if crops:
-                row += ["", ""] if one.five_crops is None else [one.five_crops[0], f"{one.five_crops[1]:.6f}"]
-            yield row
-            images, broken = images + 1, broken + bool(one.error)
-
-    # Row by row, so that what was predicted stays, in PATH.partial, if the rest cannot be, as does an older table. A
-    # name that is no UTF-8 keeps its bytes.
-    beside = Path(f"{path}.partial")
-    if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder is where the table goes", str(path))
-    with errors_named(path):
-        with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            write_rows(file, rows())
-        os.replace(beside, path)
-    return images, broken

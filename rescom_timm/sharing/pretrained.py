@@ -18,6 +18,7 @@ from torch import Tensor
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.views import MAX_SIDE, parse
 from rescom_timm.files import read_json, read_yaml, sha256
+from rescom_timm.hub import hub_id, missing
 from rescom_timm.methods import Method, create_method
 from rescom_timm.nets.bounds import SLACK, budget
 from rescom_timm.nets.classifiers import ClassifierConfig, classifier
@@ -33,7 +34,7 @@ from rescom_timm.nets.tuning import TuningConfig
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import load_dict
 from rescom_timm.sharing.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
-from rescom_timm.sharing.hub import as_repo, at_revision, download
+from rescom_timm.sharing.hub import at_revision, download
 from rescom_timm.training.build import refuse_queue
 
 
@@ -79,8 +80,9 @@ def from_pretrained(
     """A trained net with everything needed to use it or to train on.
 
     source: an exported folder, a run's folder (its best checkpoint), or a Hub id such as "me/rescom-r50", which may
-    end in "@revision". num_classes: start on other classes, with a fresh classifier and an empty queue. revision: of a
-    Hub id: a branch, a tag or a commit.
+    end in "@revision"; "hf://me/rescom-r50" is the Hub's where a folder me is here too.
+    num_classes: start on other classes, with a fresh classifier and an empty queue. revision: of a Hub id: a branch, a
+    tag or a commit.
     Raises FileNotFoundError where there is no such folder or repository or it cannot be reached, and ValueError where
     it was not made by rescom_timm or its files are not what was written.
     """
@@ -89,8 +91,8 @@ def from_pretrained(
     if revision is not None:
         source = at_revision(source, revision)
     local = Path(source).expanduser()
-    repo = as_repo(source)
-    if repo is not None and (not local.is_dir() or str(source) != str(local)):
+    repo = hub_id(source)
+    if repo is not None:
         try:
             return _read(_download(repo), num_classes)
         except FileNotFoundError as error:
@@ -107,9 +109,7 @@ def from_pretrained(
             f"{local} is neither a run's folder nor one exported by rescom_timm (it holds no {DETAILS}); a plain timm "
             f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)'
         )
-    raise FileNotFoundError(
-        f"no run folder {local}: give the folder of a run or an export, or a Hub id such as me/rescom-r50"
-    )
+    raise missing(str(source), "run folder")
 
 
 def _with_own_bound(model: Pretrained) -> Pretrained:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from rescom_timm.files import atomic_path, errors_named, read_json, refuse_links, write_json, write_text
+from rescom_timm.files import atomic_path, errors_named, file_lock, read_json, refuse_links, write_json, write_text
+from rescom_timm.hub import Unreachable, online
 from rescom_timm.recipe.config import HubConfig
 from rescom_timm.recipe.private import secret_in, without_home
 from rescom_timm.sharing import card
@@ -45,7 +46,7 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
     run = Path(run)
     last: dict[str, str] = {}
     try:
-        with FileLock(run / "hub" / ".lock", timeout=0):
+        with file_lock(run / "hub" / ".lock", timeout=0):
             while waiting := staged(run):
                 folder = waiting[0]
                 if len(waiting) > 1 and not _request(folder)["keep"]:
@@ -84,11 +85,15 @@ def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
 def stage_now(run: Path, config: HubConfig) -> Path:
     """Stage the run as it stands, in place of what was staged of the same checkpoint. Raises
     FileNotFoundError where there is none."""
-    newest = checkpoint.newest(run / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
-    shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
-    return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
+
+    def read() -> Path:
+        newest = checkpoint.newest(run / "checkpoints")
+        if newest is None:
+            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
+        shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
+        return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
+
+    return checkpoint.whole_read(run / "checkpoints", read)
 
 
 def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
@@ -121,11 +126,14 @@ def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
     request = _request(folder)
     for attempt in range(1, attempts + 1):
         try:
-            return {"what": folder.name, "url": _upload(folder, request)}
+            with online():
+                return {"what": folder.name, "url": _upload(folder, request)}
         except (HubError, CheckpointError) as error:
             raise HubError(str(error)) from error
         except Exception as error:  # whatever it is, it must be told, and must not be the end of the staged folder
             told = explain(error, request["repo"])
+            if isinstance(error, Unreachable):
+                raise told from error
         print(f"{time.strftime('%H:%M:%S')} {told} (attempt {attempt} of {attempts})", flush=True)
         if told.lasting or attempt == attempts:
             raise told

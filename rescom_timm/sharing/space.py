@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from rescom_timm.sharing.hub import HubError, as_repo, explain
+from rescom_timm.hub import online, target
+from rescom_timm.sharing.hub import HubError, explain
 
 APP = '''"""The demo of {repo}. Written by  rescom-timm push --space."""
 
@@ -32,20 +35,22 @@ def space_files(repo: str) -> dict[str, str]:
 def push_space(space: str, repo: str, private: bool = True) -> str:
     """Write a Space's files as one commit; returns the commit's address. space, repo: owner/name. Raises HubError, also
     for a Space that holds something else."""
+    space, repo = target(space), target(repo)
     for name in (space, repo):
-        if as_repo(name) is None:
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             raise HubError(f"{name!r} is no owner/name of the Hub")
     if not get_token():
         raise HubError(f"pushing to {space} failed: no token was found; log in with  hf auth login  or set HF_TOKEN")
     files, api = space_files(repo), HfApi(library_name="rescom_timm")
     try:
-        api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        there = set(api.list_repo_files(space, repo_type="space")) - {".gitattributes", *files}
-        if there:
-            raise HubError(f"the Space {space} holds something else already ({sorted(there)[0]}): name another one")
-        operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
-        message = f"rescom_timm: the demo of {repo}"
-        return str(api.create_commit(space, operations, commit_message=message, repo_type="space").commit_url)
+        with online():
+            api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+            there = set(api.list_repo_files(space, repo_type="space")) - {".gitattributes", *files}
+            if there:
+                raise HubError(f"the Space {space} holds something else already ({sorted(there)[0]}): name another one")
+            operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
+            message = f"rescom_timm: the demo of {repo}"
+            return str(api.create_commit(space, operations, commit_message=message, repo_type="space").commit_url)
     except HubError:
         raise
     except Exception as error:  # of the client and the network: all are told in words

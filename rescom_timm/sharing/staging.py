@@ -7,6 +7,7 @@ training, draws no random number in it, and whatever is left in RUN/hub/ is comp
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -111,8 +112,11 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
     aside = final.with_name(f".{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     for name in dict.fromkeys([newest] if best is None else [best, newest]):
-        if (run / "checkpoints" / name).is_dir():
-            shutil.copytree(run / "checkpoints" / name, aside / "checkpoints" / name, copy_function=_link)
+        source, target = run / "checkpoints" / name, aside / "checkpoints" / name
+        if source.is_dir():
+            shutil.copytree(source, target, copy_function=_link)
+        if not source.is_dir() and (name == newest or target.is_dir()):  # pruned meanwhile, by a run that trains
+            raise FileNotFoundError(errno.ENOENT, "the checkpoint was removed while it was copied", str(source))
     for path in (
         *(run / name for name in TEXTS), *run.glob("evaluation/*.json"), *run.glob("figures/*.png"),
     ):  # fmt: skip

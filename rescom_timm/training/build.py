@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import psutil
 import timm.optim
@@ -80,9 +80,15 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     return net
 
 
-def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teacher | None = None) -> Method:
+First: TypeAlias = tuple[Path, Sequence[str] | None]
+"""A file of the weights that a training starts from, and the names of its classes where they are known."""
+
+
+def build_method(
+    recipe: Recipe, data: Data, start: bool = False, teacher: Teacher | None = None, first: First | None = None
+) -> Method:
     """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from and the
-    teacher that it learns from.
+    teacher that it learns from. first: those weights, where the recipe names a run on the Hub.
 
     Raises RecipeError where the method's settings do not fit the data's classes, that run's weights the net, or the
     teacher the data.
@@ -98,9 +104,10 @@ def build_method(recipe: Recipe, data: Data, start: bool = False, teacher: Teach
     if not embeds(recipe.method.name):
         net.drop_projector()
     if start and recipe.init_from is not None:
-        source, retrained = Path(recipe.init_from).expanduser(), recipe.method.name == "crt"
+        source, names = first or (Path(recipe.init_from).expanduser(), None)
+        retrained = recipe.method.name == "crt"
         anew = retrained or recipe.net.classifier.init != "random"
-        load_weights(net, source, data.class_names, classifier=not anew, projector=not retrained)
+        load_weights(net, source, data.class_names, names, classifier=not anew, projector=not retrained)
     elif start and recipe.method.name in SECOND_STAGE:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
     if start and recipe.net.classifier.file is not None:
@@ -167,16 +174,17 @@ def refuse_size(key: str, numbers: int) -> None:
 
 
 def load_weights(
-    net: Net, source: Path, class_names: Sequence[str] = (), *, classifier: bool = True, projector: bool = True
-) -> None:
+    net: Net, source: Path, class_names: Sequence[str] = (), names: Sequence[str] | None = None, *,
+    classifier: bool = True, projector: bool = True,
+) -> None:  # fmt: skip
     """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
 
-    class_names: (K,) of the net's classes, by which the rows of the classifier are taken. classifier: take that too,
-    which then must be there; a linear classifier in the place of a cosine one, and the other way round, is left out and
-    reported. projector: take that where the run's method had one. Raises RecipeError where there are no weights, or
-    they are of another net or other classes.
+    class_names: (K,) of the net's classes, by which the rows of the classifier are taken. names: of the classes of a
+    file that stands alone. classifier: take that too, which then must be there; a linear classifier in the place of a
+    cosine one, and the other way round, is left out and reported. projector: take that where the run's method had one.
+    Raises RecipeError where there are no weights, or they are of another net or other classes.
     """
-    run, names = source / "checkpoints", None
+    run = source / "checkpoints"
     if run.is_dir():
         newest = checkpoint.newest(run)
         if newest is None:

@@ -12,24 +12,27 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rescom_timm.files import read_json, sha256
+from rescom_timm.files import file_lock, read_json, sha256
 from rescom_timm.recipe.config import RecipeError
 from rescom_timm.training.errors import CheckpointError, unwritten
 
 FILES = ("net.safetensors", "state.safetensors", "state.json")
 NAME = re.compile(r"step-\d{1,18}")
 """Of a checkpoint's folder."""
+LOCK = ".lock"
+"""In a run's folder: who holds it writes there."""
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -186,13 +189,58 @@ def listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir())
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """(path, net, state) of the last whole checkpoint; damaged ones are named and passed over. None where none is."""
-    for old in folder.glob(".partial-old-*"):  # a process was killed between the two renames of `save`
+def repair(folder: Path) -> None:
+    """Put back what a process that was killed between the two renames of `save` left. For the owner of the run's lock
+    alone: of a run that trains it would undo a rename."""
+    for old in folder.glob(".partial-old-*"):
         place = folder / old.name.replace(".partial-old", "step")
         with suppress(OSError):
             if not place.exists():
                 old.rename(place)
+
+
+def whole_read(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` takes from a folder of checkpoints, of a run that may be training: where it fails and the checkpoints
+    are others than before, such as after pruning, it is done again."""
+    for _ in range(ATTEMPTS - 1):
+        before = _there(folder)
+        try:
+            return read()
+        except (CheckpointError, OSError):
+            if _there(folder) == before:
+                raise
+    return read()
+
+
+ATTEMPTS = 10
+"""How often checkpoints that change are read anew."""
+T = TypeVar("T")
+
+
+def _there(folder: Path) -> list[tuple[str, int]]:
+    """Names and inodes of a folder's checkpoints: a rename changes one or the other."""
+    found = []
+    for path in listed(folder):
+        with suppress(OSError):
+            found.append((path.name, path.stat().st_ino))
+    return found
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+    """(path, net, state) of the last valid checkpoint; warns about damaged ones; None if there is none."""
+
+    def read() -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        path = listed(folder)[-1]
+        return (path, *load(path))
+
+    if any(folder.glob(".partial-old-*")):
+        with suppress(Timeout, OSError), file_lock(folder.parent / LOCK, timeout=0) as held:  # no run trains here
+            if held:
+                repair(folder)
+    if not listed(folder):
+        return None
+    with suppress(CheckpointError, LookupError):
+        return whole_read(folder, read)
     found = listed(folder)
     for path in reversed(found):
         try:

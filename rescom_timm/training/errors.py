@@ -105,7 +105,7 @@ def _told(error: Exception, again: str) -> RunError | RecipeError | None:
             f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
             f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size{again}"
         )
-    if worker_was_lost(error) or process_was_lost(error):
+    if worker_was_lost(error) or process_was_lost(error) or loader_timed_out(error):
         return MachineError(f"{one_line(error).partition(': ')[2]}{again}")
     if isinstance(error, OSError) and advice(error):
         return MachineError(f"{error}: {advice(error)}{again}")
@@ -127,6 +127,11 @@ def one_line(error: BaseException) -> str:
         return (
             f"{name}: a data loading worker was killed, most likely because memory ran out ({first}): "
             "use fewer speed.workers, or less speed.prefetch or speed.cache"
+        )
+    if loader_timed_out(error):
+        return (
+            f"{name}: no batch came from the data loading workers ({first}): the disk hangs, shared memory (/dev/shm) "
+            "is full, or a batch takes longer than speed.timeout; try speed.workers=0"
         )
     if process_was_lost(error):
         return (
@@ -151,6 +156,11 @@ def worker_was_lost(error: BaseException) -> bool:
         and any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
     )
     return asked or _torch_says(error, r"DataLoader worker \(pid.*(is killed by|exited unexpectedly)")
+
+
+def loader_timed_out(error: BaseException) -> bool:
+    """Whether torch says that no batch came within a loader's timeout."""
+    return _torch_says(error, "DataLoader timed out after")
 
 
 def process_was_lost(error: BaseException) -> bool:

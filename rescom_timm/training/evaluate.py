@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.contrast.queue import processes
 from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import Data, numbered_as, test_alone
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
@@ -54,12 +55,14 @@ def evaluate_views(
     meter = Meter(len(counts), torch.as_tensor(counts))
     was_training = plain.training
     plain.eval()
-    with agreed_statistics(plain):
+    with agreed_statistics(plain), image_bar(len(loaders[0].dataset), "evaluation") as bar:  # type: ignore[arg-type]
         for batches in zip(*loaders, strict=True):
             with accelerator.autocast():
                 logits = [plain.classify(batch["image"]) for batch in batches]
             mean = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
-            meter.update(*accelerator.gather_for_metrics((mean, batches[0]["label"])))
+            gathered = accelerator.gather_for_metrics((mean, batches[0]["label"]))
+            meter.update(*gathered)
+            bar.update(len(gathered[1]))
     plain.train(was_training)
     return meter
 
@@ -144,6 +147,10 @@ def title(about: dict[str, Any]) -> str:
 def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
     """(path, net, state, how it was chosen) of a run's checkpoint: "last", "best" (by `select` on validation), its name
     or its folder. Raises CheckpointError where it is damaged or not there, ValueError where none is the best."""
+    return checkpoint.whole_read(run / "checkpoints", lambda: _open_checkpoint(run, which, select))
+
+
+def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
     folder = run / "checkpoints"
     named = folder / which if (folder / which).is_dir() else Path(which)
     found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
@@ -250,7 +257,7 @@ def evaluate_run(
     loaders = []
     for policy in policies:
         views = replace(recipe.views, eval=policy)
-        batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed)
+        batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed, len(policies))
         loaders.append(accelerator.prepare(batches))
     meter = evaluate_views(accelerator, method.net, loaders, data.counts)
     label = which if which in ("last", "best") else path.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from typing import Any
 
@@ -58,6 +59,15 @@ def launch(recipe: Recipe) -> Accelerator:
             f"processes x {train.accumulate} accumulated: the nearest that are: {lower or per_step}, {lower + per_step}"
         )
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the launch: its trackers and its group of processes."""
+    if accelerator.num_processes > 1:
+        # gloo's threads need the GIL to let go of the last tensors. This one holds it while it destroys the group and
+        # waits for them (torch 2.11): a process hung so, once.
+        time.sleep(0.1)
+    accelerator.end_training()
 
 
 def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +24,7 @@ from PIL.Image import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from rescom_timm.data.progress import bars_shown
 from rescom_timm.files import errors_named, write_json, write_text
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.private import without_secrets
@@ -132,26 +132,6 @@ def trained_line(weights: dict[str, int], images: int, steps: int, batch: int) -
     if (left := images - steps * batch) > 0:
         line += f"; each epoch leaves out {left:,} of {images:,} images, in turn: they do not fill a batch of {batch:,}"
     return line
-
-
-_quiet = False
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """A training within tells warnings and errors (on stderr) alone: no line of an epoch, no table, no bar."""
-    global _quiet
-    _quiet = True
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            yield
-    finally:
-        _quiet = False
-
-
-def bars_shown() -> bool:
-    """Whether a progress bar is of use: on a terminal that was not asked to be quiet. A file gets lines instead."""
-    return sys.stderr.isatty() and not _quiet
 
 
 def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:

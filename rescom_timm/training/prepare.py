@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from rescom_timm.data.broken import unreadable
 from rescom_timm.data.loaders import eval_loader, train_loader
+from rescom_timm.data.progress import image_bar
 from rescom_timm.data.samples import Batch, ViewsDataset
 from rescom_timm.data.sizes import check_views
 from rescom_timm.data.sources import Data
@@ -29,7 +29,6 @@ from rescom_timm.nets.net import Net
 from rescom_timm.recipe.config import EmaConfig, Recipe, RecipeError
 from rescom_timm.training.build import speed_up
 from rescom_timm.training.launch import prepare_to_shard
-from rescom_timm.training.log import bars_shown
 from rescom_timm.training.nonfinite import copy_buffers, put_back
 from rescom_timm.training.run_folder import Resume, RunElsewhere, resumed
 from rescom_timm.training.stop_signals import in_own_process_group
@@ -157,7 +156,9 @@ def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits:
     for split in splits.values():
         own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
         part = Split(split.name, split.dataset.select(own), split.labels[own], split.rows[own])
-        found += [f"{split.name}: {problem}" for _, problem in unreadable(part, False, recipe.loader.reading)]
+        with image_bar(len(part.rows), f"headers of {split.name}") as bar:
+            problems = unreadable(part, False, recipe.loader.reading, bar.update)
+            found += [f"{split.name}: {problem}" for _, problem in problems]
     found = gather_object(found)
     if found:
         raise RecipeError(
@@ -202,12 +203,13 @@ def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net
     sums = torch.zeros(len(data.counts), net.classifier.in_features, dtype=torch.float64)
     was_training = net.training
     net.eval()
-    bar = tqdm(accelerator.prepare(loader), "class means", disable=not (accelerator.is_main_process and bars_shown()))
-    for images in bar:
-        with accelerator.autocast():
-            features = net.encoder(net.normalize(images["image"]))
-        gathered = accelerator.gather_for_metrics((features.float(), images["label"]))
-        sums.index_add_(0, gathered[1].cpu(), gathered[0].double().cpu())
+    with image_bar(len(data.train.rows), "class means") as bar:
+        for images in accelerator.prepare(loader):
+            with accelerator.autocast():
+                features = net.encoder(net.normalize(images["image"]))
+            gathered = accelerator.gather_for_metrics((features.float(), images["label"]))
+            sums.index_add_(0, gathered[1].cpu(), gathered[0].double().cpu())
+            bar.update(len(gathered[1]))
     net.train(was_training)
     return sums
 

@@ -16,16 +16,16 @@ from typing import Any
 import psutil
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 
-from rescom_timm.files import read_json, read_text, refuse_links, write_json
+from rescom_timm.files import clear_leftovers, file_lock, read_json, read_text, refuse_links, write_json
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import load, load_dict
 from rescom_timm.training import checkpoint
 from rescom_timm.training.errors import FAILURES, CheckpointError, advice, raise_everywhere
 
-LOCK, OWNER = ".lock", ".lock.json"
+LOCK, OWNER = checkpoint.LOCK, ".lock.json"
 FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard")
 """What of a run's folder are folders that we write to."""
 CHANGED = "-changed-"
@@ -166,33 +166,31 @@ def locked(run: Path) -> Iterator[None]:
     """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it, and
     ValueError where something in it is a link out of it."""
     refuse_links(run, FOLDERS)
-    lock = FileLock(run / LOCK)
     end = time.monotonic() + PATIENCE
-    while True:
+    with ExitStack() as held:
+        while True:
+            try:
+                if not held.enter_context(file_lock(run / LOCK, timeout=0)):
+                    yield
+                    return
+                break
+            except Timeout:
+                owner = _owner(run)
+                if _lives(owner) or time.monotonic() > end:
+                    raise CheckpointError(
+                        f"{run} is being trained by {_told(owner)}: wait for its end or stop it first, or start "
+                        "another run without --resume"
+                    ) from None
+                time.sleep(0.2)
         try:
-            lock.acquire(timeout=0)
-            break
-        except Timeout:
-            owner = _owner(run)
-            if _lives(owner) or time.monotonic() > end:
-                raise CheckpointError(
-                    f"{run} is being trained by {_told(owner)}: wait for its end or stop it first, or start "
-                    "another run without --resume"
-                ) from None
-            time.sleep(0.2)
-        except NotImplementedError:
-            warnings.warn(
-                f"the disk of {run} has no file locks: make sure that no second run writes there", stacklevel=3
-            )
+            checkpoint.repair(run / "checkpoints")
+            for folder in (run, *(run / name for name in FOLDERS)):
+                clear_leftovers(folder)
+            own = {"host": socket.gethostname(), "process": os.getpid(), "created": psutil.Process().create_time()}
+            write_json(run / OWNER, own | {"since": time.strftime("%Y-%m-%d %H:%M:%S")})
             yield
-            return
-    try:
-        own = {"host": socket.gethostname(), "process": os.getpid(), "created": psutil.Process().create_time()}
-        write_json(run / OWNER, own | {"since": time.strftime("%Y-%m-%d %H:%M:%S")})
-        yield
-    finally:
-        (run / OWNER).unlink(missing_ok=True)
-        lock.release()
+        finally:
+            (run / OWNER).unlink(missing_ok=True)
 
 
 def _owner(run: Path) -> dict[str, Any]:

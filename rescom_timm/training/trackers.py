@@ -6,8 +6,12 @@ on. Which tracked run is this one's stands in trackers.json in the run's folder,
 
 from __future__ import annotations
 
+import functools
+import queue
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,12 +110,45 @@ PICTURES: dict[str, Callable[[Any, dict[str, Image], int], None]] = {
 """How Accelerate's tracker takes pictures; comet_ml's and dvclive's take none."""
 
 
+PATIENCE = 10.0
+"""Seconds that a tracker has for a call; without a network some of them try for minutes."""
+LAST = 60.0
+"""Seconds for its last call, which may upload what it has kept."""
+
+
+class _InTime:
+    """A tracker's calls, one after another in a thread of their own (some keep their run in it), each waited for
+    PATIENCE seconds."""
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def __call__(self, call: Callable[[], Any], seconds: float | None = None) -> Any:
+        """What the call returns. Raises what it raises, and TimeoutError."""
+        seconds = PATIENCE if seconds is None else seconds
+        done: Future[Any] = Future()
+        self.calls.put((call, done))
+        if not wait([done], seconds).done:
+            raise TimeoutError(f"no answer in {seconds:g} seconds")
+        return done.result()
+
+    def _work(self) -> None:
+        while True:
+            call, done = self.calls.get()
+            try:
+                done.set_result(call())
+            except BaseException as error:  # of the tracker, for who waits
+                done.set_exception(error)
+
+
 class Trackers:
     """Those of a recipe that can be started; TensorBoard's files are log.py's."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.path = folder / IDS
         self.running: dict[str, Any] = {}
+        self.in_time: dict[str, _InTime] = {}
         ids: dict[str, str] = {}
         config, told = recipe.track, {key: _plain(value) for key, value in flat(recipe.to_dict()).items()}
         for name in config.log_with:
@@ -122,11 +159,13 @@ class Trackers:
                 continue
             try:
                 ids = _read(self.path)
-                self.running[name] = self._start(name, config, folder, ids.get(name))
-                id = str(STARTS[name][1](self.running[name].tracker))
+                self.in_time[name] = in_time = _InTime()
+                start = functools.partial(self._start, name, config, folder, ids.get(name))
+                self.running[name] = tracker = in_time(start)
+                id = str(STARTS[name][1](tracker.tracker))
                 write_json(self.path, {**ids, name: id})
                 if ids.get(name) is None:
-                    self.running[name].store_init_configuration(told)
+                    in_time(functools.partial(tracker.store_init_configuration, told))
             except Exception as error:  # whatever a tracker raises
                 self._drop(name, error)
 
@@ -168,14 +207,14 @@ class Trackers:
         self._each(lambda tracker, name: PICTURES[name](tracker, pictures, step) if name in PICTURES else None)
 
     def close(self) -> None:
-        self._each(lambda tracker, _: tracker.finish())
+        self._each(lambda tracker, _: tracker.finish(), LAST)
         self.running.clear()
 
-    def _each(self, tell: Callable[[Any, str], Any]) -> None:
-        """tell: takes a tracker and its name."""
+    def _each(self, tell: Callable[[Any, str], Any], seconds: float | None = None) -> None:
+        """tell: takes a tracker and its name. seconds: that it may take, PATIENCE by default."""
         for name, tracker in list(self.running.items()):
             try:
-                tell(tracker, name)
+                self.in_time[name](functools.partial(tell, tracker, name), seconds)
             except Exception as error:
                 self._drop(name, error)
 

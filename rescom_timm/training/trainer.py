@@ -34,13 +34,13 @@ from rescom_timm.nets.trainable import count_weights, still_statistics
 from rescom_timm.recipe.config import Recipe
 from rescom_timm.recipe.loading import refuse_secrets
 from rescom_timm.training import checkpoint, errors, nonfinite
-from rescom_timm.training.build import build_method, build_optimizer, build_schedule, speed_up
+from rescom_timm.training.build import First, build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.training.captured_step import CapturedStep
 from rescom_timm.training.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.training.evaluate import about, evaluate, file_name, table, title, write
 from rescom_timm.training.fit_batch import fitted
 from rescom_timm.training.follower import Follower
-from rescom_timm.training.launch import launch, refuse_what_cannot_be_sharded
+from rescom_timm.training.launch import launch, leave, refuse_what_cannot_be_sharded
 from rescom_timm.training.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar, show, trained_line
 from rescom_timm.training.prepare import (
     average_of,
@@ -61,14 +61,14 @@ from rescom_timm.training.stop_signals import StopSignals
 
 def train(
     recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Follower | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | None = None, first: First | None = None,
 ) -> Path:  # fmt: skip
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
     name; start where there is none. A run elsewhere is brought here first.
     dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
-    Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run elsewhere does.
+    first: as build_method's. Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
     """
     refuse_secrets(recipe)
     with with_advice():
@@ -76,7 +76,7 @@ def train(
         set_seed(recipe.seed)
         data = load(recipe.data)
         recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
-        method = build_method(recipe, data, start=True, teacher=teacher)
+        method = build_method(recipe, data, start=True, teacher=teacher, first=first)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
         trainer = Trainer(recipe, accelerator, data, method, follower)
         if dry_run:
@@ -100,7 +100,8 @@ class Trainer:
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
         self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
         self.log: Log | None = None
-        self.signals = StopSignals()
+        self.signals, self.metrics = StopSignals(), MetricsQueue(accelerator)
+        self.signals.unsaved = self.several = accelerator.num_processes > 1
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         check_selection(recipe, data)
@@ -144,7 +145,7 @@ class Trainer:
         """Train to the last epoch. Raises Stopped, after saving, where a signal asked for it."""
         recipe, progress, images = self.recipe, self.progress, self.recipe.train.batch_size
         total = recipe.train.epochs * self.steps_per_epoch * images
-        with progress_bar(total, progress.step * images, self.main) as bar:
+        with self.signals.unstuck(self._stopped), progress_bar(total, progress.step * images, self.main) as bar:
             if progress.unevaluated:
                 with self._saving_on_failure():
                     self._evaluate(bar)
@@ -171,7 +172,7 @@ class Trainer:
         skip = progress.step_in_epoch * accumulate
         loader = skip_first_batches(self.loader, skip) if skip else self.loader
         started, first_step = time.monotonic(), progress.step
-        metrics = MetricsQueue(self.accelerator, lag=0 if skips else LAG)
+        metrics = self.metrics = MetricsQueue(self.accelerator, lag=0 if skips else LAG)
         stop, finite, before = False, True, {}
         for index, batch in enumerate(self.completed(loader), start=skip):
             if index >= self.steps_per_epoch * accumulate:
@@ -181,6 +182,7 @@ class Trainer:
             last = (index + 1) % accumulate == 0
             self.schedule.step_update(progress.step)
             batch = self._mixed(batch, index)
+            self.signals.unsaved = True
             outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
@@ -191,14 +193,12 @@ class Trainer:
             if self.captured is None and not self._update(finite):
                 nonfinite.put_back(self.method, before)
                 progress.skipped += 1
-            finite = True
+            finite, self.signals.unsaved = True, self.several
             progress.step += 1
             progress.step_in_epoch += 1
             show(bar, f"{progress.epoch + 1}/{recipe.train.epochs}", progress.sums, progress.passes)
             bar.update(recipe.train.batch_size)
             if stop and progress.step_in_epoch < self.steps_per_epoch:
-                for one in metrics.drain():
-                    self._count(one)
                 progress.seconds += time.monotonic() - started
                 raise self._stopped()
         for one in metrics.drain():
@@ -292,7 +292,11 @@ class Trainer:
     def _stopped(self) -> Stopped:
         """Save, and say so; a run that was asked to stop stops where it cannot save too."""
         where = f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}"
+        if self.signals.stuck and self.signals.unsaved:
+            return Stopped(f"{where}, which is not saved, for no batch came: continue with --resume")
         try:
+            for one in self.metrics.drain():
+                self._count(one)
             self.save()
         except (CheckpointError, NonFiniteLoss) as error:
             return Stopped(f"{where}, which is not saved: {error}")
@@ -380,11 +384,8 @@ class Trainer:
             if self.average is not None:
                 self.average.set(self.net)
         if self.main:
-            record = {
-                "processes": self.accelerator.num_processes,
-                "weights": self.weights,
-                "data": self.data.provenance,
-            }
+            processes = self.accelerator.num_processes
+            record = {"processes": processes, "weights": self.weights, "data": self.data.provenance}
             self.log = Log(self.folder, self.recipe, record, self.progress.step, not self.progress.unevaluated)
             self.follower.opened(self.folder, self.recipe, self.data)
             nothing = ", no checkpoint to resume from: starting from the beginning" if resume else ""
@@ -422,11 +423,7 @@ class Trainer:
             self.log.close()
         self.signals.close()
         self.lock.close()
-        if self.accelerator.num_processes > 1:
-            # gloo's threads need the GIL to let go of the last tensors. This one holds it while it destroys the group
-            # and waits for them (torch 2.11): a process hung so, once.
-            time.sleep(0.1)
-        self.accelerator.end_training()
+        leave(self.accelerator)
 
     def dry_run(self) -> None:
         """One step and one evaluation batch of each split; writes nothing."""

@@ -164,6 +164,9 @@ WORDS = [
     value("benchmark without a task", "hub.benchmark=a/b", "benchmark must be owner/dataset#task"),
     value("waiting for nothing", "hub.timeout_minutes=0", "timeout_minutes must be above 0"),
     value("fp16 on a CPU", "train.precision=fp16", "fp16 does nothing on a CPU; use bf16 or no"),
+    value("wait of no seconds for a loader", "speed.timeout=0", "timeout must be above 0 seconds, not 0"),
+    value("wait without end for a loader", "speed.timeout=.nan", "speed.timeout: must be a finite number"),
+    value("repository of the Hub without an owner", "hub.repo=hf://x", "repo must be owner/name, not 'x'"),
     value("start from nothing", "from=nowhere", "nowhere"),
 ]
 

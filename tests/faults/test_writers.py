@@ -26,7 +26,8 @@ from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import train_recipe
 from rescom_timm.sharing.export import export
 from rescom_timm.sharing.neighbours import Embeddings
-from rescom_timm.sharing.predict import Prediction, write_csv
+from rescom_timm.sharing.predict import Prediction
+from rescom_timm.sharing.predictions_table import write_csv
 from rescom_timm.sharing.pretrained import damaged
 from rescom_timm.training.checkpoint import load, newest, save
 from rescom_timm.training.errors import ADVICE, FAILURES, MachineError, advice, one_line, with_advice

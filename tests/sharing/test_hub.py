@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rescom_timm.hub import hub_id
 from rescom_timm.recipe.config import HubConfig, RecipeError
 from rescom_timm.recipe.loading import load_dict
-from rescom_timm.sharing.hub import as_repo
 from rescom_timm.training import checkpoint
 from tests.sharing.hub_server import HubServer
 
@@ -88,7 +88,7 @@ def test_the_section_of_a_recipe():
     ],
 )
 def test_what_is_a_repository(source, repo):
-    assert as_repo(source) == repo
+    assert hub_id(source) == repo
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import Run, train_recipe
 from rescom_timm.sharing.export import export, export_run
 from rescom_timm.sharing.neighbours import Embeddings
-from rescom_timm.sharing.predict import adjustment, embed, predictions, write_csv
+from rescom_timm.sharing.predict import adjustment, embed, predictions
+from rescom_timm.sharing.predictions_table import write_csv
 from rescom_timm.sharing.pretrained import from_pretrained
 from rescom_timm.training.evaluate import five_crops
 from tests.training.child import recipe

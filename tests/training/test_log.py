@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
+from rescom_timm.data.progress import bars_shown, quiet
 from rescom_timm.recipe.loading import load, load_dict
-from rescom_timm.training.log import Log, bars_shown, environment, evaluation_line, lines, peak_memory, quiet
+from rescom_timm.training.log import Log, environment, evaluation_line, lines, peak_memory
 from tests.training.child import recipe
 
 

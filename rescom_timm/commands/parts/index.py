@@ -4,7 +4,6 @@ returns an exit code."""
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rescom_timm.class_names import numbers_in
 from rescom_timm.data import index as rows
@@ -30,10 +28,12 @@ from rescom_timm.data.image_folders import (
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, is_label
 from rescom_timm.data.named_columns import Columns, split_rows
+from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.tables import NoSplit
 from rescom_timm.files import atomic_path, errors_named, read_json, read_text, write_text
+from rescom_timm.hub import hub_id, missing
 from rescom_timm.recipe.own_data import recipe_for
 from rescom_timm.recipe.private import without_home
 
@@ -94,7 +94,7 @@ def check(options: argparse.Namespace) -> int:
 
 def _broken(split: Split) -> dict[int, str]:
     """What is wrong with each image that cannot be decoded, by its position, found in one pass."""
-    with tqdm(total=len(split.rows), unit="img", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with image_bar(len(split.rows), split.name) as bar:
         return dict(unreadable(split, progress=bar.update))
 
 
@@ -144,7 +144,9 @@ def init(options: argparse.Namespace) -> int:
     if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
         if not options.force:
             raise ValueError(f"{', '.join(taken)} would be overwritten: choose another -o, or say --force")
-    if options.source != "digits" and Path(options.source).expanduser().exists():
+    if options.source != "digits" and hub_id(options.source, alone=True) is None:
+        if not Path(options.source).expanduser().exists():
+            raise missing(options.source)
         options.source = _place(options.source)
     indexes, config = _parts(options)
     with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it

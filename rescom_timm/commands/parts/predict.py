@@ -17,7 +17,8 @@ from rescom_timm.data.splits import DataConfig
 from rescom_timm.files import read_text
 from rescom_timm.metrics import groups
 from rescom_timm.sharing.neighbours import Embeddings, Gatherer
-from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predictions, write_csv
+from rescom_timm.sharing.predict import Prediction, Prior, calibrate, embed, predictions
+from rescom_timm.sharing.predictions_table import write_csv
 from rescom_timm.sharing.pretrained import Pretrained, from_pretrained
 from rescom_timm.training.run_folder import run_recipe
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock
 
 from rescom_timm.figures import style
-from rescom_timm.files import atomic_path, errors_named, read_json, write_json, write_text
+from rescom_timm.files import atomic_path, errors_named, file_lock, read_json, write_json, write_text
 from rescom_timm.recipe.config import Recipe, RecipeError
 from rescom_timm.recipe.loading import differences, load
 from rescom_timm.run import train_recipe
@@ -124,7 +123,7 @@ def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str
     """The cells of every command so far, (row, name) each, kept in sweep.json, which several commands may add to."""
     path = output / "sweep.json"
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / ".sweep.lock"):
+    with file_lock(output / ".sweep.lock"):
         before = read_json(path, list) if path.is_file() else []
         if not all(isinstance(one, list) and len(one) == 2 for one in before):
             raise ValueError(f"{path} holds no cells of a sweep: remove it, and give the sweep's command again")

@@ -1,0 +1,63 @@
+"""How many worker processes the machine's shared memory has space for.
+
+Workers hand batches over in /dev/shm, of which a container has 64 MB by default. Where it is full, a worker loses its
+batch, for which the loader then waits for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+PLACE = "/dev/shm"
+TIMEOUT = 600.0
+"""Seconds: longer than the slowest disk takes for a batch."""
+SPARE = 2
+"""Batches beside those ahead: the one in use, and the one that accelerate looks ahead to."""
+
+
+def free_bytes() -> int | None:
+    """Of shared memory; None where the system has no such bound (macOS, Windows)."""
+    try:
+        about = os.statvfs(PLACE)
+    except (OSError, AttributeError):
+        return None
+    return about.f_bavail * about.f_frsize
+
+
+def worker_options(
+    workers: int, prefetch: int, batch_bytes: int, together: int = 1, timeout: float = TIMEOUT
+) -> dict[str, Any]:
+    """num_workers, prefetch_factor and timeout of a torch DataLoader: at most what is asked for, as `fitting` finds.
+    timeout: seconds that a batch is waited for."""
+    workers, prefetch = fitting(workers, prefetch, batch_bytes, together)
+    if not workers:
+        return {"num_workers": 0}
+    return {"num_workers": workers, "prefetch_factor": prefetch, "timeout": timeout}
+
+
+def fitting(workers: int, prefetch: int, batch_bytes: int, together: int = 1) -> tuple[int, int]:
+    """(workers, prefetch) at most as asked for, such that all batches ahead fit the free shared memory: first fewer
+    batches ahead, then fewer workers, down to 0, which needs none. One warning where that is less.
+
+    batch_bytes: of one batch. together: loaders that run at the same time.
+    """
+    free = free_bytes()
+    if not workers or free is None:
+        return workers, prefetch
+
+    def needed(workers: int, prefetch: int) -> int:
+        return together * (workers * prefetch + SPARE) * batch_bytes
+
+    ways = [(workers, ahead) for ahead in range(prefetch, 0, -1)] + [(fewer, 1) for fewer in range(workers - 1, 0, -1)]
+    found = next((way for way in ways if needed(*way) <= free), (0, prefetch))
+    if found != (workers, prefetch):
+        used = f"{found[0]} workers with speed.prefetch={found[1]} are used" if found[0] else "no workers are used"
+        warnings.warn(
+            f"{PLACE} has {free / 2**20:,.0f} MiB of shared memory free, and {workers} workers with {prefetch} batches "
+            f"of {batch_bytes / 2**20:,.1f} MiB each need {needed(workers, prefetch) / 2**20:,.0f}: {used}; enlarge it "
+            "(docker run --shm-size=8g, or --ipc=host), or lower speed.workers",
+            stacklevel=3,
+        )
+    return found

@@ -1,0 +1,64 @@
+"""The table of predictions that the command predict writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rescom_timm.files import atomic_path, errors_named, write_rows
+from rescom_timm.sharing.predict import Prediction
+
+
+def write_csv(
+    found: Iterable[Prediction],
+    path: str | Path,
+    top_k: int,
+    *,
+    sets: bool = False,
+    nearest: int = 0,
+    crops: bool = False,
+) -> tuple[int, int]:
+    """image, label_1, probability_1 ... label_k, probability_k, error, true_label, and what else was asked for:
+    set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
+    five_crops_probability. Where it fails, but for a full disk, what was predicted until then is in PATH.partial, and
+    a table that was there stays. Returns (images, unreadable). Raises OSError, which names `path`."""
+    images = broken = 0
+
+    def rows() -> Iterator[list[str]]:
+        nonlocal images, broken
+        pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
+        near = [f"{name}_{k}" for k in range(1, nearest + 1) for name in ("nearest", "nearest_label", "similarity")]
+        ends = ["five_crops_label", "five_crops_probability"] if crops else []
+        yield ["image", *pairs, "error", "true_label", *(["set_size", "set"] if sets else []), *near, *ends]
+        for one in found:
+            cells = [
+                cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
+            ]
+            row = [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
+            if sets:
+                row += ["", ""] if one.inside is None else [f"{len(one.inside)}", json.dumps(one.inside)]
+            close = [cell for other in one.nearest for cell in (other.image, other.label, f"{other.similarity:.6f}")]
+            row += [*close, *[""] * (3 * nearest - len(close))]
+            if crops:
+                row += ["", ""] if one.five_crops is None else [one.five_crops[0], f"{one.five_crops[1]:.6f}"]
+            yield row
+            images, broken = images + 1, broken + bool(one.error)
+
+    # Row by row, each writer to a file of its own. A name that is no UTF-8 keeps its bytes.
+    if Path(path).is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is where the table goes", str(path))
+    with errors_named(path), atomic_path(path) as beside:
+        with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            try:
+                write_rows(file, rows())
+                file.flush()
+            except BaseException as error:
+                if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a disk kept full
+                    file.close()
+                    os.replace(beside, f"{path}.partial")
+                raise
+        Path(f"{path}.partial").unlink(missing_ok=True)  # of an attempt before
+    return images, broken
