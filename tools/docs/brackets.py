@@ -1,0 +1,16 @@
+"""An extension of Griffe: docstrings are plain text, so [--seed N] [--quiet] in them is a usage and no link of Markdown."""
+
+import re
+from typing import Any
+
+import griffe
+
+
+class Brackets(griffe.Extension):
+    """Escapes a bracket that follows another one, outside of code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change the docstring of one module, class, function or attribute."""
+        if obj.docstring is not None:
+            usage = re.compile(r"(`.*?`)|\](\s?)\[")
+            obj.docstring.value = usage.sub(lambda found: found[1] or f"]{found[2]}\\[", obj.docstring.value)
