@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rescom_timm.sharing.predict import predict
     from rescom_timm.sharing.pretrained import from_pretrained
 
+    __version__: str
+
 __all__ = ["Net", "ProjectorConfig", "Run", "create_model", "from_pretrained", "predict", "train"]
 
 LATER = {
@@ -49,13 +51,15 @@ LATER = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("rescom-timm")
     if name in LATER:
         return getattr(import_module(LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *LATER})
+    return sorted({*globals(), *LATER, "__version__"})
 
 
 class _RegisterWithTimm(MetaPathFinder):

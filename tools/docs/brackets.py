@@ -1,4 +1,7 @@
-"""An extension of Griffe: docstrings are plain text, so [--seed N] [--quiet] in them is a usage and no link of Markdown."""
+"""An extension of Griffe for docstrings that show a usage, such as [--seed N] [--quiet].
+
+Markdown would read the second bracket as the target of a link.
+"""
 
 import re
 from typing import Any

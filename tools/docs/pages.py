@@ -42,7 +42,7 @@ def dotted(path: Path) -> str:
 def api(package: Path) -> list[Any]:
     """The navigation of a package: its own page, its packages, its modules."""
     own = package / "__init__.py"
-    packages = [{path.parent.name: api(path.parent)} for path in MODULES if path.name == own.name and path.parent.parent == package]
+    packages = [{path.parent.name: api(path.parent)} for path in sorted(package.glob("*/__init__.py"))]
     modules = [{path.stem: page_of(path)} for path in MODULES if path.parent == package and path != own]
     return [{"overview": page_of(own)}, *packages, *modules]
 
