@@ -31,7 +31,7 @@ def check_name(name: str, what: str) -> None:
     if found := _CONTROL.search(name):
         raise ValueError(
             f"{what} must not contain control or direction characters, and '{escape_controls(name)}' contains "
-            f"{ascii(found[0])}: rename it"
+            f"{found[0]!a}: rename it"
         )
 
 

@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rescom_timm"
-GUIDES = (*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("tools/*.md"), *PACKAGE.rglob("*.md"))
+GUIDES = (*ROOT.glob("*.md"), *ROOT.glob("recipes/*.md"), *ROOT.glob("tools/*.md"), *PACKAGE.rglob("README.md"))
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 COPIED = (ROOT / "LICENSE", ROOT / "CITATION.cff", *ROOT.glob("tools/*.png"), *ROOT.glob("tools/*.ipynb"))
 PROJECT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
