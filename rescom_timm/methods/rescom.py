@@ -54,7 +54,7 @@ class RescomConfig:
     queue: QueueConfig = QueueConfig()
     positives: int | None = 1
     """Qp, hardest positive keys of each query; null: all (eq. 3)."""
-    negatives: int | None | Literal["auto"] = "auto"
+    negatives: int | Literal["auto"] | None = "auto"
     """Qn, hardest negative keys of each query; null: all (eq. 3); auto: see `auto_negatives`."""
     siamese: bool = True
     """Balanced Softmax on both views (eq. 6) or on the first only."""
