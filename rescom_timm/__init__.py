@@ -29,23 +29,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rescom_timm.nets.net import Net, ProjectorConfig, create_model
-    from rescom_timm.run import Run, train
-    from rescom_timm.sharing.predict import predict
-    from rescom_timm.sharing.pretrained import from_pretrained
+    from rescom_timm.api import Run, train
+    from rescom_timm.inference.predict import predict
+    from rescom_timm.inference.pretrained import from_pretrained
+    from rescom_timm.models.net import Net, ProjectorConfig, create_model
 
     __version__: str
 
 __all__ = ["Net", "ProjectorConfig", "Run", "create_model", "from_pretrained", "predict", "train"]
 
 LATER = {
-    "Net": "rescom_timm.nets.net",
-    "ProjectorConfig": "rescom_timm.nets.net",
-    "create_model": "rescom_timm.nets.net",
-    "Run": "rescom_timm.run",
-    "train": "rescom_timm.run",
-    "predict": "rescom_timm.sharing.predict",
-    "from_pretrained": "rescom_timm.sharing.pretrained",
+    "Net": "rescom_timm.models.net",
+    "ProjectorConfig": "rescom_timm.models.net",
+    "create_model": "rescom_timm.models.net",
+    "Run": "rescom_timm.api",
+    "train": "rescom_timm.api",
+    "predict": "rescom_timm.inference.predict",
+    "from_pretrained": "rescom_timm.inference.pretrained",
 }
 """Names that take seconds to import: only when asked for."""
 
@@ -76,13 +76,13 @@ class _RegisterWithTimm(MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                import_module("rescom_timm.nets.cifar_resnet")
+                import_module("rescom_timm.models.cifar_resnet")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "timm" in sys.modules:
-    import_module("rescom_timm.nets.cifar_resnet")
+    import_module("rescom_timm.models.cifar_resnet")
 else:
     sys.meta_path.insert(0, _RegisterWithTimm())

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from rescom_timm.commands import EXIT_CODES
+from rescom_timm.cli import EXIT_CODES
 from rescom_timm.text import escape_output, escaped_output
 
 VERBS = {
@@ -118,7 +118,7 @@ def _run(words: list[str]) -> int:
         print(f"error: no verb {words[0]!r}{hint}", file=sys.stderr)
         return 2
     file, _ = VERBS[words[0]]
-    command = import_module(f"rescom_timm.commands.{file}")
+    command = import_module(f"rescom_timm.cli.{file}")
     if file == "index":
         return int(command.main(words, "rescom-timm"))
     return int(command.main(words[1:], f"rescom-timm {words[0]}"))

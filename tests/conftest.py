@@ -49,7 +49,7 @@ def alone(monkeypatch):
     """Accelerate's state as in a fresh process on the CPU, and again afterwards."""
     from accelerate.state import AcceleratorState, GradientState  # hub_cases.py must come before huggingface_hub
 
-    from rescom_timm.training import launch
+    from rescom_timm.engine import launch
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     for name in launch.STARTED:

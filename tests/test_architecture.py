@@ -40,7 +40,7 @@ THIRD_PARTY = {"contrast": {"torch"}, "nets": {"torch", "timm", "safetensors", "
 
 
 def room(module: str) -> str:
-    """rescom_timm.contrast.pairs -> contrast; rescom_timm -> ''."""
+    """rescom_timm.contrastive.pairs -> contrast; rescom_timm -> ''."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 

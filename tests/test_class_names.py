@@ -12,23 +12,23 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from rescom_timm.analysis.opened_run import open_run
+from rescom_timm.analysis.run_files import Missing, RunFolder
+from rescom_timm.api import Run, train
 from rescom_timm.class_names import numbers_in, rows_of
+from rescom_timm.config.loading import load_dict
+from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.image_folders import class_folders
+from rescom_timm.data.in_memory import in_memory
 from rescom_timm.data.index import Index, overlap
-from rescom_timm.data.memory import in_memory
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.figures.folder import Missing, RunFolder
-from rescom_timm.figures.opened import open_run
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import build_method, build_net, load_weights
+from rescom_timm.hub.card import read_facts
+from rescom_timm.inference.predict import predict
 from rescom_timm.methods.distillation import Teacher
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load_dict
-from rescom_timm.run import Run, train
-from rescom_timm.sharing.card import read_facts
-from rescom_timm.sharing.predict import predict
-from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_method, build_net, load_weights
-from tests.training.child import Tiny
+from tests.engine.child import Tiny
 
 NAMES = ["cat", "dog", "emu", "fox"]
 TURNED = ["fox", "emu", "cat", "dog"]

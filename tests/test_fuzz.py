@@ -21,17 +21,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rescom_timm.analysis.run_files import RunFolder
+from rescom_timm.config.loading import keys, load, load_dict, load_fetched
+from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index import Index, read
-from rescom_timm.data.views import POLICIES, STEPS, parse
-from rescom_timm.figures.folder import RunFolder
-from rescom_timm.files import read_json, sha256, write_tensors
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import keys, load, load_dict, load_fetched
-from rescom_timm.sharing.export import export_run
-from rescom_timm.sharing.pretrained import from_pretrained
-from rescom_timm.training import checkpoint
-from rescom_timm.training.errors import CheckpointError
-from tests.training.made_up_run import NAMES, add_evaluation, make_run
+from rescom_timm.data.transforms import POLICIES, STEPS, parse
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.inference.export import export_run
+from rescom_timm.inference.pretrained import from_pretrained
+from rescom_timm.io import read_json, sha256, write_tensors
+from tests.engine.made_up_run import NAMES, add_evaluation, make_run
 
 ROOT = Path(__file__).parents[1]
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}

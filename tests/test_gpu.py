@@ -13,16 +13,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from rescom_timm.contrast.mined import composed, mined_supcon
-from rescom_timm.contrast.queue import ClassBalancedQueue
+from rescom_timm.api import train_recipe as train
+from rescom_timm.config.loading import load_dict
+from rescom_timm.contrastive.mined import composed, mined_supcon
+from rescom_timm.contrastive.queue import ClassBalancedQueue
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine import launch as launching
 from rescom_timm.methods import DISTILLED
-from rescom_timm.recipe.loading import load_dict
-from rescom_timm.run import train_recipe as train
-from rescom_timm.training import checkpoint
-from rescom_timm.training import launch as launching
 from tests.conftest import ROOT
-from tests.contrast.cases import unit
-from tests.training.child import differences, figures, last, recipe, trainer_of
+from tests.contrastive.cases import unit
+from tests.engine.child import differences, figures, last, recipe, trainer_of
 
 pytestmark = pytest.mark.gpu
 NET = {"net__backbone": "resnet20_cifar", "net__options": {}, "data__validation": "none"}

@@ -10,7 +10,7 @@ import yaml
 
 import rescom_timm
 from rescom_timm.__main__ import VERBS
-from rescom_timm.recipe.loading import find, load, load_dict
+from rescom_timm.config.loading import find, load, load_dict
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (*ROOT.glob("recipes/*.md"), *ROOT.glob("tools/*.md"), *ROOT.glob("rescom_timm/**/*.md"))

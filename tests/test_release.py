@@ -12,7 +12,7 @@ import torch
 from datasets import load_dataset
 
 import rescom_timm
-from rescom_timm.sharing.pretrained import damaged
+from rescom_timm.inference.pretrained import damaged
 
 RELEASE = Path(__file__).parent / "release" / "cifar10_lt_if100_r32"
 CORRECT = 84

@@ -1,6 +1,6 @@
 """What an untrusted repository, run's folder or data set may do: use memory and disk within bounds, no more.
 
-rescom_timm/sharing/README.md lists the guarantees ("Security model for untrusted files"), each with its test.
+rescom_timm/inference/README.md lists the guarantees ("Security model for untrusted files"), each with its test.
 """
 
 import io
@@ -20,34 +20,34 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from rescom_timm.analysis.run_files import RunFolder
+from rescom_timm.analysis.writing import write_figures
+from rescom_timm.config.loading import load, load_dict, load_fetched
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.config.secrets import secret_in, without_secrets
 from rescom_timm.data import tables
 from rescom_timm.data.decoding import BrokenImage, decode, look
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.figures.folder import RunFolder
-from rescom_timm.figures.writing import write_figures
-from rescom_timm.files import read_json, read_text, read_yaml, refuse_links, sha256
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import build_net, load_weights
+from rescom_timm.engine.errors import CheckpointError, RunError, one_line
+from rescom_timm.engine.evaluate import open_checkpoint
+from rescom_timm.engine.log import environment, lines
+from rescom_timm.engine.run_folder import FOLDERS, locked
+from rescom_timm.hub.push import push_run
+from rescom_timm.hub.staging import staged
+from rescom_timm.hub_download import HubError
+from rescom_timm.inference.export import export_run
+from rescom_timm.inference.pretrained import from_pretrained
+from rescom_timm.io import read_json, read_text, read_yaml, refuse_links, sha256
 from rescom_timm.methods import create_method
-from rescom_timm.nets.bounds import budget
-from rescom_timm.nets.classifiers import read_class_features
-from rescom_timm.nets.net import NetConfig, create_model
-from rescom_timm.nets.text_features import text_features
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load, load_dict, load_fetched
-from rescom_timm.recipe.private import secret_in, without_secrets
-from rescom_timm.sharing.export import export_run
-from rescom_timm.sharing.hub import HubError
-from rescom_timm.sharing.pretrained import from_pretrained
-from rescom_timm.sharing.push import push_run
-from rescom_timm.sharing.staging import staged
-from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_net, load_weights
-from rescom_timm.training.errors import CheckpointError, RunError, one_line
-from rescom_timm.training.evaluate import open_checkpoint
-from rescom_timm.training.log import environment, lines
-from rescom_timm.training.run_folder import FOLDERS, locked
-from tests.training.made_up_run import NAMES, make_run, recipe
+from rescom_timm.models.bounds import budget
+from rescom_timm.models.classifiers import read_class_features
+from rescom_timm.models.net import NetConfig, create_model
+from rescom_timm.models.text_features import text_features
+from tests.engine.made_up_run import NAMES, make_run, recipe
 
 TOKEN = "hf_" + "Secret0fMine" * 3
 
@@ -267,7 +267,7 @@ def load_fetched_tree(tree):
 
 
 def test_an_evaluation_of_any_number_of_classes_is_not_drawn(run):
-    from rescom_timm.files import write_tensors
+    from rescom_timm.io import write_tensors
 
     (run / "evaluation").mkdir()
     labels = torch.tensor([0, 10**12])

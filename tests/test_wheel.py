@@ -15,11 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from rescom_timm.sharing.predict import predict
-from tests.sharing.hub_server import HubServer
-from tests.sharing.page_server import served
-from tests.training.child import free_port
-from tests.training.made_up_run import make_run
+from rescom_timm.inference.predict import predict
+from tests.engine.child import free_port
+from tests.engine.made_up_run import make_run
+from tests.hub.hub_server import HubServer
+from tests.inference.page_server import served
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("rescom_timm", "recipes", "pyproject.toml", "README.md", "LICENSE")

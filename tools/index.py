@@ -2,7 +2,7 @@
 
 import sys
 
-from rescom_timm.commands.index import main
+from rescom_timm.cli.index import main
 
 if __name__ == "__main__":
     sys.exit(main())

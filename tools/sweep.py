@@ -2,7 +2,7 @@
 
 import sys
 
-from rescom_timm.commands.sweep import main
+from rescom_timm.cli.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main())

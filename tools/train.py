@@ -1,8 +1,8 @@
-"""Train a recipe: the same as  rescom-timm train  (rescom_timm/commands/train.py)."""
+"""Train a recipe: the same as  rescom-timm train  (rescom_timm/cli/train.py)."""
 
 import sys
 
-from rescom_timm.commands.train import main
+from rescom_timm.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

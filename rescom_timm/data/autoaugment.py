@@ -27,7 +27,7 @@ from rescom_timm.data.pixels import (
     smooth,
     to_device,
 )
-from rescom_timm.data.views import AutoAugment, magnitudes
+from rescom_timm.data.transforms import AutoAugment, magnitudes
 
 LOOKUPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "Brightness": lambda image, value: VF.adjust_brightness(image, 1 + value),

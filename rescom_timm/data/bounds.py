@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rescom_timm.files import regular_size
+from rescom_timm.io import regular_size
 from rescom_timm.text import escape_controls
 
 MAX_ROWS = 100_000_000

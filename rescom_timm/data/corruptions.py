@@ -34,8 +34,8 @@ from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.splits import Split
-from rescom_timm.data.views import Policy, ViewsConfig
-from rescom_timm.files import regular_size
+from rescom_timm.data.transforms import Policy, ViewsConfig
+from rescom_timm.io import regular_size
 
 COMMON = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",

@@ -32,7 +32,7 @@ import numpy as np
 from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
 from rescom_timm.data.named_columns import Columns, is_table, read_table
-from rescom_timm.files import write_text
+from rescom_timm.io import write_text
 from rescom_timm.text import check_name
 
 

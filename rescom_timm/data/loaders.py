@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from rescom_timm.data.batched_views import BatchedPolicy
-from rescom_timm.data.plane_views import near_resized
+from rescom_timm.data.batched_transforms import BatchedPolicy
+from rescom_timm.data.plane_transforms import near_resized
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
-from rescom_timm.data.views import ViewsConfig, parse
+from rescom_timm.data.transforms import ViewsConfig, parse
 
 if TYPE_CHECKING:
     from rescom_timm.data.splits import Split

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, limit
 from rescom_timm.data.index_files import first_few
-from rescom_timm.files import read_json, regular_size
+from rescom_timm.io import read_json, regular_size
 
 BUILDERS = ("parquet", "arrow", "webdataset", "imagefolder", "cache")
 """Kinds of files of `datasets` that hold images (imagefolder is refused later, with advice), and its own cache."""

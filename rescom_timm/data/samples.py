@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from rescom_timm.data.batched_views import BatchedPolicy
+from rescom_timm.data.batched_transforms import BatchedPolicy
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, where
 from rescom_timm.data.draws import Draws, Size
-from rescom_timm.data.plane_views import PlanePolicy
+from rescom_timm.data.plane_transforms import PlanePolicy
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sampling import Item
 from rescom_timm.data.shared_memory import TIMEOUT
-from rescom_timm.data.views import Policy, seed_all
+from rescom_timm.data.transforms import Policy, seed_all
 
 if TYPE_CHECKING:
     from rescom_timm.data.splits import Split

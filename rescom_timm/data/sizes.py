@@ -11,7 +11,7 @@ from rescom_timm.data.broken import AT_ONCE
 from rescom_timm.data.crops import CornerCrop, RisingCrop
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, look
 from rescom_timm.data.splits import Split
-from rescom_timm.data.views import Policy
+from rescom_timm.data.transforms import Policy
 
 Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""

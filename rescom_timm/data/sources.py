@@ -18,13 +18,13 @@ from datasets import Dataset
 
 from rescom_timm.class_names import numbers_in
 from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
+from rescom_timm.data.in_memory import MEMORY
 from rescom_timm.data.index import Index, common_paths
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.memory import MEMORY
 from rescom_timm.data.profiles import RULES, at_most, holdout, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, index_path, renumber, with_labels
 from rescom_timm.data.tables import cache_folder, open_table, table_part
-from rescom_timm.hub import hub_id, missing
+from rescom_timm.hub_client import hub_id, missing
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, refuse_two_forms
 from rescom_timm.data.bounds import MAX_TEXT
 from rescom_timm.data.digits import digits
+from rescom_timm.data.in_memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.named_columns import called
 from rescom_timm.data.own_files import load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
-from rescom_timm.hub import hub_id, missing, online
+from rescom_timm.hub_client import hub_id, missing, online
 
 log = logging.getLogger(__name__)
 

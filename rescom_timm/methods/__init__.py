@@ -48,7 +48,7 @@ from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
 from rescom_timm.methods.rsg import RsgConfig
 from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
-from rescom_timm.nets.net import Net
+from rescom_timm.models.net import Net
 
 MethodConfig = (
     RescomConfig

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast import losses
+from rescom_timm import losses
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.classifiers import Cosine, full_precision
-from rescom_timm.nets.net import Net
+from rescom_timm.models.classifiers import Cosine, full_precision
+from rescom_timm.models.net import Net
 
 Views = Literal[1, 2]
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, weighted_mean
+from rescom_timm.losses import at_least_float32, weighted_mean
 from rescom_timm.methods.baselines import linear, replace_classifier
 from rescom_timm.methods.bounds import PART, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.branched import BranchedNet, Remade, agrees, branch_sources, last_block
-from rescom_timm.nets.net import Net, Outputs
+from rescom_timm.models.branched import BranchedNet, Remade, agrees, branch_sources, last_block
+from rescom_timm.models.net import Net, Outputs
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, balanced_softmax, check_temperature, distillation
+from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, distillation
 from rescom_timm.methods.baselines import Classification, Views, linear, replace_classifier
 from rescom_timm.methods.bounds import PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.net import Net
-from rescom_timm.nets.trainable import digest
+from rescom_timm.models.net import Net
+from rescom_timm.models.trainable import digest
 
 
 class Teacher:

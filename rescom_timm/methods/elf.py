@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rescom_timm.contrast.losses import ldam_margins, less_margins, weighted_mean
+from rescom_timm.losses import ldam_margins, less_margins, weighted_mean
 from rescom_timm.methods.baselines import balanced_weights
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.branched import Remade, agrees
-from rescom_timm.nets.classifiers import Cosine
-from rescom_timm.nets.net import Net
+from rescom_timm.models.branched import Remade, agrees
+from rescom_timm.models.classifiers import Cosine
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import (
-    check_temperature,
-    distillation,
-    diversity,
-    ldam,
-    ldam_margins,
-)
+from rescom_timm.losses import check_temperature, distillation, diversity, ldam, ldam_margins
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.distillation import Teacher, ask
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.branched import BranchedNet, branch_sources
-from rescom_timm.nets.net import Net
+from rescom_timm.models.branched import BranchedNet, branch_sources
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32
+from rescom_timm.losses import at_least_float32
 from rescom_timm.methods.baselines import Classification, replace_classifier
 from rescom_timm.methods.bounds import A_FEW, NOT_NEGATIVE, PART, POSITIVE, check
-from rescom_timm.nets.classifiers import full_precision
-from rescom_timm.nets.net import Net
+from rescom_timm.models.classifiers import full_precision
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, balanced_softmax, check_temperature, log_prior, paco, supcon
-from rescom_timm.contrast.pairs import Pairs, against_queue, in_batch
-from rescom_timm.contrast.queue import FifoQueue, gather
+from rescom_timm.contrastive.pairs import Pairs, against_queue, in_batch
+from rescom_timm.contrastive.queue import FifoQueue
+from rescom_timm.contrastive.supcon import paco, supcon
+from rescom_timm.distributed import gather
+from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, log_prior
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.net import Net
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
-from rescom_timm.contrast.queue import gather
+from rescom_timm.distributed import gather
+from rescom_timm.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, check
 from rescom_timm.methods.rescom import stack_views
-from rescom_timm.nets.net import Net
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from rescom_timm.contrast.losses import WeightForm, balanced_softmax, check_temperature, class_weights
-from rescom_timm.contrast.mined import mined_supcon
-from rescom_timm.contrast.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue, gather, processes
+from rescom_timm.contrastive.mined import mined_supcon
+from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
+from rescom_timm.distributed import gather, processes
+from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
-from rescom_timm.nets.net import Net
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

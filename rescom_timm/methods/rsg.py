@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rescom_timm.contrast.losses import at_least_float32, ldam, ldam_margins
+from rescom_timm.losses import at_least_float32, ldam, ldam_margins
 from rescom_timm.methods.baselines import balanced_weights, replace_classifier
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
-from rescom_timm.nets.classifiers import Cosine, full_precision
-from rescom_timm.nets.net import Net, Outputs
+from rescom_timm.models.classifiers import Cosine, full_precision
+from rescom_timm.models.net import Net, Outputs
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rescom_timm.contrast import losses
+from rescom_timm import losses
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
-from rescom_timm.nets.net import Net
+from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)

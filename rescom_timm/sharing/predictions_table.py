@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rescom_timm.files import atomic_path, errors_named, write_rows
-from rescom_timm.sharing.predict import Prediction
+from rescom_timm.inference.predict import Prediction
+from rescom_timm.io import atomic_path, errors_named, write_rows
 
 
 def write_csv(

@@ -14,7 +14,7 @@ from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import SpeedConfig
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.data.views import ViewsConfig
+from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.metrics import ALEXNET_IMAGENET_C
 
 INLINE = SpeedConfig(workers=0)

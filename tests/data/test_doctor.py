@@ -11,6 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from rescom_timm.analysis.doctor_page import MOST, page, told
 from rescom_timm.data.doctor import (
     Examined,
     Finding,
@@ -21,7 +22,6 @@ from rescom_timm.data.doctor import (
     near_duplicates,
 )
 from rescom_timm.data.splits import Split
-from rescom_timm.figures.doctor_page import MOST, page, told
 
 NAMES = ["cat", "dog", "Dog ", "<b>&eel"]
 
@@ -177,7 +177,7 @@ def test_a_class_of_few_held_out_images_accuses_nobody(held_out: int, expected: 
 
 
 def test_disputed_labels_are_named_once_with_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rescom_timm.commands.doctor import suspects
+    from rescom_timm.cli.doctor import suspects
 
     parts = {
         name: split_of(name, [(f"{name}{k}.png", encoded(scene(100 + k)), int(k >= 6)) for k in range(12)])
@@ -193,7 +193,7 @@ def test_disputed_labels_are_named_once_with_probabilities(monkeypatch: pytest.M
                 logits[0] = torch.tensor([-2.0, 2.0])
             return SimpleNamespace(labels=torch.from_numpy(split.labels), logits=logits)
 
-    monkeypatch.setattr("rescom_timm.figures.opened.open_run", lambda run, overrides: Opened())
+    monkeypatch.setattr("rescom_timm.analysis.opened_run.open_run", lambda run, overrides: Opened())
     data = SimpleNamespace(class_names=["cat", "dog"])
     (found,) = suspects(Path("run"), [], images, data)  # type: ignore[arg-type]
     assert named(images, found) == [["test0.png"]] and "disagrees" in found.title and "wrong" not in found.title

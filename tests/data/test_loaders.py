@@ -26,11 +26,11 @@ from safetensors.torch import load_file
 
 from rescom_timm.data import sampling
 from rescom_timm.data.decoding import BrokenImage
-from rescom_timm.data.device_views import complete
+from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.sampling import InOrder, Order, class_probabilities
-from rescom_timm.data.views import ViewsConfig
+from rescom_timm.data.transforms import ViewsConfig
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
 COUNTS = (20, 9, 4, 3)

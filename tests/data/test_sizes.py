@@ -11,7 +11,7 @@ from PIL import Image
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.sizes import after, check_views, one_size, sample, sizes
 from rescom_timm.data.splits import Split
-from rescom_timm.data.views import POLICIES, parse
+from rescom_timm.data.transforms import POLICIES, parse
 
 
 def split_of(folder: Path, shapes: list[tuple[int, int]], exif: bool = False) -> Split:

@@ -24,7 +24,7 @@ from rescom_timm.data.image_folders import class_folders, fit_layout, holds_tabl
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import Data, load, training_index
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.sharing.predict import _files
+from rescom_timm.inference.predict import _files
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rescom_timm.files import sha256
-from rescom_timm.training.checkpoint import FILES
+from rescom_timm.engine.checkpoint import FILES
+from rescom_timm.io import sha256
 
 Change = Callable[[Path], object]
 """Makes or damages files below a folder."""

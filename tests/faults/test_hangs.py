@@ -21,20 +21,20 @@ import pytest
 import torch
 from filelock import FileLock
 
-from rescom_timm import files
+from rescom_timm import io as files
 from rescom_timm.data import progress, shared_memory
 from rescom_timm.data.loaders import eval_loader, train_loader
 from rescom_timm.data.samples import SpeedConfig
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.data.views import ViewsConfig
-from rescom_timm.files import clear_leftovers, file_lock, write_text
-from rescom_timm.sharing.predict import Prediction
+from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.engine import checkpoint, errors, stop_signals, trackers
+from rescom_timm.engine.checkpoint import CheckpointError
+from rescom_timm.engine.run_folder import locked
+from rescom_timm.engine.stop_signals import StopSignals, in_own_process_group
+from rescom_timm.inference.predict import Prediction
+from rescom_timm.io import clear_leftovers, file_lock, write_text
 from rescom_timm.sharing.predictions_table import write_csv
-from rescom_timm.training import checkpoint, errors, stop_signals, trackers
-from rescom_timm.training.checkpoint import CheckpointError
-from rescom_timm.training.run_folder import locked
-from rescom_timm.training.stop_signals import StopSignals, in_own_process_group
 
 ROOT = Path(__file__).parents[2]
 NET = {"w": torch.ones(2)}
@@ -96,10 +96,10 @@ def test_loaders_for_training_and_evaluation_take_what_fits_and_the_same_images(
 
 def test_prediction_takes_what_fits(memory, monkeypatch):
     asked = []
-    monkeypatch.setattr("rescom_timm.sharing.predict.worker_options", lambda *words: asked.append(words) or {})
-    from rescom_timm.nets.net import create_model
-    from rescom_timm.sharing.predict import predict
-    from rescom_timm.sharing.pretrained import Pretrained
+    monkeypatch.setattr("rescom_timm.inference.predict.worker_options", lambda *words: asked.append(words) or {})
+    from rescom_timm.inference.predict import predict
+    from rescom_timm.inference.pretrained import Pretrained
+    from rescom_timm.models.net import create_model
 
     model = Pretrained(create_model("resnet8_cifar", 2).eval(), ["a", "b"], None, (3, 8, 8), "none", None, None)
     predict(model, [np.zeros((8, 8, 3), np.uint8)] * 2, batch_size=2, workers=3)
@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_no_partial_table(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rescom_timm.sharing.predict.write_rows", full)
+    monkeypatch.setattr("rescom_timm.inference.predict.write_rows", full)
     with pytest.raises(OSError, match="No space left"):
         write_csv([ONE], tmp_path / "x.csv", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"] and (tmp_path / "x.csv").read_text() == "old"

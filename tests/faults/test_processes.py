@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rescom_timm.recipe.loading import load_dict
-from rescom_timm.run import train_recipe
-from rescom_timm.training import checkpoint, errors, run_folder
-from rescom_timm.training.errors import CheckpointError, MachineError, Stopped, with_advice, worker_was_lost
-from rescom_timm.training.launch import STARTED
-from rescom_timm.training.run_folder import OWNER, locked
-from rescom_timm.training.trainer import Trainer
-from tests.training.child import Launch, differences, figures, last, recipe, run
+from rescom_timm.api import train_recipe
+from rescom_timm.config.loading import load_dict
+from rescom_timm.engine import checkpoint, errors, run_folder
+from rescom_timm.engine.errors import CheckpointError, MachineError, Stopped, with_advice, worker_was_lost
+from rescom_timm.engine.launch import STARTED
+from rescom_timm.engine.run_folder import OWNER, locked
+from rescom_timm.engine.trainer import Trainer
+from tests.engine.child import Launch, differences, figures, last, recipe, run
 
 ROOT = Path(__file__).parents[2]
 KILL, TERM = signal.SIGKILL, signal.SIGTERM

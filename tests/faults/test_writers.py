@@ -17,28 +17,28 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rescom_timm.__main__ import main
+from rescom_timm.analysis import style
+from rescom_timm.api import train_recipe
+from rescom_timm.config.loading import load_dict
 from rescom_timm.data.index import Index
-from rescom_timm.figures import style
-from rescom_timm.files import write_json, write_tensors, write_text
-from rescom_timm.nets.net import ProjectorConfig, create_model
-from rescom_timm.nets.text_features import save_class_features
-from rescom_timm.recipe.loading import load_dict
-from rescom_timm.run import train_recipe
-from rescom_timm.sharing.export import export
-from rescom_timm.sharing.neighbours import Embeddings
-from rescom_timm.sharing.predict import Prediction
+from rescom_timm.engine.checkpoint import load, newest, save
+from rescom_timm.engine.errors import ADVICE, FAILURES, MachineError, advice, one_line, with_advice
+from rescom_timm.engine.log import Log
+from rescom_timm.engine.run_folder import lines
+from rescom_timm.inference.export import export
+from rescom_timm.inference.neighbours import Embeddings
+from rescom_timm.inference.predict import Prediction
+from rescom_timm.inference.pretrained import damaged
+from rescom_timm.io import write_json, write_tensors, write_text
+from rescom_timm.models.net import ProjectorConfig, create_model
+from rescom_timm.models.text_features import save_class_features
 from rescom_timm.sharing.predictions_table import write_csv
-from rescom_timm.sharing.pretrained import damaged
-from rescom_timm.training.checkpoint import load, newest, save
-from rescom_timm.training.errors import ADVICE, FAILURES, MachineError, advice, one_line, with_advice
-from rescom_timm.training.log import Log
-from rescom_timm.training.run_folder import lines
+from tests.engine.child import differences, figures, last, recipe
 from tests.faults.data_lists import LIST
 from tests.faults.fault import photos, text
 from tests.faults.refusal import refused, small_files
 from tests.faults.test_table import files
 from tests.faults.trained import a_run
-from tests.training.child import differences, figures, last, recipe
 
 if not sys.platform.startswith("linux"):
     pytest.skip("these disks are Linux's", allow_module_level=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from rescom_timm.recipe.loading import load_dict
-from rescom_timm.run import train_recipe
+from rescom_timm.api import train_recipe
+from rescom_timm.config.loading import load_dict
+from tests.engine.child import recipe
 from tests.faults.fault import Change
-from tests.training.child import recipe
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from rescom_timm.methods import DISTILLED, METHODS, SECOND_STAGE, ExpertsConfig,
 from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig, RescomConfig
-from rescom_timm.nets.net import ProjectorConfig, create_model
+from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods.stub import COUNTS
 
 QUEUES = {

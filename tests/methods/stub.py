@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from rescom_timm.methods import create_method
-from rescom_timm.nets.net import Net, ProjectorConfig
+from rescom_timm.models.net import Net, ProjectorConfig
 
 COUNTS = torch.tensor([50, 20, 8, 3])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rescom_timm.contrast import losses
+from rescom_timm import losses
 from rescom_timm.methods import (
     METHODS,
     CausalNormConfig,
@@ -15,7 +15,7 @@ from rescom_timm.methods import (
     LogitAdjustmentConfig,
     per_image,
 )
-from rescom_timm.nets.net import ProjectorConfig, create_model
+from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, train
 

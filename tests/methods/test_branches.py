@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from rescom_timm.methods import BbnConfig, ResltConfig, create_method
-from rescom_timm.nets.branched import last_block
-from rescom_timm.nets.net import ProjectorConfig, create_model
-from rescom_timm.nets.trainable import set_trainable
+from rescom_timm.models.branched import last_block
+from rescom_timm.models.net import ProjectorConfig, create_model
+from rescom_timm.models.trainable import set_trainable
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 

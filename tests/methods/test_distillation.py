@@ -4,17 +4,17 @@ import pytest
 import timm
 import torch
 
-from rescom_timm.contrast import losses
+from rescom_timm import losses
+from rescom_timm.api import train_recipe as train
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.engine.evaluate import evaluate_run
+from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import DISTILLED, DiveConfig, ExpertsConfig, SsdConfig, create_method
 from rescom_timm.methods.distillation import Teacher
-from rescom_timm.nets.net import ProjectorConfig, create_model
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load
-from rescom_timm.run import train_recipe as train
-from rescom_timm.sharing.pretrained import from_pretrained
-from rescom_timm.training import checkpoint
-from rescom_timm.training.errors import CheckpointError
-from rescom_timm.training.evaluate import evaluate_run
+from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, make_net
 from tests.methods.stub import train as few_steps
@@ -213,7 +213,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(teacher, tmp_pat
 
 def refused(net, names):
     from rescom_timm.data.sources import load as load_data
-    from rescom_timm.training.build import build_method
+    from rescom_timm.engine.build import build_method
 
     recipe = load(RECIPES / "digits_lt_dive.yaml", [*QUICK, "method.teacher=x"])
     build_method(recipe, load_data(recipe.data), start=True, teacher=Teacher(net, names))

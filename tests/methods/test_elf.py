@@ -5,7 +5,7 @@ import torch
 
 from rescom_timm.methods import ElfConfig, create_method
 from rescom_timm.methods.elf import still_in
-from rescom_timm.nets.net import ProjectorConfig, create_model
+from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 from tests.methods.test_branches import batch, make, same

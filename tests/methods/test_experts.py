@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 
+from rescom_timm.config.recipe import OptimizerConfig, RecipeError
+from rescom_timm.engine.build import build_optimizer
 from rescom_timm.methods import ExpertsConfig, create_method
-from rescom_timm.nets.branched import cut
-from rescom_timm.nets.net import ProjectorConfig, create_model
-from rescom_timm.nets.trainable import set_trainable
-from rescom_timm.recipe.config import OptimizerConfig, RecipeError
-from rescom_timm.training.build import build_optimizer
+from rescom_timm.models.branched import cut
+from rescom_timm.models.net import ProjectorConfig, create_model
+from rescom_timm.models.trainable import set_trainable
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 

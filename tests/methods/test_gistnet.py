@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rescom_timm.methods import GistNetConfig, create_method
-from rescom_timm.nets.net import create_model
+from rescom_timm.models.net import create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, train
 from tests.methods.test_branches import same

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rescom_timm import create_model
-from rescom_timm.contrast import losses
-from rescom_timm.contrast.losses import class_weights
+from rescom_timm import create_model, losses
+from rescom_timm.losses import class_weights
 from rescom_timm.methods import (
     DISTILLED,
     METHODS,
@@ -24,7 +23,7 @@ from rescom_timm.methods import (
 from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig
-from rescom_timm.nets.net import Net, ProjectorConfig
+from rescom_timm.models.net import Net, ProjectorConfig
 
 COUNTS = torch.tensor([50, 20, 8, 3])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rescom_timm.contrast.losses import robust_centroids
+from rescom_timm.losses import robust_centroids
 from rescom_timm.methods import DroLtConfig, HybridPscConfig
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, train

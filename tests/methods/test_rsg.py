@@ -5,12 +5,12 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import RsgConfig, create_method
 from rescom_timm.methods.rsg import Generator, last_stage
-from rescom_timm.nets.net import ProjectorConfig, create_model
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load
-from rescom_timm.sharing.pretrained import from_pretrained
+from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, make
 from tests.methods.test_distillation import resumed_as_whole, run

@@ -12,21 +12,21 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from rescom_timm.contrast.queue import ClassBalancedQueue
+from rescom_timm.api import train_recipe as train
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import build_method, build_optimizer
+from rescom_timm.engine.errors import Stopped
+from rescom_timm.engine.evaluate import evaluate_run
+from rescom_timm.engine.trainer import Trainer
+from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import METHODS, SECOND_STAGE
 from rescom_timm.methods.momentum import MomentumNet
 from rescom_timm.methods.rescom import ResCom
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load
-from rescom_timm.run import train_recipe as train
-from rescom_timm.sharing.pretrained import from_pretrained
-from rescom_timm.training import checkpoint
-from rescom_timm.training.build import build_method, build_optimizer
-from rescom_timm.training.errors import Stopped
-from rescom_timm.training.evaluate import evaluate_run
-from rescom_timm.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = [

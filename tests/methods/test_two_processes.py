@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 
 from rescom_timm.methods import DroLtConfig, MocoConfig, PacoConfig
+from tests.engine.child import together
 from tests.methods.stub import batch, make
-from tests.training.child import together
 
 
 def remembered(rank):

@@ -11,20 +11,20 @@ import torch
 import yaml
 from PIL import Image
 
-from rescom_timm.commands.parts.sweep import markdown as sweep_table
+from rescom_timm.analysis import report
+from rescom_timm.analysis.doctor_page import page
+from rescom_timm.analysis.run_files import RunFolder
+from rescom_timm.cli.parts.sweep import markdown as sweep_table
 from rescom_timm.data.doctor import Finding
-from rescom_timm.figures import report
-from rescom_timm.figures.doctor_page import page
-from rescom_timm.figures.folder import RunFolder
-from rescom_timm.sharing import card
-from rescom_timm.sharing.demo import PRIORS, answers
-from rescom_timm.sharing.export import export_run
-from rescom_timm.sharing.pretrained import from_pretrained
+from rescom_timm.hub import card
+from rescom_timm.inference.demo import PRIORS, answers
+from rescom_timm.inference.export import export_run
+from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.text import escape_controls
 from rescom_timm.text.pages import code, code_block, markdown
-from tests.figures import made_up
+from tests.analysis import made_up
+from tests.engine.made_up_run import add_evaluation, make_run
 from tests.text.hostile import ALL, CONTROLS, END, FAKE
-from tests.training.made_up_run import add_evaluation, make_run
 
 markdown_it = pytest.importorskip("markdown_it")
 GFM = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -208,6 +208,6 @@ def test_a_name_adds_no_column_to_the_table_of_a_sweep(name):
 
 
 def _figures():
-    from rescom_timm.commands.parts.sweep import FIGURES
+    from rescom_timm.cli.parts.sweep import FIGURES
 
     return [key for name in FIGURES for key in (name, f"{name}_deviation")]

@@ -9,16 +9,16 @@ import pytest
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from rescom_timm import files
+from rescom_timm import io as files
 from rescom_timm.__main__ import main
-from rescom_timm.commands import EXIT_CODES, answer, new_parser
-from rescom_timm.commands.parts.predict import read_prior
+from rescom_timm.cli import EXIT_CODES, answer, new_parser
+from rescom_timm.cli.parts.predict import read_prior
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index import Index
-from rescom_timm.recipe.config import RecipeError
-from rescom_timm.recipe.loading import load
-from rescom_timm.sharing.hub import at_revision
+from rescom_timm.engine.errors import message
+from rescom_timm.hub_download import at_revision
 from rescom_timm.text import check_name, escape_controls, escaped_output
-from rescom_timm.training.errors import message
 from tests.text.hostile import CONTROLS, TERMINAL
 
 

@@ -35,7 +35,7 @@ def page_of(path: Path) -> str:
 
 
 def dotted(path: Path) -> str:
-    """The module's name: "rescom_timm.data.views"."""
+    """The module's name: "rescom_timm.data.transforms"."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 

@@ -1,0 +1,163 @@
+"""Confusion matrix: which classes are taken for which, from 2 classes to thousands.
+
+Classes stand from most to fewest training images. More than `cells` of them are merged, neighbours within a group, into
+blocks: a cell is then the share of the block's images that are predicted as any class of the other block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from rescom_timm.analysis import style
+from rescom_timm.analysis.run_files import Evaluation
+
+_NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and the cells numbers
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """labels, predicted (N,) of the test images (predicted -1: no valid output); order (K,) class numbers as shown;
+    groups (K,) names by class number, "" where the training counts are unknown; class_names (K)."""
+
+    title: str
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.str_]
+    class_names: tuple[str, ...]
+
+
+def measure(evaluation: Evaluation) -> Confusion:
+    """The pairs (label, predicted) of an evaluation, with the order and the groups of its classes."""
+    k, counts = evaluation.num_classes, evaluation.counts
+    return Confusion(
+        evaluation.title,
+        evaluation.labels,
+        evaluation.predicted,
+        np.arange(k) if counts is None else style.by_count(counts),
+        np.full(k, "") if counts is None else style.group_of(counts),
+        tuple(evaluation.class_names),
+    )
+
+
+def shares(confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
+    """Percent of the images of each block of classes that are predicted as each block; NaN for a block without images.
+
+    A block is an array of class numbers; every class is in one. Images without a valid output are missing in the rows.
+    """
+    n, block_of = len(blocks), np.empty(len(confusion.order), dtype=np.int64)
+    for index, block in enumerate(blocks):
+        block_of[block] = index
+    row, seen = block_of[confusion.labels], confusion.predicted >= 0
+    pairs = np.bincount(row[seen] * n + block_of[confusion.predicted[seen]], minlength=n * n).reshape(n, n)
+    images = np.bincount(row, minlength=n)[:, None]
+    return np.where(images > 0, 100 * pairs / np.maximum(images, 1), np.nan)
+
+
+def table(confusion: Confusion) -> style.Table:
+    """One row per pair that occurs; predicted -1 stands for images without a valid output."""
+    pairs, images = np.unique(np.stack([confusion.labels, confusion.predicted]), axis=1, return_counts=True)
+    names = np.asarray([*confusion.class_names, "none"])  # -1 is the last
+    return {
+        "label": pairs[0],
+        "predicted": pairs[1],
+        "images": images,
+        "label_name": names[pairs[0]],
+        "predicted_name": names[pairs[1]],
+    }
+
+
+def draw(confusion: Confusion, cells: int = 120) -> Figure:
+    """The matrix in percent of each row's images and, where groups are known, beside it the
+    same by the group of the predicted class, right or wrong: not the accuracy of a group."""
+    present = style.present(confusion.groups)
+    figure = style.new_figure(11 if present else 8, 6.8)
+    main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
+    sizes = _block_sizes(confusion, cells)
+    blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
+    image = _heat(main, shares(confusion, blocks))
+    merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < len(confusion.order) else ""
+    title = f"{style.plain(confusion.title, 60)}\n{len(confusion.order):,} classes{merged}"
+    lost = int((confusion.predicted < 0).sum())
+    style.tidy(main, title + (f"; {lost} images without valid output" if lost else ""), "predicted", "label")
+    bar = figure.colorbar(image, ax=main, shrink=0.7, pad=0.01, aspect=30)
+    bar.set_label("percent of the row's images", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    _ticks(main, confusion, sizes)
+    if present:
+        _by_group(side[0], confusion, present)
+    return figure
+
+
+def _block_sizes(confusion: Confusion, cells: int) -> npt.NDArray[np.int64]:
+    """Classes in each block, in shown order; a block never crosses a group's border."""
+    k = len(confusion.order)
+    merge = -(-k // cells)
+    names = confusion.groups[confusion.order]
+    borders = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1), k]
+    sizes = [
+        len(part)
+        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        for part in np.array_split(np.arange(start, end), -(-(end - start) // merge))
+    ]
+    return np.array(sizes)
+
+
+def _heat(axes: Axes, percent: npt.NDArray[np.float64]) -> AxesImage:
+    # The square root keeps rare confusions visible beside the diagonal.
+    axes.set_facecolor("#eeeeee")
+    return axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+
+
+def _numbers(axes: Axes, percent: npt.NDArray[np.float64], size: int, least: float = 0.5) -> None:
+    for (row, column), share in np.ndenumerate(percent):
+        if share >= least:
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=size,
+                      color="white" if share > 35 else "black")  # fmt: skip
+
+
+def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> None:
+    k, n = len(confusion.order), len(sizes)
+    if k <= _NAMED and n == k:
+        names = [style.plain(confusion.class_names[c], 22) for c in confusion.order]
+        longest = max(map(len, names))
+        axes.set_xticks(range(k), names, rotation=90 if k > _NUMBERED or longest > 3 else 0)
+        axes.set_yticks(range(k), names)
+        axes.tick_params(labelsize=8 if k <= _NUMBERED else 6, length=0)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    if k <= _NUMBERED:
+        _numbers(axes, shares(confusion, [np.array([c]) for c in confusion.order]), 8 if k <= 12 else 6)
+    starts = np.cumsum([0, *sizes])
+    names_shown = confusion.groups[confusion.order]
+    for group in style.present(confusion.groups):
+        inside = np.flatnonzero(names_shown == group)
+        first, last = np.searchsorted(starts, [inside[0], inside[-1] + 1]) - 0.5
+        axes.plot([first, last, last, first, first], [first, first, last, last, first],
+                  color=style.GROUP_COLORS[group], linewidth=1.6, clip_on=False, zorder=4)  # fmt: skip
+        if last < n - 0.5:
+            axes.axhline(last, color=style.GREY, linewidth=0.5, linestyle=":")
+            axes.axvline(last, color=style.GREY, linewidth=0.5, linestyle=":")
+    axes.spines[:].set_visible(False)
+
+
+def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
+    percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
+    _heat(axes, percent)
+    _numbers(axes, percent, 10, least=0)
+    style.tidy(axes, "group of the predicted class,\nright or wrong (percent)", "predicted", "label")
+    axes.set_xticks(range(len(present)), present)
+    axes.set_yticks(range(len(present)), present, rotation=90, va="center")
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        for tick in ticks:
+            tick.set_color(style.GROUP_COLORS[tick.get_text()])
+            tick.set_fontweight("bold")
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_visible(False)

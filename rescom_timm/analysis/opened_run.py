@@ -1,0 +1,149 @@
+"""A run opened again: its net, its queue and its data, for the figures that need more than its files.
+
+Shapes: N images, F features, D the width of an embedding, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rescom_timm.analysis.run_files import Missing
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.contrastive.queue import Queue
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.progress import progress
+from rescom_timm.data.samples import Batch
+from rescom_timm.data.sources import Data
+from rescom_timm.data.splits import Split
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import base_net, build_method, whole_weights
+from rescom_timm.engine.evaluate import data_of, digest_of, evaluated_otherwise, load_net, open_checkpoint
+from rescom_timm.engine.launch import new_accelerator
+from rescom_timm.engine.run_folder import run_recipe
+from rescom_timm.io import read_json
+from rescom_timm.methods import Method
+from rescom_timm.metrics import Meter
+
+
+class Seen(NamedTuple):
+    """One pass over N images: features (N, F), embeddings (N, D), logits (N, K) float32, labels (N,); on the CPU."""
+
+    features: Tensor
+    embeddings: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's recipe, data and method, with the weights and the queue of one of its checkpoints, in evaluation mode."""
+
+    name: str
+    recipe: Recipe
+    data: Data
+    method: Method
+    checkpoint: str
+    """last, best or the checkpoint's folder name, and what was opened otherwise than the run's recipe says: part of the
+    names of what is written about it."""
+    chosen: str
+    """How the checkpoint was chosen, in words."""
+    weights: str
+    """sha256 of the net's weights."""
+    accelerator: Accelerator
+
+    def queue(self) -> Queue:
+        """The method's queue. Missing, in words, where it has none or none of its slots is filled."""
+        queue = getattr(self.method, "queue", None)
+        if not isinstance(queue, Queue):
+            raise Missing(f"method {self.recipe.method.name} of run {self.name} keeps no queue of keys")
+        if not bool(queue.valid.any()):
+            raise Missing(f"the queue of run {self.name} is empty: its checkpoint is from before the first step")
+        return queue
+
+    def split(self, name: str) -> Split:
+        """train, test or validation. Raises ValueError where the recipe has none of that name."""
+        known = {"train": self.data.train, "test": self.data.test, "validation": self.data.validation}
+        found = known.get(name)
+        if found is None:
+            raise ValueError(f"run {self.name} has no {name} split (data.validation: {self.recipe.data.validation})")
+        return found
+
+    def loader(self, split: Split, policy: str | None = None) -> DataLoader[Batch]:
+        """The split's images once, in order. policy: another one than the recipe's views.eval, such as its views.train
+        (each image's draws depend on its place alone)."""
+        views = self.recipe.views if policy is None else dataclasses.replace(self.recipe.views, eval=policy)
+        return eval_loader(split, views, self.recipe.evaluation.batch_size, self.recipe.loader, self.recipe.speed)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The recipe's precision (fp16 on a GPU only)."""
+        kind, precision = self.accelerator.device.type, self.recipe.train.precision
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(
+            kind, types.get(precision), enabled=precision == "bf16" or (precision == "fp16" and kind != "cpu")
+        )
+
+    @torch.inference_mode()
+    def look(self, split: Split, policy: str | None = None) -> Seen:
+        """The net's outputs on a split. policy as in loader."""
+        return Seen(*(torch.cat(column) for column in zip(*self._batches(split, policy), strict=True)))
+
+    @torch.inference_mode()
+    def judge(self, split: Split) -> Meter:
+        """The net's predictions on a split, without keeping its outputs: N x K logits would be gigabytes."""
+        meter = Meter(len(self.data.counts), torch.as_tensor(self.data.counts))
+        for seen in self._batches(split):
+            meter.update(seen.logits, seen.labels)
+        return meter
+
+    def _batches(self, split: Split, policy: str | None = None) -> Iterator[Seen]:
+        loader = self.loader(split, policy)
+        for batch in progress(loader, f"{self.name}, {split.name}", len(split.rows), lambda batch: len(batch["label"])):
+            with self.autocast():
+                features, logits, embeddings, *_ = self.method.net(batch["image"].to(self.accelerator.device))
+            features, logits, embeddings = (x.float().cpu() for x in (features, logits, embeddings))
+            yield Seen(features, embeddings, logits, batch["label"])
+
+
+def take(split: Split, positions: npt.NDArray[np.int64]) -> Split:
+    """The split's images at these positions."""
+    return Split(split.name, split.dataset.select(positions), split.labels[positions], split.rows[positions])
+
+
+def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), name: str = "") -> Opened:
+    """A run with the net and the queue of a checkpoint: "last", "best" (on validation), its name or folder.
+
+    overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
+    network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
+    """
+    own = run_recipe(folder)
+    recipe = run_recipe(folder, overrides) if overrides else own
+    path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
+    data = data_of(folder, own, recipe, checkpoint.class_names(path, state))
+    _, changed, suffix = evaluated_otherwise(own, recipe, digest_of(data.test)) if overrides else ({}, "", "")
+    recipe = dataclasses.replace(recipe, net=base_net(recipe, state))
+    accelerator = new_accelerator("no")  # one for all runs; precision is each one's own (autocast)
+    method = build_method(recipe, data)
+    with checkpoint.consistent(path):
+        load_net(method.net, whole_weights(method.net, weights, state, path), path)
+    try:
+        method.load_state_dict(state.get("method", {}), strict=False)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit the recipe and its data: {reason}") from None
+    label = (which if which in ("last", "best") else path.name) + suffix
+    chosen += f"; {changed}" if changed else ""
+    sha256 = read_json(path / "hashes.json").get("net.safetensors", "")
+    name = name or folder.resolve().name
+    return Opened(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)

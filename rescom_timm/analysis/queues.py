@@ -1,0 +1,56 @@
+"""How many keys each class has in queues of several kinds (paper, Fig. 3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from rescom_timm.analysis import style
+
+
+@dataclass(frozen=True)
+class Slots:
+    """slots: kind -> (K,) keys held of each class; counts (K,) training images; both in the data set's class order."""
+
+    slots: dict[str, npt.NDArray[np.int64]]
+    counts: npt.NDArray[np.int64]
+
+
+def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike) -> Slots:
+    """Counts the classes of the held keys: kind -> labels (S,) of its FILLED slots (`queue.labels[queue.valid]`).
+
+    Raises ValueError where a label is not one of the counts' classes.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    found = {name: np.bincount(labels.cpu().numpy(), minlength=len(counts)) for name, labels in kinds.items()}
+    for name, slots in found.items():
+        if len(slots) > len(counts):
+            raise ValueError(f"Queue {name} holds class {len(slots) - 1}, but there are only {len(counts)} classes.")
+    return Slots(found, counts)
+
+
+def table(slots: Slots) -> style.Table:
+    """One row per class, from most to fewest training images."""
+    order = style.by_count(slots.counts)
+    columns = {f"slots_{name}": found[order] for name, found in slots.slots.items()}
+    return {"class": order, "training_images": slots.counts[order], **columns}
+
+
+def draw(slots: Slots) -> Figure:
+    """One panel per kind of queue, classes from most to fewest training images, coloured by group."""
+    order = style.by_count(slots.counts)
+    groups = style.group_of(slots.counts)
+    n = len(slots.slots)
+    figure = style.new_figure(3.6 * n + 0.4, 3.6)
+    panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
+    for index, (panel, (name, found)) in enumerate(zip(panels, slots.slots.items(), strict=True)):
+        style.columns(panel, found[order], groups[order])
+        each = f"{found.min():,} to {found.max():,}" if found.min() < found.max() else f"{found.max():,}"
+        title = f"{style.plain(name)}\n{found.sum():,} keys, {each} a class"
+        style.tidy(panel, title, "classes, most to fewest images", "" if index else "keys of the class", "y")
+        panel.set_xticks([])
+    style.group_legend(figure, groups, loc="outside lower center", columns=3)
+    return figure

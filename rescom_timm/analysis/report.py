@@ -1,0 +1,312 @@
+"""One HTML file about one or several runs side by side: opens offline and holds its pictures. A script of its own,
+which it can do without, sorts and searches the table of classes.
+
+Everything that comes from a run is escaped by the template, text/report.html. What a run lacks is named.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rescom_timm import metrics
+from rescom_timm.analysis import longtail, plots, style
+from rescom_timm.analysis.classes import Classes
+from rescom_timm.analysis.classes import measure as measure_classes
+from rescom_timm.analysis.plots import Drawn
+from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder
+from rescom_timm.config.loading import load as load_recipe
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.io import write_text
+from rescom_timm.text.pages import render
+
+_NUMBERS = {
+    "top1": "all",
+    "many": "many",
+    "medium": "medium",
+    "few": "few",
+    "mean_class": "class mean",
+    "top5": "top-5",
+    "ece": "ECE",
+}
+_RECIPE = {"method": "method.name", "backbone": "net.backbone", "epochs": "train.epochs", "seed": "seed"}
+_TITLES = {
+    "curves": "Learning curves",
+    "schedule": "Learning rate",
+    "longtail": "Long tail",
+    "confusion": "Confusion matrix",
+    "reliability": "Reliability diagram",
+    "robustness": "Robustness to corruptions",
+    "views": "Augmented views",
+    "pairs": "Contrastive pairs in the batch",
+    "queue_pairs": "Contrastive pairs against the queue",
+    "queues": "Keys of each class in the queue",
+    "similarity": "Similarity of positive pairs",
+    "gradients": "Gradient of each pair",
+    "tsne": "t-SNE of the features",
+    "mistakes": "The most confident mistakes",
+    "rare": "The rarest classes and what they are taken for",
+}
+_NONE = "\N{EN DASH}"
+_SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
+
+
+class Cell(NamedTuple):
+    text: str
+    kind: str = ""
+    """Classes of HTML: n for a number, best, text for what needs width."""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    head: list[Cell]
+    rows: list[list[Cell]]
+    note: str = ""
+    sortable: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Under a heading: what is missing, tables, pictures (alt, and png in base64), and the files of runs."""
+
+    heading: str
+    missing: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    runs: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"\W+", "-", self.heading.lower())
+
+
+def write(
+    runs: Sequence[RunFolder], path: str | Path, drawn: Iterable[Drawn] | None = None, evaluation: str = ""
+) -> Path:
+    """Writes the report of `runs` to one HTML file and returns its path. drawn: its figures, by default all those of
+    plots.FROM_FILES; evaluation as in plots.draw_all."""
+    path = Path(path)
+    text = page(runs, drawn, evaluation)
+    write_text(path, text)
+    return path
+
+
+def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evaluation: str = "") -> str:
+    """The report as text."""
+    drawn = plots.draw_all(runs, evaluation=evaluation) if drawn is None else drawn
+    found: dict[str, Evaluation] = {}
+    for run in runs:
+        with suppress(Missing):
+            found[run.name] = run.evaluation(evaluation)
+    missing: list[str] = []
+    sections = [
+        Section("Summary", tables=[_summary(runs, found)]),
+        Section("Over seeds", tables=_seeds(runs, found)),
+        _classes(found),
+        *_pictures(drawn, missing),
+        Section("Recipes and versions", runs=[_sources(run) for run in runs]),
+        Section("Not drawn", missing),
+    ]
+    shown = [one for one in sections if one.missing or one.tables or one.pictures or one.runs]
+    title = ", ".join(run.name for run in runs)
+    return render("report.html", title=title, sections=shown, colors=style.GROUP_COLORS)
+
+
+def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:
+    """One line of the summary: what the recipe says, which evaluation, its numbers in percent; None: not recorded."""
+    recipe = run.recipe()
+    said = {name: _at(recipe, path) for name, path in _RECIPE.items()}
+    numbers = found.numbers or _recomputed(found) if found else {}
+    return (
+        {"run": run.name}
+        | {name: None if value is None else str(value) for name, value in said.items()}
+        | {"evaluation": found.name if found else None, "chosen": (found.chosen or None) if found else None}
+        | {"images": float(len(found.labels)) if found else None}
+        | {shown: _number(numbers.get(name)) for name, shown in _NUMBERS.items()}
+    )
+
+
+def _recomputed(found: Evaluation) -> dict[str, float]:
+    """The numbers that follow from the predictions alone, for an evaluation without its JSON."""
+    correct = found.predicted == found.labels
+    numbers = {"top1": 100 * float(correct.mean())}
+    if found.counts is not None:
+        group = style.group_of(found.counts)[found.labels]
+        numbers |= {name: 100 * float(correct[group == name].mean()) for name in style.present(group)}
+    return numbers
+
+
+def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Table:
+    rows = [summary(run, found.get(run.name)) for run in runs]
+    best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
+    cells = [[_td(value, value is not None and value == best.get(name)) for name, value in row.items()] for row in rows]
+    note = (
+        f"Accuracies and ECE in percent. {metrics.GROUPS_DEFINED}; class mean: the mean of all classes' accuracies. "
+        "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
+    )
+    return Table([_th(name) for name in rows[0]], cells, note)
+
+
+def _best(name: str, values: Sequence[object]) -> float | None:
+    numbers = [value for value in values if isinstance(value, float)]
+    return (min if name == "ECE" else max)(numbers) if len(numbers) > 1 else None
+
+
+def over_seeds(
+    runs: Sequence[RunFolder], found: Mapping[str, Evaluation]
+) -> list[tuple[list[str], dict[str, tuple[float, float]]]]:
+    """Runs whose recipes differ in nothing but the seed (and where they are written, and their speed), with at least
+    two seeds and an evaluation of the same name: their names, and of each number the mean and the sample deviation."""
+    alike: dict[str, dict[str, RunFolder]] = {}
+    for run in runs:
+        recipe = _whole(run)
+        if run.name in found and recipe:
+            kept = {key: value for key, value in recipe.items() if key not in _SAME}
+            setting = json.dumps([kept, found[run.name].name], sort_keys=True, default=str)
+            # The same seed twice is no second sample.
+            alike.setdefault(setting, {}).setdefault(str(recipe.get("seed", 0)), run)
+    groups = []
+    for seeds in alike.values():
+        rows = [summary(run, found[run.name]) for run in seeds.values()]
+        numbers = {}
+        for name in _NUMBERS.values():
+            values = [value for row in rows if isinstance(value := row[name], float)]
+            if len(values) == len(rows) >= 2:
+                numbers[name] = (float(np.mean(values)), float(np.std(values, ddof=1)))
+        if numbers:
+            groups.append(([run.name for run in seeds.values()], numbers))
+    return groups
+
+
+def _whole(run: RunFolder) -> dict[str, Any]:
+    """The recipe with every key that later versions have added; as it was saved where it is not one of ours."""
+    with suppress(RecipeError):
+        return load_recipe(run.path / "recipe.yaml").to_dict()
+    return run.recipe()
+
+
+def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[Table]:
+    groups = over_seeds(runs, found)
+    if not groups:
+        return []
+    by_name = {run.name: run for run in runs}
+    names = [name for name in _NUMBERS.values() if any(name in numbers for _, numbers in groups)]
+    head = [_th(name) for name in ("runs", *_RECIPE, "evaluation", *names) if name != "seed"]
+    rows = []
+    for members, numbers in groups:
+        recipe = by_name[members[0]].recipe()
+        said = [_at(recipe, path) for name, path in _RECIPE.items() if name != "seed"]
+        cells = [", ".join(members), *said, found[members[0]].name]
+        row = [_td(None if value is None else str(value)) for value in cells]
+        for name in names:
+            both = "{:.1f} \N{PLUS-MINUS SIGN} {:.1f}".format(*numbers[name]) if name in numbers else _NONE
+            row.append(Cell(both, "n"))
+        rows.append(row)
+    return [Table(head, rows, "Mean and sample standard deviation of runs that differ in nothing but their seed.")]
+
+
+def _pictures(figures: Iterable[Drawn], missing: list[str]) -> list[Section]:
+    """A section of each figure, with the runs' pictures side by side; in `missing`, in words, those that are not
+    there."""
+    found: dict[str, Section] = {}
+    for drawn in figures:
+        title = _TITLES[drawn.name]
+        if drawn.figure is None:
+            missing.append(f"No picture of {title}: {drawn.missing}.")
+            continue
+        buffer = io.BytesIO()
+        style.write(drawn.figure, buffer, dpi=110)
+        png = base64.b64encode(buffer.getvalue()).decode("ascii")
+        picture = {"alt": f"{drawn.name} {drawn.run}".strip(), "png": png}
+        found.setdefault(title, Section(title)).pictures.append(picture)
+    return list(found.values())
+
+
+def _classes(found: Mapping[str, Evaluation]) -> Section:
+    """Per-class accuracy of all runs side by side; runs with other classes or counts get a table of their own."""
+    tables: list[dict[str, longtail.LongTail]] = []
+    for name, evaluation in found.items():
+        if evaluation.counts is None:
+            continue
+        tail = longtail.measure(evaluation)
+        same = [table for table in tables if _same_classes(next(iter(table.values())), tail)]
+        (same[0] if same else tables.append({}) or tables[-1])[name] = tail  # type: ignore[func-returns-value]
+    if not tables:
+        return Section("Classes", ["No per-class table: no run has an evaluation that records its training counts."])
+    details = measure_classes(next(iter(found.values()))) if len(found) == 1 else None
+    return Section("Classes", tables=[_class_table(table, details) for table in tables])
+
+
+def _same_classes(one: longtail.LongTail, other: longtail.LongTail) -> bool:
+    return one.class_names == other.class_names and np.array_equal(one.counts, other.counts)
+
+
+def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> Table:
+    first = next(iter(tails.values()))
+    accuracies: list[npt.NDArray[np.float64]] = [tail.accuracy for tail in tails.values()]
+    head = ["class", "name", "training images", "group", "test images", *(f"{name}, percent" for name in tails)]
+    names = dict(zip(first.classes.tolist(), first.class_names, strict=True))
+    if details is not None:
+        head[-1:] = ["accuracy", "precision", "F1", "most confused with"]
+    rows = []
+    for place, label in enumerate(first.classes):
+        group = str(first.groups[place])
+        numbers = [_number(accuracy[place]) for accuracy in accuracies]
+        row = [
+            Cell(str(label), "n"), Cell(first.class_names[place]), Cell(f"{first.counts[place]:,}", "n"),
+            Cell(group, group=group), Cell(f"{first.tested[place]:,}", "n"),
+        ]  # fmt: skip
+        if details is not None:
+            numbers += [_number(value) for value in (details.precision[label], details.f1[label])]
+        row += [Cell(_cell(number), "n") for number in numbers]
+        if details is not None:
+            other = int(details.confused[label])
+            row.append(Cell(f"{names[other]}, {details.share[label]:.0f}%" if other >= 0 else _NONE))
+        rows.append(row)
+    note = "" if details is None else "Accuracy, precision and F1 in percent, of test images."
+    return Table([Cell(name) for name in head], rows, note, sortable=True)
+
+
+def _sources(run: RunFolder) -> dict[str, str]:
+    environment = run.environment()
+    versions = json.dumps(environment, indent=2, ensure_ascii=False) if environment else ""
+    return {"name": run.name, "path": str(run.path), "recipe": run.recipe_text(), "versions": versions}
+
+
+def _at(recipe: Mapping[str, Any], path: str) -> object:
+    """The value at a dotted path; None where it leads nowhere."""
+    value: Any = recipe
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
+
+
+def _th(name: str) -> Cell:
+    """Headings of numbers stand over them, at the right."""
+    return Cell(name, "n" if name in (*_NUMBERS.values(), "images") else "")
+
+
+def _td(value: str | float | None, best: bool = False) -> Cell:
+    kind = "n best" if best else "n"
+    if not isinstance(value, float):
+        kind = "text" if value is not None and " " in value else ""
+    return Cell(_cell(value), kind)
+
+
+def _cell(value: str | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value > 100 else f"{value:.1f}"
+    return _NONE if value is None else value

@@ -1,0 +1,144 @@
+"""Reads a run folder for the figures; needs no model, no data set and no recipe schema.
+
+    recipe.yaml  environment.json  metrics.jsonl  evaluation/<split>-<checkpoint>.json and .safetensors
+
+What is missing is None or empty here; the figure that needs it says so in words (Missing).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from rescom_timm.data.index_files import MAX_CLASSES
+from rescom_timm.engine.run_folder import CHANGED, check_run, lines
+from rescom_timm.io import read_json, read_yaml
+
+_PREFERRED = ("test-last", "test-best")
+
+
+class Missing(ValueError):
+    """A run lacks what a figure needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation (<split>-<checkpoint>) of a run: its predictions, and what is known of the classes.
+
+    labels, predicted (N,) int64 (predicted -1: no valid output), confidence (N,) float32 in 0..1, counts (K,) int64
+    training images or None, class_names (K), numbers name -> percent, chosen: how the checkpoint was chosen.
+    """
+
+    run: str
+    name: str
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float32]
+    num_classes: int
+    counts: npt.NDArray[np.int64] | None = None
+    class_names: Sequence[str] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+    chosen: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.run}, {self.name}"
+
+    def training_counts(self) -> npt.NDArray[np.int64]:
+        """counts, or Missing in words."""
+        if self.counts is None:
+            raise Missing(f"{self.title} records no training counts (per_class.count in its JSON)")
+        return self.counts
+
+
+class RunFolder:
+    """A run folder at `path`; `name` is what the pictures call it.
+
+    Raises FileNotFoundError where there is no folder, ValueError where the folder holds none of a run's files.
+    """
+
+    def __init__(self, path: str | Path, name: str = "") -> None:
+        self.path = check_run(path)
+        self.name = name or self.path.resolve().name
+
+    def recipe_text(self) -> str:
+        """The resolved recipe as it was saved; "" where absent."""
+        path = self.path / "recipe.yaml"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as plain values; {} where absent."""
+        path = self.path / "recipe.yaml"
+        return read_yaml(path) if path.is_file() else {}
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, git state ...; {} where absent."""
+        path = self.path / "environment.json"
+        return read_json(path) if path.is_file() else {}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without torn ones. Missing where there is no line."""
+        rows = lines(self.path / "metrics.jsonl")
+        if not rows:
+            raise Missing(f"run {self.name} has no training log (metrics.jsonl)")
+        return rows
+
+    def evaluations(self) -> list[str]:
+        """Names <split>-<checkpoint> of the evaluations with predictions, the one to show by default first: the test
+        split at the last checkpoint, else at the best, else by name; those of other data or settings than the run's
+        own last."""
+        names = sorted(path.stem for path in (self.path / "evaluation").glob("*.safetensors"))
+        names = sorted(names, key=lambda name: _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED))
+        return sorted(names, key=lambda name: CHANGED in name)
+
+    def evaluation(self, name: str = "") -> Evaluation:
+        """The evaluation of this name, or the default one. Missing where there is none."""
+        known = self.evaluations()
+        if not known or (name and name not in known) or (not name and CHANGED in known[0]):
+            raise Missing(f"run {self.name} has no evaluation {name or 'with predictions'}; there: {known or 'none'}")
+        stem = self.path / "evaluation" / (name or known[0])
+        predictions, json_path = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))
+        try:
+            arrays = load_file(predictions)
+            if missing := {"labels", "predicted", "confidence"} - arrays.keys():
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except (SafetensorError, ValueError, OSError) as error:
+            raise Missing(
+                f"{predictions} cannot be read ({error}): write it again with rescom-timm evaluate {self.path}"
+            ) from error
+        record = read_json(json_path) if json_path.is_file() else {}
+        counts = record.get("per_class", {}).get("count")
+        class_names = [str(name) for name in record.get("class_names") or ()]
+        highest = 1 + max(int(arrays[key].max(initial=-1)) for key in ("labels", "predicted"))
+        if highest > MAX_CLASSES:
+            raise ValueError(f"{predictions} names class {highest - 1}, of at most {MAX_CLASSES:,} classes.")
+        num_classes = len(counts or class_names) or highest
+        if num_classes < highest or (counts and class_names and len(counts) != len(class_names)):
+            raise ValueError(f"{json_path} and its predictions disagree on the number of classes.")
+        return Evaluation(
+            self.name,
+            stem.name,
+            arrays["labels"].astype(np.int64),
+            arrays["predicted"].astype(np.int64),
+            arrays["confidence"].astype(np.float32),
+            num_classes,
+            np.asarray(counts, dtype=np.int64) if counts else None,
+            class_names or [str(k) for k in range(num_classes)],
+            record.get("numbers", {}),
+            str(record.get("chosen", "")),
+        )
+
+
+def open_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
+    """The run folders, each with a name of its own: the folder's, with its parents' where two would be the same."""
+    runs = [RunFolder(path) for path in paths]
+    for depth in range(1, 8):
+        names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return [RunFolder(run.path, name) for run, name in zip(runs, names, strict=True)]

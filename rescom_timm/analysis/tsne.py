@@ -1,0 +1,85 @@
+"""t-SNE of features or embeddings (paper, Fig. 6; van der Maaten & Hinton 2008), by scikit-learn."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from rescom_timm.analysis import style
+
+_CLASSES = 10  # more classes than this are coloured by group
+
+
+@dataclass(frozen=True)
+class Tsne:
+    """rows (P,) which inputs were taken; points (P, 2), their places; labels (P,); groups (K,) by class number."""
+
+    title: str
+    rows: npt.NDArray[np.int64]
+    points: npt.NDArray[np.float64]
+    labels: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.str_]
+    class_names: tuple[str, ...]
+
+
+def measure(
+    features: Tensor,
+    labels: Tensor,
+    counts: npt.ArrayLike,
+    class_names: tuple[str, ...] = (),
+    most: int = 2000,
+    perplexity: float = 30.0,
+    seed: int = 0,
+    title: str = "t-SNE",
+) -> Tsne:
+    """Places up to `most` of the features (N, F), labels (N,), in the plane; cosine distances, the same for a seed.
+
+    With more than `most`, as many of each class as possible are drawn at random. Raises ValueError for fewer than 4
+    rows or values that are not finite.
+    """
+    from sklearn.manifold import TSNE  # slow to import
+
+    if len(features) < 4 or len(features) != len(labels):
+        raise ValueError(f"t-SNE needs at least 4 features with a label each, got {len(features)} and {len(labels)}.")
+    classes = labels.cpu().numpy().astype(np.int64)
+    rows = style.balanced(classes, most, seed)
+    chosen = features.detach().double().cpu().numpy()[rows]
+    if not np.isfinite(chosen).all():
+        raise ValueError("The features hold values that are not finite: look at the training loss first.")
+    perplexity = min(perplexity, (len(rows) - 1) / 3)
+    points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(chosen)
+    groups = style.group_of(counts)
+    return Tsne(title, rows, points, classes[rows], groups, class_names or tuple(map(str, range(len(groups)))))
+
+
+def table(tsne: Tsne) -> style.Table:
+    """One row per point."""
+    x, y = tsne.points.T
+    return {"row": tsne.rows, "x": x, "y": y, "class": tsne.labels, "group": tsne.groups[tsne.labels]}
+
+
+def draw(tsne: Tsne) -> Figure:
+    """Marker by group; colour by class up to ten classes, else by group too."""
+    shown = np.unique(tsne.labels)
+    by_class = len(shown) <= _CLASSES
+    figure = style.new_figure(7.6, 5.6)
+    axes = figure.subplots()
+    handles = []
+    for index, label in enumerate(shown if by_class else style.present(tsne.groups[shown])):
+        group = str(tsne.groups[label]) if by_class else str(label)
+        inside = tsne.labels == label if by_class else tsne.groups[tsne.labels] == label
+        shade = style.color(index) if by_class else style.GROUP_COLORS[group]
+        marker = style.GROUP_MARKERS[group]
+        x, y = tsne.points[inside].T
+        axes.scatter(x, y, s=14, color=shade, marker=marker, alpha=0.75, linewidths=0)
+        text = f"{style.plain(tsne.class_names[label], 20)} ({group})" if by_class else style.GROUP_RULES[group]
+        handles.append(Line2D([], [], linestyle="", color=shade, marker=marker, label=f"{text}: {inside.sum()}"))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    style.tidy(axes, f"{style.plain(tsne.title, 60)}\nt-SNE by cosine distance, {len(tsne.rows):,} points", "", "")
+    axes.spines[:].set_visible(False)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,63 @@
+"""Figures of runs, drawn and written as PNG, SVG and CSV, and the report over them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL.Image import Image
+
+from rescom_timm.analysis import plots, report, style
+from rescom_timm.analysis.run_files import RunFolder
+from rescom_timm.engine.evaluate import evaluated_otherwise
+from rescom_timm.engine.run_folder import FOLDERS, run_recipe
+from rescom_timm.io import refuse_links
+
+
+def write_figures(
+    runs: Sequence[RunFolder],
+    names: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    evaluation: str = "",
+    checkpoint: str = "last",
+    overrides: Sequence[str] = (),
+) -> Iterator[Path | str]:
+    """Draw and write, one after the other: the paths written, or, as text, which figure there is none of and why.
+
+    names: of plots.NAMES, and "report"; all by default, of several runs those that need no net. folder: RUN/figures by
+    default, ./figures for several runs. evaluation, checkpoint, overrides: as plots.draw_all. Raises ValueError for a
+    name that is no figure's, and for a run's folder with a link out of it.
+    """
+    default = plots.NAMES if len(runs) == 1 else plots.FROM_FILES
+    names = [*default, "report"] if names is None else list(names)
+    plots.check_names(names, (*plots.NAMES, "report"))
+    pictures = [name for name in names if name != "report"] or list(default)
+    for run in runs:
+        refuse_links(run.path, FOLDERS)
+    folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
+    drawn = []
+    for one in plots.draw_all(runs, pictures, evaluation, checkpoint, overrides):
+        drawn.append(one)
+        if one.figure is None or one.table is None:
+            yield f"no {one.name}: {one.missing}"
+        elif names != ["report"]:
+            stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
+            if overrides and one.name in plots.FROM_NET:
+                own = next(run.path for run in runs if run.name == one.run)
+                stem += evaluated_otherwise(run_recipe(own), run_recipe(own, overrides), "")[2]
+            yield from map(Path, style.save(one.figure, one.table, folder / stem))
+    if "report" in names:
+        yield Path(report.write(runs, folder / "report.html", drawn, evaluation))
+
+
+SENT = ("curves", "longtail", "confusion", "reliability")
+"""What a training sends to its trackers: read from its files, within a second."""
+
+
+def pictures(run: Path) -> dict[str, Image]:
+    """figures/NAME -> picture, of SENT; without those that the run lacks something for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names of classes in scripts that the font lacks
+        drawn = plots.draw_all([RunFolder(run)], SENT)
+        return {f"figures/{one.name}": style.picture(one.figure) for one in drawn if one.figure is not None}

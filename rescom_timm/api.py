@@ -1,0 +1,252 @@
+"""Runs from Python: train, then evaluate, predict, draw and push.
+
+import rescom_timm
+
+run = rescom_timm.train("digits_lt", overrides=["train.epochs=30"])
+run.evaluate()                      # {"top1": ..., "many": ..., "few": ..., ...}, percent
+run.predict(["photo.jpg"])          # a Prediction of each image
+model = run.model()                 # a plain timm model
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from rescom_timm.analysis.run_files import RunFolder
+from rescom_timm.analysis.writing import pictures, write_figures
+from rescom_timm.config.loading import flat, load, load_dict
+from rescom_timm.config.own_data import recipe_for
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.in_memory import MEMORY, InMemory, in_memory
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.data.splits import Split
+from rescom_timm.engine.build import Weights
+from rescom_timm.engine.evaluate import data_of, evaluate_run
+from rescom_timm.engine.run_folder import Resume, class_names, lines, run_recipe
+from rescom_timm.engine.trainer import train as train_only
+from rescom_timm.hub.publish import Publisher
+from rescom_timm.hub.push import push_run
+from rescom_timm.inference.conformal import PredictionSets
+from rescom_timm.inference.neighbours import Embeddings
+from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predict
+from rescom_timm.inference.pretrained import Pretrained, from_pretrained
+from rescom_timm.inference.teacher import first_weights, read_teacher
+from rescom_timm.io import parse_yaml
+
+
+def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
+    """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
+    for the arguments and what is raised."""
+    with first_weights(recipe) as first:
+        return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe), first)
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    dataset: InMemory | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    **sections: Any,
+) -> Run:
+    """Train a recipe and come back with its run.
+
+    recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values.
+    None: for a dataset what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights,
+    which are downloaded unless sections name another backbone; a split validation or val chooses the best checkpoint),
+    else the defaults.
+    dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe names), or one Dataset, of
+    which a fifth of each class is kept for testing; in the place of the recipe's data.source. A torch Dataset of
+    (image, label) may stand for a Dataset, a dict of them for a DatasetDict.
+    sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
+    overrides: the same as on the command line, "train.epochs=30".
+    resume: continue the last run of the recipe's name, if there is one.
+
+    Raises RecipeError for a recipe that cannot be run, ValueError and FileNotFoundError for the data, and what else
+    training.trainer.train does.
+    """
+    words = [*_words(sections), *overrides]
+    if dataset is not None:
+        words = [f"data.source={MEMORY}", *_splits(dataset, words), *words]
+    if isinstance(recipe, Recipe):
+        recipe = recipe.to_dict()
+    with in_memory(dataset):
+        if recipe is None and dataset is not None:
+            resolved = _proposed(dataset, words)
+        elif recipe is None or isinstance(recipe, Mapping):
+            resolved = load_dict(dict(recipe or {}), "recipe", words)
+        else:
+            resolved = load(recipe, words)
+        return Run(train_recipe(resolved, resume), dataset)
+
+
+def _proposed(dataset: InMemory, words: Sequence[str]) -> Recipe:
+    """What `rescom-timm init` proposes for the data set in memory, below the words. Where they name a backbone, nothing
+    of the proposed net is taken, such as its pretrained weights."""
+    said = [word.partition("=")[0].strip() for word in words]
+    config = load_dict({}, "recipe", [word for word in words if word.startswith(("data.", "data="))]).data
+    names = list(dataset) if isinstance(dataset, Mapping) else [config.train]
+    if "test" not in names and config.train in names and not {"data", "data.test"} & set(said):
+        print("the data set has no split 'test': a fifth of each class is kept for testing (data.test=holdout(0.2))")
+        config = replace(config, test="holdout(0.2)")
+    spare = [name for name in names if name not in (config.train, config.test, *SPLIT.findall(config.validation))]
+    if not {"data", "data.validation"} & set(said) and (found := {"validation", "val"}.intersection(spare)):
+        config = replace(config, validation=f"split({max(found, key=len)})")
+        spare.remove(max(found, key=len))
+    if spare:
+        print(f"left out: the splits {', '.join(spare)} of the data set (data.train, data.test, data.validation)")
+    tree = parse_yaml(recipe_for(load_data(config), config, MEMORY))
+    del tree["method"]["negatives"]  # which follows from K and Q, and the words may name another Q
+    if {"net", "net.backbone"} & set(said):
+        del tree["net"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "train.epochs=.* shortens the schedule")  # which the user has not chosen
+        recipe = load_dict(tree, "recipe", words)
+    print(
+        f"no recipe: as rescom-timm init proposes for these images, net.backbone={recipe.net.backbone} "
+        f"net.pretrained={str(recipe.net.pretrained).lower()} views.train={recipe.views.train!r} "
+        f"views.eval={recipe.views.eval!r}; all is in the run's recipe.yaml"
+    )
+    return recipe
+
+
+SPLIT = re.compile(r"split\((.*)\)")
+
+
+def _words(sections: Mapping[str, Any]) -> list[str]:
+    """Nested values as key=value words; a section's name first, which starts the section anew."""
+    values = sorted(flat(dict(sections)).items(), key=lambda pair: not pair[0].endswith(".name"))
+    return [f"{key}={json.dumps(value, default=_plain)}" for key, value in values]
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)  # NumPy's numbers; paths
+
+
+def _splits(dataset: InMemory, words: Sequence[str]) -> list[str]:
+    """What a data set of one split needs to be said, unless it is said."""
+    names = list(dataset) if isinstance(dataset, Mapping) else ["train"]
+    if len(names) != 1 or any(word.startswith("data.test=") for word in words):
+        return []
+    print("the data set has one split: a fifth of each class is kept for testing (data.test=holdout(0.2))")
+    return [f"data.train={names[0]}", "data.test=holdout(0.2)"]
+
+
+class Run:
+    """A trained run: its folder, and what can be done with it.
+
+    Raises ValueError where the folder holds no run, FileNotFoundError where there is none.
+    """
+
+    def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
+        """dataset: the data set in memory that it was trained on, where it was one, or another one to evaluate on, with
+        the same classes in whatever order: of one split all images are test images."""
+        self.folder = RunFolder(folder).path
+        self.dataset = dataset
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return run_recipe(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first: epoch, step and named figures."""
+        return lines(self.folder / "metrics.jsonl")
+
+    def evaluate(
+        self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False,
+        weights: Weights = "raw", dataset: InMemory | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
+        last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
+        five_crops: the mean of five crops instead of the single one. weights: raw, or ema for those of train.ema.
+        dataset: to evaluate on, as of Run. What is not of the run's own data has a name of its own in its folder."""
+        words = [*self._reading(dataset), *overrides]
+        with in_memory(dataset if dataset is not None else self.dataset):
+            return evaluate_run(self.folder, checkpoint, split, words, five_crops, weights)[2].compute()
+
+    def _reading(self, dataset: InMemory | None = None) -> list[str]:
+        """The overrides by which the data set in memory is read in the place of the run's own data."""
+        own = self.recipe.data
+        if dataset is None and (self.dataset is None or own.source == MEMORY):
+            return []
+        given = dataset if dataset is not None else self.dataset
+        names = [str(name) for name in given] if isinstance(given, Mapping) else ["train"]
+        parted = len(names) > 1
+        train = own.train if own.train in names and parted else names[0]
+        test = next((name for name in (own.test, "test") if name in names and parted), names[-1])
+        validation = next((f"split({name})" for name in names if name in ("validation", "valid", "val")), "none")
+        return [
+            f"data.source={MEMORY}", f"data.train={train if parted else test}", f"data.test={test}",
+            f"data.validation={validation if parted else 'none'}", "data.index=all", "data.test_index=all",
+            *(f"data.{key}=null" for key in ("image_column", "label_column", "split_column", "group_column", "subset")),
+        ]  # fmt: skip
+
+    def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
+        """The most probable classes of images; arguments as rescom_timm.predict's."""
+        return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
+
+    def embeddings(self, split: str = "train", **options: Any) -> Embeddings:
+        """Features and embeddings of a split's images, train, test or validation: for predict(..., among=, nearest=).
+        options: as embed's. Raises ValueError where there is no such split."""
+        found, names = self._split(split)
+        return embed(self.pretrained(), found, class_names=names, **options)
+
+    def prediction_sets(self, coverage: float, by_group: bool = False, **options: Any) -> PredictionSets:
+        """Sets of classes that hold the right one with a probability of `coverage`, by the validation images: for
+        predict(..., sets=). options: as calibrate's. Raises ValueError where there are none, or too few."""
+        found, names = self._split("validation")
+        return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
+
+    def _split(self, name: str) -> tuple[Split, list[str]]:
+        with in_memory(self.dataset):
+            own, words = self.recipe, self._reading()
+            data = data_of(self.folder, own, run_recipe(self.folder, words) if words else own, class_names(self.folder))
+        found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
+        if found is None:
+            raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
+        return found, data.class_names
+
+    def model(self) -> nn.Module:
+        """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm
+        cannot hold: `pretrained` reads it."""
+        folder = self.folder / "model"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{self.folder} has no plain timm model (its net has parts of its own): use pretrained()")
+        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return model.eval()
+
+    def pretrained(self) -> Pretrained:
+        """The exported net with class names, counts and recipe; see rescom_timm.from_pretrained."""
+        return from_pretrained(self.folder)
+
+    def figures(self, *names: str, checkpoint: str = "last") -> list[Path]:
+        """Draw figures ("curves", "confusion", "tsne" ...; all and the report without a name); the files written, in
+        RUN/figures. What a run lacks is told in a warning."""
+        written = []
+        with in_memory(self.dataset):
+            runs, words = [RunFolder(self.folder)], self._reading()
+            for told in write_figures(runs, names or None, checkpoint=checkpoint, overrides=words):
+                if isinstance(told, Path):
+                    written.append(told)
+                else:
+                    warnings.warn(told, stacklevel=2)
+        return written
+
+    def push(self, repo: str | None = None, overrides: Sequence[str] = ()) -> str:
+        """Push the run to the Hub; returns the commit's address. repo: owner/name, the recipe's hub.repo by default.
+        overrides: of the hub section, such as "hub.private=false". Raises HubError."""
+        return push_run(self.folder, [*overrides, *([f"hub.repo={repo}"] if repo else [])])

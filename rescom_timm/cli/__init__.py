@@ -1,0 +1,87 @@
+"""One verb a file; each is asked for its parser first, and imports what does the work when its words are read, so that
+help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from rescom_timm.text import escape_controls, escaped_output
+
+EXIT_CODES = (
+    "exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C,\n"
+    "            143 stopped by SIGTERM (a training has saved its state)"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """With the errors of all commands: one line that begins with "error:", and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {escape_controls(message, lines=True)}\n")
+
+
+def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
+    """A parser that shows ``about`` as it is written, and ends with the exit codes and examples of the verb."""
+    return Parser(
+        prog=prog,
+        description=about,
+        epilog=example(*examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def example(*lines: str) -> str:
+    return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
+
+
+def answer(work: Callable[[], int], trains: bool = False) -> int:
+    """The exit code of a command: what its work returns, or 1 after one line on stderr, "error: ...".
+
+    Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
+    left to the training, which saves its state before it ends.
+    """
+    first_line()
+    with escaped_output():
+        return _answer(work, trains)
+
+
+def _answer(work: Callable[[], int], trains: bool) -> int:
+    from rescom_timm.engine.errors import FAILURES, message, with_advice
+
+    mine = not trains and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminated) if mine else None
+    try:
+        with with_advice(""):
+            return work()
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (*FAILURES, ImportError, MemoryError) as error:
+        print(f"error: {message(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+def first_line() -> None:
+    """Something to read within a second of the command, before the imports that take many; on stderr, in the first
+    process alone, and not where they are done or --quiet asks for silence."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0" and "--quiet" not in sys.argv:
+        print("loading PyTorch, timm and datasets ...", file=sys.stderr, flush=True)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once, whatever the first has to clear away
+    raise SystemExit(128 + number)

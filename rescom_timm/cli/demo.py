@@ -1,0 +1,124 @@
+"""A page on this machine to try a model on images:  rescom-timm demo MODEL [key=value ...]
+
+MODEL: a run's folder, an exported folder or a Hub id. Drop images: the most probable classes of each with their
+training images, for classes as frequent as in training, equally frequent, or as you say. Of a run whose data is there:
+also the nearest training images, and a map (t-SNE) of the test images. key=value changes the run's recipe, such as
+data.source=PATH. Nothing leaves this machine. Needs the extra demo: pip install 'rescom-timm[demo]'
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rescom_timm.cli import answer, new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.data.sources import Data
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = new_parser(__doc__, prog, "rescom-timm demo runs/digits_lt")
+    parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: other machines may call")
+    parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
+    parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
+    arguments = parser.parse_intermixed_args(words)
+
+    def work() -> int:
+        from rescom_timm.inference.page_guard import own_uploads
+
+        with own_uploads():
+            made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
+            made.launch(
+                server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True, **guarded(arguments.host)
+            )
+            print(f"{made.local_url}  (Ctrl-C ends it)", flush=True)
+            made.block_thread()
+        return 0
+
+    return answer(work)
+
+
+def guarded(host: str) -> dict[str, Any]:
+    """Arguments of gradio's launch: listen on `host`, take files up to a bound, refuse other hosts and origins."""
+    from starlette.middleware import Middleware
+
+    from rescom_timm.inference.page_guard import MAX_UPLOAD, PageGuard
+
+    guard = Middleware(PageGuard, host=host)  # type: ignore[arg-type]
+    return {"server_name": host, "max_file_size": MAX_UPLOAD, "app_kwargs": {"middleware": [guard]}}
+
+
+def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Any:
+    """The page, a gradio.Blocks to launch. Raises ImportError without the extra, and as from_pretrained does."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("the demo needs more packages: pip install 'rescom-timm[demo]'") from error
+    from rescom_timm.inference.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
+    from rescom_timm.inference.page_guard import DELETE_CACHE
+    from rescom_timm.inference.pretrained import from_pretrained
+
+    read = from_pretrained(model, revision=revision)
+    data = run_data(Path(model), overrides) if with_data else None
+    training = TrainingImages(read, data.train) if data else None
+
+    def show(files: list[str] | None, choice: str, numbers: Numbers, top_k: float) -> str:
+        return answers(read, files or [], choice, numbers, int(top_k), training)
+
+    with gradio.Blocks(title="rescom_timm", analytics_enabled=False, delete_cache=DELETE_CACHE) as made:
+        gradio.Markdown("## What is on these images?")
+        files = gradio.File(label="images", file_count="multiple", file_types=["image"])
+        choice = gradio.Radio(list(PRIORS), value=next(iter(PRIORS)), label="how frequent are the classes?")
+        numbers = gradio.Dataframe(
+            first_numbers(read),
+            headers=["class", "how frequent"],
+            column_count=2,
+            static_columns=[0],
+            type="array",
+            interactive=True,
+            max_height=300,
+            visible=False,
+            label=f"{OWN_NUMBERS}: write them beside the classes",
+        )
+        top_k = gradio.Slider(1, min(10, max(2, len(read.class_names))), value=3, step=1, label="classes shown")
+        told = gradio.HTML()
+        choice.change(lambda word: gradio.update(visible=word == OWN_NUMBERS), choice, numbers)
+        for part in (files, choice, numbers, top_k):
+            part.change(show, [files, choice, numbers, top_k], told)
+        if data:
+            with gradio.Accordion("map of the test images", open=True):
+                gradio.Plot(test_map(read, data), show_label=False)
+    return made
+
+
+def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
+    """The data of a run's recipe; None, told on stderr, where the model is no run or its data is not there."""
+    from rescom_timm.data.sources import load, numbered_as
+    from rescom_timm.engine.run_folder import class_names, run_recipe
+
+    try:
+        if not (run / "checkpoints").is_dir():
+            return None
+        return numbered_as(load(run_recipe(run, overrides).data), class_names(run), str(run))
+    except (ValueError, OSError) as error:
+        print(f"without nearest images and map, for the run's data cannot be opened: {error}", file=sys.stderr)
+        return None
+
+
+def test_map(model: Any, data: Data) -> Any:
+    """A picture of the test images' features in the plane."""
+    import torch
+
+    from rescom_timm.analysis import tsne
+    from rescom_timm.inference.predict import embed
+
+    found, names = embed(model, data.test, class_names=data.class_names), tuple(data.class_names)
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = torch.tensor([numbers[label] for label in found.labels])
+    return tsne.draw(tsne.measure(found.features, labels, data.counts, names, most=1000, title=data.test.name))

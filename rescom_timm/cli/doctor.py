@@ -1,0 +1,93 @@
+"""What may be wrong with a data set:  rescom-timm doctor RECIPE|RUN [key=value ...] [-o doctor.html]
+
+Looks at every image of the recipe's splits: images that cannot be read, the same or nearly the same image in two
+splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that hold
+fewer bits, classes too small to be held out or without test images, class names that look alike. Of a RUN it also names
+test and validation images whose labels the net disagrees with (confident learning, over classes of ten such images or
+more; training images were learnt by heart and say nothing). Text, and one HTML page with thumbnails. Exit code 3 where
+images cannot be read, are in two splits or
+have two labels.
+Data of your own: rescom-timm init FOLDER first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rescom_timm.cli import answer, new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.data.doctor import Examined, Finding
+    from rescom_timm.data.sources import Data
+
+
+GRAVE = ("broken", "exact_leak", "exact_label")
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm doctor my_photos.yaml -o doctor.html",
+    )
+    parser.add_argument("recipe", help="a recipe, by path or name, or a run's folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
+    options = parser.parse_intermixed_args(words)
+    return answer(lambda: look(options))
+
+
+def look(options: argparse.Namespace) -> int:
+    from rescom_timm.analysis.doctor_page import page, told
+    from rescom_timm.config.loading import load as load_recipe
+    from rescom_timm.data.doctor import examine, findings
+    from rescom_timm.data.progress import image_bar
+    from rescom_timm.data.sources import load, numbered_as
+    from rescom_timm.engine.run_folder import class_names, run_recipe
+    from rescom_timm.io import write_text
+
+    run = Path(options.recipe)
+    is_run = (run / "recipe.yaml").is_file()
+    recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
+    data = numbered_as(load(recipe.data), class_names(run) if is_run else None, str(run))
+    splits = {"train": data.train, "test": data.test}
+    if data.validation is not None:
+        splits["validation"] = data.validation
+    total = sum(len(split.rows) for split in splits.values())
+    with image_bar(total, "images") as bar:
+        images = examine(splits, bar.update, recipe.loader.reading)
+    found = findings(images, data.class_names, data.counts)
+    if is_run:
+        found += suspects(run, options.overrides, images, data)
+    print(told(images, found, data.class_names))
+    title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
+    write_text(options.output, page(images, found, data.class_names, title))
+    print(options.output)
+    return 3 if any(finding.key in GRAVE for finding in found) else 0
+
+
+def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:
+    """Labels of held-out images that a run's net disagrees with."""
+    import numpy as np
+
+    from rescom_timm.analysis.opened_run import open_run
+    from rescom_timm.data.doctor import Finding, disputed
+
+    opened = open_run(run, overrides=overrides)
+    names = [name for name in ("test", "validation") if name in images.splits]
+    seen = [opened.look(images.splits[name]) for name in names]
+    labels = np.concatenate([one.labels.numpy() for one in seen])
+    shares = np.concatenate([one.logits.softmax(dim=1).numpy() for one in seen])
+    place = np.concatenate([np.flatnonzero(images.split == name) for name in names])
+    groups, notes = [], []
+    for i, other in disputed(labels, shares):
+        groups.append([int(place[i])])
+        kinds = (other, int(labels[i]))
+        notes.append("the net says " + ", ".join(f"{data.class_names[k]} {shares[i, k]:.2f}" for k in kinds))
+    if not groups:
+        return []
+    advice = "label or net may be wrong: look at them, and do not tune on a test set that you clean so"
+    return [Finding("labels", "Labels that the net disagrees with", advice, groups, notes=tuple(notes))]

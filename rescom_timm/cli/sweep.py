@@ -1,0 +1,90 @@
+"""Every combination of some keys, with several seeds, as a table and a plot:
+
+    rescom-timm sweep RECIPE [RECIPE ...] [key=a,b,c ...] [--seeds 0,1,2] [--output FOLDER] [--share 1/2]
+
+Each cell is a normal run in FOLDER (runs/<recipe>_sweep by default), in a folder named by what is its own, such as
+digits_lt-beta=0.9-seed=1. The same command again goes on: finished cells are skipped, broken ones resumed. Several
+commands with one FOLDER fill one table. --share 1/2 and --share 2/2 cut the cells between two machines or GPUs; under
+`accelerate launch` all processes train each cell together. {seed} in a value becomes the cell's seed. --table writes
+the table of what is there and trains nothing. --lean keeps figures and exported model of a finished cell, but not its
+checkpoints. Where a machine is lent for minutes at a time, slices do: the same command under `timeout --signal TERM 9m`
+saves within the epoch and goes on there the next time.
+
+Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and deviation (of the sample) over the seeds of the
+figures at the last epoch, in percent, and of the minutes of training. Where settings are to be chosen, give the runs
+validation rows, data.validation=unused(50) or holdout(0.1): the first columns and the picture then show these. Never
+choose by the test figures.
+
+The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imagenet_lt_r50.yaml):
+
+    Fig. 4 left, beta of the class weights
+        rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.beta=0,0.9,0.99,0.999,0.9999,0.99999
+    Table 5, Q, Qp and Qn (combinations that do not fit are left out, with the reason)
+        rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.per_class=16,64,256 \\
+            method.positives=1,4,16 method.negatives=100,400,1600
+    Fig. 4 centre, SupCon + SiamBS over queue sizes
+        rescom-timm sweep recipes/cifar10_lt_if100_r32_table6_2_supcon.yaml method.siamese=true \\
+            method.queue.per_class=16,64,256,1024
+    Fig. 3, queue kinds
+        rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.kind=fifo,reversed,class_balanced
+    Table 6, one module at a time
+        rescom-timm sweep recipes/cifar10_lt_if100_r32_table6_*.yaml
+    All methods on the digits, stages and teachers in their order: the commands in RESULTS.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from rescom_timm.cli import answer, new_parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = new_parser(__doc__, prog, "rescom-timm sweep digits_lt method.beta=0,0.9,0.999 --seeds 0,1,2")
+    parser.add_argument("words", nargs="*", metavar="RECIPE or key=a,b,c")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
+    parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
+    parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the table only")
+    parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
+    options = parser.parse_intermixed_args(arguments)
+    recipes = [word for word in options.words if "=" not in word]
+    try:
+        part, parts = (int(number) for number in options.share.split("/"))
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        parser.error("--seeds is like 0,1,2 and --share like 1/2")
+    if not 1 <= part <= parts:
+        parser.error(f"--share {options.share}: the first number is from 1 to {parts}")
+    if not recipes and not (options.table and options.output):
+        parser.error("name a recipe, such as recipes/digits_lt.yaml, or --table and --output of a sweep")
+    return answer(lambda: sweep(options, recipes, seeds, part, parts), trains=True)
+
+
+def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], part: int, parts: int) -> int:
+    from accelerate import PartialState
+
+    from rescom_timm.cli.parts.sweep import cells, measure, remember, run, split, summary, write
+    from rescom_timm.data.progress import quiet
+    from rescom_timm.engine.errors import Stopped
+
+    grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
+    output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"
+    found = cells(recipes, grid, seeds)
+    known = remember(found, output) if PartialState().is_main_process else []
+    try:
+        with quiet() if options.quiet else nullcontext():
+            wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
+    except Stopped as error:
+        print(f"{error}, or the sweep with the same command", file=sys.stderr)
+        return 143
+    if PartialState().is_main_process:
+        table = summary(measure(known, output))
+        if table:
+            write(table, output)
+    return 1 if wrong else 0

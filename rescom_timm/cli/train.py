@@ -1,0 +1,115 @@
+"""Train a recipe:  rescom-timm train RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run] [--quiet]
+
+RECIPE is a YAML file, or the name of one that comes with the package (rescom-timm recipes). On several processes or
+GPUs:  accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accelerate launch tools/train.py RECIPE ...
+
+--resume goes on with the last run of the recipe's name, or, where RECIPE is RUN/recipe.yaml, with that run.
+--resume hf://owner/name goes on with a run that was pushed with its checkpoint, on another machine perhaps; without a
+RECIPE, by the recipe that it was pushed with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from difflib import get_close_matches
+from pathlib import Path
+
+from rescom_timm.cli import answer, new_parser
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    parser = new_parser(
+        __doc__,
+        prog,
+        "rescom-timm train digits_lt train.epochs=10",
+        "rescom-timm train digits_lt --resume",
+    )
+    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a YAML file, and keys over it")
+    parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
+    parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the last figures only")
+    parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
+    arguments, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}{_as_key(unknown[0], words)}")
+    addresses = [word for word in arguments.words if word.startswith("hf://")]
+    overrides = [word for word in arguments.words if "=" in word and word not in addresses]
+    recipes = [word for word in arguments.words if word not in (*addresses, *overrides)]
+    if addresses and not arguments.resume:
+        parser.error(f"{addresses[0]} is only read with --resume")
+    if not recipes and not addresses:
+        parser.error("name a recipe, such as digits_lt; all of them: rescom-timm recipes")
+    if len(recipes) > 1 or len(addresses) > 1:
+        parser.error(
+            f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
+        )
+    return answer(lambda: run(arguments, recipes, overrides, addresses), trains=True)
+
+
+def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str], addresses: list[str]) -> int:
+    from accelerate import PartialState
+
+    from rescom_timm.api import train_recipe
+    from rescom_timm.config.loading import load, load_fetched
+    from rescom_timm.data.progress import quiet
+    from rescom_timm.engine.errors import Stopped
+    from rescom_timm.engine.run_folder import run_recipe
+    from rescom_timm.engine.trainer import Resume
+    from rescom_timm.hub_download import PushedRun
+
+    resume: Resume = arguments.resume
+    if addresses:
+        resume = PushedRun(addresses[0])
+    if isinstance(resume, PushedRun) and not recipes:
+        recipe = load_fetched(resume.recipe(), overrides)
+    elif resume is True and is_recipe_of_run(Path(recipes[0])):
+        resume = Path(recipes[0]).parent
+        recipe = run_recipe(resume, overrides)
+    else:
+        recipe = load(recipes[0], overrides)
+    if arguments.print:
+        print(recipe.to_yaml())
+        return 0
+    with quiet() if arguments.quiet and not arguments.dry_run else nullcontext():
+        try:
+            folder = train_recipe(recipe, resume, arguments.dry_run)
+        except Stopped as error:
+            print(error, file=sys.stderr)
+            return 143
+    if arguments.quiet and not arguments.dry_run and PartialState().is_main_process:
+        print(last_figures(folder))
+    return 0
+
+
+def last_figures(folder: Path) -> str:
+    """The run's folder and its test figures at the last epoch, in percent."""
+    from rescom_timm.io import read_json
+
+    numbers = read_json(folder / "evaluation" / "test-last.json")["numbers"]
+    return f"{folder}: {', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}"
+
+
+def is_recipe_of_run(path: Path) -> bool:
+    """Whether a recipe stands in a run's folder, also of a run that was never saved; not in one from the Hub."""
+    beside = path.parent
+    began = (beside / "environment.json").is_file() and not (beside / "rescom.json").is_file()
+    return path.is_file() and (began or (beside / "checkpoints").is_dir())
+
+
+def _as_key(option: str, words: Sequence[str]) -> str:
+    """For --epochs 3: how it is written."""
+    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+    after = list(words)[list(words).index(option) + 1 :][:1]
+    value = value or next((word for word in after if not word.startswith("-")), "VALUE")
+    from rescom_timm.config.loading import keys
+    from rescom_timm.config.synonyms import meant
+
+    known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
+    if advice := meant(name, value):
+        return f": keys of the recipe are written without dashes; {advice}"
+    near = get_close_matches(name, [*known, *known.values()], n=1)
+    return f": keys of the recipe are written without dashes, {known.get(near[0], near[0])}={value}" if near else ""

@@ -1,0 +1,359 @@
+"""Recipe: one YAML file, checked key by key before anything is loaded.
+
+Order of precedence: defaults < `base` recipes < the file < `key=value` words of the command line. Keys in `speed`
+change how fast a run is, never what it computes; every other key may change results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from math import isfinite
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pydantic
+
+from rescom_timm.config import synonyms
+from rescom_timm.config.recipe import MAX_SEED, Recipe, RecipeError
+from rescom_timm.config.secrets import secret_in, without_secrets
+from rescom_timm.data.profiles import RULES, parse_call
+from rescom_timm.data.splits import VALIDATION, DataConfig
+from rescom_timm.hub_client import hub_id
+from rescom_timm.io import MAX_DEPTH, parse_yaml, read_yaml
+from rescom_timm.methods import METHODS
+
+FREE_KEYS = (
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
+    "train.nonfinite", "train.ema.export", "track", "hub", "method.teacher",
+)  # fmt: skip
+"""Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may
+have moved, the weights are compared)."""
+UNREAD_KEYS = tuple(key for key in FREE_KEYS if key != "data.source")
+"""Those that do not change what is evaluated either."""
+FETCHED_KEYS = ("output", "track", "hub")
+"""What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says. Nor is
+what names files of a machine (`named_files`)."""
+
+
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+"""The recipes that come with the package: in it where it was installed, beside it in a clone."""
+
+
+def shipped() -> list[Path]:
+    """The recipes that come with the package, by name."""
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of that path, or the shipped recipe of that name (digits_lt, digits_lt.yaml or recipes/digits_lt.yaml).
+    Raises RecipeError, naming the nearest, where there is neither."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = {found.name: found for found in shipped()}
+    file = f"{path.name.removesuffix('.yaml')}.yaml"
+    if file in known and path.parent in (Path(), Path("recipes")):
+        return known[file]
+    beside = {found.name: found for found in path.parent.glob("*.yaml")}
+    near = get_close_matches(file, known | beside, n=1)
+    meant = near and (str(beside[near[0]]) if near[0] in beside else known[near[0]].stem)
+    raise RecipeError(f"no recipe {name}" + (f"; did you mean {meant}?" if meant else "; all: rescom-timm recipes"))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or of a shipped recipe's name, with its `base` recipes, changed by `key=value` words.
+
+    Raises RecipeError for a file that is no recipe, an unknown key (naming the nearest), a wrong type or an
+    impossible combination.
+    """
+    path = find(path)
+    made = load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+    refuse_secrets(made)
+    return made
+
+
+def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run on the Hub, which somebody else may have written: what it says of output, track and hub is
+    left out with a warning; its name is a plain folder's. Raises RecipeError as load does, for one with a base, and
+    where it names files of a machine that `overrides` do not name."""
+    tree = _yaml(Path(path))
+    if "base" in tree:
+        raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")
+    said = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
+    usual = flat(Recipe(data=DataConfig("digits")).to_dict())
+    ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
+    if ignored:
+        warnings.warn(
+            f"of the fetched recipe is not followed: {' '.join(ignored)} "
+            "(say it on the command line where you want it)",
+            stacklevel=2,
+        )
+    made = load_dict(tree, str(path), overrides)
+    words = [word.partition("=")[0].strip().replace("init_from", "from") for word in overrides]
+    own = [
+        f"{key}={value}" for key, value in named_files(made) if not any(f"{key}.".startswith(f"{w}.") for w in words)
+    ]
+    if own:
+        raise RecipeError(
+            f"{path}: files of a machine that a recipe from the Hub names are not read: {' '.join(own)}. Say each on "
+            "the command line, as it is here"
+        )
+    refuse_secrets(made)
+    return made
+
+
+def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, value) of what a recipe names on the disk of a machine: data, lists, weights, runs."""
+    data, net = recipe.data, recipe.net
+    call = parse_call(data.validation, VALIDATION) if data.validation != "none" else None
+    teacher = getattr(recipe.method, "teacher", None)
+    for key, value, named in (
+        ("data.source", data.source, data.source != "digits" and hub_id(data.source, alone=True) is None),
+        ("data.index", data.index, data.index != "all" and not parse_call(data.index, RULES)),
+        ("data.test_index", data.test_index, data.test_index != "all" and not parse_call(data.test_index, RULES)),
+        ("data.validation", data.validation, call is not None and call[0] == "index"),
+        ("net.backbone", net.backbone, net.backbone.startswith("local-dir:")),
+        ("net.weights_file", net.weights_file, net.weights_file is not None),
+        ("net.classifier.file", net.classifier.file, net.classifier.file is not None),
+        ("from", recipe.init_from, recipe.init_from is not None and hub_id(recipe.init_from, plain=False) is None),
+        ("method.teacher", teacher, teacher is not None and hub_id(teacher) is None),
+    ):
+        if named:
+            yield key, str(value)
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the key, for a token or a password: a recipe stands in every file of its run."""
+    said = {key: f"{key}={value}" for key, value in flat(recipe.to_dict()).items()}
+    if secret_in("\n".join(said.values())) is None:
+        return
+    for key, text in said.items():
+        if kind := secret_in(text):
+            raise RecipeError(
+                f"{without_secrets(key)} holds {kind}, which would stand in the run's files, its card and its "
+                "trackers: take it out; the Hub's token comes from  hf auth login  or HF_TOKEN"
+            )
+
+
+def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
+    tree = _in_full(tree)
+    before, said = tree, [word.partition("=")[0].strip() for word in overrides]
+    for word in overrides:
+        tree = _merge(tree, _override(word))
+    if "train.epochs" in said and not any(key.startswith("schedule") for key in said):
+        tree = _shortened(tree, before, source)
+    if "from" in tree:
+        tree = {**tree, "init_from": tree["from"]}
+        del tree["from"]
+    method = tree.get("method")
+    if isinstance(method, dict):
+        tree = {**tree, "method": {"name": "rescom", **method}}
+    if odd := [f"{key}: {wrong}" for key, value in _numbers(tree) if (wrong := _absurd(value))]:
+        raise RecipeError(f"{source}: " + "\n  ".join(odd))
+    try:
+        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+    except pydantic.ValidationError as error:
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
+
+
+def _numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a tree with their dotted keys."""
+    if isinstance(tree, int | float):
+        yield key, tree
+    elif isinstance(tree, dict | list):
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _numbers(value, f"{key}.{name}" if key else str(name))
+
+
+def _absurd(number: float) -> str:
+    """What is wrong with a number whatever it is for; it stands above any that a setting has."""
+    if isinstance(number, float) and not isfinite(number):
+        return f"must be a finite number, not {number}"
+    largest = MAX_SEED if isinstance(number, int) else 10**6
+    told = number if isinstance(number, float) or abs(number) < 10**100 else "that"  # of 4,300 digits, which is no text
+    return f"must be at most {largest:,} in size, not {told}" if abs(number) > largest else ""
+
+
+def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
+    """The tree, of which the command line says train.epochs and not the schedule. Where so few epochs never reach what
+    the schedule of the tree before has, the first thing that people try, the schedule is shortened as much."""
+    try:
+        whole, epochs = load_dict(before, source), tree["train"]["epochs"]
+    except (RecipeError, KeyError, TypeError):
+        return tree  # what is wrong is told of the tree with all its words
+    schedule = whole.schedule
+    if type(epochs) is not int or not 0 < epochs <= max(schedule.warmup_epochs, *schedule.milestones, 0):
+        return tree
+    shorter: dict[str, Any] = {"warmup_epochs": schedule.warmup_epochs * epochs // whole.train.epochs}
+    if schedule.milestones:
+        moved = {round(epoch * epochs / whole.train.epochs) for epoch in schedule.milestones}
+        shorter["milestones"] = sorted(epoch for epoch in moved if 0 < epoch < epochs)
+        shorter["name"] = "steps" if shorter["milestones"] else "constant"
+    told = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
+    warnings.warn(
+        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {told}", stacklevel=4
+    )
+    return _merge(tree, {"schedule": shorter})
+
+
+_ADAPTER = pydantic.TypeAdapter(Recipe)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
+    tree = _in_full(_yaml(path))
+    base = tree.pop("base", None)
+    if not isinstance(base, str | None):
+        raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
+    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe {path}") from None
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(error)) from None
+
+
+def _override(word: str) -> dict[str, Any]:
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
+    try:
+        tree: Any = parse_yaml(value)
+    except ValueError as error:
+        raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
+    parts = key.strip().split(".")
+    if len(parts) > MAX_DEPTH:
+        raise RecipeError(f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
+    for part in reversed(parts):
+        tree = {part: tree}
+    return _in_full(tree)
+
+
+SHORT = {"method": "name", "optimizer": "name", "schedule": "name", "net.tuning": "name", "net.classifier": "kind"}
+"""Sections that may be given as the value of one of their keys."""
+
+
+def _in_full(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": "focal"} -> {"method": {"name": "focal"}}."""
+    full: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, str) and f"{prefix}{key}" in SHORT:
+            value = {SHORT[f"{prefix}{key}"]: value}
+        full[key] = _in_full(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return full
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`. A section that changes its `name` starts anew: another method has other keys."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            renamed = key == "method" and value.get("name", old.get("name")) != old.get("name", "rescom")
+            merged[key] = value if renamed else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe, dotted: train.epochs, method.queue.per_class, ..."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if name.startswith("_"):
+            continue
+        yield prefix + name
+        for inner in get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+            if dataclasses.is_dataclass(inner):
+                yield from keys(inner, f"{prefix}{name}.")
+
+
+WHOLE = {
+    "data": "data.source",
+    "net": "net.backbone",
+    "hub": "hub.repo",
+    "views": "views.train",
+    "track": "track.log_with",
+}
+"""Which key is meant where a section is given as one value."""
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, str | int | float) and len(str(value)) < 60 else ""
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # A tagged union puts its tag into the location: method.rescom.beta.
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
+    if problem["type"] == "unexpected_keyword_argument":
+        known = sorted(set(keys()))
+        named: dict[str, list[str]] = {}  # keys by their last part
+        for key in known:
+            named.setdefault(key.split(".")[-1], []).append(key)
+        last, given = where.split(".")[-1], problem["input"]
+        if ("." not in where or last not in named) and (advice := synonyms.meant(where, _shown(given))):
+            return f"unknown key {where}; {advice}"
+        near = (
+            named.get(last)
+            or get_close_matches(where, known, n=1, cutoff=0.9)  # as good as certain
+            or (list(given) if isinstance(given, dict) and len(given) == 1 and (named.get(*given)) else [])
+            or get_close_matches(where, known, n=3, cutoff=0.75)
+            or [key for close in get_close_matches(last, named, n=1, cutoff=0.7) for key in named[close]]
+        )
+        near = [key for one in near for key in (named[one] if one not in known else [one])]
+        if near:
+            return f"unknown key {where}; did you mean {', '.join(near[:3])}?"
+        section = where.rpartition(".")[0]
+        inside = [key for key in known if key.rpartition(".")[0] == section] or [key for key in known if "." not in key]
+        told = ", ".join("from" if key == "init_from" else key for key in inside)
+        return f"unknown key {where}; there are: {told} (all: rescom-timm train RECIPE --print)"
+    if problem["type"] == "union_tag_invalid":
+        given = problem["input"].get("name")
+        same = synonyms.METHODS.get(synonyms.plain(str(given)))
+        near = [same] if same else get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
+        return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"{where.rpartition('.')[0]}: has too few values: {problem['input']!r}"
+    if problem["type"].startswith("dataclass") and isinstance(problem["input"], str) and where in WHOLE:
+        return f"{where}: a section of keys, not {problem['input']!r}; did you mean {WHOLE[where]}={problem['input']}?"
+    if problem["type"] == "missing":
+        return f"{where} is missing: every recipe names it"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
+    return f"{where}: {message}{shown}" if where else message
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], but: Sequence[str] = FREE_KEYS) -> list[str]:
+    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS, and
+    for method.negatives where the new one leaves it to K and Q, a number in the recipe of a run."""
+    one, other = flat(old), flat(new)
+    if other.get("method.negatives") == "auto" and "method.negatives" in one:
+        other["method.negatives"] = one["method.negatives"]
+    free = tuple(f"{key}." for key in but)
+    changed = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [key for key in changed if not f"{key}.".startswith(free)]

@@ -1,0 +1,360 @@
+"""What a recipe holds: one typed section for each part of a run.
+
+Keys in `speed` change how fast a run is, never what it computes; every other key may change results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from huggingface_hub.utils import validate_repo_id
+
+from rescom_timm.config.secrets import without_home, without_secrets
+from rescom_timm.data.mixing import MixConfig
+from rescom_timm.data.samples import LoaderConfig
+from rescom_timm.data.samples import SpeedConfig as LoadingConfig
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.hub_client import target
+from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
+from rescom_timm.models.net import NetConfig
+from rescom_timm.text import check_name
+
+MAX_NAME = 200
+"""Bytes of a run's name; file systems take 255, and run, figures and pushes add to it."""
+MAX_SEED = 2**32 - 2**20
+"""NumPy takes 32 bits, and each process adds its number."""
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|[a-z]:.*", re.IGNORECASE)
+"""Names that Windows takes for a device or a drive."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message says which key and what to do, and no token."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "sgd"
+    """sgd (without Nesterov unless asked for), or any optimizer of timm: adamw, lamb, ..."""
+    lr: float = 0.1
+    """Peak learning rate for the global batch."""
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norm_and_bias: bool = True
+    """Weight decay on every parameter, one group (the paper); false spares biases and norms, as usual for ViTs."""
+    layer_decay: float | None = None
+    """Learning rate of each layer of the backbone relative to the layer above it, e.g. 0.75 for a ViT."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of the backbone relative to that of classifier and projector, for fine-tuning."""
+    clip_norm: float | None = None
+    """Largest gradient norm; null: no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError("lr must be above 0")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must be at least 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), not {self.momentum:g}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError("clip_norm must be above 0, or null for none")
+        if self.encoder_lr_scale <= 0:
+            raise ValueError("encoder_lr_scale must be above 0; net.trainable: [none] freezes the backbone")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError("layer_decay must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate: linear warm-up, then steps or a cosine."""
+
+    name: Literal["cosine", "steps", "constant"] = "cosine"
+    warmup_epochs: int = 0
+    """Epoch t < warmup_epochs has lr * (t + 1) / warmup_epochs."""
+    milestones: tuple[int, ...] = ()
+    """Epochs (counted from 0) at which `steps` multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    final: float = 1e-5
+    """Where the cosine ends, as a fraction of lr."""
+    by: Literal["epoch", "update"] = "epoch"
+    """When it moves: at each epoch, as the papers train, or at each optimizer step (timm's --sched-on-updates), along
+    the same curve."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs < 0:
+            raise ValueError("warmup_epochs must be at least 0")
+        if (self.name == "steps") != bool(self.milestones):
+            raise ValueError(
+                "milestones belong to schedule.name: steps, which needs at least one; "
+                "for another schedule say milestones: []"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            raise ValueError("milestones must rise, from epoch 1 on")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must be in (0, 1], not {self.gamma:g}")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final must be in [0, 1], as a fraction of lr, not {self.final:g}")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights and of BatchNorm's statistics (timm's ModelEmaV3), evaluated and saved beside
+    them."""
+
+    decay: float = 0.9999
+    """Of the average, once an optimizer step."""
+    warmup: bool = True
+    """The decay of step t is at most 1 - t^(-2/3), so that a short training has a short average."""
+    export: bool = False
+    """The exported model has the average in the place of the weights."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay:g}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: int = 400
+    """0 evaluates and saves the net as it is, for stages that train nothing (tau_norm)."""
+    batch_size: int = 128
+    """Images of one optimizer step, over all processes and accumulated gradients; each image is seen in its views."""
+    accumulate: int = 1
+    """Forward and backward passes that share one optimizer step."""
+    fit_batch: bool = False
+    """Raise accumulate until a pass fits the memory of the devices, which is tried before training; batch and learning
+    rate stay. Only for methods whose loss is one of single images. BatchNorm then sees the images of a pass, as do the
+    weighted means of ldam and disalign. The run's own recipe holds the number that was found."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the net; the loss is always in float32. With fp16 the host waits for each step, whose scale
+    it must know; bf16 has none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is NaN or infinite stops the run, or its batch is left out: weights, BatchNorm statistics and queue
+    stay as they were (the host then waits for each step)."""
+    ema: EmaConfig | None = None
+    """Average of the weights, such as {decay: 0.9999}; null: none."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 10
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    batch_size: int = 256
+    select: Literal["top1", "many", "medium", "few", "mean_class"] = "top1"
+    """Figure by which the best checkpoint is chosen on the validation split."""
+    patience: int | None = None
+    """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batch_size < 1:
+            raise ValueError("every and batch_size must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError("patience must be at least 1, or null for none")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1
+    """Epochs between checkpoints."""
+    keep: int = 2
+    """Last checkpoints kept; the best one is kept besides."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError("every and keep must be at least 1")
+
+
+@dataclass(frozen=True)
+class SpeedConfig(LoadingConfig):
+    """Keys that change the speed of a run, never what it computes (beyond rounding)."""
+
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    """torch.compile of the net in training, true or a mode; needs a C++ compiler on the machine."""
+    channels_last: bool = False
+    """Images and convolutions in NHWC, faster on GPUs with tensor cores; without effect under FSDP."""
+    capture: bool = False
+    """A whole step, optimizer and all, as one CUDA graph: for small nets on one GPU, where launching the kernels takes
+    longer than running them. Together with compile: true it is fastest. Elsewhere the same step runs uncaptured."""
+    grad_checkpointing: bool = False
+    """Keep the inputs of the backbone's blocks alone, and compute what is within them a second time in the backward
+    pass (timm's switch): less memory, a third more time."""
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Where a run is pushed to. The token comes from `hf auth login` or HF_TOKEN, never from a recipe."""
+
+    repo: str | None = None
+    """owner/name on the Hub, also as hf://owner/name; null: nothing is pushed."""
+    strategy: Literal["end", "best", "every_save", "checkpoint", "all_checkpoints"] = "end"
+    """end: the trained model. best: also each new best one (by the validation split). every_save: also the newest, at
+    each checkpoint. checkpoint: the same, with that checkpoint, so that training can go on elsewhere
+    (--resume hf://owner/name). all_checkpoints: every checkpoint stays in the repository."""
+    private: bool = True
+    """Whether a repository that is made by the push is private; one that exists stays as it is."""
+    license: str | None = None
+    """Licence of the weights for the model card, such as apache-2.0; null: none is named."""
+    benchmark: str | None = None
+    """owner/dataset#task of a Benchmark data set of the Hub: the test accuracy is reported to its leaderboard too."""
+    timeout_minutes: float = 60.0
+    """How long the end of a run waits for its last push."""
+
+    def __post_init__(self) -> None:
+        if self.repo is not None:
+            object.__setattr__(self, "repo", target(self.repo))
+            if self.repo.count("/") != 1:
+                raise ValueError(f"repo must be owner/name, not {self.repo!r}")
+            try:
+                validate_repo_id(self.repo)
+            except ValueError as error:
+                raise ValueError(f"repo {self.repo!r} is no name of the Hub: {str(error).splitlines()[0]}") from None
+        if self.benchmark is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+#[\w.-]+", self.benchmark):
+            raise ValueError(f"benchmark must be owner/dataset#task, not {self.benchmark!r}")
+        if self.timeout_minutes <= 0:
+            raise ValueError("timeout_minutes must be above 0")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Trackers that are told of a run beside metrics.jsonl. One that is not installed, has no network or fails is one
+    line, and never stops a training. Accounts and servers are set as each tracker documents (wandb login,
+    MLFLOW_TRACKING_URI ...), never in a recipe."""
+
+    log_with: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"], ...
+    ] = ("tensorboard",)
+    """Accelerate's names of them; tensorboard writes RUN/tensorboard."""
+    project: str = "rescom-timm"
+    """Project, or experiment, that the run stands in."""
+    name: str | None = None
+    """What the run is called there; null: its folder's name."""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.log_with)) != len(self.log_with):
+            raise ValueError("log_with names a tracker twice")
+        if not self.project or self.name == "" or "" in self.tags:
+            raise ValueError("project, name and tags must not be empty text")
+        if "'" in self.project:
+            raise ValueError(f"project must be without quotes, not {self.project!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # of every section too
+
+    data: DataConfig
+    name: str = ""
+    """Names the run folder; the file's own name by default."""
+    output: str = "runs"
+    """Folder in which the run's folder is made."""
+    seed: int = 0
+    init_from: str | None = None
+    """Run folder, checkpoint folder or net.safetensors whose net the training starts from, or hf://owner/name of a
+    pushed run; `from` for short. The optimizer, the epochs and the queue start anew."""
+    views: ViewsConfig = ViewsConfig()
+    loader: LoaderConfig = LoaderConfig()
+    mix: MixConfig = MixConfig()
+    net: NetConfig = NetConfig()
+    method: Annotated[MethodConfig, pydantic.Field(discriminator="name")] = RescomConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+    hub: HubConfig = HubConfig()
+    speed: SpeedConfig = SpeedConfig()
+
+    def __post_init__(self) -> None:
+        if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
+            raise ValueError(f"name must be the name of one folder, without / and not hidden, not {self.name!r}")
+        check_name(self.name, "name")
+        if DEVICES.fullmatch(self.name):
+            raise ValueError(f"name must be the name of a folder, and {self.name!r} is a device or a drive on Windows")
+        if len(os.fsencode(self.name)) > MAX_NAME:
+            raise ValueError(f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
+        if not self.output or "\0" in self.output:
+            raise ValueError(f"output must be a folder, not {self.output!r}")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1:,}, not {self.seed}")
+        for name, epoch in (
+            ("schedule.warmup_epochs", self.schedule.warmup_epochs),
+            ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
+        ):
+            if epoch >= self.train.epochs > 0:
+                raise ValueError(
+                    f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
+                )
+        if self.mix.on and not per_image(self.method.name):
+            able = ", ".join(name for name in METHODS if per_image(name))
+            raise ValueError(
+                f"mix: the loss of method {self.method.name} is not one of single images, so mixed images have no "
+                f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
+            )
+        if self.train.fit_batch and not per_image(self.method.name):
+            raise ValueError(
+                f"train.fit_batch: the loss of method {self.method.name} compares the images of a pass with each "
+                "other, so fewer of them make another loss: set train.accumulate to choose that"
+            )
+        parts = self.train.accumulate > 1 or self.train.fit_batch
+        if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
+                "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
+            )
+        if self.net.frozen_precision == "bf16" and self.train.precision != "bf16":
+            raise ValueError("net.frozen_precision: bf16 needs train.precision: bf16")
+        if self.speed.grad_checkpointing and (self.speed.capture or self.speed.compile):
+            raise ValueError("speed.grad_checkpointing does not go together with speed.capture or speed.compile")
+        if self.speed.capture:
+            for key, odd in (
+                ("train.accumulate", self.train.accumulate > 1),
+                ("train.fit_batch", self.train.fit_batch),
+                ("train.nonfinite: skip", self.train.nonfinite == "skip"),
+                ("mix", self.mix.on),
+                ("train.ema", self.train.ema is not None),
+                ("train.precision: fp16", self.train.precision == "fp16"),
+                (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
+            ):
+                if odd:
+                    raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
+        if self.method.name == "rsg" and (self.speed.capture or self.speed.compile):
+            raise ValueError("speed.capture and speed.compile do not go together with method rsg: turn them off")
+        if self.evaluation.patience is not None and self.data.validation == "none":
+            raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
+        if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
+            raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; a run of the same name that is there already makes it name-2, name-3 ..."""
+        return Path(self.output).expanduser() / (self.name or "run")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. Home is told as ~."""
+        return json.loads(without_home(json.dumps(dataclasses.asdict(self))))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)

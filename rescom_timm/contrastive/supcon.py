@@ -1,0 +1,53 @@
+"""Supervised contrastive losses over any pairs of embeddings.
+
+Shapes: N queries, M pairs of each, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rescom_timm.contrastive.pairs import Pairs
+from rescom_timm.losses.weights import at_least_float32
+
+
+def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> Tensor:
+    """Class-balanced supervised contrastive loss (paper eqs. 3 and 5) over any pairs.
+
+    L_i = -(w_i / |P_i|) * sum over positives p of log( exp(s_ip / tau) / sum over valid pairs m of exp(s_im / tau) )
+
+    weights: (N,) the weight of each query's class, ones by default. Returns a scalar, the mean over all N queries.
+    P_i are the valid positives of query i; a query that has none adds 0 and gets no gradient.
+    """
+    logits = at_least_float32(pairs.similarity) / temperature
+    # The lowest finite number, not -inf: a row without any valid pair must give zeros, not NaN.
+    logits = logits.masked_fill(~pairs.valid, torch.finfo(logits.dtype).min)
+    positive = pairs.positive & pairs.valid
+    number = positive.sum(dim=1)
+    mean_positive = logits.masked_fill(~positive, 0).sum(dim=1) / number.clamp(min=1)
+    loss = (logits.logsumexp(dim=1) - mean_positive).where(number > 0, 0)
+    return (loss if weights is None else loss * weights).mean()
+
+
+def paco(
+    centres: Tensor, labels: Tensor, pairs: Pairs, temperature: float, alpha: float, smoothing: float = 0.0
+) -> Tensor:
+    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, with its rebalanced centres): one softmax
+    over the K class centres and all valid pairs,
+
+    L_i = - sum_t w_t log p_it / sum_t w_t,   w = 1 for the own centre, alpha for every positive pair
+
+    centres: (N, K) logits of the centres, with log pi_k added. pairs: (N, M). smoothing: of the centres' targets
+    (GPaCo, arXiv 2209.12400). The division is the authors' training. Returns a scalar, the mean over N.
+    """
+    centres = at_least_float32(centres)
+    logits = (at_least_float32(pairs.similarity) / temperature).to(centres.dtype)
+    logits = logits.masked_fill(~pairs.valid, torch.finfo(logits.dtype).min)
+    log_p = torch.cat((centres, logits), dim=1).log_softmax(dim=1)
+    own = F.one_hot(labels, centres.shape[1]).to(log_p.dtype)
+    own = own * (1 - smoothing) + (1 - own) * smoothing / (centres.shape[1] - 1)
+    positive = alpha * (pairs.positive & pairs.valid).to(log_p.dtype)
+    target = torch.cat((own, positive), dim=1)
+    return -((target * log_p.masked_fill(target == 0, 0)).sum(dim=1) / target.sum(dim=1)).mean()

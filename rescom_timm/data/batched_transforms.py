@@ -1,0 +1,231 @@
+"""The steps of views.py without Pillow, over whole batches of small images, on any device.
+
+*Equal* steps (crop, flip, autoaugment, grayscale, cutout) give Pillow's pixels, bit for bit: their maps and tables are
+made by letting Pillow work on images of pixel numbers and of gray levels, the rest is integer arithmetic. loaders.py
+takes them wherever all steps of a policy are such and all images of a batch have one size; speed.batched switches that
+off, and nothing but the time changes.
+
+*Near* steps (jitter, randaugment) are for a GPU, on request (loader.device_views): they draw what torchvision and timm
+draw, but sum and interpolate in another order than Pillow does, so a few pixels differ by a level or two.
+
+Draws come from the generators that Pillow's steps draw from, seeded alike and read in the same order. Torch's is read
+in bulk: each of its draws here is one 32-bit word w of the Mersenne Twister, w mod n for an integer below n and the
+lower 24 bits for a number in [0, 1).
+
+N views are uint8 (N, 3, H, W). What was drawn stays on the host, so a GPU is never waited for. plane_views.py is for
+images larger than a batch gains from.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from rescom_timm.data.autoaugment import BatchedAutoAugment
+from rescom_timm.data.draws import Draws, Size, Step, first_words, next_words
+from rescom_timm.data.near_views import Jitter, NearRandAugment
+from rescom_timm.data.pixels import change, gather, gray, paint, to_device
+from rescom_timm.data.transforms import Cutout, Policy, seed_all
+
+LARGEST = 128 * 128
+"""Pixels of an image up to which a CPU gains: of the time that Pillow takes image by image, a batch of 64 with CIFAR's
+policy takes a fifth at 32 x 32, a third at 64 x 64, four fifths at 128 x 128, and all of it at 224 x 224."""
+
+
+class BatchedPolicy:
+    """The last steps of a policy, over batches; `head` are the steps before them, Pillow's, image by image.
+
+    near=False: equal steps only, and all of them (no head), or `steps` is empty and everything is in `head`.
+    """
+
+    def __init__(self, policy: Policy, near: bool = False) -> None:
+        found = [_batched(step, near) for step in policy.steps]
+        first = max((i + 1 for i, step in enumerate(found) if step is None), default=0)
+        if not near and first:
+            first = len(found)
+        self.head = policy.steps[:first]
+        self.steps = [step for step in found[first:] if step is not None]
+
+    def count(self, size: Size) -> int:
+        """Words that a view draws; `size` (H, W) is that of the images. Raises ValueError for images too small."""
+        total = 0
+        for step in self.steps:
+            total += step.words(size)
+            size = step.size(size)
+        return total
+
+    def serves(self, reference: Policy, size: Size) -> bool:
+        """Whether this is the whole policy, pays for images of this size and gives Pillow's pixels."""
+        if self.head or size[0] * size[1] > LARGEST:
+            return False
+        try:
+            return not self.count(size) or agrees(self, reference, size)
+        except ValueError:
+            return False  # Pillow's steps will say so
+
+    def draw(self, seeds: Sequence[int], num_views: int, size: Size) -> Draws:
+        """The draws of all views, one seed an image, (len(seeds) * num_views, ...). Where there is no head."""
+        count, notes = self.count(size), []
+        for seed in seeds:
+            if any(step.notes for step in self.steps):
+                seed_all(seed)
+            notes += [self.note() for _ in range(num_views)]
+        drawn = first_words(seeds, num_views * count).reshape(len(notes), count)
+        return Draws(drawn, np.array(notes, dtype=np.float64).reshape(len(notes), -1))
+
+    def draw_next(self, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """Words (k,) and notes (m,) of one view from the global generators as they stand, after the head."""
+        return next_words(self.count(size)), np.array(self.note(), dtype=np.float64)
+
+    def note(self) -> list[float]:
+        return [number for step in self.steps for number in step.note()]
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """images (B, 3, H, W), with one view or more each, to views (N, 3, h, w), N the number of draws; those of an
+        image stand together."""
+        views = images.repeat_interleave(len(draws.words) // len(images), dim=0)
+        for step in self.steps:
+            views = step(views, draws)
+        return views
+
+    def two_views(self, images: np.ndarray) -> np.ndarray:
+        draws = self.draw(range(len(images)), 2, (images.shape[1], images.shape[2]))
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return self(batch, draws).permute(0, 2, 3, 1).numpy()
+
+
+class FastPolicy(Protocol):
+    """What `agrees` needs of a policy."""
+
+    def two_views(self, images: np.ndarray) -> np.ndarray:
+        """Two views (2 N, h, w, 3) of each of the images (N, H, W, 3), whose seeds are 0, 1, ..."""
+
+
+def two_views(augment: Callable[[Image.Image], Any], images: np.ndarray) -> np.ndarray:
+    """FastPolicy.two_views of a function of one image."""
+    views = []
+    for seed, image in enumerate(images):
+        seed_all(seed)
+        views += [np.asarray(augment(Image.fromarray(image))) for _ in range(2)]
+    return np.stack(views)
+
+
+@functools.lru_cache(maxsize=64)
+def agrees(policy: FastPolicy, reference: Policy, size: Size) -> bool:
+    """Whether views of a few images of noise are Pillow's with the installed libraries: another torch may draw, and
+    another Pillow compute, in another way."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, *size, 3))
+    images = (noise * np.arange(1, 17)[:, None, None, None] // 16).astype(np.uint8)  # of weak and strong contrast
+    try:
+        expected = two_views(reference.augment, images)
+    except ValueError:
+        return False  # too small for a step
+    same = np.array_equal(expected, policy.two_views(images))
+    if not same:
+        warnings.warn(
+            f"the fast form of {reference.text!r} differs from Pillow's with these versions of torch, torchvision "
+            "and Pillow: Pillow's is used, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return same
+
+
+def _batched(step: Any, near: bool) -> Step | None:
+    """The batched form of a step of views.py, where there is one."""
+    kinds: tuple[type[Step], ...] = (_Crop, _Flip, _Grayscale, BatchedAutoAugment, _Cutout, Jitter, NearRandAugment)
+    for kind in kinds:
+        if (near or kind.equal) and kind.takes(step):
+            return kind(step)
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------- equal steps
+
+
+class _Crop(Step):
+    def __init__(self, step: transforms.RandomCrop) -> None:
+        self.side, self.pad = step.size[0], cast(int, step.padding or 0)
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        return type(step) is transforms.RandomCrop
+
+    def size(self, size: Size) -> Size:
+        if min(size) + 2 * self.pad < self.side:
+            raise ValueError(f"images of {size[1]} x {size[0]} pixels are too small for a crop of {self.side}")
+        return self.side, self.side
+
+    def words(self, size: Size) -> int:
+        return 0 if size == (self.side - 2 * self.pad,) * 2 else 2
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        if not self.words((views.shape[2], views.shape[3])):
+            return F.pad(views, [self.pad] * 4)
+        views = F.pad(views, [self.pad] * 4)
+        height, width = views.shape[2:]
+        top, left = draws.below(height - self.side + 1), draws.below(width - self.side + 1)
+        side = torch.arange(self.side, device=views.device)
+        source = to_device(top * width + left, views)[:, None] + (side[:, None] * width + side).flatten()
+        return gather(views, source).unflatten(2, (self.side, self.side))
+
+
+class _Flip(Step):
+    def __init__(self, step: transforms.RandomHorizontalFlip) -> None:
+        self.p = np.float32(step.p)
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        return type(step) is transforms.RandomHorizontalFlip
+
+    def words(self, size: Size) -> int:
+        return 1
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        change(views, draws.uniform() < self.p, lambda part, _: part.flip(3))
+        return views
+
+
+class _Grayscale(Step):
+    def __init__(self, step: transforms.RandomGrayscale) -> None:
+        self.p = np.float32(step.p)
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        return type(step) is transforms.RandomGrayscale
+
+    def words(self, size: Size) -> int:
+        return 1
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        change(views, draws.uniform() < self.p, lambda part, _: gray(part).expand_as(part).to(torch.uint8))
+        return views
+
+
+class _Cutout(Step):
+    def __init__(self, step: Cutout) -> None:
+        self.side, self.colour = step.size, step.colour
+
+    @staticmethod
+    def takes(step: Any) -> bool:
+        return type(step) is Cutout
+
+    def words(self, size: Size) -> int:
+        return 2
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        height, width = views.shape[2:]
+        column, row = (to_device(self._inside(draws.below(side), side), views) for side in (width, height))
+        square = (row[:, None, :, None] & column[:, None, None, :]).to(torch.uint8)
+        return paint(views, square, to_device(np.array(self.colour, np.uint8)[:, None, None], views))
+
+    def _inside(self, centre: np.ndarray, side: int) -> np.ndarray:
+        distance = np.arange(side) - (centre - self.side // 2)[:, None]
+        return (distance >= 0) & (distance < self.side)

@@ -1,0 +1,285 @@
+"""Evaluation of a net on a split, and how its figures are written and told."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rescom_timm.config.loading import UNREAD_KEYS, differences, flat
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.progress import image_bar
+from rescom_timm.data.sources import Data, numbered_as, test_alone
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.data.splits import Split
+from rescom_timm.data.transforms import parse
+from rescom_timm.distributed import processes
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, whole_weights
+from rescom_timm.engine.launch import new_accelerator
+from rescom_timm.engine.run_folder import CHANGED, run_recipe
+from rescom_timm.io import read_json, refuse_links, write_json, write_tensors
+from rescom_timm.metrics import Meter
+from rescom_timm.models.net import Net, check_weights
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray) -> Meter:
+    """Every image of a prepared evaluation loader once, encoder and classifier only.
+
+    counts: (K,) training images of each class, which decide many, medium and few. Every process gets the whole Meter.
+    """
+    return evaluate_views(accelerator, net, [loader], counts)
+
+
+@torch.no_grad()
+def evaluate_views(
+    accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray
+) -> Meter:
+    """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
+    plain: Net = accelerator.unwrap_model(net)
+    meter = Meter(len(counts), torch.as_tensor(counts))
+    was_training = plain.training
+    plain.eval()
+    with agreed_statistics(plain), image_bar(len(loaders[0].dataset), "evaluation") as bar:  # type: ignore[arg-type]
+        for batches in zip(*loaders, strict=True):
+            with accelerator.autocast():
+                logits = [plain.classify(batch["image"]) for batch in batches]
+            mean = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+            gathered = accelerator.gather_for_metrics((mean, batches[0]["label"]))
+            meter.update(*gathered)
+            bar.update(len(gathered[1]))
+    plain.train(was_training)
+    return meter
+
+
+def five_crops(policy: str) -> list[str]:
+    """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to 248/224 of R for crops of R
+    (R + 24 at LIFT's 224), four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in
+    its place come back.
+    Raises ValueError for one that does not end in center_crop(R)."""
+    text = parse(policy).text
+    end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
+    if end is None:
+        raise ValueError(f"five crops are made where views.eval ends in center_crop(R), not of {text or 'none'!r}")
+    size, resized = int(end[1]), re.search(r"resize\(\d+,(\w+)\)", text)
+    first = f"resize({size + max(1, round(size * 24 / 224))},{resized[1] if resized else 'bilinear'})"
+    crops = [f"corner_crop({size},{corner})" for corner in range(4)]
+    return [f"{first} | {crop}" for crop in (*crops, f"center_crop({size})")]
+
+
+@contextmanager
+def agreed_statistics(net: nn.Module) -> Iterator[None]:
+    """BatchNorm statistics averaged over all processes, for evaluation and saving; each goes on with its own after."""
+    if processes()[1] == 1:
+        yield
+        return
+    saved = net.state_dict()
+    shared = [b for name, b in net.named_buffers() if name in saved and b.is_floating_point()]
+    own = [buffer.clone() for buffer in shared]
+    for buffer in shared:
+        dist.all_reduce(buffer)
+        buffer.div_(processes()[1])
+    try:
+        yield
+    finally:
+        for buffer, value in zip(shared, own, strict=True):
+            buffer.copy_(value)
+
+
+def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
+    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
+    refuse_links(folder, ["evaluation"])
+    folder = folder / "evaluation"
+    write_tensors(folder / f"{name}.safetensors", meter.predictions())
+    write_json(folder / f"{name}.json", {**about, **meter.record()})
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
+    of its own above its figures, so that all fits a terminal."""
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    widths = {name: max(9, len(name) + 2) for name in names}
+    longest = max(map(len, rows))
+    first, above = (longest + 2, "") if longest <= 24 else (2, "\n" + " " * 2)
+    lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
+    for row, figures in rows.items():
+        texts = {name: f"{figures[name]:.2f}" if name in figures else "-" for name in names}
+        lines.append(f"{row + above:<{first}}" + "".join(f"{text:>{widths[name]}}" for name, text in texts.items()))
+    return "\n".join(lines)
+
+
+def file_name(split: str, which: str, weights: Weights) -> str:
+    """Of an evaluation: <split>-<checkpoint>, with -ema for averaged weights."""
+    return f"{split}-{which}" if weights == "raw" else f"{split}-{which}-{weights}"
+
+
+def about(split: Split, which: str, chosen: str, class_names: list[str], weights: Weights = "raw") -> dict[str, Any]:
+    """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
+    return {
+        "split": split.name,
+        "images": len(split.labels),
+        "checkpoint": which if weights == "raw" else f"{which}, averaged weights",
+        "chosen": chosen,
+        "class_names": class_names,
+        "data": digest_of(split),
+    }
+
+
+def title(about: dict[str, Any]) -> str:
+    return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
+
+
+def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+    """(path, net, state, how it was chosen) of a run's checkpoint: "last", "best" (by `select` on validation), its name
+    or its folder. Raises CheckpointError where it is damaged or not there, ValueError where none is the best."""
+    return checkpoint.whole_read(run / "checkpoints", lambda: _open_checkpoint(run, which, select))
+
+
+def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+    folder = run / "checkpoints"
+    named = folder / which if (folder / which).is_dir() else Path(which)
+    found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
+    if found is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
+    with checkpoint.consistent(found[0]):
+        progress = found[2]["progress"]
+        epoch, best_epoch, best_name = (progress[key] for key in ("epoch", "best_epoch", "best_checkpoint"))
+    if which != "best":
+        return *found, f"after epoch {epoch}, not selected"
+    if best_name is None:
+        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation on which one is chosen")
+    best = folder / best_name
+    return best, *checkpoint.load(best), f"epoch {best_epoch}, best {select} on validation"
+
+
+def evaluated_otherwise(
+    own: Recipe, recipe: Recipe, read: str, run: str | None = None
+) -> tuple[dict[str, Any], str, str]:
+    """What is evaluated otherwise than in a run's own recipe: (keys and values, the same in words, what to add to a
+    file's name so that no other evaluation is replaced); empty where nothing is.
+
+    read: digest of what is evaluated on (`digest_of`). run: that of the run's own evaluation, where it is known.
+    """
+    now = flat(recipe.to_dict())
+    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict(), UNREAD_KEYS)}
+    if not changed and run in (None, read):
+        return {}, "", ""
+    changed = changed or {"data": read}
+    told = " ".join(f"{key}={value}" for key, value in changed.items())
+    digest = hashlib.sha256(f"{told} {read}".encode()).hexdigest()
+    return changed, f"evaluated with {told}", f"{CHANGED}{digest[:8]}"
+
+
+def digest_of(split: Split) -> str:
+    """Digest of a split's labels and of a sample of its images, as they are stored."""
+    digest = hashlib.sha256(np.asarray(split.labels, dtype=np.int64).tobytes())
+    for position in np.unique(np.linspace(0, len(split.labels) - 1, 16).astype(int)) if len(split.labels) else ():
+        first, second = (_stored(split.dataset[int(position)]["image"]) for _ in range(2))
+        digest.update(first if first == second else b"random")  # of a data set whose own transform draws
+    return digest.hexdigest()[:16]
+
+
+def _stored(image: Any) -> bytes:
+    if not isinstance(image, Mapping):
+        return np.asarray(image).tobytes()
+    if image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    try:
+        return Path(image["path"]).read_bytes()
+    except (OSError, ValueError, TypeError):
+        return str(image.get("path")).encode()
+
+
+def _digest_then(run: Path, name: str, split: Split) -> str | None:
+    """`digest_of` what an evaluation of a run describes; of an older one, which has none, that of `split` where the
+    labels are the same. None where there is none."""
+    path = run / "evaluation" / f"{name}.json"
+    if not path.is_file():
+        return None
+    if (found := read_json(path).get("data")) is not None:
+        return str(found)
+    try:
+        labels = load_file(path.with_suffix(".safetensors"))["labels"]
+    except (OSError, LookupError, SafetensorError):
+        return None
+    return digest_of(split) if np.array_equal(labels, split.labels) else "other labels"
+
+
+def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] | None) -> Data:
+    """The data of a recipe, with classes numbered as in a run, which has `class_names`. Where the recipe names other
+    data than the run's own, with one split to train and to test on, the whole of that is the test split."""
+    if recipe.data == own.data or recipe.data.train != recipe.data.test:
+        return numbered_as(load_data(recipe.data), class_names, str(run))
+    counts = np.asarray(read_json(run / "classes.json")["counts"], dtype=np.int64)
+    return test_alone(recipe.data, class_names or [str(k) for k in range(len(counts))], counts)
+
+
+def evaluate_run(
+    run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = (), crops: bool = False,
+    weights: Weights = "raw",
+) -> tuple[str, str, Meter]:  # fmt: skip
+    """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
+
+    which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
+    overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
+    whose name ends in -changed- and a digest of them and of the data, so that the run's own figures stay; so it does
+    where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average
+    the logits of `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
+    Raises RecipeError, CheckpointError or ValueError.
+    """
+    own = run_recipe(run)
+    recipe = run_recipe(run, overrides) if overrides else own
+    path, tensors, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
+    taken = chosen_weights(weights, tensors, state, path)
+    data = data_of(run, own, recipe, checkpoint.class_names(path, state))
+    part = {"test": data.test, "validation": data.validation}[split]
+    if part is None:
+        raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
+    accelerator = new_accelerator(recipe.train.precision)
+    method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
+    load_net(method.net, whole_weights(method.net, taken, state, path), path)
+    policies = five_crops(recipe.views.eval) if crops else [recipe.views.eval]
+    loaders = []
+    for policy in policies:
+        views = replace(recipe.views, eval=policy)
+        batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed, len(policies))
+        loaders.append(accelerator.prepare(batches))
+    meter = evaluate_views(accelerator, method.net, loaders, data.counts)
+    label = which if which in ("last", "best") else path.name
+    record = about(part, label, chosen, data.class_names, weights)
+    name = file_name(split, label, weights)
+    then = next(filter(None, (_digest_then(run, one, part) for one in (name, file_name(split, "last", "raw")))), None)
+    changed, told, suffix = evaluated_otherwise(own, recipe, record["data"], then)
+    if changed:
+        record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
+        name += suffix
+    if crops:
+        record |= {"chosen": f"{record['chosen']}; mean of five crops", "views": policies}
+        name += "-five-crops"
+    write(run, name, meter, record)
+    return name, title(record), meter
+
+
+def load_net(net: Net, weights: Mapping[str, Tensor], path: Path) -> None:
+    """The weights of a checkpoint into a net. Raises CheckpointError, naming them, where they are another net's or not
+    numbers."""
+    try:
+        check_weights(weights, net.state_dict(), str(path))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{error}; is it the net that the recipe says?") from None
+    net.load_state_dict(dict(weights))

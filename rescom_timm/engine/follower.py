@@ -1,0 +1,31 @@
+"""Who is told of a run as it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL.Image import Image
+
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.sources import Data
+
+
+class Follower:
+    """What hears of a run as it goes, in its main process. This one does nothing; sharing/publish.py has the one that
+    exports and pushes."""
+
+    def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
+        """The run has its folder."""
+
+    def saved(self, newest: str, best: str | None) -> None:
+        """A checkpoint was written. newest, best: names of checkpoints; best is None where none was selected yet."""
+
+    def finished(self, newest: str, best: str | None) -> None:
+        """The last evaluation is done. What this raises is told as a CheckpointError: --resume comes here again."""
+
+    def pictures(self) -> dict[str, Image]:
+        """Of the finished run, by name, for its trackers."""
+        return {}
+
+    def closed(self) -> None:
+        """All went well, and the run's folder is free."""

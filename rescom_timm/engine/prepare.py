@@ -1,0 +1,223 @@
+"""What the loop is handed: loaders, and the net on its devices."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rescom_timm.config.recipe import EmaConfig, Recipe, RecipeError
+from rescom_timm.data.broken import unreadable
+from rescom_timm.data.loaders import eval_loader, train_loader
+from rescom_timm.data.progress import image_bar
+from rescom_timm.data.samples import Batch, ViewsDataset
+from rescom_timm.data.sizes import check_views
+from rescom_timm.data.sources import Data
+from rescom_timm.data.splits import Split
+from rescom_timm.data.transforms import parse
+from rescom_timm.engine.build import speed_up
+from rescom_timm.engine.launch import prepare_to_shard
+from rescom_timm.engine.nonfinite import copy_buffers, put_back
+from rescom_timm.engine.run_folder import Resume, RunElsewhere, resumed
+from rescom_timm.engine.stop_signals import in_own_process_group
+from rescom_timm.methods import Method
+from rescom_timm.methods.rescom import RescomConfig, auto_negatives
+from rescom_timm.metrics import GROUPS, groups
+from rescom_timm.models.net import Net
+
+
+def settled(recipe: Recipe, data: Data, resume: Resume) -> Recipe:
+    """The recipe with a number where method.negatives is auto: that of the run to resume, else by K and Q. Earlier
+    versions had 500 for any K and Q, so their runs keep it."""
+    method = recipe.method
+    if not isinstance(method, RescomConfig) or method.negatives != "auto":
+        return recipe
+    run = None if isinstance(resume, RunElsewhere) else resumed(recipe, resume)
+    if run is not None and isinstance(run.method, RescomConfig):
+        negatives = run.method.negatives
+    else:
+        negatives = auto_negatives(len(data.counts), method.queue.per_class)
+    return replace(recipe, method=replace(method, negatives=negatives))
+
+
+def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Batch]:
+    """Batches of one forward pass. Raises RecipeError where there are fewer images than the recipe's batch."""
+    loader = train_loader(
+        data.train, recipe.views, method.views, recipe.train.batch_size // recipe.train.accumulate, recipe.seed,
+        recipe.train.epochs, recipe.loader, recipe.speed, getattr(method, "second_sampler", None),
+    )  # fmt: skip
+    if len(loader) < recipe.train.accumulate:
+        raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
+    loader.worker_init_fn = in_own_process_group
+    return loader
+
+
+def evaluation_loaders(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
+    """A prepared loader of each split, by its name."""
+    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+    loaders = {}
+    for name, split in splits.items():
+        loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
+        loader.worker_init_fn = in_own_process_group
+        loaders[name] = accelerator.prepare(loader)
+    return loaders
+
+
+def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
+    """The method on this process's device, ready to be sharded where FSDP is asked for, and as fast as is asked for."""
+    method.to(accelerator.device)
+    if accelerator.device.type == "cuda":  # so that each of several runs of one process tells its own peak
+        torch.cuda.reset_peak_memory_stats()
+    sharded = accelerator.is_fsdp2
+    if sharded:
+        prepare_to_shard(accelerator, method.net)
+    # FSDP takes no weights that are not contiguous.
+    speed_up(method.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not sharded))
+    if (teacher := getattr(method, "teacher", None)) is not None:
+        teacher.place(accelerator.device, accelerator.autocast)
+        speed_up(teacher.net, replace(recipe.speed, compile=False))
+
+
+def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
+    """A moving average of the net on its device, whose frozen weights are the net's own."""
+    average = ModelEmaV3(net, config.decay, use_warmup=config.warmup)
+    for ours, theirs in zip(net.parameters(), average.module.requires_grad_(False).parameters(), strict=True):
+        if not ours.requires_grad:
+            theirs.data = ours.data
+    return average
+
+
+@torch.no_grad()
+def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: Accelerator) -> None:
+    """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another, or
+    where a training pass has too few images for BatchNorm."""
+    device = accelerator.device
+    view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken, recipe.loader.reading)[0, 0]["image"]
+    height, width = view.shape[-2:]
+    images = torch.zeros(1, 3, height, width, device=device)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            method.net.eval().classify(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
+            f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
+        ) from error
+    if (teacher := getattr(method, "teacher", None)) is not None:
+        try:
+            teacher(images)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise RecipeError(
+                f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}"
+            ) from error
+    check_single_image(method, recipe, images, accelerator)
+
+
+@torch.no_grad()
+def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerator: Accelerator) -> None:
+    """Raises RecipeError where each pass of a process has one image and a BatchNorm would see one value per channel,
+    which has no variance. image: (1, 3, H, W). Buffers and random generators stay as they were."""
+    train, processes = recipe.train, accelerator.num_processes
+    if train.batch_size > train.accumulate * processes:
+        return
+    rows = 2 if hasattr(method, "second_sampler") else 1
+    batch = {
+        "image": image.expand(rows, method.views, *image.shape[1:]),
+        "label": torch.zeros(rows, dtype=torch.long, device=image.device),
+    }
+    before = copy_buffers(method)
+    try:
+        with torch.random.fork_rng(), accelerator.autocast():
+            method.train()(batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RecipeError(
+            f"train.batch_size: {train.batch_size} over {processes} processes and train.accumulate={train.accumulate} "
+            f"is 1 image per forward pass, and the BatchNorm layers of method {recipe.method.name} need at least 2: "
+            "raise train.batch_size or lower train.accumulate"
+        ) from error
+    finally:
+        put_back(method, before)
+
+
+def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits: dict[str, Split]) -> None:
+    """Raises RecipeError where an evaluation image cannot be read, by its header: hours before an evaluation would.
+    Each process looks at its part. Then `_check_sizes`."""
+    found: list[str] = []
+    for split in splits.values():
+        own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
+        part = Split(split.name, split.dataset.select(own), split.labels[own], split.rows[own])
+        with image_bar(len(part.rows), f"headers of {split.name}") as bar:
+            problems = unreadable(part, False, recipe.loader.reading, bar.update)
+            found += [f"{split.name}: {problem}" for _, problem in problems]
+    found = gather_object(found)
+    if found:
+        raise RecipeError(
+            f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
+            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)"
+        )
+    _check_sizes(recipe, train, splits, accelerator.is_main_process)
+
+
+FAR_APART = 1.5
+"""Ratio of the sizes of training and evaluation images above which a warning is given."""
+
+
+def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: bool) -> None:
+    """Raises RecipeError where images are too small for a crop of the views, or differ in size after them. Warns where
+    training and evaluation images have sizes far apart."""
+    views, reading = recipe.views, recipe.loader.reading
+    try:
+        ours = check_views(parse(views.train), train, "views.train", reading)
+        theirs = [check_views(parse(views.eval), split, "views.eval", reading) for split in splits.values()]
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    sizes = [size for size in (ours, *theirs) if size is not None]
+    sides = [max(size) for size in sizes]
+    if main and sides and max(sides) > FAR_APART * min(sides):
+        first, other = sizes[sides.index(min(sides))], sizes[sides.index(max(sides))]
+        warnings.warn(
+            f"the net would see images of {first[0]} x {first[1]} and of {other[0]} x {other[1]} pixels in training "
+            f"(views.train: {views.train}) and evaluation (views.eval: {views.eval or 'none'}), which costs accuracy: "
+            "let both end in the same size",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net: Net) -> Tensor:
+    """Sums (K, F) of the features of each class's training images, as evaluation sees them, in float64: the same on any
+    number of processes but for the order of summing."""
+    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+    loader = eval_loader(data.train, recipe.views, batch, recipe.loader, recipe.speed)
+    loader.worker_init_fn = in_own_process_group
+    sums = torch.zeros(len(data.counts), net.classifier.in_features, dtype=torch.float64)
+    was_training = net.training
+    net.eval()
+    with image_bar(len(data.train.rows), "class means") as bar:
+        for images in accelerator.prepare(loader):
+            with accelerator.autocast():
+                features = net.encoder(net.normalize(images["image"]))
+            gathered = accelerator.gather_for_metrics((features.float(), images["label"]))
+            sums.index_add_(0, gathered[1].cpu(), gathered[0].double().cpu())
+            bar.update(len(gathered[1]))
+    net.train(was_training)
+    return sums
+
+
+def check_selection(recipe: Recipe, data: Data) -> None:
+    """Raises RecipeError where validation has no image of the classes by which the best checkpoint is chosen."""
+    select = recipe.evaluation.select
+    if data.validation is not None and select in GROUPS:
+        chosen = groups(torch.as_tensor(data.counts)).get(select, torch.empty(0))
+        if not np.isin(data.validation.labels, chosen).any():
+            raise RecipeError(f"evaluation.select: {data.validation.name} has no image of a class of {select}")

@@ -1,0 +1,445 @@
+"""The one training loop, on Accelerate: the same recipe on a CPU, one GPU or many.
+
+`Trainer.fit` is the loop: what an epoch does, in order. What surrounds it has files of its own: prepare.py (loaders,
+the net on its devices), state.py (saving and restoring), run_folder.py (which folder), stop_signals.py, nonfinite.py (a
+loss that is NaN), step_metrics.py (reading a loss late), errors.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from rescom_timm.config.loading import refuse_secrets
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.device_transforms import complete
+from rescom_timm.data.loaders import set_epoch
+from rescom_timm.data.mixing import mix
+from rescom_timm.data.sources import Data, load
+from rescom_timm.engine import checkpoint, errors, nonfinite
+from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
+from rescom_timm.engine.captured_step import CapturedStep
+from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
+from rescom_timm.engine.evaluate import about, evaluate, file_name, table, title, write
+from rescom_timm.engine.fit_batch import fitted
+from rescom_timm.engine.follower import Follower
+from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
+from rescom_timm.engine.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar, show, trained_line
+from rescom_timm.engine.prepare import (
+    average_of,
+    check_image_size,
+    check_images,
+    check_selection,
+    class_feature_sums,
+    evaluation_loaders,
+    settled,
+    to_device,
+    training_loader,
+)
+from rescom_timm.engine.run_folder import Resume, check_place, newest_of_all, open_folder
+from rescom_timm.engine.state import Progress, State, check_resumable
+from rescom_timm.engine.step_metrics import LAG, MetricsQueue, StepMetrics
+from rescom_timm.engine.stop_signals import StopSignals
+from rescom_timm.methods import Method, call_if_defined
+from rescom_timm.methods.distillation import Teacher
+from rescom_timm.models.classifiers import start_from_means
+from rescom_timm.models.trainable import count_weights, still_statistics
+
+
+def train(
+    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Follower | None = None,
+    teacher: Teacher | None = None, first: First | None = None,
+) -> Path:  # fmt: skip
+    """Train, evaluate and save as the recipe says; returns the run's folder.
+
+    resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
+    name; start where there is none. A run elsewhere is brought here first.
+    dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
+    first: as build_method's. Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
+    """
+    refuse_secrets(recipe)
+    with with_advice():
+        accelerator = launch(recipe)
+        set_seed(recipe.seed)
+        data = load(recipe.data)
+        recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
+        method = build_method(recipe, data, start=True, teacher=teacher, first=first)
+        set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
+        trainer = Trainer(recipe, accelerator, data, method, follower)
+        if dry_run:
+            trainer.dry_run()
+            return trainer.folder
+        try:
+            trainer.open(resume)
+            trainer.fit()
+            trainer.finish()
+        finally:
+            trainer.close()
+        if trainer.main:
+            trainer.follower.closed()
+        return trainer.folder
+
+
+class Trainer:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None
+    ) -> None:
+        self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
+        self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
+        self.log: Log | None = None
+        self.signals, self.metrics = StopSignals(), MetricsQueue(accelerator)
+        self.signals.unsaved = self.several = accelerator.num_processes > 1
+        self.lock = ExitStack()
+        refuse_what_cannot_be_sharded(accelerator, recipe, method)
+        check_selection(recipe, data)
+        splits = {"test": data.test, "validation": data.validation}
+        self.splits = {name: split for name, split in splits.items() if split is not None}
+        check_images(accelerator, recipe, data.train, self.splits)
+        loader = training_loader(recipe, data, method)
+        self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
+        self.steps_per_epoch = len(loader) // recipe.train.accumulate
+        optimizer = build_optimizer(recipe.optimizer, method.net)
+        self.schedule = build_schedule(
+            recipe.schedule, optimizer, recipe.optimizer.lr, recipe.train.epochs, self.steps_per_epoch
+        )
+        self.weights = count_weights(method.net)
+        batch = recipe.train.batch_size
+        self.trained = trained_line(self.weights, len(data.train.rows), self.steps_per_epoch, batch)
+        self.net = method.net  # as it is under what prepare wraps around it
+        to_device(accelerator, recipe, method)
+        check_image_size(method, recipe, data.train, accelerator)
+        self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
+        self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
+        method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
+        if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
+            speed_up(momentum.copy, replace(recipe.speed, compile=False))
+            momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
+        self.state = State(accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema"))
+        self.captured: CapturedStep | None = None
+        if recipe.speed.capture:
+            self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
+        if self.state.sharded:
+            register_fsdp_forward_method(self.net, "classify")
+        self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
+
+    # ---------------------------------------------------------------- the loop
+
+    def fit(self) -> None:
+        """Train to the last epoch. Raises Stopped, after saving, where a signal asked for it."""
+        recipe, progress, images = self.recipe, self.progress, self.recipe.train.batch_size
+        total = recipe.train.epochs * self.steps_per_epoch * images
+        with self.signals.unstuck(self._stopped), progress_bar(total, progress.step * images, self.main) as bar:
+            if progress.unevaluated:
+                with self._saving_on_failure():
+                    self._evaluate(bar)
+                self.save()
+            while not progress.ended(recipe):
+                stop = self._epoch(bar)
+                if progress.epoch == recipe.train.epochs or progress.epoch % recipe.evaluation.every == 0:
+                    with self._saving_on_failure():
+                        self._evaluate(bar)
+                last = progress.ended(recipe)
+                best = progress.best_epoch == progress.epoch
+                if stop and not last:
+                    raise self._stopped()
+                if last or best or progress.epoch % recipe.checkpoint.every == 0:
+                    self.save()
+        if not recipe.train.epochs:
+            self.save()
+
+    def _epoch(self, bar: Any) -> bool:
+        """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there."""
+        recipe, progress = self.recipe, self.progress
+        accumulate, skips = recipe.train.accumulate, recipe.train.nonfinite == "skip"
+        self._start_epoch()
+        skip = progress.step_in_epoch * accumulate
+        loader = skip_first_batches(self.loader, skip) if skip else self.loader
+        started, first_step = time.monotonic(), progress.step
+        metrics = self.metrics = MetricsQueue(self.accelerator, lag=0 if skips else LAG)
+        stop, finite, before = False, True, {}
+        for index, batch in enumerate(self.completed(loader), start=skip):
+            if index >= self.steps_per_epoch * accumulate:
+                continue  # the rest of the epoch is less than one batch of the recipe
+            if skips and index % accumulate == 0:
+                before = nonfinite.copy_buffers(self.method)
+            last = (index + 1) % accumulate == 0
+            self.schedule.step_update(progress.step)
+            batch = self._mixed(batch, index)
+            self.signals.unsaved = True
+            outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
+            metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
+            for one in metrics.ready():
+                finite &= self._count(one)
+                stop |= one.stop
+            if not last:
+                continue
+            if self.captured is None and not self._update(finite):
+                nonfinite.put_back(self.method, before)
+                progress.skipped += 1
+            finite, self.signals.unsaved = True, self.several
+            progress.step += 1
+            progress.step_in_epoch += 1
+            show(bar, f"{progress.epoch + 1}/{recipe.train.epochs}", progress.sums, progress.passes)
+            bar.update(recipe.train.batch_size)
+            if stop and progress.step_in_epoch < self.steps_per_epoch:
+                progress.seconds += time.monotonic() - started
+                raise self._stopped()
+        for one in metrics.drain():
+            self._count(one)
+            stop |= one.stop
+        seconds = time.monotonic() - started
+        self._close_epoch(seconds, (progress.step - first_step) * recipe.train.batch_size / max(seconds, 1e-9), bar)
+        return stop
+
+    def _start_epoch(self) -> None:
+        """Learning rate, method and data order of the epoch."""
+        epoch = self.progress.epoch
+        self.schedule.step(epoch)
+        self.method.train()
+        call_if_defined(self.method, "set_epoch", epoch, self.recipe.train.epochs)
+        if self.captured is not None and hasattr(self.method, "set_epoch"):
+            self.captured.forget()
+        set_epoch(self.loader, epoch)
+
+    def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """The batch of pass `index` of the epoch, mixed where the recipe says so."""
+        if not self.recipe.mix.on:
+            return batch
+        where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
+        return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
+
+    def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        """Scalars of a forward pass, its gradients added to the others of the step, of which it may be the last."""
+        accumulate = self.recipe.train.accumulate
+        for queue in self.state.queues:
+            queue.holding = not last  # keys of a step are never its own pairs
+        with nullcontext() if last else self.accelerator.no_sync(self.method.net):
+            outputs = self.method(batch)
+            # What is computed a second time moves no statistics a second time.
+            with still_statistics(self.net) if self.recipe.speed.grad_checkpointing else nullcontext():
+                self.accelerator.backward(outputs["loss"] / accumulate)
+        labels = batch["label"].repeat(len(outputs["logits"]) // len(batch["label"]))
+        outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
+        return outputs
+
+    def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A whole step that the host need not look into."""
+        outputs = self._forward_backward(batch, last=True)
+        self._update(finite=True)
+        return outputs
+
+    def _update(self, finite: bool) -> bool:
+        """An optimizer step, unless the batch was not finite; returns whether it was done."""
+        parameters = list(self.method.net.parameters())
+        if finite and self.recipe.optimizer.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
+        if finite and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
+            largest = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+            finite = math.isfinite(largest)  # one wait for the device
+        if finite:
+            self.optimizer.step()
+            call_if_defined(self.method, "after_step")
+            if self.average is not None:
+                self.average.update(self.net, self.progress.step + 1)
+        self.optimizer.zero_grad()
+        return finite
+
+    def _count(self, metrics: StepMetrics) -> bool:
+        """Add the figures of a forward pass to the epoch's means; returns whether they were finite. Raises
+        NonFiniteLoss where they were not and the recipe does not skip such batches."""
+        if not nonfinite.is_finite(metrics):
+            lr, skip = self.optimizer.param_groups[0]["lr"], self.recipe.train.nonfinite == "skip"
+            nonfinite.report(metrics, lr, self.folder, self.accelerator.process_index, skip)
+            return False
+        self.progress.count(metrics.figures)
+        return True
+
+    def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
+        progress = self.progress
+        if not progress.passes:
+            raise NonFiniteLoss(f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it")
+        skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
+        means = progress.close_epoch(seconds)
+        lr = self.optimizer.param_groups[0]["lr"]
+        told = {f"train/{name}": value for name, value in means.items()}
+        pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
+        if self.accelerator.device.type == "cuda":
+            pace["memory_gib"] = peak_memory() / 2**30
+        self._write(told | skipped | {"lr": lr} | pace)
+        show(bar, f"{progress.epoch}/{self.recipe.train.epochs}", means, 1)
+        if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
+            left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
+            epochs = f"{progress.epoch}/{self.recipe.train.epochs}"
+            print(epoch_line(epochs, means, images_per_second, progress.seconds, left), flush=True)
+
+    def _stopped(self) -> Stopped:
+        """Save, and say so; a run that was asked to stop stops where it cannot save too."""
+        where = f"asked to stop in epoch {self.progress.epoch} after step {self.progress.step}"
+        if self.signals.stuck and self.signals.unsaved:
+            return Stopped(f"{where}, which is not saved, for no batch came: continue with --resume")
+        try:
+            for one in self.metrics.drain():
+                self._count(one)
+            self.save()
+        except (CheckpointError, NonFiniteLoss) as error:
+            return Stopped(f"{where}, which is not saved: {error}")
+        return Stopped(f"{where}; all is saved in {self.folder}: continue with --resume")
+
+    # ---------------------------------------------------------------- evaluation
+
+    @contextmanager
+    def _saving_on_failure(self) -> Iterator[None]:
+        """What fails in an evaluation does not lose the epochs before it. Of several processes one may fail alone, and
+        then the others cannot save with it."""
+        try:
+            yield
+        except Exception:
+            if self.accelerator.num_processes == 1:
+                self.progress.unevaluated = True
+                self.save()
+            raise
+
+    def _evaluate(self, bar: Any) -> None:
+        figures: dict[str, dict[str, float]] = {}
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                name = split if weights == "raw" else f"{split}_{weights}"
+                figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
+        self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
+        progress = self.progress
+        progress.unevaluated = False
+        if "validation" in figures:
+            progress.scored(figures["validation"][self.recipe.evaluation.select])
+        if self.main and bar.disable:
+            bar.write(evaluation_line(progress.epoch, figures))
+        elif self.main and not progress.ended(self.recipe):  # the last table is `finish`'s
+            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
+
+    def finish(self) -> None:
+        """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""
+        progress, trouble = self.progress, None
+        results = self._final("last", f"last epoch ({progress.epoch}), not selected")
+        best = progress.best_checkpoint
+        if best is not None and best != f"step-{progress.step:08d}":
+            try:
+                net, state = checkpoint.load(self.folder / "checkpoints" / best)
+                self.state.load_weights(net, state.get("average"))
+                chosen = f"epoch {progress.best_epoch}, best {self.recipe.evaluation.select} on validation"
+                results |= self._final("best", chosen)
+            except CheckpointError as error:
+                warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
+        if self.main:
+            print(table(results))
+            try:
+                self.follower.finished(f"step-{progress.step:08d}", best)
+            except Exception as error:  # whatever it is, the training is done and saved: no traceback
+                trouble = CheckpointError(
+                    f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}: "
+                    f"{errors.advice(error) or 'repair that'}, then finish with --resume"
+                )
+            if self.log is not None:
+                self.log.finished(results, self.follower.pictures, progress.step)
+        raise_everywhere(trouble)
+
+    def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
+        rows = {}
+        for weights, net in self.nets.items():
+            for split, loader in self.eval_loaders.items():
+                meter = evaluate(self.accelerator, net, loader, self.data.counts)
+                record = about(self.splits[split], name, chosen, self.data.class_names, weights)
+                if self.main:
+                    write(self.folder, file_name(split, name, weights), meter, record)
+                rows[title(record)] = meter.compute()
+        return rows
+
+    # ---------------------------------------------------------------- the run's folder
+
+    def open(self, resume: Resume) -> None:
+        """Choose the run's folder, go on from its newest checkpoint if asked to, and start the log and the signals."""
+        self.signals.listen()
+        self.folder = open_folder(self.recipe, resume, self.lock)
+        before = newest_of_all(self.folder) if resume else None
+        if before is not None:
+            self._restore(*before)
+        elif self.recipe.net.classifier.init == "class_means":
+            sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
+            start_from_means(self.net.classifier, sums.to(self.accelerator.device))
+            if self.average is not None:
+                self.average.set(self.net)
+        if self.main:
+            processes = self.accelerator.num_processes
+            record = {"processes": processes, "weights": self.weights, "data": self.data.provenance}
+            self.log = Log(self.folder, self.recipe, record, self.progress.step, not self.progress.unevaluated)
+            self.follower.opened(self.folder, self.recipe, self.data)
+            nothing = ", no checkpoint to resume from: starting from the beginning" if resume else ""
+            print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
+            print(self.trained, flush=True)
+
+    def _restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        with checkpoint.consistent(path):
+            names = checkpoint.class_names(path, state)
+            check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder, names)
+        self.state.restore(path, weights, state)
+
+    def save(self) -> None:
+        """A checkpoint of this moment, written by the main process. Raises CheckpointError, in all processes, where the
+        disk does not take it, and NonFiniteLoss where a weight is not finite."""
+        trouble: Exception | None = None
+        try:
+            written = self.state.save(self.folder / "checkpoints", self.recipe, self.data)
+            if written is not None:
+                self.follower.saved(written, self.progress.best_checkpoint)
+        except (CheckpointError, NonFiniteLoss) as error:
+            trouble = error
+        raise_everywhere(trouble)
+
+    def _write(self, figures: dict[str, float]) -> None:
+        if self.log is None:
+            return
+        try:
+            self.log.write(self.progress.epoch, self.progress.step, figures)
+        except OSError as error:
+            raise errors.unwritten("the log", error) from error
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+        self.signals.close()
+        self.lock.close()
+        leave(self.accelerator)
+
+    def dry_run(self) -> None:
+        """One step and one evaluation batch of each split; writes nothing."""
+        check_place(self.recipe)
+        self.method.train()
+        batch = self._mixed(next(iter(self.completed(self.loader))), 0)
+        loss = self._forward_backward(batch, last=True)["loss"].item()
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss of the first step is {loss}")
+        self._update(finite=True)
+        with torch.no_grad(), self.accelerator.autocast():
+            for loader in self.eval_loaders.values():
+                self.net.eval().classify(next(iter(loader))["image"])
+        if self.main:
+            train = self.recipe.train
+            did = f"one step of {train.batch_size}, loss {loss:.3f}; {self.trained}"
+            pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
+            on = ", ".join(split.name for split in self.splits.values())
+            print(f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on}. Nothing was written.")

@@ -1,0 +1,312 @@
+"""The model card: written from what a run recorded, in sections that we own and a person may take over.
+
+A section stands between <!-- rescom_timm:NAME HASH --> and <!-- /rescom_timm:NAME -->. A new push rewrites it, unless a
+person changed what is between (its hash is another then) or removed it; text outside the sections is never touched. In
+the header (YAML) our keys are written anew and all others stay. The text is the template text/card.md, where all that
+a run recorded is escaped; of several end markers that with the right hash counts, so that nothing within a section can
+pass for its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from rescom_timm.config.loading import load_dict
+from rescom_timm.data.decoding import ReadConfig
+from rescom_timm.engine.log import lines
+from rescom_timm.engine.run_folder import CHANGED
+from rescom_timm.hub_client import hub_id
+from rescom_timm.inference.predict import leans
+from rescom_timm.io import read_json
+from rescom_timm.metrics import GROUPS_DEFINED
+from rescom_timm.text import escape_controls
+from rescom_timm.text.pages import markdown, render
+
+GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
+TITLES = {
+    "top1": "top-1", "top5": "top-5", "many": "many", "medium": "medium", "few": "few",
+    "mean_class": "mean of classes", "ece": "calibration error",
+}  # fmt: skip
+PAPERS = {
+    "rescom": (
+        "ResCom (Siamese Balanced Softmax, and a supervised contrastive loss over a class-balanced queue with hard "
+        "pair mining; Zhong et al., *Rebalanced Siamese Contrastive Mining for Long-Tailed Recognition*, 2022)",
+        "2203.11506",
+    ),
+    "balanced_softmax": (
+        "Balanced Softmax (Ren et al., *Balanced Meta-Softmax for Long-Tailed Visual Recognition*, 2020)",
+        "2007.10740",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells of a run. Empty where the run did not record it."""
+
+    repo: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    details: dict[str, Any]
+    """rescom.json of the export."""
+    evaluations: dict[str, dict[str, Any]]
+    """<split>-<checkpoint> -> its record."""
+    figures: list[str] = field(default_factory=list)
+    license: str | None = None
+    plain_reason: str = ""
+    """Why plain timm cannot read the model; "" where it can."""
+
+    @property
+    def name(self) -> str:
+        return self.repo.split("/")[-1]
+
+    @property
+    def train_name(self) -> str:
+        return self.environment.get("data", {}).get("train", {}).get("name") or str(self.recipe["data"]["source"])
+
+    @property
+    def counts(self) -> list[int]:
+        return self.details.get("counts") or []
+
+    @property
+    def dataset(self) -> str | None:
+        """The id on the Hub of the data set, None for anything else."""
+        try:
+            found = hub_id(str(self.recipe["data"]["source"]))
+        except ValueError:
+            return None
+        return found and found.partition("@")[0]
+
+    def accuracy(self) -> float | None:
+        """Top-1 in percent on the test split, of the checkpoint exported where that was evaluated."""
+        exported = "-ema" if self.details.get("weights") == "ema" else ""
+        for name in (f"test-best{exported}", f"test-last{exported}"):
+            if name in self.evaluations:
+                return self.evaluations[name]["numbers"].get("top1")
+        return None
+
+
+SHOWN = ("longtail", "confusion", "curves")
+"""The figures that a card shows, where they are there; others are in the repository."""
+
+
+def _telling(names: Iterable[str]) -> list[str]:
+    """At most one picture of each of SHOWN; of other figures the first three, where none of those is there."""
+    names = sorted(name for name in names if CHANGED not in name)
+    chosen = [next((name for name in names if name.startswith(start)), "") for start in SHOWN]
+    return [name for name in chosen if name] or names[: len(SHOWN)]
+
+
+def read_facts(
+    run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
+) -> Facts:  # fmt: skip
+    """Facts of a run's folder (or its staged copy) and the export of it, with environment.json as it may be told."""
+    own = sorted(path for path in run.glob("evaluation/*.json") if CHANGED not in path.name)
+    evaluations = {path.stem: read_json(path) for path in own}
+    evaluations = {name: record for name, record in evaluations.items() if isinstance(record.get("numbers"), dict)}
+    return Facts(
+        repo=repo,
+        recipe=yaml.safe_load((export / "recipe.yaml").read_text(encoding="utf-8")),
+        environment=_json(export / "environment.json"),
+        details=_json(export / "rescom.json"),
+        evaluations=evaluations or _during_training(run / "metrics.jsonl"),
+        figures=_telling(path.name for path in run.glob("figures/*.png")),
+        license=license,
+        plain_reason=plain_reason,
+    )
+
+
+def write(facts: Facts, before: str | None = None) -> str:
+    """The text of a card. before: the card that is there already, whose other parts are kept."""
+    header, body = _split(before or "")
+    if not body.strip():
+        body = f"# {markdown(facts.name)}\n"
+    blocks = {name: _block(name, text) for name, text in _sections(facts).items()}
+    if "<!-- rescom_timm:" not in body:
+        body = "\n\n".join([body.rstrip(), *blocks.values()]) + "\n"
+    else:
+        for name, where in sorted(_found(body).items(), key=lambda found: -found[1].start):
+            body = body[: where.start] + blocks.get(name, body[where]) + body[where.stop :]
+    return f"---\n{_header(facts, header)}---\n{body}"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The YAML header and the rest; a header that is no mapping counts as none."""
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
+    if match is None:
+        return {}, card
+    try:
+        header = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return {}, card[match.end() :]
+    return (header if isinstance(header, dict) else {}), card[match.end() :]
+
+
+def _header(facts: Facts, before: dict[str, Any]) -> str:
+    tags = ["image-classification", "timm", "rescom_timm", "long-tailed"]
+    old = before.get("tags") or []
+    ours = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        license=facts.license,
+        datasets=[facts.dataset] if facts.dataset else None,
+        base_model=_base_model(facts),
+        metrics=["accuracy"] if facts.evaluations else None,
+        tags=list(dict.fromkeys([*tags, *(old if isinstance(old, list) else [old])])),
+        model_name=facts.name,
+        eval_results=_results(facts) or None,
+    ).to_dict()
+    ours.pop("model_name", None)
+    ours.pop("eval_results", None)
+    kept = before.get("model-index")
+    if isinstance(kept, list) and "model-index" in ours:
+        ours["model-index"] += [entry for entry in kept if entry.get("name") != facts.name]
+    return yaml.safe_dump({**before, **_without_none(ours)}, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _without_none(tree: Any) -> Any:
+    """Also without control characters."""
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    if isinstance(tree, list):
+        return [_without_none(value) for value in tree]
+    return escape_controls(tree) if isinstance(tree, str) else tree
+
+
+def _base_model(facts: Facts) -> str | None:
+    net = facts.recipe["net"]
+    if not net["pretrained"]:
+        return None
+    name = re.sub(r"^hf[-_]hub:", "", net["backbone"])
+    return name if "/" in name and ":" not in name else (f"timm/{name}" if "." in name else None)
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    """What was measured on the test split, in the Hub's model-index format."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=facts.dataset or "custom",
+            dataset_name=record["split"],
+            dataset_config=facts.recipe["data"].get("subset"),
+            dataset_split=facts.recipe["data"]["test"],
+            metric_type="accuracy",
+            metric_name=f"{TITLES[metric]} ({record['checkpoint']})",
+            metric_value=round(value, 4),
+        )
+        for name, record in facts.evaluations.items()
+        for metric, value in record["numbers"].items()
+        if name.startswith("test-") and metric in TITLES and metric != "ece"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+def _sections(facts: Facts) -> dict[str, str]:
+    """name -> Markdown of every section, in order."""
+    environment, recipe, details = facts.environment, facts.recipe, facts.details
+    data, gpus = environment.get("data", {}), environment.get("gpus") or []
+    progress = details.get("progress") or {}
+    values: dict[str, Any] = {
+        "facts": facts,
+        "recipe": recipe,
+        "recipe_text": yaml.safe_dump(recipe, sort_keys=False, width=120),
+        "details": details,
+        "names": details["class_names"],
+        "counts": facts.counts,
+        "paper": PAPERS.get(recipe["method"]["name"]),
+        "progress": progress,
+        "reading": ReadConfig.of(details.get("reading", {})),
+        "own_net": recipe["net"]["backbone"].endswith("_cifar"),
+        "splits": [(name, data[name]) for name in ("train", "validation", "test") if data.get(name)],
+        "groups": [group for name in GROUPS if (group := _group(name, facts.counts))],
+        "columns": {
+            name: title
+            for name, title in TITLES.items()
+            if any(name in record["numbers"] for record in facts.evaluations.values())
+        },
+        "groups_defined": GROUPS_DEFINED,
+        "few": sum(count < 20 for count in facts.counts),
+        "leans": leans(load_dict(recipe)),
+        "time": _time(progress.get("seconds") or 0),
+        "machine": f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU",
+        "processes": environment.get("processes", 1),
+        "packages": environment.get("packages") or {},
+        "git": environment.get("git"),
+        "command": environment.get("command", ""),
+    }
+    names = ["model", "use", "data", *(["results"] if facts.evaluations else []), "limits", "training"]
+    names += ["figures"] if facts.figures else []
+    return {name: render("card.md", section=name, **values).strip("\n") for name in names}
+
+
+def _pixels(facts: Facts) -> str:
+    """Which images other readers see otherwise than rescom_timm, and so than training."""
+    reading = ReadConfig.of(facts.details.get("reading", {}))
+    return render("card.md", section="pixels", reading=reading).strip()
+
+
+def _group(name: str, counts: list[int]) -> str:
+    ranges = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
+    low, high = ranges[name]
+    number = sum(low <= count <= high for count in counts)
+    return f"{name} ({GROUPS[name]} images): {number} class{'es' * (number > 1)}" if number else ""
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _during_training(path: Path) -> dict[str, dict[str, Any]]:
+    """The last evaluation in metrics.jsonl, for a card that is written before the run's end."""
+    for line in reversed(lines(path)):
+        splits = {key.split("/")[0] for key in line if key.startswith(("test/", "validation/"))}
+        if splits:
+            return {
+                f"{split}-during": {
+                    "split": split,
+                    "checkpoint": "during training",
+                    "chosen": f"epoch {line['epoch']}",
+                    "numbers": {k.split("/", 1)[1]: v for k, v in line.items() if k.startswith(f"{split}/")},
+                }
+                for split in sorted(splits)
+            }
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _block(name: str, text: str) -> str:
+    return f"<!-- rescom_timm:{name} {_hash(text)} -->\n{text}\n<!-- /rescom_timm:{name} -->"
+
+
+def _found(body: str) -> dict[str, slice]:
+    """Where the sections stand that nobody changed. A section ends where its text has the hash of its start."""
+    found: dict[str, slice] = {}
+    position = 0
+    while start := re.compile(r"<!-- rescom_timm:(\w+) (\w+) -->\n").search(body, position):
+        end = f"<!-- /rescom_timm:{start[1]} -->"
+        ends = [mark.start() for mark in re.finditer(end, body[start.end() :])]
+        whole = [at for at in ends if _hash(body[start.end() : start.end() + at].removesuffix("\n")) == start[2]]
+        position = start.end() + (whole + ends)[0] + len(end) if ends else start.end()
+        if whole:
+            found.setdefault(start[1], slice(start.start(), position))
+    return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,42 @@
+"""What follows a training: class names and input size for later exports, a plain timm model at the end, the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL.Image import Image
+
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.sources import Data
+from rescom_timm.engine.follower import Follower
+from rescom_timm.hub.staging import Pusher
+from rescom_timm.inference.export import describe, save_model
+
+
+class Publisher(Follower):
+    """Exports the model to RUN/model, and pushes where the recipe's hub section says so."""
+
+    folder: Path
+    pusher: Pusher
+
+    def __init__(self, draw: Callable[[Path], dict[str, Image]] = lambda run: {}) -> None:
+        """draw: pictures of a finished run's folder, by name."""
+        self.draw = draw
+
+    def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
+        self.folder, self.pusher = folder, Pusher(recipe.hub, folder)
+        describe(folder, data, recipe)
+
+    def saved(self, newest: str, best: str | None) -> None:
+        self.pusher.saved(newest, best)
+
+    def finished(self, newest: str, best: str | None) -> None:
+        print(save_model(self.folder))
+        self.pusher.finished(newest, best)
+
+    def pictures(self) -> dict[str, Image]:
+        return self.draw(self.folder)
+
+    def closed(self) -> None:
+        self.pusher.wait()

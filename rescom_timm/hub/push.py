@@ -1,0 +1,239 @@
+"""Uploads what a run staged in RUN/hub/ (runs/hub.py), in a process of its own:  python -m rescom_timm.hub.push RUN
+
+Each staged folder becomes one commit: the export, the model card, the evaluations and, where the strategy says so, the
+checkpoints. It is removed when it has arrived; whatever fails stays for the next attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import Timeout
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+from rescom_timm.config.recipe import HubConfig
+from rescom_timm.config.secrets import secret_in, without_home
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import Weights
+from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.engine.run_folder import FOLDERS, run_recipe
+from rescom_timm.hub import card
+from rescom_timm.hub.staging import stage, staged, status
+from rescom_timm.hub_client import Unreachable, online
+from rescom_timm.hub_download import HubError, explain
+from rescom_timm.inference.export import DETAILS, export_run
+from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, refuse_links, write_json, write_text
+from rescom_timm.text import escape_output
+
+OWN = (".gitattributes", "README.md", "LICENSE")
+"""Files that a repository may hold besides a run of ours."""
+
+
+def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, str]:
+    """Upload everything staged, each folder up to `attempts` times with pauses of 1, 2, 4 ... times `pause` seconds.
+
+    Returns how the last push ended: {"what", "url"}, or {} where nothing was staged. Raises HubError (and writes it
+    into RUN/hub/status.json) where one fails; what was staged stays.
+    """
+    run = Path(run)
+    last: dict[str, str] = {}
+    try:
+        with file_lock(run / "hub" / ".lock", timeout=0):
+            while waiting := staged(run):
+                folder = waiting[0]
+                if len(waiting) > 1 and not _request(folder)["keep"]:
+                    shutil.rmtree(folder)  # overtaken by a newer one
+                    continue
+                last = _attempt(folder, attempts, pause)
+                _write_status(run, last)
+                shutil.rmtree(folder)
+    except Timeout:
+        raise HubError(f"another push of {run} is under way; see {run / 'hub' / 'push.log'}", lasting=False) from None
+    except HubError as error:
+        _write_status(run, {"error": str(error)})
+        raise
+    return last
+
+
+def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
+    """Push what the training left in RUN/hub/, or, where nothing is left or something is said otherwise, the run as it
+    stands; returns the commit's address. overrides: key=value words of the hub section. Raises HubError, and as
+    stage_now does."""
+    refuse_links(run, FOLDERS)
+    config = run_recipe(run, overrides).hub
+    for folder in staged(run):
+        if config.repo is not None and (repo := _request(folder)["repo"]) != config.repo:
+            raise HubError(
+                f"{folder} waits to be pushed to {repo}, which is not what is asked for: remove that folder, or say "
+                f"--repo {repo}"
+            )
+    if overrides or not staged(run):
+        if config.repo is None:
+            raise HubError("the recipe names no hub.repo: give --repo owner/name")
+        stage_now(run, config)
+    return push(run)["url"]
+
+
+def stage_now(run: Path, config: HubConfig) -> Path:
+    """Stage the run as it stands, in place of what was staged of the same checkpoint. Raises
+    FileNotFoundError where there is none."""
+
+    def read() -> Path:
+        newest = checkpoint.newest(run / "checkpoints")
+        if newest is None:
+            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
+        shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
+        return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
+
+    return checkpoint.whole_read(run / "checkpoints", read)
+
+
+def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
+    """Copy what would be pushed into a folder, which needs no network. weights: as export_run's. Raises as stage_now
+    and build do."""
+    config = run_recipe(run, overrides).hub
+    request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
+    waiting = stage_now(run, config)
+    try:
+        for name, path in build(waiting, {**request, "checkpoints": False, "weights": weights}).items():
+            with errors_named(folder / name), atomic_path(folder / name) as beside:
+                shutil.copyfile(path, beside)
+    finally:
+        shutil.rmtree(waiting)
+    return folder
+
+
+def _request(folder: Path) -> dict[str, Any]:
+    """What a staged folder's push.json asks for. Raises HubError where it cannot be read."""
+    try:
+        request: dict[str, Any] = read_json(folder / "push.json")
+        HubConfig(request["repo"], private=bool(request["private"]))
+        return request | {"keep": request["keep"], "export": request["export"], "checkpoints": request["checkpoints"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = f"no {error}" if isinstance(error, KeyError) else error
+        raise HubError(f"{folder / 'push.json'} cannot be read ({told}): remove {folder}, then push again") from error
+
+
+def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
+    request = _request(folder)
+    for attempt in range(1, attempts + 1):
+        try:
+            with online():
+                return {"what": folder.name, "url": _upload(folder, request)}
+        except (HubError, CheckpointError) as error:
+            raise HubError(str(error)) from error
+        except Exception as error:  # whatever it is, it must be told, and must not be the end of the staged folder
+            told = explain(error, request["repo"])
+            if isinstance(error, Unreachable):
+                raise told from error
+        print(f"{time.strftime('%H:%M:%S')} {told} (attempt {attempt} of {attempts})", flush=True)
+        if told.lasting or attempt == attempts:
+            raise told
+        time.sleep(pause * 2 ** (attempt - 1))
+    raise AssertionError
+
+
+def _write_status(run: Path, told: dict[str, str]) -> None:
+    write_json(run / "hub" / "status.json", told)
+
+
+def _upload(stage: Path, request: dict[str, Any]) -> str:
+    """One commit of a staged folder; returns its address. Raises what the Hub's client raises, and HubError."""
+    repo, api = request["repo"], HfApi(library_name="rescom_timm")
+    if not get_token():
+        raise HubError(f"pushing to {repo} failed: no token was found; log in with  hf auth login  or set HF_TOKEN")
+    api.create_repo(repo, private=request["private"], exist_ok=True)
+    head = api.model_info(repo).sha
+    there = api.list_repo_files(repo, revision=head)
+    if DETAILS not in there and (foreign := [name for name in there if name not in OWN]):
+        raise HubError(
+            f"{repo} holds something else already ({', '.join(foreign[:3])}), which is not overwritten: "
+            "name another repository (hub.repo), or empty this one"
+        )
+    readme = None
+    if "README.md" in there:
+        readme = Path(api.hf_hub_download(repo, "README.md", revision=head)).read_text(encoding="utf-8")
+    files = build(stage, request, readme)
+    _refuse_secrets(files)
+    operations: list[Any] = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+    if not request["keep"]:
+        gone = [name for name in there if name.startswith("checkpoints/") and name not in files]
+        operations += [CommitOperationDelete(name) for name in gone]
+    message = f"rescom_timm: {json.loads((stage / 'upload' / DETAILS).read_text())['checkpoint']}"
+    return api.create_commit(repo, operations, commit_message=message, parent_commit=head).commit_url
+
+
+def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> dict[str, Path]:
+    """Export a staged folder (or a run's) into STAGE/upload and write its card over `readme`, the card that the
+    repository has. Returns the files to push: name in the repository -> file."""
+    upload, refusal = stage / "upload", stage / "refusal.txt"
+    if not (upload / "hashes.json").is_file():
+        try:
+            export_run(stage, upload, request["export"], weights=request.get("weights"))
+        except ValueError as error:
+            write_text(refusal, str(error))
+            export_run(stage, upload, request["export"], plain=False, weights=request.get("weights"))
+    reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
+    files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
+    files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}
+    files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("figures/*.png")}
+    if (stage / "metrics.jsonl").is_file():
+        files["metrics.jsonl"] = stage / "metrics.jsonl"
+    if (stage / "environment.json").is_file():
+        private = (stage / "environment.json").read_text(encoding="utf-8")
+        files["environment.json"] = upload / "environment.json"
+        write_text(files["environment.json"], without_home(private))
+    if request["checkpoints"]:
+        own = [path for name in (*checkpoint.FILES, "hashes.json") for path in stage.glob(f"checkpoints/*/{name}")]
+        files |= {path.relative_to(stage).as_posix(): path for path in own}
+    facts = card.read_facts(stage, upload, request["repo"], request["license"], reason)
+    files["README.md"] = upload / "README.md"
+    write_text(files["README.md"], card.write(facts, readme))
+    if request["benchmark"] and (top1 := facts.accuracy()) is not None:
+        notes = f"trained on {facts.train_name} with rescom_timm"
+        path = _leaderboard(stage / "eval_results.yaml", request["benchmark"], top1, notes)
+        files[".eval_results/rescom_timm.yaml"] = path
+    return files
+
+
+def _leaderboard(path: Path, benchmark: str, top1: float, notes: str) -> Path:
+    """The test accuracy in the Hub's format of Benchmark data sets (.eval_results/*.yaml)."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # not in older clients
+
+    dataset, task = benchmark.split("#")
+    entry = EvalResultEntry(dataset_id=dataset, task_id=task, value=top1, notes=notes)
+    write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+    return path
+
+
+def _refuse_secrets(files: dict[str, Path]) -> None:
+    """Raises HubError where a text to push holds the token in use, or another secret."""
+    token = get_token() or ""
+    for name, path in files.items():
+        text = "" if path.suffix == ".safetensors" else path.read_bytes().decode("latin-1")
+        if token and token in text:
+            raise HubError(f"{name} holds your Hub token: nothing is pushed; remove it there (is it in the recipe?)")
+        if path.suffix not in (".safetensors", ".png") and (kind := secret_in(text)):
+            raise HubError(f"{name} holds {kind}: nothing is pushed; remove it there (is it in the recipe?)")
+
+
+def main() -> int:
+    escape_output()
+    try:
+        print(push(sys.argv[1]) or status(Path(sys.argv[1])))
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

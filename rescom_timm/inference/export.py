@@ -1,0 +1,309 @@
+"""Export of a trained net: one folder that serves two readers.
+
+    config.json, model.safetensors      plain timm: the classifier, label names, input size, mean and std
+    rescom.json, rescom.safetensors     rescom_timm besides: classes, evaluation policy, projector, queue
+    recipe.yaml                         how it was trained
+    hashes.json                         sha256 of these files, checked when they are read
+
+A folder of a net that timm has no classifier for holds no config.json, and rescom.safetensors is then the whole net.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from rescom_timm.config.loading import load_dict
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.decoding import ReadConfig
+from rescom_timm.data.samples import ViewsDataset
+from rescom_timm.data.sources import Data
+from rescom_timm.data.transforms import MAX_SIDE, parse
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
+from rescom_timm.engine.evaluate import load_net
+from rescom_timm.io import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
+from rescom_timm.methods import create_method
+from rescom_timm.models.classifiers import Cosine
+from rescom_timm.models.net import Net, same_logits
+from rescom_timm.models.tuning import TuningConfig
+
+HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
+WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
+"""What an export's folder holds; other files in it are their owner's."""
+RANKS_ALIKE = "which ranks classes as trained, but with other probabilities than the cosine classifier's: those give"
+KEPT = (
+    "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
+    "num_classes", "pool_size", "first_conv", "classifier",
+)  # fmt: skip
+"""What of timm's description of the source weights is still true of the trained ones."""
+
+
+def export(
+    net: Net,
+    folder: str | Path,
+    class_names: Sequence[str],
+    input_size: tuple[int, int, int],
+    *,
+    counts: Sequence[int] | Tensor | None = None,
+    eval_policy: str = "none",
+    recipe: Recipe | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
+    plain: bool = True,
+    reading: ReadConfig | None = None,
+) -> Path:
+    """Write the folder that timm.create_model("local-dir:...", pretrained=True) and from_pretrained read.
+
+    input_size: (3, H, W) of the images evaluated. counts: (K,) training images of each class. state: the method's
+    tensors besides the net. about: what else rescom.json should tell (plain JSON). plain=False leaves out timm's part.
+    reading: how images are read before the evaluation policy; None: as the recipe's loader says, or by default.
+    Raises ValueError where class_names are not as many as the classes, and for a net whose classifier timm has no
+    place for (nothing is written then: export with plain=False, for from_pretrained alone).
+    """
+    folder = Path(folder)
+    reading = reading or (ReadConfig() if recipe is None else recipe.loader.reading)
+    classes = net.classifier.out_features
+    if len(class_names) != classes:
+        raise ValueError(f"{len(class_names)} class names were given for a net of {classes} classes")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    head = None
+    model = _plain(net, input_size) if plain else None
+    if model is not None:
+        head = _head(model, net)
+        there = ("encoder.", "classifier.") if type(net.classifier) is nn.Linear else ("encoder.",)
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(there)}
+    method = {f"method.{name}": value for name, value in (state or {}).items()}
+    details = {
+        "version": 1,
+        **_recreate(net),
+        "tuning": asdict(net.tuning if model is None else TuningConfig()),  # merged into a plain model
+        "classifier": {"kind": net.head.kind, "scale": net.head.scale},
+        "ranks_alike": model is not None and isinstance(net.classifier, Cosine),
+        "head": head,
+        "class_names": list(class_names),
+        "counts": None if counts is None else [int(count) for count in counts],
+        "input_size": list(input_size),
+        "eval_policy": parse(eval_policy).text or "none",
+        "reading": reading.record(),
+        **(about or {}),
+    }
+    with atomic_folder(folder, WRITTEN) as new:
+        if model is not None:
+            _save_plain(model, net, new, class_names, input_size, eval_policy)
+        write_tensors(new / SIDE, {**tensors, **method}, {"format": "pt"})
+        write_json(new / DETAILS, details)
+        if recipe is not None:
+            write_text(new / "recipe.yaml", recipe.to_yaml())
+        write_json(new / HASHES, {name: sha256(new / name) for name in WRITTEN if (new / name).exists()})
+    return folder
+
+
+def describe(run: Path, data: Data, recipe: Recipe) -> None:
+    """Write classes.json into a run's folder: what a checkpoint alone does not tell about the classifier."""
+    policy = parse(recipe.views.eval, recipe.views.mean)
+    image = ViewsDataset(data.test, policy, None, reading=recipe.loader.reading)[0, 0]["image"]
+    record = {
+        "class_names": list(data.class_names),
+        "counts": [int(count) for count in data.counts],
+        "input_size": list(image.shape),
+    }
+    write_json(run / "classes.json", record, indent=None)
+
+
+def export_run(
+    run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None
+) -> Path:
+    """Export a checkpoint of a run's folder: which = "best" (the last where none was selected), "last", or its name.
+
+    weights: those trained (raw) or their average (ema); None: as train.ema.export says. Raises CheckpointError where it
+    has no average, FileNotFoundError where the run holds no checkpoint or no classes.json, ValueError as export does.
+    """
+    run = Path(run)
+    path, tensors, state = _checkpoint(run, which)
+    try:
+        classes = read_json(run / "classes.json")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
+        ) from None
+    names, counts, size = _described(classes, run / "classes.json", tensors)
+    with checkpoint.consistent(path):
+        recipe = load_dict(state["recipe"], str(path))
+        if weights is None:
+            weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
+        net = build_net(base_net(recipe, state), recipe.views, len(names))
+        refuse_queue(recipe, len(names))
+        net = create_method(net, torch.tensor(counts), recipe.method).net.eval()  # its classifier may be its own
+        load_net(net, whole_weights(net, chosen_weights(weights, tensors, state, path), state, path), path)
+        progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
+        method = state["method"]
+    return export(
+        net, folder, names, size, counts=counts,
+        eval_policy=recipe.views.eval, recipe=recipe, state=method, plain=plain,
+        about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress},
+    )  # fmt: skip
+
+
+def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:
+    """Raises ValueError, naming the place, where names (K,) and counts (K,) of classes are none. counted: counts must
+    be there; otherwise they may be None."""
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names in {place} must be a list of names")
+    if counts is None and not counted:
+        return
+    if not (
+        isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
+    ):
+        raise ValueError(f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes")
+
+
+def _described(
+    classes: dict[str, Any], path: Path, tensors: Mapping[str, Tensor]
+) -> tuple[list[str], list[int], tuple[int, int, int]]:
+    """(class_names, counts, input_size) of classes.json. Raises ValueError where it is none."""
+    found: list[Any] = [classes.get(name) for name in ("class_names", "counts", "input_size")]
+    names, counts, size = found
+    check_classes(names, counts, path)
+    if len(names) > (most := sum(value.numel() for value in tensors.values())):
+        raise ValueError(f"{path} names {len(names):,} classes, and the checkpoint has {most:,} numbers in all")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
+        raise ValueError(f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}")
+    return names, counts, (size[0], size[1], size[2])
+
+
+def save_model(run: Path) -> str:
+    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it. Raises
+    what export_run does where no model could be written."""
+    try:
+        folder = export_run(run, run / "model")
+        told = f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+        if read_json(folder / DETAILS)["ranks_alike"]:
+            told += f", {RANKS_ALIKE} rescom_timm.from_pretrained"
+        return told
+    except ValueError as error:
+        export_run(run, run / "model", plain=False)
+        return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
+
+
+def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    if which not in ("best", "last"):
+        path = run / "checkpoints" / which
+        if not path.is_dir():
+            there = ", ".join(found.name for found in checkpoint.listed(run / "checkpoints")) or "none"
+            raise FileNotFoundError(f"{run} holds no checkpoint {which!r}; there: {there}, and best and last")
+        return path, *checkpoint.load(path)
+    folder = run / "checkpoints"
+
+    def read(which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
+        best = newest[2].get("progress", {}).get("best_checkpoint")
+        if which == "last" or best in (None, newest[0].name):
+            return newest
+        return folder / best, *checkpoint.load(folder / best)
+
+    try:
+        return checkpoint.whole_read(folder, lambda: read(which))
+    except checkpoint.CheckpointError as error:
+        if which == "last":
+            raise
+        found = read("last")
+        warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
+        return found
+
+
+def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
+    """net.to_timm(), its logits compared once more on images of the size that is really used."""
+    model = net.to_timm()
+    own = copy.deepcopy(net).cpu().float().eval()
+    if not same_logits(model, own, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))):
+        raise ValueError(f"the plain timm model gives other logits on images of {input_size}; not exported")
+    return model
+
+
+def _head(model: nn.Module, net: Net) -> str:
+    """The name of the layer of a plain model that holds the net's classifier."""
+    own: Any = net.classifier
+    weight = (own.as_linear() if hasattr(own, "as_linear") else own).weight.detach().cpu().float()
+    cosine = isinstance(own, Cosine)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.flatten(1).shape == weight.shape:
+            found = module.weight.flatten(1)
+            if cosine and torch.allclose(F.normalize(found, dim=1), F.normalize(weight, dim=1), atol=1e-5):
+                return name
+            if torch.equal(found, weight):
+                return name
+    raise ValueError("the plain timm model holds the classifier in no single layer; not exported")
+
+
+def _save_plain(
+    model: Any, net: Net, folder: Path, class_names: Sequence[str], size: tuple[int, int, int], eval_policy: str
+) -> None:
+    source = model.pretrained_cfg
+    model.pretrained_cfg = {name: source[name] for name in KEPT if name in source}
+    mean, std = (tuple(buffer.flatten().tolist()) for buffer in (net.mean, net.std))
+    save_for_hf(
+        model,
+        str(folder),
+        safe_serialization=True,
+        model_config={"label_names": list(class_names)},
+        data_config={"input_size": size, "mean": mean, "std": std, **timm_view(eval_policy, size[-1])},
+    )
+    config = read_json(folder / "config.json")
+    # The number of classes stands beside them; readers such as transformers pass both on, and timm wants one.
+    arguments = {key: value for key, value in config.pop("model_args", {}).items() if key != "num_classes"}
+    write_json(folder / "config.json", config | ({"model_args": arguments} if arguments else {}), indent=2)
+    (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
+
+
+def timm_view(policy: str, size: int) -> dict[str, Any]:
+    """The evaluation policy in timm's words, so that timm's own transform prepares images as ours."""
+    text = parse(policy).text
+    if match := re.fullmatch(rf"resize\((\d+),(\w+)\) \| center_crop\({size}\)", text):
+        resized, interpolation = int(match[1]), match[2]
+        crop = size / resized
+        while math.floor(size / crop) < resized:  # timm rounds size / crop_pct down
+            crop = math.nextafter(crop, 0)
+        return {"crop_pct": crop, "interpolation": interpolation, "crop_mode": "center"}
+    if match := re.fullmatch(rf"upscale\({size},(\w+)\)", text):
+        return {"crop_pct": 1.0, "interpolation": match[1], "crop_mode": "squash"}
+    return {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center"}
+
+
+def _recreate(net: Net) -> dict[str, Any]:
+    """What create_model needs to make the net again."""
+    made: dict[str, Any] = {} if net.recreate is None else dict(net.recreate)
+    encoder: Any = net.encoder
+    name = getattr(encoder, "pretrained_cfg", {}).get("architecture") or made.get("model_name")
+    if name is None:
+        raise ValueError("the encoder is no timm model: only nets of rescom_timm.create_model can be exported")
+    options = {**made, **getattr(encoder, "_model_args", {})}  # timm's record includes those of hf-hub: and local-dir:
+    for key in ("model_name", "num_classes"):
+        options.pop(key, None)
+    return {
+        "backbone": name,
+        "options": options,
+        "projector": _projector(net),
+        "mean": net.mean.flatten().tolist(),
+        "std": net.std.flatten().tolist(),
+    }
+
+
+def _projector(net: Net) -> dict[str, int] | None:
+    if not isinstance(net.projector, nn.Sequential):
+        return None
+    hidden: Any = net.projector[0]
+    return {"hidden": hidden.out_features, "dim": net.embedding_width}

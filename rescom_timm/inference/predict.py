@@ -1,0 +1,396 @@
+"""Labels with probabilities for images, by a trained model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rescom_timm.class_names import as_spelled
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.decoding import BrokenImage, decode
+from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
+from rescom_timm.data.progress import progress
+from rescom_timm.data.sampling import class_probabilities
+from rescom_timm.data.shared_memory import worker_options
+from rescom_timm.data.splits import Split
+from rescom_timm.data.transforms import Policy, parse
+from rescom_timm.engine.evaluate import five_crops
+from rescom_timm.inference.conformal import PredictionSets, calibrated
+from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
+from rescom_timm.inference.pretrained import Pretrained, from_pretrained
+from rescom_timm.methods import long_tailed
+from rescom_timm.models.net import Net
+
+Prior = Sequence[float] | Tensor | Literal["uniform", "train"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one image: the k most probable classes, most probable first."""
+
+    image: str
+    """Its path, or its position among the images given."""
+    labels: list[str]
+    probabilities: list[float]
+    error: str = ""
+    """Why the image could not be read; labels and probabilities are empty then."""
+    label: str = ""
+    """Its true class, where the images are a data set's."""
+    inside: list[str] | None = None
+    """The classes of its prediction set, most probable first, where sets were asked for."""
+    nearest: list[Neighbour] = field(default_factory=list)
+    """The nearest of other images, where they were asked for."""
+    five_crops: tuple[str, float] | None = None
+    """The most probable class by the mean of five crops, with its probability, where that was asked for."""
+
+
+def predict(
+    model: str | Path | Pretrained,
+    images: Any,
+    *,
+    top_k: int = 5,
+    prior: Prior | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+    five_crops: bool = False,
+    sets: PredictionSets | None = None,
+    among: Embeddings | None = None,
+    nearest: int = 0,
+) -> list[Prediction]:
+    """The top-k classes of every image, in order; an unreadable image is told in its Prediction and stops nothing.
+
+    model: anything from_pretrained takes, or what it gave. images: a file, a folder (searched through, sorted), a list
+    of files, PIL images or arrays, or a Split of a data set. prior: how frequent the K classes are where the images
+    come from, as K counts or probabilities, "uniform", or "train" (as in training); None: as the model was trained to
+    answer. The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training
+    frequencies were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon
+    et al. 2021); of a model trained by plain cross-entropy the log of the frequencies drawn is taken off first.
+    class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
+    sets, as `calibrate` makes them. among, nearest: how many of the nearest of other images, as `embed` makes them.
+    Raises FileNotFoundError and ValueError for a model, images or a prior that cannot be.
+    """
+    found = predictions(
+        model, images, top_k, prior, batch_size, workers, device, class_names=class_names, crops=five_crops, sets=sets,
+        among=among, nearest=nearest,
+    )  # fmt: skip
+    return list(found)
+
+
+def predictions(
+    model: str | Path | Pretrained,
+    images: Any,
+    top_k: int = 5,
+    prior: Prior | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    *,
+    class_names: Sequence[str] | None = None,
+    crops: bool = False,
+    sets: PredictionSets | None = None,
+    among: Embeddings | None = None,
+    nearest: int = 0,
+    gatherer: Gatherer | None = None,
+) -> Iterator[Prediction]:
+    """As predict, one after the other: for more images than one wants to hold results of. gatherer: is given the
+    embeddings of all images that could be read."""
+    if top_k < 1:
+        raise ValueError("top_k must be at least 1")
+    if nearest < 0 or bool(nearest) != (among is not None):
+        raise ValueError("nearest and among belong together: how many images, and the embeddings that they are among")
+    reader = Reader(model, images, prior, batch_size, workers, device, class_names, crops)
+    return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer)
+
+
+def _predictions(
+    reader: Reader,
+    top_k: int,
+    sets: PredictionSets | None,
+    among: Embeddings | None,
+    nearest: int,
+    gatherer: Gatherer | None,
+) -> Iterator[Prediction]:
+    names = reader.names
+    for batch in reader.batches(embed=among is not None or gatherer is not None):
+        found: list[dict[str, Any]] = []
+        read = [about for about in batch.about if "error" not in about]
+        if read:
+            top = batch.probabilities.topk(top_k)
+            for probabilities, classes in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                found.append({"labels": [names[k] for k in classes], "probabilities": probabilities})
+            if sets is not None:
+                inside = sets.of(batch.probabilities)
+                for one, row, members in zip(found, batch.probabilities, inside, strict=True):
+                    order = row.masked_fill(~members, -1).argsort(descending=True, stable=True)
+                    one["inside"] = [names[k] for k in order[: int(members.sum())].tolist()]
+            if among is not None:
+                for one, neighbours in zip(found, among.nearest(batch.features, nearest), strict=True):
+                    one["nearest"] = neighbours
+            if batch.crops is not None:
+                best = batch.crops.max(dim=1)
+                for one, share, k in zip(found, best.values.tolist(), best.indices.tolist(), strict=True):
+                    one["five_crops"] = (names[k], share)
+            if gatherer is not None:
+                images, labels = ([about.get(key, "") for about in read] for key in ("image", "label"))
+                gatherer.add(batch.features, batch.embeddings, images, labels)
+        for about in batch.about:
+            yield Prediction(
+                **{"labels": [], "probabilities": [], **about, **(found.pop(0) if "error" not in about else {})}
+            )
+
+
+def embed(
+    model: str | Path | Pretrained,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Embeddings:
+    """Features and embeddings of all images that can be read; arguments and errors as predict's."""
+    gatherer = Gatherer()
+    for _ in predictions(
+        model, images, 1, None, batch_size, workers, device, class_names=class_names, gatherer=gatherer
+    ):
+        pass
+    return gatherer.gathered()
+
+
+def calibrate(
+    model: str | Path | Pretrained,
+    split: Split,
+    coverage: float,
+    *,
+    by_group: bool = False,
+    prior: Prior | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | torch.device | None = None,
+    class_names: Sequence[str] | None = None,
+) -> PredictionSets:
+    """Prediction sets that hold the right class with a probability of `coverage`, from labelled images that the model
+    was not trained on: a run's validation split. by_group: for the images of many, medium and few each. prior: as it
+    will be in predict. Raises ValueError for too few images, and classes that the model does not have."""
+    reader = Reader(model, split, prior, batch_size, workers, device, class_names)
+    numbers = {name: k for k, name in enumerate(reader.names)}
+    probabilities, labels = [], []
+    for batch in reader.batches():
+        for about in batch.about:
+            if "error" in about:
+                raise ValueError(f"{about['error']}: repair it or leave it out")
+            if about["label"] not in numbers:
+                raise ValueError(f"{about['image']} is of class {about['label']!r}, which the model does not have")
+            labels.append(numbers[about["label"]])
+        probabilities.append(batch.probabilities.cpu())
+    counts = _counts(reader.model) if by_group else None
+    return calibrated(torch.cat(probabilities), torch.tensor(labels), coverage, counts)
+
+
+class _Batch(NamedTuple):
+    """about: of each image, with an error where it could not be read. The tensors are of the R that could: (R, K), and
+    features (R, F), embeddings (R, D) and the mean of five crops (R, K) where they were asked for."""
+
+    about: list[dict[str, str]]
+    probabilities: Tensor
+    features: Tensor
+    embeddings: Tensor
+    crops: Tensor | None
+
+
+class Reader:
+    """A model, ready on its device, and the images that it is shown."""
+
+    def __init__(
+        self,
+        model: str | Path | Pretrained,
+        images: Any,
+        prior: Prior | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        device: str | torch.device | None = None,
+        class_names: Sequence[str] | None = None,
+        crops: bool = False,
+    ) -> None:
+        """As predict's arguments, which it checks."""
+        if batch_size < 1:
+            raise ValueError("batch_size must be at least 1")
+        self.source = _Images(images)
+        self.model = model if isinstance(model, Pretrained) else from_pretrained(model)
+        self.names = self.model.class_names or [str(k) for k in range(self.model.net.classifier.out_features)]
+        self.shift = adjustment(self.model, prior)
+        self.batch_size, self.workers = batch_size, workers
+        policies = five_crops(self.model.eval_policy) if crops else []
+        self.source.prepare(self.model, as_spelled(class_names or self.names, self.names), policies)
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's stays where and as it is
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+            raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+    @torch.inference_mode()
+    def batches(self, embed: bool = False) -> Iterator[_Batch]:
+        image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
+        options = worker_options(self.workers, 2, self.batch_size * image)
+        loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
+        for batch in progress(loader, "predict", len(self.source), len):
+            read = [views for views, _ in batch if views is not None]
+            features = embeddings = probabilities = torch.empty(0, 0)
+            crops = None
+            if read:
+                views = torch.stack(read).to(self.device)  # (R, 1 or 6, 3, H, W)
+                first = views[:, 0]
+                if embed:
+                    features, logits, embeddings = self._embed(first)
+                else:
+                    logits = self.net.classify(first)
+                probabilities = self._answer(logits)
+                if views.shape[1] > 1:
+                    each = self.net.classify(views[:, 1:].flatten(0, 1))
+                    crops = self._answer(each.unflatten(0, (len(views), -1)).float().mean(dim=1))
+            yield _Batch([about for _, about in batch], probabilities, features, embeddings, crops)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """features, logits and embeddings, float32; the logits as `classify` gives them."""
+        features, _, embeddings, *_ = self.net(images)
+        plain = type(self.net) is Net  # others, such as experts, classify in their own way
+        logits = self.net.classify_features(features) if plain else self.net.classify(images)
+        return features.float().cpu(), logits, embeddings.cpu()
+
+    def _answer(self, logits: Tensor) -> Tensor:
+        return (logits.float() + self.shift.to(self.device)).softmax(dim=1)
+
+
+def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
+    """What is added to the logits (K,) for a known distribution of the classes; zeros for None. Raises ValueError."""
+    classes = model.net.classifier.out_features
+    if prior is None:
+        return torch.zeros(classes)
+    if isinstance(prior, str):
+        if prior not in ("uniform", "train"):
+            raise ValueError(f'prior must be {classes} numbers, "uniform" or "train", not {prior!r}')
+        prior = torch.ones(classes) if prior == "uniform" else _counts(model)
+    share = torch.as_tensor(prior, dtype=torch.float64)
+    if (
+        share.shape != (classes,)
+        or not bool((share >= 0).all())
+        or not bool(share.isfinite().all())
+        or share.sum() == 0
+    ):
+        raise ValueError(
+            f"prior must be {classes} counts or probabilities, one a class, at least 0 and not all 0; "
+            f"got {len(share) if share.ndim else 1} of them: {share.flatten()[:5].tolist()}"
+        )
+    shift = (share / share.sum()).log()
+    if model.recipe is not None and leans(model.recipe):
+        drawn = class_probabilities(_counts(model).numpy(), model.recipe.loader.sampler)
+        shift = shift - torch.from_numpy(drawn).log()
+    return shift.float()
+
+
+def leans(recipe: Recipe) -> bool:
+    """Whether a net trained so leans to the classes that it saw more often: by its loss, and by what was drawn."""
+    return long_tailed(recipe.method) and recipe.loader.sampler not in ("class_balanced", "progressive")
+
+
+def _counts(model: Pretrained) -> Tensor:
+    if model.counts is None:
+        raise ValueError("this model does not tell the class counts of its training: give the prior as numbers")
+    return model.counts
+
+
+class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
+    """Anything predict takes: position -> (uint8 (views, 3, H, W) or None, what to tell of it)."""
+
+    def __init__(self, images: Any) -> None:
+        self.split = images if isinstance(images, Split) else None
+        self.names: Sequence[str] = []
+        self.items: Any = images
+        if self.split is not None:
+            self.items = self.split.dataset
+            self.true = self.split.labels
+            return
+        if isinstance(images, str | Path):
+            self.items = _files(Path(images))
+        elif not isinstance(images, Iterable) or isinstance(images, np.ndarray | Tensor):
+            raise ValueError("images must be a file, a folder, a Split or a list of files, PIL images or arrays")
+        else:
+            self.items = [
+                one for item in images for one in (_files(Path(item)) if isinstance(item, str | Path) else [item])
+            ]
+        if not self.items:
+            raise ValueError("there are no images to predict")
+
+    def prepare(self, model: Pretrained, names: Sequence[str], crops: Sequence[str]) -> None:
+        """names: of a split's labels. crops: policies of further views of each image."""
+        _, height, width = model.input_size
+        own = model.eval_policy if model.eval_policy != "none" else ""
+        self.policies, self.size = [parse(policy) for policy in (own, *crops)], (width, height)
+        # Images of another size than those in training are brought to it, as timm's own transform does.
+        self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
+        self.names, self.reading = names, model.reading
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> tuple[Tensor | None, dict[str, str]]:
+        value = self.items[position]
+        about = {"image": str(value) if isinstance(value, Path) else str(position)}
+        if self.split is not None:
+            value = value["image"]
+            about = {"image": _name(value, self.split.rows[position])}
+            number = int(self.true[position])
+            about["label"] = self.names[number] if number < len(self.names) else str(number)
+        try:
+            decoded = decode(str(value) if isinstance(value, Path) else value, position, self.reading)
+            views = [self._view(decoded, policy) for policy in self.policies]
+        except BrokenImage as error:
+            return None, {**about, "error": str(error)}
+        return torch.stack(views), about
+
+    def _view(self, decoded: Image.Image, policy: Policy) -> Tensor:
+        image = policy.augment(decoded)
+        if image.size != self.size:
+            image = self.fit.augment(image)
+        if image.size != self.size:
+            raise BrokenImage(f"it has {image.size} pixels, the model wants {self.size}")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def image_name(split: Split, position: int) -> str:
+    """What a prediction and embeddings call an image of a split: its path, or its row where it has none."""
+    return _name(split.dataset[position]["image"], split.rows[position])
+
+
+def _name(image: dict[str, Any], row: Any) -> str:
+    return image.get("path") or str(int(row))
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all images in and below the folder, but for hidden ones. Raises FileNotFoundError, ValueError for a
+    folder without."""
+    if path.is_dir():
+        left = LeftOut()
+        files = list(map(Path, files_under(path, left)))
+        left.paths.pop("are hidden", None)
+        left.say(path, logging.getLogger(__name__).warning)
+        found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        if not found:
+            raise ValueError(f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        return found
+    if not path.exists():
+        raise FileNotFoundError(f"no image {path}")
+    return [path]

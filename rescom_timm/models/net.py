@@ -1,0 +1,358 @@
+"""Net: one forward of any timm backbone gives features, logits and embeddings; exported as a plain timm model.
+
+Shapes: N images of (3, H, W), F features of the backbone, K classes, D the width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import load_model_config_from_hf
+from torch import Tensor, nn
+
+from rescom_timm.hub_client import online
+from rescom_timm.io import read_json
+from rescom_timm.models.bounds import MAX_MODULES, MAX_NUMBERS, MAX_OPTION, budget, check_values
+from rescom_timm.models.classifiers import ClassifierConfig, Cosine, classifier
+from rescom_timm.models.trainable import freeze_statistics
+from rescom_timm.models.tuning import TuningConfig, tune, untuned
+
+PROJECTOR = "projector."
+"""How the names of a projector's weights begin."""
+MAX_WIDTH = MAX_OPTION
+"""Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The MLP behind the embeddings: Linear(F, hidden), BatchNorm1d, ReLU, Linear(hidden, dim)."""
+
+    hidden: int | None = None
+    """Width of the hidden layer; None: that of the features, as in the paper's d-d-128."""
+    dim: int = 128
+    """D, the width of an embedding and of a queue's keys."""
+
+    def __post_init__(self) -> None:
+        if not all(1 <= width <= MAX_WIDTH for width in (self.dim, self.hidden or 1)) or self.hidden == 0:
+            raise ValueError(f"projector widths must be at least 1 and at most {MAX_WIDTH:,}")
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    backbone: str = "resnet32_cifar"
+    """Any name of timm.list_models(), with its tag where weights are wanted: resnet152.tv_in1k."""
+    pretrained: bool = False
+    """Start from timm's weights of that name (or from `weights_file`)."""
+    weights_file: str | None = None
+    """Local file of weights in timm's format instead of the Hub's; needs pretrained: true."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed on to timm.create_model: drop_path_rate, img_size, global_pool, ..."""
+    projector: ProjectorConfig = ProjectorConfig()
+    trainable: tuple[str, ...] = ("all",)
+    """Weights of the backbone that train: all, none, norms, biases, last_block, or patterns such as layer4.2.*. The
+    heads always train. With a tuning other than full, all means what the tuning adds, and others train besides."""
+    tuning: TuningConfig = TuningConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    frozen_precision: Literal["float32", "bf16"] = "float32"
+    """bf16: matrices and convolutions of the backbone that do not train are kept in bfloat16, in half the memory. They
+    compute the same as with train.precision: bf16 alone, which it needs."""
+    frozen_statistics: bool = False
+    """Keep the running statistics of BatchNorm as they are instead of updating them."""
+
+    def __post_init__(self) -> None:
+        if self.weights_file is not None and not self.pretrained:
+            raise ValueError("weights_file is only read with pretrained: true")
+        object.__setattr__(self, "backbone", timm_name(self.backbone))
+        check_backbone(self.backbone)
+
+    def untrained(self) -> NetConfig:
+        """The same net without the weights that it started from, for weights that are at hand."""
+        return replace(self, pretrained=False, weights_file=None)
+
+
+class NoProjector(nn.Module):
+    """In the place of a projector that nothing uses: embeddings of width 0. It has no weights, and passes over those of
+    a checkpoint or an export of 0.2.0, which saved a projector for every method."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_empty(len(features), 0)
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
+
+
+class Outputs(NamedTuple):
+    """features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider; D = 0 without a projector."""
+
+    features: Tensor
+    logits: Tensor
+    embeddings: Tensor
+
+
+class Net(nn.Module):
+    """A timm encoder, a linear classifier and a projector, if any.
+
+    Images are taken as eight-bit (N, 3, H, W), which are normalised here, or as floats already normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_classes: int,
+        projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
+        mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+        std: tuple[float, ...] = (0.229, 0.224, 0.225),
+        recreate: dict[str, Any] | None = None,
+        head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. projector: None for none. mean,
+        std: of each channel, for images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder
+        again, for to_timm."""
+        super().__init__()
+        width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
+        self.encoder = encoder
+        self.classifier = classifier(head, width, num_classes)
+        self.projector: nn.Module = NoProjector()
+        if projector is not None:
+            hidden = projector.hidden or width
+            self.projector = nn.Sequential(
+                nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, projector.dim)
+            )
+        self.recreate, self.tuning, self.head = recreate, TuningConfig(), head
+        self.frozen_statistics = False
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        if self.frozen_statistics:
+            freeze_statistics(self.encoder)
+        return self
+
+    @property
+    def embedding_width(self) -> int:
+        """D. Raises ValueError for a net without a projector."""
+        if not isinstance(self.projector, nn.Sequential):
+            raise ValueError("the net has no projector, which this method needs: make it with a ProjectorConfig")
+        return int(self.projector[-1].out_features)  # type: ignore[arg-type]
+
+    def drop_projector(self) -> None:
+        """For methods that use no embeddings. Nets are made with one all the same, so that the random numbers drawn
+        after it are the same for every method."""
+        self.projector = NoProjector()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Eight-bit images to normalised floats; floats are returned as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Outputs:
+        features = self.encoder(self.normalize(images))
+        embeddings = self.projector(features)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        if embeddings.shape[1]:
+            embeddings = F.normalize(embeddings, dim=1)
+        return Outputs(features, self.classifier(features), embeddings)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits only, (N, K): encoder and classifier, as at inference. Mixed precision spares the classifier, for
+        bfloat16 makes equal what is not, and a tie goes to the lower class, which is often the more frequent one."""
+        return self.classify_features(self.encoder(self.normalize(images)))
+
+    def classify_features(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, F), as `classify` gives them."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(features.to(next(self.classifier.parameters()).dtype))
+
+    @torch.no_grad()
+    def to_timm(self) -> Any:
+        """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits: of a cosine
+        classifier, which timm does not have, but for one factor an image, near 1, that changes no ranking.
+
+        Raises ValueError for a backbone of which timm has no classifier that takes these weights.
+        """
+        if self.recreate is None:
+            raise ValueError("this net was not made by rescom_timm.create_model, so timm's name of it is not known")
+        net = copy.deepcopy(self).cpu().float().eval()
+        untuned(net.encoder)  # before the work of making a model
+        model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
+        name = self.recreate["model_name"]
+        channels, *default = model.pretrained_cfg["input_size"]
+        size = self.recreate.get("img_size") or default
+        images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
+        head: Any = net.classifier
+        classifier = head.as_linear() if hasattr(head, "as_linear") else head
+        if isinstance(head, Cosine):
+            classifier = head.ranking_alike(float(net.encoder(images).norm(dim=1).mean()))
+        if type(classifier) is not nn.Linear:
+            raise ValueError(
+                f"the classifier ({type(classifier).__name__}) is not linear: {name} in timm has no such head"
+            )
+        try:
+            for own in _output_layers(model, classifier):
+                own.weight.copy_(classifier.weight.view_as(own.weight))
+                own.bias.copy_(classifier.bias)
+            model.load_state_dict({**model.state_dict(), **untuned(net.encoder).state_dict()})
+            agree = same_logits(model, net, images)
+        except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot be exported as a plain timm model: {error}") from error
+        if not agree:
+            raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")
+        return model
+
+
+@torch.no_grad()
+def same_logits(model: nn.Module, net: Net, images: Tensor) -> bool:
+    """Whether a plain timm model gives the net's logits; of a cosine classifier, up to one positive factor an image."""
+    found, own = model(images), net.classify(images)
+    if isinstance(net.classifier, Cosine):
+        found, own = F.normalize(found, dim=1), F.normalize(own, dim=1)
+    return torch.allclose(found, own, rtol=1e-3, atol=1e-4)
+
+
+def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
+    """The layers of timm's head, or heads, that have the classifier's shape: linear, or a 1x1 convolution."""
+    heads = model.get_classifier()
+    modules = [m for head in (heads if isinstance(heads, tuple) else (heads,)) for m in head.modules()]
+    shape = classifier.weight.shape
+    return [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.flatten(1).shape == shape]
+
+
+def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError, naming the first few, where weights are not those of `own`: in name, shape or kind of number
+    (floats of any width are one kind), or where one is NaN or infinite. where: what they were read from. A projector
+    that `own` lacks is left out: 0.2.0 saved one for every method."""
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    projector = any(name.startswith(PROJECTOR) for name in own)
+    for name, value in weights.items():
+        if name.startswith(PROJECTOR) and not projector:
+            continue
+        if name not in own:
+            wrong.append(f"{name} is not known")
+        elif value.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        elif value.is_floating_point() != own[name].is_floating_point():
+            wrong.append(f"{name} holds {str(value.dtype).removeprefix('torch.')}")
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{where} does not fit: {', '.join(wrong[:3])}{more}")
+
+
+HUB = ("hf-hub:", "hf_hub:")
+"""What timm's names of models on the Hub begin with."""
+
+
+def timm_name(name: str) -> str:
+    """hf://owner/name as timm writes it; any other name as it is."""
+    return f"{HUB[0]}{name.removeprefix('hf://')}" if name.startswith("hf://") else name
+
+
+def check_backbone(name: str) -> None:
+    """Raises ValueError, naming the nearest, where timm knows no such model."""
+    if name.startswith((*HUB, "local-dir:")):
+        return
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}{hint}")
+
+
+CONTROL = (
+    "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
+    "model_name", "no_jit", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "pretrained_filter_fn", "pretrained_model_args", "pretrained_strict", "scriptable",
+)  # fmt: skip
+"""Arguments of timm's builders that are no options of a model: they load weights, name files, place or cut the net."""
+
+
+def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBERS) -> nn.Module:
+    """The encoder that create_model would make, on the meta device: its shapes without their memory.
+
+    numbers: the most weights and buffers that it may have. Raises ValueError for options out of bounds, for one that
+    is no argument of the backbone's class (naming the nearest), and for a net above `numbers` or with too many modules.
+    """
+    scheme, colon, place = backbone.partition(":")
+    if colon:
+        local = scheme == "local-dir"
+        arguments = (
+            read_json(Path(place) / "config.json").get("model_args") if local else load_model_config_from_hf(place)[2]
+        )
+        check_values(arguments if isinstance(arguments, dict) else {}, f"model_args of {place}")
+    check_values(options, "options")
+    with budget(modules=MAX_MODULES, meta=True):
+        _check_names(backbone, options)
+    with budget(numbers, MAX_MODULES, meta=True):
+        return timm.create_model(backbone, num_classes=0, **options)
+
+
+def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the nearest, for an option that is no argument of the backbone's class: what a recipe
+    or an export says reaches none of timm's other arguments, of which some read files."""
+    if not options:
+        return
+    taken: set[str] = set()
+    anything = False
+    for kind in type(timm.create_model(backbone, num_classes=0)).__mro__[:-2]:  # all but nn.Module and object
+        parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+        taken |= {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+        anything |= any(one.kind is one.VAR_KEYWORD for one in parameters)
+    known = sorted(taken - {"self", *CONTROL})
+    for name in options:
+        if name in CONTROL or not (name in known or anything):
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"options: {backbone} has no option {name!r}; {hint}")
+
+
+def create_model(
+    backbone: str,
+    num_classes: int,
+    *,
+    pretrained: bool = False,
+    weights_file: str | None = None,
+    projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    tuning: TuningConfig = TuningConfig(),  # noqa: B008 (frozen)
+    head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
+    **options: Any,
+) -> Net:
+    """A Net over any timm backbone by name.
+
+    projector: None for none. mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by
+    default. tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed
+    on to timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
+    """
+    backbone = timm_name(backbone)
+    check_backbone(backbone)
+    overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None
+    asks = backbone.startswith(HUB) or (pretrained and not weights_file and not backbone.startswith("local-dir:"))
+    with online() if asks else nullcontext():
+        if options or ":" in backbone:  # what is not timm's own may ask for any size
+            describe(backbone, options)
+        encoder = timm.create_model(
+            backbone, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **options
+        )
+    tuning = tune(encoder, tuning, num_classes)
+    cfg: dict[str, Any] = encoder.pretrained_cfg
+    made = {"model_name": backbone, **options}
+    net = Net(encoder, num_classes, projector, mean or cfg["mean"], std or cfg["std"], made, head)
+    net.tuning = tuning
+    return net

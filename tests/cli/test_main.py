@@ -1,0 +1,137 @@
+"""The console command: its verbs, and what it answers to a wrong one."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ensembles
+from benchmarks import inference as inference_command
+from rescom_timm.__main__ import VERBS, main
+from rescom_timm.analysis import plots as figures
+from rescom_timm.cli import benchmark as benchmark_command
+from rescom_timm.cli import figures as figures_command
+from rescom_timm.cli import index as index_command
+from rescom_timm.config.loading import shipped
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_names_it_as_it_is_called(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: rescom-timm {verb} ")
+    about = import_module(f"rescom_timm.cli.{VERBS[verb][0]}").__doc__
+    assert f"rescom-timm {verb}" in about, "its docstring shows how it is called"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_ends_with_an_example_of_its_verb(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    start = next(i for i, line in enumerate(lines) if line in ("example:", "examples:"))
+    assert lines[start + 1 :] and all(line.startswith(f"  rescom-timm {verb} ") for line in lines[start + 1 :])
+
+
+def test_help_imports_neither_torch_nor_timm():
+    code = f"""
+import sys
+from rescom_timm.__main__ import main
+for words in ([], *([verb] for verb in {list(VERBS)})):
+    try:
+        main([*words, "--help"])
+    except SystemExit:
+        pass
+assert not {{"torch", "timm", "datasets", "numpy"}} & sys.modules.keys(), "help waits for them"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(VERBS) + 1
+
+
+def test_words_that_help_lists_are_those_of_the_rooms():
+    assert figures_command.NAMES == figures.NAMES
+    assert inference_command.PRECISIONS == tuple(ensembles.PRECISIONS)
+    assert {name for name, (file, _) in VERBS.items() if file == "index"} == index_command.VERBS.keys()
+    for part, summary in benchmark_command.PARTS.items():
+        about = import_module(f"benchmarks.{part}").__doc__
+        assert about.startswith(f"`{part}`: {summary}")
+
+
+@pytest.mark.parametrize("first", ["rescom_timm, timm", "timm, rescom_timm"])
+def test_the_cifar_resnets_are_in_timm_whichever_is_imported_first(first):
+    look = "import importlib.util; importlib.util.find_spec('timm')"  # as transformers looks whether it is there
+    code = f"import {first.split(', ')[0]}; {look}; import {first}; assert timm.is_model('resnet32_cifar')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_has_a_verb_and_every_tool_is_a_face_of_one():
+    files = {path.stem for path in (ROOT / "rescom_timm/commands").glob("*.py")} - {"__init__"}
+    assert files == {file for file, _ in VERBS.values()}
+    own = {"lite0"}  # for those who work on the project
+    tools = {path.stem: path.read_text() for path in (ROOT / "tools").glob("*.py")}
+    assert set(tools) == own | files - {"recipes"}
+    for name in set(tools) - own:
+        assert f"from rescom_timm.cli.{name} import main" in tools[name]
+        assert len(tools[name].splitlines()) < 12
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["help"], 0)])
+def test_help_lists_every_verb(words, code, capsys):
+    assert main(words) == code
+    told = capsys.readouterr().out
+    assert all(f"\n  {verb} " in told for verb in VERBS)
+
+
+def test_a_wrong_verb_is_told_with_the_nearest(capsys):
+    assert main(["trian", "digits_lt"]) == 2
+    assert "no verb 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "meant"),
+    [("export", "push RUN --onnx"), ("val", "evaluate RUN"), ("fit", "train RECIPE"), ("Serve", "demo RUN")],
+)
+def test_subcommands_of_other_libraries_are_answered_with_ours(verb, meant, capsys):
+    assert main([verb, "runs/x"]) == 2
+    assert f"did you mean  rescom-timm {meant}" in capsys.readouterr().err
+    assert meant.split()[0] in VERBS and verb.lower() not in VERBS
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    version = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
+    assert capsys.readouterr().out.split() == ["rescom-timm", version.split('"')[1]]
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [path.stem for path in shipped()] and len(lines) > 50
+    assert all(len(line.split()) > 3 for line in lines), "each says what it is"
+    assert main(["recipes", "digits_lt"]) == 0
+    assert capsys.readouterr().out == (ROOT / "recipes/digits_lt.yaml").read_text()
+    assert main(["recipes", "digits_lr"]) == 1
+    assert "did you mean digits_l" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
+    done = subprocess.run(
+        f"{sys.executable} -m rescom_timm recipes | head -1", shell=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_tool_answers_as_its_verb(tmp_path, capsys):
+    words = [str(tmp_path / "none.yaml"), "--print"]
+    tool = [sys.executable, str(ROOT / "tools/train.py"), *words]
+    told = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT)
+    assert main(["train", *words]) == told.returncode == 1
+    error = capsys.readouterr().err
+    assert error == told.stderr == f"error: no recipe {words[0]}; all: rescom-timm recipes\n"

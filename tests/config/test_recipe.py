@@ -1,0 +1,208 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rescom_timm.config import synonyms
+from rescom_timm.config.loading import differences, keys, load, load_dict, load_fetched
+from rescom_timm.config.recipe import RecipeError
+from rescom_timm.methods import METHODS
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DIGITS = RECIPES / "digits_lt.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_named_by_its_file_and_a_document(path):
+    recipe = load(path)
+    assert recipe.name == path.stem
+    assert load_dict(recipe.to_dict()) == recipe
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Source", "Command", "Hardware", "Expected"):
+        assert any(line.startswith(f"# {word} ") for line in header), f"{path.name} lacks {word} in its header"
+    assert any(f"recipes/{path.name}" in line for line in header), "the command names another recipe"
+
+
+def test_a_word_that_sets_nothing_is_refused():
+    """Values that cannot be: tests/faults/recipe_values.py."""
+    with pytest.raises(RecipeError, match="'train' is not key=value"):
+        load(DIGITS, ["train"])
+
+
+def test_numbers_in_yaml_are_what_people_mean(tmp_path):
+    assert load(DIGITS, ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
+    assert load(DIGITS, ["optimizer.lr=1"]).optimizer.lr == 1.0
+    assert load(DIGITS, ["method.negatives=null"]).method.negatives is None
+    assert load(DIGITS, ["schedule={name: steps, milestones: [3, 5]}"]).schedule.milestones == (3, 5)
+
+
+def test_only_true_and_false_are_booleans(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {source: digits}\ntrain: {precision: no}\nspeed: {compile: false}\n")
+    recipe = load(tmp_path / "a.yaml", ["speed.channels_last=True"])
+    assert (recipe.train.precision, recipe.speed.compile, recipe.speed.channels_last) == ("no", False, True)
+    assert load(DIGITS, ["train.precision=bf16", "train.precision=no"]).train.precision == "no"
+    with pytest.raises(RecipeError, match="speed.channels_last: .*boolean, not 'yes'"):
+        load(DIGITS, ["speed.channels_last=yes"])
+
+
+def test_captured_graphs_and_accumulated_gradients_are_refused_together():
+    words = ["train.accumulate=2", "speed.compile=reduce-overhead"]
+    with pytest.raises(RecipeError, match=r"reduce-overhead captures CUDA graphs.*max-autotune-no-cudagraphs"):
+        load(DIGITS, words)
+    assert load(DIGITS, [words[0], "speed.compile=max-autotune-no-cudagraphs"]).train.accumulate == 2
+
+
+def test_home_is_told_as_a_tilde_that_can_be_read_back(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/al")
+    told = load(DIGITS, ["output=/home/al/x", "from=/mnt/home/al/x", "data.index=/home/alice/x"]).to_dict()
+    assert (told["output"], told["init_from"], told["data"]["index"]) == ("~/x", "/mnt/home/al/x", "/home/alice/x")
+    assert load_dict(told).folder == Path("/home/al/x/digits_lt")
+
+
+def test_precedence_is_default_base_file_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {source: digits}\nseed: 1\ntrain: {epochs: 7, batch_size: 8}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\ntrain: {epochs: 9}\n")
+    recipe = load(tmp_path / "b.yaml", ["train.batch_size=4"])
+    assert (recipe.name, recipe.seed, recipe.train.epochs, recipe.train.batch_size) == ("b", 1, 9, 4)
+    assert recipe.optimizer.momentum == 0.9
+
+
+def test_another_method_drops_the_keys_of_the_old_one_and_the_same_keeps_them():
+    assert load(DIGITS, ["method.name=balanced_softmax"]).method.name == "balanced_softmax"
+    assert load(DIGITS, ["method.name=rescom", "method.beta=0.5"]).method.queue.per_class == 16
+
+
+def test_a_missing_file_names_its_neighbour():
+    with pytest.raises(RecipeError, match="did you mean .*digits_lt.yaml"):
+        load(RECIPES / "digit_lt.yaml")
+
+
+def test_keys_are_dotted_and_cover_nested_sections():
+    assert {"train.epochs", "method.queue.per_class", "net.projector.dim", "seed", "method.views"} <= set(keys())
+
+
+@pytest.mark.parametrize("name", ["digits_lt", "digits_lt.yaml", "recipes/digits_lt.yaml"])
+def test_a_recipe_that_comes_with_the_package_is_found_by_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load(name) == load(DIGITS)
+    Path("recipes").mkdir()
+    Path("digits_lt.yaml").write_text("data: {source: mine}")
+    Path("recipes/digits_lt.yaml").write_text("data: {source: ours}")
+    expected = {"digits_lt": "digits", "digits_lt.yaml": "mine", "recipes/digits_lt.yaml": "ours"}
+    assert load(name).data.source == expected[name], "a file that is there comes first"
+    with pytest.raises(RecipeError, match="no recipe digits_lr; did you mean digits_lt?"):
+        load("digits_lr")
+    with pytest.raises(RecipeError, match="no recipe there/digits_lt"):
+        load("there/digits_lt")
+
+
+def test_fewer_epochs_alone_shorten_the_schedule_as_much():
+    cifar = DIGITS.with_name("cifar10_lt_if100_r32.yaml")
+    with pytest.warns(UserWarning, match=r"train.epochs=1 instead of 30 .*schedule.warmup_epochs=0"):
+        assert load(DIGITS, ["train.epochs=1"]).schedule.warmup_epochs == 0
+    with pytest.warns(UserWarning, match=r"milestones=\[160, 180\]"):
+        half = load(cifar, ["train.epochs=200"]).schedule
+    assert (half.warmup_epochs, half.milestones) == (5, (160, 180))
+    with pytest.warns(UserWarning, match="name=constant"):
+        assert load(cifar, ["train.epochs=2"]).schedule.name == "constant"
+    whole = load(cifar)
+    assert load(cifar, ["train.epochs=361"]).schedule == whole.schedule  # they reach all of it: nothing is changed
+    for said in ("schedule.warmup_epochs=10", "schedule.name=steps"):
+        with pytest.raises(RecipeError, match="which train.epochs = 20 never reaches: lower both"):
+            load(cifar, ["train.epochs=20", said])
+
+
+def test_of_a_fetched_recipe_folder_and_push_are_not_followed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    tree = {"name": "kept", "output": "/anywhere", "data": {"source": "digits"}, "train": {"epochs": 7}}
+    tree["hub"] = {"repo": "me/public", "private": False, "strategy": "end"}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.warns(UserWarning, match="not followed: output=/anywhere hub.private=False hub.repo=me/public"):
+        made = load_fetched(path)
+    assert (made.output, made.hub.repo, made.hub.private) == ("runs", None, True)
+    assert (made.name, made.train.epochs) == ("kept", 7)
+    with pytest.warns(UserWarning, match="not followed"):
+        made = load_fetched(path, ["output=mine", "hub.repo=me/mine"])
+    assert (made.output, made.hub.repo, made.hub.private) == ("mine", "me/mine", True)
+    path.write_text(yaml.safe_dump({**tree, "base": "../../secret.yaml"}))
+    with pytest.raises(RecipeError, match="must be whole: base: '../../secret.yaml' is not followed"):
+        load_fetched(path)
+    path.write_text(yaml.safe_dump({**tree, "name": "../.ssh"}))
+    with pytest.raises(RecipeError, match="name must be the name of one folder"), pytest.warns(UserWarning):
+        load_fetched(path)
+
+
+def test_recipes_differ_by_what_trains_something_else():
+    one = load(DIGITS).to_dict()
+    other = load(DIGITS, ["speed.workers=1", "output=x", "data.source=y", "hub.repo=a/b", "data.index=all"]).to_dict()
+    assert differences(one, other) == ["data.index"]
+    assert differences({"evaluation": {"every": 1}}, {"evaluation": {"everything": 1}}) == ["evaluation.everything"]
+
+
+KEYS = st.sampled_from(sorted(keys()))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_stands_at_a_key_is_a_recipe_or_an_error_of_one(values):
+    tree = {"data": {"source": "digits"}}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    try:
+        made = load_dict(tree)
+    except RecipeError as error:
+        assert str(error)
+    else:
+        assert load_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "expected"),
+    [
+        (["method=focal", "method.gamma=1.5"], "method", {"name": "focal", "views": 1, "gamma": 1.5}),
+        (["optimizer=adamw"], "optimizer", {"name": "adamw"}),
+        (["schedule=constant", "schedule.warmup_epochs=0"], "schedule", {"name": "constant"}),
+        (["net.tuning=lora"], "net", {"pretrained": False}),
+    ],
+)
+def test_a_section_may_be_given_as_its_name(words, section, expected):
+    """Of the method it starts the section anew, as method.name does; of others the rest of the section stays."""
+    made, written = load("digits_lt", words), load("digits_lt")
+    told = made.to_dict()[section]
+    assert {key: told[key] for key in expected} == expected
+    if section != "method":
+        assert {key for key, value in told.items() if value != written.to_dict()[section][key]} <= {
+            "name",
+            "tuning",
+            "warmup_epochs",
+        }
+
+
+def test_a_section_may_be_given_as_its_name_in_a_file_and_in_a_base(tmp_path):
+    (tmp_path / "below.yaml").write_text("data: {source: digits}\nmethod: focal\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\nmethod: {gamma: 1.0}\noptimizer: lamb\n")
+    made = load(tmp_path / "above.yaml")
+    assert (made.method.name, made.method.gamma, made.optimizer.name) == ("focal", 1.0, "lamb")
+    assert load_dict({"data": {"source": "digits"}, "method": "ldam"}).method.name == "ldam"
+
+
+def test_synonyms_name_keys_and_methods_that_exist_and_hide_none():
+    known = {*keys(), "from"}
+    named = {key.partition("=")[0] for key in synonyms.KEYS.values()}
+    assert {key for key in named if not key.startswith("net.options.")} <= known
+    assert set(synonyms.METHODS.values()) <= set(METHODS) and not set(synonyms.METHODS) & set(METHODS)
+    top = {key for key in known if "." not in key}
+    assert not top & {*synonyms.KEYS, *synonyms.ELSEWHERE} and not set(synonyms.KEYS) & set(synonyms.ELSEWHERE)
