@@ -1,8 +1,68 @@
-"""Speed and memory of parts: the same as  rescom-timm benchmark  (rescom_timm/cli/benchmark.py)."""
+"""Measure the speed and memory of parts, side by side in one run: contenders take turns, figures are medians.
 
+    python tools/benchmark.py head                   # the contrastive part of a step, embeddings given
+    python tools/benchmark.py classes                # what 10,000 to 1,000,000 classes cost a step
+    python tools/benchmark.py loader                 # from encoded images to batches of two views
+    python tools/benchmark.py step resnet50          # a whole training step, and inference
+    python tools/benchmark.py tuning                 # a step of a ViT with all, few and none of its weights trained
+    python tools/benchmark.py loop RECIPE            # the trainer's own loop over a recipe's data
+    python tools/benchmark.py startup RECIPE         # from the start of a process to its first training step
+    python tools/benchmark.py inference resnet50     # inference time of a net and of ensembles
+    python tools/benchmark.py scale                  # lists of up to a million rows, ten thousand classes
+    python tools/benchmark.py soak --minutes 60      # a long training, killed and resumed at random
+    python tools/benchmark.py PART --help            # what a part measures, and its options
+    python tools/benchmark.py head --device cuda --json tools/benchmarks/      # a dated record
+
+On a CPU with one thread the clock counts this process's CPU time, so that others on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 
-from rescom_timm.cli.benchmark import main
+from rescom_timm.cli import answer, first_line, new_parser
+
+PARTS = {
+    "head": "the contrastive part of a step, embeddings given",
+    "classes": "what the number of classes costs a step, measured, on paper, and cut over processes",
+    "loader": "one core's way from encoded images to a batch of two views",
+    "step": "a whole training step, and inference, against plain ones",
+    "tuning": "a training step of one ViT with all, few and none of its weights trained",
+    "loop": "the trainer's own loop over a recipe's data, for some steps",
+    "startup": "the time from the start of a process to the end of its first training step",
+    "inference": "inference time of a net against ensembles of 2, 3 and 4 experts",
+    "scale": "up to a million rows and ten thousand classes: time and memory of a run's parts, and how they grow",
+    "soak": "a long training, killed and resumed at random: memory, handles, processes, disk",
+}
+"""Files of benchmarks/, each imported when its part is asked for."""
+
+
+def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    parser = new_parser(__doc__, prog, "python tools/benchmark.py step resnet8_cifar --classes 10 100 --batch 32")
+    commands = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    for name, summary in PARTS.items():
+        one = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name in words[:1]:
+            if not {"-h", "--help"} & set(words):
+                first_line()
+            part = import_module(f"benchmarks.{name}")
+            one.description = part.__doc__
+            part.arguments(one)
+    options = parser.parse_args(words)
+
+    def work() -> int:
+        import torch
+
+        if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
+        return int(part.run(options))
+
+    return answer(work)
+
 
 if __name__ == "__main__":
     sys.exit(main())

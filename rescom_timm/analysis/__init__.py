@@ -1,4 +1,4 @@
-"""Pictures of runs. Attic: nothing below imports this room.
+"""Plots and reports of runs. Nothing below imports this package.
 
 Every figure is a module of three functions, so that each can be used, checked and redrawn alone:
 
@@ -8,8 +8,7 @@ Every figure is a module of three functions, so that each can be used, checked a
 
 and `style.save(figure, table, stem)` writes stem.png, stem.svg and stem.csv.
 
-From run folders (`folder.RunFolder`): confusion, reliability, longtail, curves, schedule, robustness.
-From a net, a queue and images: pairs, gradients, similarity, tsne, views, queues; `nets` measures them on a run that
-`opened.open_run` has opened. `files` knows all by name, and report puts them into one HTML file.
-Beside the runs: inference, the time of one net against ensembles.
+From run folders (`run_files.RunFolder`): confusion, reliability, longtail, curves, schedule, robustness.
+From a net, a queue and images: pair_counts, gradients, similarity, tsne, augmentations, queues; `net_plots` measures
+them on a run that `opened_run.open_run` has opened. `plots` lists all by name; `report` writes one HTML file of them.
 """

@@ -1,1 +1,4 @@
-"""The contrastive part of ResCom: pairs, queues and losses. Imports torch only, so any training loop can use it."""
+"""Contrastive parts of ResCom: pairs, queue, mined pairs, supervised contrastive losses. Imports torch only.
+
+Not here: classification losses (losses) and the training methods (methods).
+"""

@@ -1,1 +1,4 @@
-"""Sharing: a trained run as a plain timm model, on the Hub, and its predictions."""
+"""A trained run at work: predictions, conformal sets, nearest images, reading exports, and exporting.
+
+Not here: the Hub (hub, hub_client) and evaluation while training (engine).
+"""

@@ -1,3 +1,27 @@
-"""Nets: any timm backbone with a classifier and a projector, and the CIFAR ResNets in timm's registry."""
+"""Any timm backbone with a classifier and a projector, CIFAR ResNets, parameter-efficient tuning. Torch and timm only.
 
-from rescom_timm.models import cifar_resnet as cifar_resnet  # registers resnet20_cifar ... in timm
+Importing this package registers the CIFAR ResNets with timm without importing timm, which takes seconds: they are
+registered when timm is imported. Not here: losses (losses, contrastive) and training methods (methods).
+"""
+
+import sys
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+
+class _CifarResNets(MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "timm":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        if (spec := next(filter(None, specs), None)) is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda timm: (load(timm), import_module("rescom_timm.models.cifar_resnet"))
+        return spec
+
+
+if "timm" in sys.modules:
+    import_module("rescom_timm.models.cifar_resnet")
+else:
+    sys.meta_path.insert(0, _CifarResNets())

@@ -20,7 +20,7 @@ from rescom_timm.hub_client import hub_id
 from tests.hub.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
-CASES = ROOT / "tests" / "sharing" / "hub_cases.py"
+CASES = ROOT / "tests" / "hub" / "hub_cases.py"
 NAMES = [node.name for node in ast.parse(CASES.read_text()).body if getattr(node, "name", "").startswith("test_")]
 
 

@@ -1,1 +1,1 @@
-"""The parts of `rescom-timm benchmark`: each has `arguments(parser)` and `run(options)`."""
+"""The parts of `python tools/benchmark.py`: each has `arguments(parser)` and `run(options)`."""

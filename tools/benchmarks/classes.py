@@ -1,7 +1,7 @@
 """`classes`: what the number of classes costs a step, measured, on paper, and cut over processes.
 
-    rescom-timm benchmark classes                                    # 10,000 to 1,000,000 classes, on one CPU core
-    rescom-timm benchmark classes --classes 10000 --features 2048 --device cuda -o tools/benchmarks/
+    python tools/benchmark.py classes                                    # 10,000 to 1,000,000 classes, on one CPU core
+    python tools/benchmark.py classes --classes 10000 --features 2048 --device cuda -o tools/benchmarks/
 
 Features and embeddings are given; all behind them is a real step: linear classifier, Balanced Softmax, mined
 contrastive loss (released mode), backward, SGD with momentum, keys entering the queue. K classes, Q keys of each, N

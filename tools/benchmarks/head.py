@@ -1,8 +1,8 @@
 """`head`: the contrastive part of a step, embeddings given: pairs, mining, loss, backward, enqueue (released mode).
 
-    rescom-timm benchmark head                                   # the table of sizes, on one CPU core: minutes
-    rescom-timm benchmark head --sizes 1000x4 --views 64 --json head.json
-    rescom-timm benchmark head --device cuda --json tools/benchmarks/
+    python tools/benchmark.py head                                   # the table of sizes, on one CPU core: minutes
+    python tools/benchmark.py head --sizes 1000x4 --views 64 --json head.json
+    python tools/benchmark.py head --device cuda --json tools/benchmarks/
 
 yardstick    a straightforward dense form: index tensors, gathers, all similarities kept for backward, keys entering
              one by one
@@ -213,7 +213,7 @@ def check_memory(sizes: list[tuple[int, int]]) -> None:
         if needed > memory / 2:
             raise ValueError(
                 f"--sizes {classes}x{per_class}: the yardstick's index alone would take {needed / 2**30:,.0f} GiB of "
-                f"this machine's {memory / 2**30:,.0f}; rescom-timm benchmark classes measures so many without it"
+                f"this machine's {memory / 2**30:,.0f}; python tools/benchmark.py classes measures so many without it"
             )
 
 

@@ -1,6 +1,6 @@
 """`loader`: one core's way from encoded images to a batch of two views.
 
-    rescom-timm benchmark loader --source ../shared/cifar10 -o tools/benchmarks/
+    python tools/benchmark.py loader --source ../shared/cifar10 -o tools/benchmarks/
 
 plain                the same policy of torchvision and timm over PIL, ToTensor, Normalize, default_collate;
                      plain, eight bits: without ToTensor and Normalize, which we leave to the device

@@ -1,6 +1,6 @@
 """`loop`: the trainer's own loop over a recipe's data, for some steps: what loading costs, and how long it all takes.
 
-    rescom-timm benchmark loop recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10 --steps 300 --evaluate
+    python tools/benchmark.py loop recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10 --steps 300 --evaluate
     accelerate launch tools/benchmark.py loop recipes/imagenet_lt_r50.yaml -o tools/benchmarks/        # as one trains
 
 The loop runs with the recipe's loader, then as long with one batch again and again. What the first takes longer is lost

@@ -1,8 +1,8 @@
 """`scale`: up to a million rows and ten thousand classes: time and memory of a run's parts, and how they grow.
 
-    rescom-timm benchmark scale                          # 10,000 to 1,000,000 rows, 1,000 and 10,000 classes
-    rescom-timm benchmark scale --rows 100000 --classes 1000 10000 -o tools/benchmarks/
-    rescom-timm benchmark scale method.name=balanced_softmax                  # any key of the recipe that is trained
+    python tools/benchmark.py scale                          # 10,000 to 1,000,000 rows, 1,000 and 10,000 classes
+    python tools/benchmark.py scale --rows 100000 --classes 1000 10000 -o tools/benchmarks/
+    python tools/benchmark.py scale method.name=balanced_softmax    # any key of the recipe that is trained
 
 The images are hard links to a few files of 32 x 32 pixels, the classes made up, from Zipf's law with at least one
 image each; a small net takes some steps. Each size runs in a process of its own, on one thread and without workers.

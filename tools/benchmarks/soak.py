@@ -1,7 +1,7 @@
 """`soak`: a long training, killed and resumed at random: memory, handles, processes, disk.
 
-    rescom-timm benchmark soak --minutes 60                # the embedded digits, a life of about eight minutes
-    rescom-timm benchmark soak --minutes 10 --life 60 --folder soak -o tools/benchmarks/
+    python tools/benchmark.py soak --minutes 60                # the embedded digits, a life of about eight minutes
+    python tools/benchmark.py soak --minutes 10 --life 60 --folder soak -o tools/benchmarks/
 
 A small net trains with a loader's worker, an evaluation every tenth epoch, a checkpoint after each and TensorBoard, and
 is ended by SIGKILL, SIGTERM or SIGINT again and again. Each life is watched: resident memory of the process and of it

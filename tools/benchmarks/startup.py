@@ -1,7 +1,7 @@
 """`startup`: the time from the start of a process to the end of its first training step.
 
-    rescom-timm benchmark startup                                  # the recipes of the embedded digits
-    rescom-timm benchmark startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10
+    python tools/benchmark.py startup                                  # the recipes of the embedded digits
+    python tools/benchmark.py startup recipes/digits_lt.yaml recipes/cifar10_lt_if100_r32.yaml data.source=/data/cifar10
 
 Seconds, in parts: the interpreter, imports (those of tools/train.py), data (recipe, index), build (net, loaders), first
 step. Each recipe starts in processes of its own, which take turns; key=value changes all recipes.

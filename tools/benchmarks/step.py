@@ -1,10 +1,10 @@
 """`step`: a whole training step, and inference, against plain ones.
 
-    rescom-timm benchmark step                                     # ResNet-50 at 224, 1000 and 8142 classes
-    rescom-timm benchmark step resnet50 --precision bf16 --channels-last --device cuda --json tools/benchmarks/
-    rescom-timm benchmark step resnet32_cifar --classes 10 --per-class 64 --dim 32 --batch 128 \\
+    python tools/benchmark.py step                                     # ResNet-50 at 224, 1000 and 8142 classes
+    python tools/benchmark.py step resnet50 --precision bf16 --channels-last --device cuda --json tools/benchmarks/
+    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --dim 32 --batch 128 \\
         --precision bf16 --channels-last --compile true --capture --device cuda
-    rescom-timm benchmark step resnet8_cifar --classes 10 100 --batch 32               # seconds on a CPU
+    python tools/benchmark.py step resnet8_cifar --classes 10 100 --batch 32               # seconds on a CPU
 
 A step is the trainer's: forward of two views, loss, backward, SGD with momentum, on eight-bit images that are on the
 device already. All contenders start from the same weights and take turns; memory is what each holds at its peak, from

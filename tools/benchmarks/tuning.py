@@ -1,7 +1,7 @@
 """`tuning`: a training step of one ViT with all, few and none of its weights trained.
 
-    rescom-timm benchmark tuning                                   # ViT-S at 224, 100 classes
-    rescom-timm benchmark tuning vit_base_patch16_224 --precision bf16 --device cuda --json tools/benchmarks/
+    python tools/benchmark.py tuning                                   # ViT-S at 224, 100 classes
+    python tools/benchmark.py tuning vit_base_patch16_224 --precision bf16 --device cuda --json tools/benchmarks/
 
 Balanced Softmax on one view with SGD and momentum, eight-bit images that are on the device already. The contenders take
 turns; memory is what each holds at its peak, from nothing to its second step: weights, momentum, activations.
