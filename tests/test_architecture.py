@@ -20,7 +20,7 @@ ORDER = (
 """Packages and modules of rescom_timm, the lowest first; rescom_timm/__init__.py lists them from the top."""
 BOTTOM = {"io", "hub_client", "text", "class_names"}
 NARROWER: dict[str, set[str]] = {
-    **dict.fromkeys((*BOTTOM, "metrics", "distributed"), set()),
+    **{name: set() for name in (*BOTTOM, "metrics", "distributed")},
     "losses": {"distributed"},
     "contrastive": {"losses", "distributed"},
     "data": BOTTOM,

@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
-from rescom_timm.data.plane_transforms import near_resized
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
@@ -57,8 +56,6 @@ def train_loader(
             f"choose a batch size from 1 to {len(split.labels)}"
         )
     policy = parse(views.train, views.mean)
-    if config.near_resize:
-        policy = near_resized(policy)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
         raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
     dataset = ViewsDataset(split, policy, num_views, config.broken, config.reading, speed, config.device_views)

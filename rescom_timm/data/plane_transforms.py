@@ -6,7 +6,6 @@ generators; what gains nothing is left to Pillow. loaders.py takes them where it
 policy gains; speed.batched switches that off, and nothing but the time changes. The arithmetic of pixels.py stands here
 a second time, in float32 and in place: one blend of a 224 x 224 view takes 0.15 ms so, and 0.33 ms by pixels.py.
 
-NearResizedCrop, on request (loader.near_resize), draws the same too, but its pixels are only close to Pillow's.
 """
 
 import copy
@@ -16,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import RandAugment as TimmRandAugment
 from torchvision import transforms
@@ -37,7 +35,7 @@ class PlanePolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.steps = [_over_planes(step) for step in policy.steps]
-        gaining = (transforms.ColorJitter, TimmRandAugment, NearResizedCrop)
+        gaining = (transforms.ColorJitter, TimmRandAugment)
         self.gains = any(type(step) in gaining for step in policy.steps)
 
     def serves(self, reference: Policy) -> bool:
@@ -55,8 +53,6 @@ class PlanePolicy:
 
 
 def _over_planes(step: Any) -> Callable[[View], View]:
-    if type(step) is NearResizedCrop:
-        return cast(Callable[[View], View], step.planes)
     if Jitter.takes(step):
         return functools.partial(_jitter, step)
     if type(step) is transforms.RandomHorizontalFlip:
@@ -237,29 +233,3 @@ def slide(planes: np.ndarray, slope: float, offset: float, cubic: bool, fill: Se
         view[:] = slid
     np.copyto(views, np.array(fill, np.uint8)[:, None, None], where=outside)
     return views
-
-
-class NearResizedCrop(transforms.RandomResizedCrop):
-    """random_resized_crop in half the time, by torch's 8-bit resize, whose weights have 15 bits and Pillow's 22: one
-    level off in 1 to 3 of 100 numbers of a photograph, in 6 of noise, never seen to be more."""
-
-    def planes(self, view: View) -> np.ndarray:
-        image = _image(view)
-        top, left, height, width = self.get_params(cast(Any, image), cast(Any, self.scale), cast(Any, self.ratio))
-        pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).permute(2, 0, 1)
-        return F.interpolate(pixels[None], self.size, mode="bilinear", antialias=True)[0].numpy()
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        return _image(self.planes(image))
-
-
-def near_resized(policy: Policy) -> Policy:
-    """The policy with a NearResizedCrop. Raises ValueError if it has no bilinear random_resized_crop."""
-    steps: list[Any] = list(policy.steps)
-    bilinear = transforms.InterpolationMode.BILINEAR
-    for i, step in enumerate(steps):
-        if type(step) is transforms.RandomResizedCrop and step.interpolation == bilinear:
-            steps[i] = NearResizedCrop(step.size, step.scale, step.ratio)
-    if steps == policy.steps:
-        raise ValueError(f"loader.near_resize: no bilinear random_resized_crop in {policy.text!r}; turn it off")
-    return Policy(steps, policy.text)

@@ -55,9 +55,6 @@ class LoaderConfig:
     """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
     randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
     come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
-    near_resize: bool = False
-    """random_resized_crop (bilinear) by torch instead of Pillow: half the time, the same draws, and a level off in 1 to
-    3 of 100 numbers of a photograph, which later steps of the policy may amplify. For CPUs that cannot keep up."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):

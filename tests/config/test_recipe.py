@@ -206,3 +206,10 @@ def test_synonyms_name_keys_and_methods_that_exist_and_hide_none():
     assert set(synonyms.METHODS.values()) <= set(METHODS) and not set(synonyms.METHODS) & set(METHODS)
     top = {key for key in known if "." not in key}
     assert not top & {*synonyms.KEYS, *synonyms.ELSEWHERE} and not set(synonyms.KEYS) & set(synonyms.ELSEWHERE)
+
+
+def test_a_recipe_of_020_with_a_removed_key_loads_where_the_key_changed_nothing():
+    tree = {"data": {"source": "digits"}, "loader": {"near_resize": False, "exif": True}}
+    assert load_dict(tree) == load_dict({"data": {"source": "digits"}, "loader": {"exif": True}})
+    with pytest.raises(RecipeError, match="loader.near_resize was removed"):
+        load_dict({"data": {"source": "digits"}, "loader": {"near_resize": True}})

@@ -1,4 +1,4 @@
-"""Planes: Pillow's pixels, bit for bit, and its draws; the same batches; near_resize close to Pillow's."""
+"""Planes: Pillow's pixels, bit for bit, and its draws; the same batches."""
 
 import io
 import pickle
@@ -14,12 +14,11 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, RandAugment
 
 from rescom_timm.data import near_views, plane_transforms
-from rescom_timm.data.device_transforms import complete_views
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.plane_transforms import PlanePolicy
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
-from tests.data.made_up import PLAIN, assert_equal, made_up, make_split, tensor
+from tests.data.made_up import PLAIN, assert_equal, made_up, tensor
 
 PLANED = [
     "imagenet",
@@ -131,42 +130,3 @@ def test_batches_by_planes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(PlanePolicy, "__call__", lambda *a: calls.append(1) or original(*a))  # type: ignore[func-returns-value]
     assert_equal(list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))), plain)
     assert len(calls) > 30
-
-
-@pytest.mark.parametrize("kind", ["noise", "smooth", "edges"])
-def test_near_resize_is_within_a_level(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, rng = parse("random_resized_crop(64,0.05,1) | flip"), np.random.default_rng(7)
-    near, different = plane_transforms.near_resized(policy), []
-    assert near.text == policy.text
-    for seed in range(60):
-        noise = rng.integers(0, 2, (90, 120, 3)) * 255 if kind == "edges" else rng.integers(0, 256, (90, 120, 3))
-        image = Image.fromarray(noise.astype(np.uint8))
-        image = image.resize((9, 12)).resize((120, 90), Image.Resampling.BICUBIC) if kind == "smooth" else image
-        seed_all(seed)
-        expected = np.asarray(policy.augment(image)).astype(int)
-        for augment in (near.augment, PlanePolicy(near)):
-            seed_all(seed)
-            difference = np.abs(np.asarray(augment(image)) - expected)  # type: ignore[operator]
-            assert difference.max() <= 1
-            different.append((difference > 0).mean())
-    assert 0 < np.mean(different) < (0.005 if kind == "smooth" else 0.1)
-
-
-@pytest.mark.parametrize("device_views", [False, True])
-def test_near_resize_in_the_loader(device_views: bool) -> None:
-    views = ViewsConfig("random_resized_crop(20) | flip | jitter(.4,.4,.4,0)")
-
-    def batch(near_resize: bool, speed: SpeedConfig) -> dict[str, torch.Tensor]:
-        config = LoaderConfig(near_resize=near_resize, device_views=device_views)
-        loader = train_loader(make_split(), views, 2, 20, 1, config=config, speed=speed)
-        return complete_views(views, config)(next(iter(loader)))
-
-    pillows = batch(False, PLAIN)
-    for speed in (PLAIN, SpeedConfig(workers=0, cache=0)):
-        found = batch(True, speed)
-        difference = (found["image"].int() - pillows["image"].int()).abs()
-        assert torch.equal(found["row"], pillows["row"]) and difference.max() <= 4
-        assert 0 < difference.float().mean() < 0.2, "close, but torch's"
-    for line in ("cifar", "random_resized_crop(9,interpolation=bicubic) | flip"):
-        with pytest.raises(ValueError, match="loader.near_resize: no bilinear random_resized_crop"):
-            train_loader(make_split(), ViewsConfig(line), 2, 5, config=LoaderConfig(near_resize=True), speed=PLAIN)

@@ -6,8 +6,7 @@ plain                the same policy of torchvision and timm over PIL, ToTensor,
                      plain, eight bits: without ToTensor and Normalize, which we leave to the device
 image by image       ours with Pillow's steps, one image after the other (speed.batched=false, speed.cache=0)
 batched              ours over whole batches, Pillow's pixels; batched, cached: images decoded once, at the start
-planes               ours, one image after the other in NumPy where that is faster, Pillow's pixels; near resize, with
-                     torch's resize (loader.near_resize)
+planes               ours, one image after the other in NumPy where that is faster, Pillow's pixels
 for the device       decoding and the policy's first steps; the rest is done on the device (loader.device_views)
 """
 
@@ -125,7 +124,7 @@ def measure_loader(
     if policy == "cifar":
         contenders |= {"batched": ours(cache=0), "batched, cached": ours()}
     else:
-        contenders |= {"planes": ours(cache=0), "near resize": ours(LoaderConfig(near_resize=True), cache=0)}
+        contenders["planes"] = ours(cache=0)
     on_device = LoaderConfig(device_views=True)
     contenders["for the device"] = begin = ours(on_device)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
