@@ -1,8 +1,8 @@
-"""The recipes of this package:  rescom-timm recipes [NAME]
+"""The recipes and presets of this package:  rescom-timm recipes [NAME | +PRESET]
 
-Lists them, each with what it is; with a NAME, prints that file, to read or to copy and change:
-rescom-timm recipes digits_lt > mine.yaml
---table prints the table of recipes/README.md.
+Lists them, each with what it is; with a NAME or +PRESET, prints that file, to read or to copy and change:
+rescom-timm recipes digits_lt > mine.yaml. --show RECIPE [+PRESET ...] [key=value ...] prints the resolved recipe,
+every key with its value. --table prints the tables of recipes/README.md.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm recipes digits_lt > mine.yaml",
     )
     parser.add_argument("name", nargs="?", help="print this one")
+    parser.add_argument(
+        "--show", nargs="+", metavar="RECIPE", help="print the resolved recipe: RECIPE +PRESET key=value"
+    )
     parser.add_argument("--table", action="store_true", help="in Markdown, with what each is expected to give")
     options = parser.parse_args(words)
     return answer(lambda: tell(options))
 
 
 def tell(options: argparse.Namespace) -> int:
-    from rescom_timm.config.loading import find, shipped
+    from rescom_timm.config.loading import find, load, presets, shipped
 
     if options.table:
         print(table())
-        return 0
-    if options.name is None:
-        width = max(len(path.stem) for path in shipped()) + 2
-        for path in shipped():
-            print(f"{path.stem:<{width}}{summary(path)}")
-        return 0
-    print(find(options.name).read_text(encoding="utf-8"), end="")
+    elif options.show:
+        print(load(options.show[0], options.show[1:]).to_yaml())
+    elif options.name is None:
+        known = {path.stem: path for path in shipped()} | {f"+{name}": path for name, path in presets().items()}
+        width = max(map(len, known)) + 2
+        for name, path in known.items():
+            print(f"{name:<{width}}{summary(path)}")
+    else:
+        path = presets().get(options.name.removeprefix("+")) or find(options.name)
+        print(path.read_text(encoding="utf-8"), end="")
     return 0
 
 
@@ -49,29 +55,32 @@ def summary(path: Path) -> str:
 
 
 def table() -> str:
-    """Every shipped recipe in Markdown: what it is, its method and backbone, and the first of what it is expected to
-    give, by its header."""
-    from rescom_timm.config.loading import load, shipped
+    """Every shipped recipe and preset in Markdown: what it is, backbone and what is expected, by its header."""
+    from rescom_timm.config.loading import load, presets, shipped
 
-    lines = ["| recipe | what it is | method | backbone | expected |", "|---|---|---|---|---|"]
+    rows = [("recipe", "what it is", "method", "backbone", "expected")]
     for path in shipped():
         recipe = load(path)
-        cells = [
-            f"[`{path.stem}`]({path.name})",
-            summary(path),
-            recipe.method.name,
-            recipe.net.backbone,
-            expected(path),
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        rows.append(
+            (f"[`{path.stem}`]({path.name})", summary(path), recipe.method.name, recipe.net.backbone, expected(path))
+        )
+    over = [("preset", "what it is", "source")]
+    for name, path in presets().items():
+        over.append((f"[`+{name}`](methods/{path.name})", summary(path), expected(path, "Source")))
+    return "\n\n".join(markdown(part) for part in (rows, over))
 
 
-def expected(path: Path) -> str:
-    """The first sentence of a header's Expected."""
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def expected(path: Path, field: str = "Expected") -> str:
+    """The first sentence of a field of a header."""
     header = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    start = next(i for i, line in enumerate(header) if line.startswith("Expected "))
-    text = header[start].removeprefix("Expected").strip()
+    start = next(i for i, line in enumerate(header) if line.startswith(f"{field} "))
+    text = header[start].removeprefix(field).strip()
     for line in header[start + 1 :]:
         if not line:
             break

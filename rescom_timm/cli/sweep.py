@@ -1,9 +1,10 @@
 """Every combination of some keys, with several seeds, as a table and a plot:
 
-    rescom-timm sweep RECIPE [RECIPE ...] [key=a,b,c ...] [--seeds 0,1,2] [--output FOLDER] [--share 1/2]
+    rescom-timm sweep RECIPE [RECIPE ...] [+PRESET,+PRESET ...] [key=a,b,c ...] [--seeds 0,1,2]
 
-Each cell is a normal run in FOLDER (runs/<recipe>_sweep by default), in a folder named by what is its own, such as
-digits_lt-beta=0.9-seed=1. The same command again goes on: finished cells are skipped, broken ones resumed. Several
++a +b puts both presets over each recipe, +a,+b tries each. Each cell is a normal run in FOLDER (--output; by default
+runs/<recipe>_sweep), in a folder named by its recipe, presets and settings, such as digits_lt_ldam-margin=0.3-seed=1.
+The same command again goes on: finished cells are skipped, broken ones resumed. Several
 commands with one FOLDER fill one table. --share 1/2 and --share 2/2 cut the cells between two machines or GPUs; under
 `accelerate launch` all processes train each cell together. {seed} in a value becomes the cell's seed. --table writes
 the table of what is there and trains nothing. --lean keeps figures and exported model of a finished cell, but not its
@@ -23,12 +24,13 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
         rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.per_class=16,64,256 \\
             method.positives=1,4,16 method.negatives=100,400,1600
     Fig. 4 centre, SupCon + SiamBS over queue sizes
-        rescom-timm sweep recipes/cifar10_lt_if100_r32_table6_2_supcon.yaml method.siamese=true \\
+        rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml +table6_2_supcon method.siamese=true \\
             method.queue.per_class=16,64,256,1024
     Fig. 3, queue kinds
         rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.kind=fifo,reversed,class_balanced
     Table 6, one module at a time
-        rescom-timm sweep recipes/cifar10_lt_if100_r32_table6_*.yaml
+        rescom-timm sweep cifar10_lt_if100_r32 \\
+            +table6_1_moco,+table6_2_supcon,+table6_3_cbl,+table6_4_cbq,+table6_5_spm,+table6_6_siambs
     All methods on the digits, stages and teachers in their order: the commands in RESULTS.md
 """
 
@@ -45,7 +47,7 @@ from rescom_timm.cli import answer, new_parser
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = new_parser(__doc__, prog, "rescom-timm sweep digits_lt method.beta=0,0.9,0.999 --seeds 0,1,2")
-    parser.add_argument("words", nargs="*", metavar="RECIPE or key=a,b,c")
+    parser.add_argument("words", nargs="*", metavar="RECIPE, +PRESET or key=a,b,c")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the table only")
     parser.add_argument("--table", action="store_true", help="write the table of what is there; train nothing")
     options = parser.parse_intermixed_args(arguments)
-    recipes = [word for word in options.words if "=" not in word]
+    recipes = [word for word in options.words if "=" not in word and word[0] != "+"]
     try:
         part, parts = (int(number) for number in options.share.split("/"))
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -74,8 +76,9 @@ def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], par
     from rescom_timm.engine.errors import Stopped
 
     grid = {key: split(values) for key, _, values in (word.partition("=") for word in options.words if "=" in word)}
+    over = [[name.removeprefix("+") for name in split(word)] for word in options.words if word[0] == "+"]
     output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"
-    found = cells(recipes, grid, seeds)
+    found = cells(recipes, grid, seeds, over)
     known = remember(found, output) if PartialState().is_main_process else []
     try:
         with quiet() if options.quiet else nullcontext():

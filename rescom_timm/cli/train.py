@@ -1,6 +1,7 @@
-"""Train a recipe:  rescom-timm train RECIPE [key=value ...] [--resume [hf://owner/name]] [--dry-run] [--quiet]
+"""Train a recipe:  rescom-timm train RECIPE [+PRESET ...] [key=value ...] [--resume [hf://owner/name]] [--dry-run]
 
-RECIPE is a YAML file, or the name of one that comes with the package (rescom-timm recipes). On several processes or
+RECIPE is a YAML file, or the name of one that comes with the package (rescom-timm recipes). A PRESET is a method or
+another group of settings to put over it: rescom-timm train digits_lt +ldam. On several processes or
 GPUs:  accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accelerate launch tools/train.py RECIPE ...
 
 --resume goes on with the last run of the recipe's name, or, where RECIPE is RUN/recipe.yaml, with that run.
@@ -28,7 +29,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm train digits_lt train.epochs=10",
         "rescom-timm train digits_lt --resume",
     )
-    parser.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="a YAML file, and keys over it")
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE | +PRESET | key=value", help="a YAML file, and keys over it"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
     parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the last figures only")
@@ -37,7 +40,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     if unknown:
         parser.error(f"unknown option {unknown[0]}{_as_key(unknown[0], words)}")
     addresses = [word for word in arguments.words if word.startswith("hf://")]
-    overrides = [word for word in arguments.words if "=" in word and word not in addresses]
+    overrides = [word for word in arguments.words if ("=" in word or word[0] == "+") and word not in addresses]
     recipes = [word for word in arguments.words if word not in (*addresses, *overrides)]
     if addresses and not arguments.resume:
         parser.error(f"{addresses[0]} is only read with --resume")

@@ -1,7 +1,7 @@
 """Recipe: one YAML file, checked key by key before anything is loaded.
 
-Order of precedence: defaults < `base` recipes < the file < `key=value` words of the command line. Keys in `speed`
-change how fast a run is, never what it computes; every other key may change results.
+Order of precedence: defaults < `base` recipes < the file < presets (`+ldam`), left to right < `key=value` arguments.
+Keys in `speed` change how fast a run is, never what it computes; every other key may change results.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ SHIPPED = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.
 
 
 def shipped() -> list[Path]:
-    """The recipes that come with the package, by name."""
+    """The recipes that come with the package, by name: one for each data set and backbone."""
     return sorted(SHIPPED.glob("*.yaml"))
+
+
+def presets() -> dict[str, Path]:
+    """The presets that come with the package, by name: methods, and other settings to put over a recipe."""
+    return {path.stem: path for path in sorted((SHIPPED / "methods").glob("*.yaml"))}
 
 
 def find(name: str | Path) -> Path:
@@ -67,16 +72,63 @@ def find(name: str | Path) -> Path:
     raise RecipeError(f"no recipe {name}" + (f"; did you mean {meant}?" if meant else "; all: rescom-timm recipes"))
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, or of a shipped recipe's name, with its `base` recipes, changed by `key=value` words.
+def current_name(name: str | Path) -> tuple[str, str] | None:
+    """Recipe and preset of a name that 0.2.0 had for both, such as digits_lt_ldam; None for any other name."""
+    path = Path(name)
+    stem = path.name.removesuffix(".yaml")
+    if path.is_file() or path.parent not in (Path(), Path("recipes")) and path.parent.resolve() != SHIPPED.resolve():
+        return None
+    for recipe in sorted((found.stem for found in shipped()), key=len, reverse=True):
+        if stem.startswith(f"{recipe}_") and stem.removeprefix(f"{recipe}_") in presets():
+            return recipe, stem.removeprefix(f"{recipe}_")
+    return None
 
-    Raises RecipeError for a file that is no recipe, an unknown key (naming the nearest), a wrong type or an
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or of a shipped recipe's name, with its `base` recipes, changed by presets (`+ldam`)
+    and `key=value`. The run is named after file and presets, such as digits_lt_ldam.
+
+    Raises RecipeError for a file that is no recipe, an unknown key or preset (naming the nearest), a wrong type or an
     impossible combination.
     """
+    chosen = [_preset_name(word) for word in overrides if word.startswith("+")]
+    overrides = [word for word in overrides if not word.startswith("+")]
+    if (both := current_name(path)) is not None:
+        recipe, preset = both
+        warnings.warn(
+            f"recipe {path} is now `{recipe} +{preset}`; the old name goes in the next release", FutureWarning, 2
+        )
+        path, chosen = recipe, [preset, *chosen]
     path = find(path)
-    made = load_dict({"name": path.stem, **_read(path, ())}, str(path), overrides)
+    files = _with_bases(path, ())
+    tree: dict[str, Any] = {"name": "_".join([path.stem, *chosen])}
+    for _, own in files:
+        tree = _merge(tree, own)
+    for name in chosen:
+        tree = _merge(tree, _preset(name, [file.stem for file, _ in files]))
+    made = load_dict(tree, str(path), overrides)
     refuse_secrets(made)
     return made
+
+
+def _preset_name(word: str) -> str:
+    """ldam of +ldam. Raises RecipeError, naming the nearest, where there is no such preset."""
+    name = word.removeprefix("+")
+    if "=" in name:
+        raise RecipeError(f"{word}: a key is set without the plus sign: {name}")
+    if name not in presets():
+        near = get_close_matches(name, presets(), n=1)
+        raise RecipeError(f"no preset {word}; " + (f"did you mean +{near[0]}?" if near else "all: rescom-timm recipes"))
+    return name
+
+
+def _preset(name: str, files: Sequence[str]) -> dict[str, Any]:
+    """What a preset sets over a recipe: its own keys, then those of its `when` for the recipe's files, base first."""
+    tree = _yaml(presets()[name])
+    when = tree.pop("when", {})
+    for file in files:
+        tree = _merge(tree, when.get(file, {}))
+    return tree
 
 
 def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -233,14 +285,16 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
 _ADAPTER = pydantic.TypeAdapter(Recipe)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and its bases with what each of them says, the lowest first."""
     if path in seen:
         raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
     tree = _in_full(_yaml(path))
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
         raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
-    return tree if base is None else _merge(_read(path.parent / base, (*seen, path)), tree)
+    below = [] if base is None else _with_bases(path.parent / base, (*seen, path))
+    return [*below, (path, tree)]
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -254,6 +308,8 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 def _override(word: str) -> dict[str, Any]:
     key, equals, value = word.partition("=")
+    if word.startswith("+"):
+        raise RecipeError(f"{word}: a preset goes over a recipe's file; this recipe is already complete: set its keys")
     if not equals or not key:
         raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
     try:
@@ -288,7 +344,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            renamed = key == "method" and value.get("name", old.get("name")) != old.get("name", "rescom")
+            name = old.get("name", "rescom")
+            renamed = key == "method" and value.get("name", name) != name
             merged[key] = value if renamed else _merge(old, value)
         else:
             merged[key] = value

@@ -42,6 +42,7 @@ class Cell:
     """One run of a sweep. settings: the words of the command line that vary, (key, value) each."""
 
     recipe: str
+    presets: tuple[str, ...]
     settings: tuple[tuple[str, str], ...]
     words: tuple[str, ...]
     seed: int
@@ -49,7 +50,10 @@ class Cell:
     @property
     def row(self) -> tuple[str, ...]:
         """What its line of the table is called: recipe and settings."""
-        return (Path(self.recipe).stem, *(f"{_short(key)}={value}" for key, value in self.settings))
+        return (
+            "_".join((Path(self.recipe).stem, *self.presets)),
+            *(f"{_short(key)}={value}" for key, value in self.settings),
+        )
 
     @property
     def name(self) -> str:
@@ -57,17 +61,24 @@ class Cell:
 
     def load(self, output: Path) -> Recipe:
         words = [word.replace("{seed}", str(self.seed)) for word in self.words]
-        return load(self.recipe, [*words, f"seed={self.seed}", f"output={output}", f"name={json.dumps(self.name)}"])
+        presets = [f"+{name}" for name in self.presets]
+        return load(
+            self.recipe, [*presets, *words, f"seed={self.seed}", f"output={output}", f"name={json.dumps(self.name)}"]
+        )
 
 
-def cells(recipes: list[str], grid: dict[str, list[str]], seeds: list[int]) -> list[Cell]:
-    """Every combination, seed by seed, so that a sweep cut short has few seeds of everything."""
+def cells(
+    recipes: list[str], grid: dict[str, list[str]], seeds: list[int], presets: list[list[str]] | None = None
+) -> list[Cell]:
+    """Every combination, seed by seed, so that a sweep cut short has few seeds of everything. presets: of each list one
+    is put over the recipe."""
+    pairs = list(itertools.product(recipes, itertools.product(*presets or [])))
     varied = [key for key, values in grid.items() if len(values) > 1]
     found = []
-    for seed, recipe, values in itertools.product(seeds, recipes, itertools.product(*grid.values())):
+    for seed, (recipe, over), values in itertools.product(seeds, pairs, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values, strict=True))
         words = tuple(f"{key}={value}" for key, value in chosen.items())
-        found.append(Cell(recipe, tuple((key, chosen[key]) for key in varied), words, seed))
+        found.append(Cell(recipe, over, tuple((key, chosen[key]) for key in varied), words, seed))
     return found
 
 
