@@ -36,10 +36,10 @@ VERBS = {
     "robustness": ("robustness", "errors of a run on corrupted images"),
     "push": ("push", "push a run to the Hub, or write it as ONNX"),
     "sweep": ("sweep", "train every combination of recipes, settings and seeds"),
-    "benchmark": ("benchmark", "speed and memory of parts"),
-    "inference": ("inference", "time of inference of a net and of ensembles"),
 }
-"""What each verb does, and the file of commands/ that does it. A file is imported when its verb is asked for."""
+"""What each subcommand does, and the file of cli/ that does it, which is imported when its subcommand is called."""
+MOVED = {"benchmark": "tools/benchmark.py PART", "inference": "tools/benchmark.py inference BACKBONE"}
+"""Subcommands of 0.2.0, and the files of a clone that do the same."""
 
 
 MEANT = {
@@ -111,6 +111,9 @@ def _run(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(_version())
         return 0
+    if words[0] in MOVED:
+        print(f"error: {words[0]} left the package: in a clone, python {MOVED[words[0]]}", file=sys.stderr)
+        return 2
     if words[0] not in VERBS:
         near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""

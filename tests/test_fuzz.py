@@ -211,7 +211,7 @@ def test_a_flipped_bit_in_our_own_index_never_moves_a_row_to_another_class(lists
 
 # -------------------------------------------------------------------------------------- recipes, words, policies, names
 
-RECIPES = ["digits_lt", "cifar10_lt_if100_r32_rsg", "imagenet_lt_clip_b16_lift_plus", "digits_lt_experts"]
+RECIPES = ["digits_lt", "cifar10_lt_if100_r32", "imagenet_lt_clip_b16", "cifar100_lt_if10_r32"]
 
 
 def recipe_target(tmp_path, which, mutations, fetched):

@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_module_recipe_template_and_its_types(dist):
     (wheel,) = dist.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rescom_timm").rglob("*.py")}
-    recipes = {f"rescom_timm/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    recipes = {f"rescom_timm/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.yaml")}
     templates = {f"rescom_timm/text/{name}" for name in ("card.md", "report.html", "doctor.html", "demo.html")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rescom_timm/text").iterdir() if path.is_file()}
     assert modules | recipes | templates | there | {"rescom_timm/py.typed"} <= held

@@ -7,6 +7,7 @@ registered when timm is imported. Not here: losses (losses, contrastive) and tra
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+from types import ModuleType
 from typing import Any
 
 
@@ -17,7 +18,12 @@ class _CifarResNets(MetaPathFinder):
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         if (spec := next(filter(None, specs), None)) is not None and spec.loader is not None:
             load = spec.loader.exec_module
-            spec.loader.exec_module = lambda timm: (load(timm), import_module("rescom_timm.models.cifar_resnet"))
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                import_module("rescom_timm.models.cifar_resnet")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -12,19 +12,17 @@ from rescom_timm.analysis import net_plots, plots, style
 from rescom_timm.analysis.opened_run import Opened, open_run, take
 from rescom_timm.analysis.run_files import Missing, RunFolder
 from rescom_timm.cli import figures as command
-from rescom_timm.config.loading import load
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method
 from rescom_timm.engine.errors import CheckpointError
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from tests.recipes import load_recipe
 
 
 def save_run(folder: Path, recipe_name: str = "digits_lt", fill: bool = True, *overrides: str) -> Path:
     """A run as training leaves it, with an untrained net and a queue of random keys."""
-    recipe = load(RECIPES / f"{recipe_name}.yaml", ["speed.workers=0", "data.validation=holdout(0.1)", *overrides])
+    recipe = load_recipe(recipe_name, ["speed.workers=0", "data.validation=holdout(0.1)", *overrides])
     data = load_data(recipe.data)
     torch.manual_seed(0)
     method = build_method(recipe, data)
@@ -123,7 +121,7 @@ def test_figures_tell_what_the_run_holds(run: Opened) -> None:
 
 
 def test_methods_without_a_queue_and_empty_queues_say_so(tmp_path: Path) -> None:
-    plain = RunFolder(save_run(tmp_path / "ce", "digits_lt_cross_entropy"))
+    plain = RunFolder(save_run(tmp_path / "ce", "digits_lt +cross_entropy"))
     drawn = {one.name: one for one in plots.draw_all([plain], ["queues", "gradients", "similarity", "pairs"])}
     for name in ("queues", "gradients", "similarity"):
         assert drawn[name].missing == "method cross_entropy of run ce keeps no queue of keys"

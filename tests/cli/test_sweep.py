@@ -13,8 +13,8 @@ from rescom_timm.cli.parts import sweep as grids
 from rescom_timm.config.loading import load
 
 ROOT = Path(__file__).parents[2]
-DIGITS = str(ROOT / "recipes" / "digits_lt_cross_entropy.yaml")
-QUICK = ["train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.batch_size=364"]
+DIGITS = str(ROOT / "recipes" / "digits_lt.yaml")
+QUICK = ["+cross_entropy", "train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.batch_size=364"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_values_are_cut_at_commas_outside_brackets(sweep):
 
 
 def test_the_seed_stands_in_a_value_where_a_second_stage_wants_it(sweep, tmp_path):
-    cell = sweep.cells([str(ROOT / "recipes" / "digits_lt_crt.yaml")], {"from": ["runs/x-seed={seed}"]}, [2])[0]
+    cell = sweep.cells(["digits_lt"], {"from": ["runs/x-seed={seed}"]}, [2], [["crt"]])[0]
     assert cell.load(tmp_path).init_from == "runs/x-seed=2" and cell.name == "digits_lt_crt-seed=2"
 
 

@@ -13,7 +13,7 @@ from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.engine.errors import one_line
 from rescom_timm.engine.trainer import Trainer
 
-DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt_cross_entropy.yaml")
+DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt.yaml")
 QUICK = [
     "net.backbone=resnet8_cifar",
     "train.epochs=1",

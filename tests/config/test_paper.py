@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 from benchmarks import ensembles
 from rescom_timm.__main__ import main
 from rescom_timm.analysis import plots, run_files
@@ -16,12 +17,12 @@ from rescom_timm.models.net import check_backbone
 
 PAGE = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
 SECTION = PAGE.partition("## The paper's tables and figures")[2].partition("## All of them")[0]
-ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `(rescom-timm [^`]+)` \|$", SECTION, re.M)
+ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| `((?:rescom-timm|python tools/benchmark.py) [^`]+)` \|$", SECTION, re.M)
 
 
 def commands(verb):
     """The words after each command's verb."""
-    split = [shlex.split(command)[1:] for _, command in ROWS]
+    split = [shlex.split(command.replace("python ", ""))[1:] for _, command in ROWS]
     return [pytest.param(words[1:], id=" ".join(words)) for words in split if words[0] == verb]
 
 
@@ -41,7 +42,7 @@ def test_every_row_is_read():
 def test_what_is_trained_is_a_recipe(words, capsys):
     assert main(["train", *words, "--print"]) == 0
     told = capsys.readouterr().out
-    for word in words[1:]:
+    for word in (word for word in words[1:] if word[0] != "+"):
         key, _, value = word.partition("=")
         assert f"{key}: {value}\n" in told and run_of(value)
 
@@ -49,9 +50,10 @@ def test_what_is_trained_is_a_recipe(words, capsys):
 @pytest.mark.parametrize("words", commands("sweep"))
 def test_every_cell_of_a_grid_is_a_recipe_or_says_what_does_not_fit(words, tmp_path):
     assert words[-2:] == ["--seeds", "0"]
-    recipes = [word for word in words[:-2] if "=" not in word]
+    recipes = [word for word in words[:-2] if "=" not in word and word[0] != "+"]
+    presets = [[name.removeprefix("+") for name in word.split(",")] for word in words[:-2] if word[0] == "+"]
     grid = {key: values.split(",") for key, _, values in (word.partition("=") for word in words if "=" in word)}
-    found = cells(recipes, grid, [0])
+    found = cells(recipes, grid, [0], presets)
     loaded, refused = [], []
     for cell in found:
         try:
@@ -94,4 +96,4 @@ def test_inference_takes_its_words(words, monkeypatch):
         raise ValueError("seen")
 
     monkeypatch.setattr(ensembles, "measure", measure)
-    assert main(["inference", *words]) == 1 and seen == [([2, 3, 4], 64)]
+    assert benchmark.main(["inference", *words]) == 1 and seen == [([2, 3, 4], 64)]

@@ -18,13 +18,14 @@ from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, make_net
 from tests.methods.stub import train as few_steps
-from tests.methods.test_training import QUICK, RECIPES, weights
+from tests.methods.test_training import QUICK, weights
+from tests.recipes import load_recipe
 
 QUICK = [*QUICK, "net.backbone=resnet8_cifar"]
 
 
 def run(name, output, *words):
-    return train(load(RECIPES / f"{name}.yaml", [f"output={output}", *QUICK, *words]))
+    return train(load_recipe(name, [f"output={output}", *QUICK, *words]))
 
 
 def taught(config):
@@ -132,14 +133,14 @@ def test_impossible_settings_are_refused(config, settings, message):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return run("digits_lt_balanced_softmax", tmp_path_factory.mktemp("teachers"))
+    return run("digits_lt +balanced_softmax", tmp_path_factory.mktemp("teachers"))
 
 
 def resumed_as_whole(name, tmp_path, *words):
     """A run of two epochs; asserts that one resumed in the middle is the same, and that it is evaluated."""
     words = [*words, "train.epochs=2", "checkpoint.keep=9"]
     whole = run(name, tmp_path, *words, "name=whole")
-    halved = load(RECIPES / f"{name}.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
+    halved = load_recipe(name, [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     middle = checkpoint.listed(whole / "checkpoints")[0]
     (tmp_path / "halved" / "checkpoints").mkdir(parents=True)
     middle.rename(tmp_path / "halved" / "checkpoints" / middle.name)
@@ -151,7 +152,7 @@ def resumed_as_whole(name, tmp_path, *words):
 
 @pytest.mark.parametrize("name", ["dive", "ssd"])
 def test_a_run_is_resumed_and_exported_as_a_plain_timm_model(name, teacher, tmp_path):
-    folder = resumed_as_whole(f"digits_lt_{name}", tmp_path, f"method.teacher={teacher}")
+    folder = resumed_as_whole(f"digits_lt +{name}", tmp_path, f"method.teacher={teacher}")
     _, saved, state = checkpoint.newest(folder / "checkpoints")
     assert state["method"] == {} and state["teacher"] == Teacher(from_pretrained(teacher).net).digest
     images = torch.rand(3, 3, 8, 8)
@@ -164,46 +165,46 @@ def test_a_run_is_resumed_and_exported_as_a_plain_timm_model(name, teacher, tmp_
 
 @pytest.mark.slow
 def test_ssd_in_its_three_stages(tmp_path):
-    first = run("digits_lt_ssd_1", tmp_path, "method.queue_size=32")
-    second = run("digits_lt_ssd_2", tmp_path, f"from={first}")
-    last = run("digits_lt_ssd", tmp_path, f"method.teacher={second}")
+    first = run("digits_lt +ssd_1", tmp_path, "method.queue_size=32")
+    second = run("digits_lt +ssd_2", tmp_path, f"from={first}")
+    last = run("digits_lt +ssd", tmp_path, f"method.teacher={second}")
     assert load(last / "recipe.yaml").method.teacher.endswith("digits_lt_ssd_2")
 
 
 def test_experts_learn_from_a_run_of_more_experts(tmp_path):
     words = ["method.experts=2", "method.views=1"]
-    teacher = run("digits_lt_experts", tmp_path, "method.experts=3", "method.views=1", "name=teacher")
-    folder = run("digits_lt_experts", tmp_path, *words, f"method.teacher={teacher}")
+    teacher = run("digits_lt +experts", tmp_path, "method.experts=3", "method.views=1", "name=teacher")
+    folder = run("digits_lt +experts", tmp_path, *words, f"method.teacher={teacher}")
     assert "train/loss_distillation" in (folder / "metrics.jsonl").read_text()
 
 
 def test_another_teacher_is_refused_at_resume_and_a_moved_one_is_not(teacher, tmp_path):
     words = [f"output={tmp_path}", *QUICK]
-    run("digits_lt_dive", tmp_path, f"method.teacher={teacher}")
-    other = run("digits_lt_balanced_softmax", tmp_path, "seed=1")
-    again = load(RECIPES / "digits_lt_dive.yaml", [*words, f"method.teacher={other}"])
+    run("digits_lt +dive", tmp_path, f"method.teacher={teacher}")
+    other = run("digits_lt +balanced_softmax", tmp_path, "seed=1")
+    again = load_recipe("digits_lt +dive", [*words, f"method.teacher={other}"])
     with pytest.raises(CheckpointError, match="trained with another teacher than method.teacher names now"):
         train(again, resume=True)
     moved = tmp_path / "elsewhere"
     (teacher / "model").rename(moved)
     try:
-        train(load(RECIPES / "digits_lt_dive.yaml", [*words, f"method.teacher={moved}"]), resume=True)
+        train(load_recipe("digits_lt +dive", [*words, f"method.teacher={moved}"]), resume=True)
     finally:
         moved.rename(teacher / "model")
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_training(teacher, tmp_path):
     def start(name, *words):
-        train(load(RECIPES / f"{name}.yaml", [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
+        train(load_recipe(name, [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
 
     for name in DISTILLED:
         with pytest.raises(RecipeError, match=f"method {name} learns from a teacher: name its run or export"):
-            start(f"digits_lt_{name}")
+            start(f"digits_lt +{name}")
     with pytest.raises(RecipeError, match="method.teacher: .*no folder .*nothing"):
-        start("digits_lt_dive", f"method.teacher={tmp_path / 'nothing'}")
+        start("digits_lt +dive", f"method.teacher={tmp_path / 'nothing'}")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RecipeError, match="method.teacher: .*holds no checkpoint"):
-        start("digits_lt_dive", f"method.teacher={tmp_path}")
+        start("digits_lt +dive", f"method.teacher={tmp_path}")
     eight = from_pretrained(teacher, num_classes=8).net
     with pytest.raises(RecipeError, match="method.teacher: x tells 8 classes apart and data.index has 10"):
         refused(eight, [])
@@ -215,5 +216,5 @@ def refused(net, names):
     from rescom_timm.data.sources import load as load_data
     from rescom_timm.engine.build import build_method
 
-    recipe = load(RECIPES / "digits_lt_dive.yaml", [*QUICK, "method.teacher=x"])
+    recipe = load_recipe("digits_lt +dive", [*QUICK, "method.teacher=x"])
     build_method(recipe, load_data(recipe.data), start=True, teacher=Teacher(net, names))

@@ -5,7 +5,6 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from rescom_timm.config.loading import load
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import RsgConfig, create_method
@@ -14,7 +13,7 @@ from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS, make
 from tests.methods.test_distillation import resumed_as_whole, run
-from tests.methods.test_training import RECIPES
+from tests.recipes import load_recipe
 
 HEAD = torch.tensor([True, True, False, False])
 
@@ -184,7 +183,7 @@ def test_a_backbone_without_stages_of_maps_is_refused():
 
 @pytest.mark.parametrize("kind", ["ldam", "cross_entropy"])
 def test_a_run_is_resumed_and_exported(kind, tmp_path):
-    folder = resumed_as_whole("digits_lt_rsg", tmp_path, f"method.loss={kind}", "method.generate_from=0.5")
+    folder = resumed_as_whole("digits_lt +rsg", tmp_path, f"method.loss={kind}", "method.generate_from=0.5")
     read, images = from_pretrained(folder), torch.rand(3, 3, 8, 8)
     assert read.net.generator.centers.any() and read.method().net is read.net
     own, plain = read.net.classify(images), timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True).eval()
@@ -195,7 +194,7 @@ def test_a_run_is_resumed_and_exported(kind, tmp_path):
 
 
 def test_it_trains_in_bfloat16(tmp_path):
-    folder = run("digits_lt_rsg", tmp_path, "train.precision=bf16", "method.generate_from=0")
+    folder = run("digits_lt +rsg", tmp_path, "train.precision=bf16", "method.generate_from=0")
     assert "train/loss_vectors" in (folder / "metrics.jsonl").read_text()
 
 
@@ -217,4 +216,4 @@ def test_impossible_settings_are_refused(settings, message):
 @pytest.mark.parametrize("word", ["speed.capture=true", "speed.compile=true"])
 def test_batches_that_grow_are_not_captured(word):
     with pytest.raises(RecipeError, match="do not go together with method rsg"):
-        load(RECIPES / "digits_lt_rsg.yaml", [word])
+        load_recipe("digits_lt +rsg", [word])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rescom_timm.api import train_recipe as train
-from rescom_timm.config.loading import load
+from rescom_timm.config.loading import load, presets
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.data.sources import load as load_data
@@ -27,6 +27,7 @@ from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import METHODS, SECOND_STAGE
 from rescom_timm.methods.momentum import MomentumNet
 from rescom_timm.methods.rescom import ResCom
+from tests.recipes import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICK = [
@@ -40,7 +41,7 @@ QUICK = [
 
 
 def run(name, output, *words):
-    return train(load(RECIPES / f"{name}.yaml", [f"output={output}", *QUICK, *words]))
+    return train(load_recipe(name, [f"output={output}", *QUICK, *words]))
 
 
 def weights(folder):
@@ -54,17 +55,17 @@ def moved(before, after):
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A short first stage."""
-    return run("digits_lt_cross_entropy", tmp_path_factory.mktemp("runs"))
+    return run("digits_lt +cross_entropy", tmp_path_factory.mktemp("runs"))
 
 
 def test_crt_in_a_run_trains_the_classifier_alone(first, tmp_path):
-    after = weights(run("digits_lt_crt", tmp_path, f"from={first}"))
+    after = weights(run("digits_lt +crt", tmp_path, f"from={first}"))
     changed = {name for name in moved(weights(first), after) if not name.startswith("projector.1.")}
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
 def test_las_in_a_run_shifts_statistics_and_its_export_is_read_back(first, tmp_path):
-    folder = run("digits_lt_las", tmp_path, f"from={checkpoint.listed(first / 'checkpoints')[-1]}")
+    folder = run("digits_lt +las", tmp_path, f"from={checkpoint.listed(first / 'checkpoints')[-1]}")
     before, after = weights(first), weights(folder)
     encoder = {name for name in moved(before, after) if name.startswith("encoder.")}
     assert encoder and all(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in encoder)
@@ -84,7 +85,7 @@ def check_export(folder, weight, bias):
 
 
 def test_tau_norm_evaluates_and_saves_without_training(first, tmp_path):
-    folder = run("digits_lt_tau_norm", tmp_path, f"from={first}", "train.epochs=0")
+    folder = run("digits_lt +tau_norm", tmp_path, f"from={first}", "train.epochs=0")
     assert (folder / "evaluation" / "test-last.json").is_file()
     assert not moved(weights(first), weights(folder))
     w = weights(first)["classifier.weight"]
@@ -92,19 +93,19 @@ def test_tau_norm_evaluates_and_saves_without_training(first, tmp_path):
 
 
 def test_experts_in_a_run_are_saved_and_read_back(tmp_path):
-    folder = run("digits_lt_experts", tmp_path, "method.experts=2", "method.views=1")
+    folder = run("digits_lt +experts", tmp_path, "method.experts=2", "method.views=1")
     net = from_pretrained(folder).net
     assert len(net.experts) == 2
     saved = weights(folder)
     assert torch.equal(net.state_dict()["experts.1.layer3.0.conv1.weight"], saved["experts.1.layer3.0.conv1.weight"])
     with pytest.raises(RecipeError, match="of another net"):
-        run("digits_lt_crt", tmp_path, f"from={folder}")
+        run("digits_lt +crt", tmp_path, f"from={folder}")
 
 
 def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_path):
     words = ["method.queue_size=32", "method.momentum=0.9", "train.epochs=2", "checkpoint.keep=9"]
-    whole = run("digits_lt_table6_1_moco", tmp_path, *words, "name=whole")
-    halved = load(RECIPES / "digits_lt_table6_1_moco.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
+    whole = run("digits_lt +table6_1_moco", tmp_path, *words, "name=whole")
+    halved = load_recipe("digits_lt +table6_1_moco", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     middle, last = checkpoint.listed(whole / "checkpoints")
     (tmp_path / "halved" / "checkpoints").mkdir(parents=True)
     middle.rename(tmp_path / "halved" / "checkpoints" / middle.name)
@@ -119,8 +120,8 @@ def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_p
 def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name, monkeypatch):
     """Two draws a step, weights of the branches, what an epoch sets: bit for bit; then evaluated and exported."""
     words = ["train.epochs=2", "train.batch_size=91", "net.backbone=resnet8_cifar"]  # epochs of 4 steps
-    whole = run(f"digits_lt_{name}", tmp_path, *words, "name=whole")
-    halved = load(RECIPES / f"digits_lt_{name}.yaml", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
+    whole = run(f"digits_lt +{name}", tmp_path, *words, "name=whole")
+    halved = load_recipe(f"digits_lt +{name}", [f"output={tmp_path}", *QUICK, *words, "name=halved"])
     forward, passes = METHODS[name][1].forward, Probe()
 
     def stop_at_the_fifth(self, batch):
@@ -163,7 +164,7 @@ def test_hooks_are_called_once_an_epoch_and_once_an_optimizer_step(tmp_path, mon
     epochs, steps = Probe(), Probe()
     monkeypatch.setattr(CrossEntropy, "set_epoch", lambda self, *a: epochs(*a), raising=False)
     monkeypatch.setattr(CrossEntropy, "after_step", lambda self: steps(), raising=False)
-    folder = run("digits_lt_cross_entropy", tmp_path, "train.accumulate=2", "method.views=1")
+    folder = run("digits_lt +cross_entropy", tmp_path, "train.accumulate=2", "method.views=1")
     assert epochs.calls == [(0, 1)]
     assert len(steps.calls) == int(checkpoint.listed(folder / "checkpoints")[-1].name.removeprefix("step-"))
 
@@ -195,13 +196,13 @@ def test_momentum_keys_have_the_precision_of_the_queries(alone, tmp_path, monkey
 
     original = MomentumNet.forward
     monkeypatch.setattr(MomentumNet, "forward", forward)
-    run("digits_lt_paco", tmp_path, "train.precision=bf16", "speed.channels_last=true")
+    run("digits_lt +paco", tmp_path, "train.precision=bf16", "speed.channels_last=true")
     assert set(seen) == {(torch.bfloat16, (27, 1, 9, 3))}
 
 
 def test_resumed_moments_lie_in_memory_as_the_weights_do(tmp_path, monkeypatch):
     words = ["speed.channels_last=true"]
-    folder = run("digits_lt_cross_entropy", tmp_path, *words)
+    folder = run("digits_lt +cross_entropy", tmp_path, *words)
     strides = []
 
     def fit(self):
@@ -220,24 +221,24 @@ def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_
 @pytest.mark.parametrize(
     "name, words, message",
     [
-        ("digits_lt_lws", [], "lws is a second stage: name the run to start from, from=RUN"),
-        ("digits_lt_lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
-        ("digits_lt_lws", ["from={tmp}"], "holds no checkpoint; train it first"),
-        ("digits_lt_lws", ["from={first}/model"], "is an exported model: name the run's folder"),
-        ("digits_lt_crt", ["from={first}", "net.backbone=resnet32_cifar"], "of another net .*encoder.layer1.3"),
+        ("digits_lt +lws", [], "lws is a second stage: name the run to start from, from=RUN"),
+        ("digits_lt +lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
+        ("digits_lt +lws", ["from={tmp}"], "holds no checkpoint; train it first"),
+        ("digits_lt +lws", ["from={first}/model"], "is an exported model: name the run's folder"),
+        ("digits_lt +crt", ["from={first}", "net.backbone=resnet32_cifar"], "of another net .*encoder.layer1.3"),
     ],
 )
 def test_a_second_stage_without_a_fitting_run_is_refused(first, tmp_path, name, words, message):
     (tmp_path / "checkpoints").mkdir()
     words = [word.format(tmp=tmp_path, first=first) for word in words]
     with pytest.raises(RecipeError, match=message):
-        train(load(RECIPES / f"{name}.yaml", [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
+        train(load_recipe(name, [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
 
 
 def test_any_method_may_start_from_a_run_or_a_file(first):
     data = load_data(DataConfig(source="digits", index="exponential(50)"))
     file = checkpoint.listed(first / "checkpoints")[-1] / "net.safetensors"
-    recipe = load(RECIPES / "digits_lt_balanced_softmax.yaml", [*QUICK, f"init_from={file}"])
+    recipe = load_recipe("digits_lt +balanced_softmax", [*QUICK, f"init_from={file}"])
     assert not moved(weights(first), build_method(recipe, data, start=True).net.state_dict())
     assert moved(weights(first), build_method(recipe, data).net.state_dict())
 
@@ -246,25 +247,25 @@ def test_all_that_a_net_trains_is_in_the_optimizer_also_in_groups():
     data = load_data(DataConfig(source="digits", index="exponential(50)"))
     for name in ("hybrid_psc", "dro_lt", "experts", "disalign", "causal_norm", "bbn", "reslt", "gistnet", "elf"):
         for words in ([], ["optimizer.decay_norm_and_bias=false"]):
-            recipe = load(RECIPES / f"digits_lt_{name}.yaml", [*QUICK, *words])
+            recipe = load_recipe(f"digits_lt +{name}", [*QUICK, *words])
             net = build_method(recipe, data).net
             held = {id(p) for group in build_optimizer(recipe.optimizer, net).param_groups for p in group["params"]}
             assert held == {id(p) for p in net.parameters() if p.requires_grad}, (name, words)
 
 
-def test_every_method_has_a_digits_recipe_and_table_6_its_rows():
-    shown = {load(path).method.name for path in RECIPES.glob("digits_lt*.yaml")}
-    assert shown == set(METHODS)
+def test_every_method_has_a_preset_and_table_6_its_rows():
+    shown = {load("digits_lt", [f"+{name}"]).method.name for name in presets()}
+    assert shown | {"rescom"} == set(METHODS)
     for base in ("digits_lt", "cifar10_lt_if100_r32", "imagenet_lt_r50"):
-        rows = [load(path).method for path in sorted(RECIPES.glob(f"{base}_table6_*.yaml"))]
-        assert len(rows) == 6 and rows[0].name == "moco" and rows[5] == load(RECIPES / f"{base}.yaml").method
+        rows = [load(base, [f"+{name}"]).method for name in sorted(presets()) if name.startswith("table6_")]
+        assert len(rows) == 6 and rows[0].name == "moco" and rows[5] == load(base).method
         told = [(r.beta > 0, r.queue.kind == "class_balanced", r.negatives is not None, r.siamese) for r in rows[1:]]
         assert told == [tuple(k < n for k in range(4)) for n in range(5)], "one module at a time"
 
 
 def test_second_stages_draw_as_their_papers_do():
     for name in SECOND_STAGE:
-        sampler = load(RECIPES / f"digits_lt_{name}.yaml").loader.sampler
+        sampler = load_recipe(f"digits_lt +{name}").loader.sampler
         assert sampler == ("class_balanced" if name in ("crt", "lws", "las") else "uniform")
 
 

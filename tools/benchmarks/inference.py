@@ -15,10 +15,14 @@ from pathlib import Path
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", help="any name of timm.list_models()")
     parser.add_argument("options", nargs="*", metavar="key=value", help="of timm.create_model")
-    parser.add_argument("--experts", default="2,3,4", help="sizes of the ensembles; 2,3,4 by default")
+    parser.add_argument("--experts", type=numbers, default="2,3,4", help="sizes of the ensembles; 2,3,4 by default")
     parser.add_argument("--branch", help="first child of the backbone of which every expert has its own copy")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--size", type=int, metavar="PIXELS", help="of the square images; the backbone's by default")
@@ -43,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         found = ensembles.measure(
             options.backbone,
-            [int(number) for number in options.experts.split(",")],
+            options.experts,
             batch_size=options.batch_size,
             image_size=(options.size, options.size) if options.size else None,
             num_classes=options.classes,

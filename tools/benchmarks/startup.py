@@ -20,8 +20,7 @@ from statistics import median_high
 import torch
 
 from benchmarks.common import keep, kept, machine, positive
-from rescom_timm.config.loading import load, shipped
-from rescom_timm.methods import SECOND_STAGE
+from rescom_timm.config.loading import find, load
 
 PARTS = ("interpreter", "imports", "data", "build", "first step")
 
@@ -55,14 +54,8 @@ def start(recipe: Path, overrides: list[str]) -> list[float]:
     return [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
 
 
-def on_digits() -> list[Path]:
-    """The recipes that need neither a network nor another run."""
-    recipes = {path: load(path) for path in shipped() if path.stem.startswith("digits")}
-    return [path for path, recipe in recipes.items() if recipe.method.name not in SECOND_STAGE]
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="RECIPE or key=value", help="default: the recipes of the digits")
+    parser.add_argument("words", nargs="*", metavar="RECIPE or key=value", help="digits_lt by default")
     parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("-o", "--json", help="a file, or a folder that gets a dated one")
     parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     overrides = [word for word in options.words if "=" in word]
-    recipes = [Path(word) for word in options.words if "=" not in word] or on_digits()
+    recipes = [find(word) for word in options.words if "=" not in word] or [find("digits_lt")]
     for recipe in recipes:
         load(recipe, overrides)  # what is wrong is told before a process is started
     about = machine(options.device)

@@ -1,16 +1,17 @@
 """tools/benchmark.py: each part at a size of a second."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmark
+from benchmarks import ensembles, inference
 from benchmarks.head import Head
 from benchmarks.loader import PlainDataset, photographs
 from benchmarks.loop import Watched
-from benchmarks.startup import on_digits
-from rescom_timm.cli import benchmark
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.transforms import parse, seed_all
 
@@ -170,11 +171,6 @@ def test_startup_is_cut_into_its_parts(tmp_path):
     assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
 
 
-def test_startup_knows_the_recipes_that_need_nothing():
-    names = [path.stem for path in on_digits()]
-    assert "digits_lt" in names and "digits_lt_crt" not in names
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -184,7 +180,7 @@ def test_startup_knows_the_recipes_that_need_nothing():
         (["loop", DIGITS, "train.epoch=5"], "did you mean train.epochs"),
         (["loop", "nowhere.yaml"], "nowhere.yaml"),
         (["startup", "nowhere.yaml"], "nowhere.yaml"),
-        (["head", "--sizes", "1000000x4"], "rescom-timm benchmark classes measures so many"),
+        (["head", "--sizes", "1000000x4"], "python tools/benchmark.py classes measures so many"),
         (["classes", "--views", "7"], "views come in pairs"),
         (["scale", "--rows", "5", "--classes", "10"], "each class needs an image"),
     ],
@@ -206,3 +202,28 @@ def test_a_gpu_that_is_not_there_is_told(capsys):
     for words in (["step", "resnet8_cifar"], ["head"]):
         assert benchmark.main([*words, "--device", "cuda"]) == 1
         assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_every_part_says_what_it_measures():
+    assert inference.PRECISIONS == tuple(ensembles.PRECISIONS)
+    for part, summary in benchmark.PARTS.items():
+        about = import_module(f"benchmarks.{part}").__doc__
+        assert about.startswith(f"`{part}`: {summary}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("startup none.yaml", 1, "error: no recipe none.yaml"),
+        ("hed", 2, "invalid choice: 'hed'"),
+        ("inference resnet33_cifar", 1, "error: timm has no model 'resnet33_cifar'"),
+        ("inference resnet8_cifar x", 1, "error: 'x' is not key=value"),
+        ("inference resnet8_cifar --experts x", 2, "argument --experts"),
+    ],
+)
+def test_bad_input_is_one_line(words, code, message, capsys):
+    try:
+        found = benchmark.main(words.split())
+    except SystemExit as ended:
+        found = ended.code
+    assert found == code and message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""rescom-timm benchmark scale, classes and soak: at a tiny size, and their arithmetic by hand."""
+"""python tools/benchmark.py scale, classes and soak: at a tiny size, and their arithmetic by hand."""
 
 import argparse
 import json
