@@ -146,13 +146,17 @@ def distribution(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+OWN = {"rescom_timm", "trackio"}
+"""What is imported and not declared: ourselves, and a tracker that a recipe names."""
+
+
 def test_what_is_imported_is_declared():
-    """As a dependency or an extra of pyproject.toml, not only by way of another package."""
+    """As a dependency or an extra of pyproject.toml, not only by way of another package. Trackers are the user's."""
     text = (ROOT / "pyproject.toml").read_text()
     declared = {distribution(name) for name in re.findall(r'"([\w.-]+)', text)}
     known = packages_distributions()
     for path in FILES:
-        for top in {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"rescom_timm"}:
+        for top in {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - OWN:
             names = set(map(distribution, known.get(top, [top])))
             assert names & declared, f"{path}: {top} is not declared in pyproject.toml"
 
