@@ -101,7 +101,7 @@ MISSING = {
 @pytest.mark.parametrize("what", MISSING)
 def test_a_folder_that_is_missing_asks_nobody(place, monkeypatch, what):
     monkeypatch.setattr(hub, "_trouble", lambda: pytest.fail("the Hub is asked"))
-    with pytest.raises(FileNotFoundError, match="no folder .* here"):
+    with pytest.raises(FileNotFoundError, match="no (run )?folder .* here"):
         MISSING[what]()
 
 

@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_no_partial_table(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("rescom_timm.sharing.predict.write_rows", full)
+    monkeypatch.setattr("rescom_timm.sharing.predictions_table.write_rows", full)
     with pytest.raises(OSError, match="No space left"):
         write_csv([ONE], tmp_path / "x.csv", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"] and (tmp_path / "x.csv").read_text() == "old"
