@@ -3,6 +3,7 @@
 import json
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,7 @@ from rescom_timm.recipe.loading import load_dict
 from rescom_timm.run import Run, train
 from rescom_timm.sharing.card import read_facts
 from rescom_timm.sharing.predict import predict
+from rescom_timm.sharing.teacher import first_weights
 from rescom_timm.training import checkpoint
 from rescom_timm.training.build import build_method, build_net, load_weights
 from tests.training.child import Tiny
@@ -469,6 +471,19 @@ def test_a_bare_file_of_weights_has_no_names(run, tmp_path):
     net = build_net(made.net, made.views, 4)
     load_weights(net, tmp_path / "w.safetensors", TURNED)
     assert torch.equal(net.classifier.weight.detach(), weights["classifier.weight"])
+
+
+def test_weights_of_the_hub_are_taken_by_name(run, tmp_path, monkeypatch):
+    """As from=hf://owner/name reads them: the pushed export has the names."""
+    monkeypatch.setattr("rescom_timm.sharing.teacher.from_pretrained", lambda source: run.pretrained())
+    made = replace(run.recipe, init_from="hf://me/x")
+    net, pretrained = build_net(made.net, made.views, 4), run.pretrained()
+    with first_weights(made) as first:
+        load_weights(net, first[0], TURNED, first[1])
+        rows = [pretrained.class_names.index(name) for name in TURNED]
+        assert torch.equal(net.classifier.weight, pretrained.net.classifier.weight[rows]) and rows != [0, 1, 2, 3]
+        with pytest.raises(RecipeError, match="ant"):
+            load_weights(net, first[0], ["ant", *TURNED[1:]], first[1])
 
 
 def test_predictions_are_scored_by_name_in_either_form(run):
