@@ -15,7 +15,10 @@ from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Missing, RunFolder
 
 _AXES = ("epoch", "step")
-_FIRST = ("loss", "top1", "many", "medium", "few", "ece", "mean_class", "top5")  # shown in this order unless told
+_FIRST = ("loss", "top1", "many", "medium", "few", "loss_contrast", "ece", "mean_class", "top5")
+"""The order of the panels."""
+CHANCE = "_chance"
+"""Ends the name of a loss's chance level, which is a dotted line in the panel of the loss."""
 _NO_CURVE = ("lr", "learning_rate", "time", "seconds", "images_per_second", "memory_gib")
 
 
@@ -53,6 +56,7 @@ def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 5)
     telling = sorted(filter(_is_telling, known), key=_importance)
     figures = list(dict.fromkeys(map(last_part, telling)))[:most]
     chosen = list(names) or [name for name in telling if last_part(name) in figures]
+    chosen += [name + CHANCE for name in chosen if name + CHANCE in known]
     series = {(run, name): _series(rows, name) for run, rows in logs.items() for name in chosen}
     if not any(len(x) for x, _, _ in series.values()):
         raise Missing(f"the training log holds none of {', '.join(chosen) or 'a curve'}; there: {sorted(known)}")
@@ -73,7 +77,7 @@ def table(curves: Sequence[Curve]) -> style.Table:
 
 def draw(curves: Sequence[Curve]) -> Figure:
     """One panel per name, one line per run; the same run has the same colour everywhere."""
-    names = list(dict.fromkeys(curve.name for curve in curves))
+    names = [name for name in dict.fromkeys(curve.name for curve in curves) if not name.endswith(CHANCE)]
     runs = list(dict.fromkeys(curve.run for curve in curves))
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
@@ -81,6 +85,8 @@ def draw(curves: Sequence[Curve]) -> Figure:
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, name in zip(panels, names, strict=False):
         _panel(panel, [curve for curve in curves if curve.name == name], runs)
+        for curve in (curve for curve in curves if curve.name == name + CHANCE):
+            panel.plot(curve.x, curve.y, ":", color=style.color(runs.index(curve.run)), linewidth=1.0)
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     percents = [panel for panel, name in zip(panels, names, strict=False) if _is_percent(name)]
@@ -132,7 +138,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_telling(name: str) -> bool:
-    return name not in _AXES and last_part(name) not in _NO_CURVE
+    return name not in _AXES and not name.endswith(CHANCE) and last_part(name) not in _NO_CURVE
 
 
 def _is_percent(name: str) -> bool:

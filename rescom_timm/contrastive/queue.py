@@ -94,6 +94,18 @@ class Queue(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @torch.no_grad()
+    def cosines(self) -> tuple[Tensor, Tensor]:
+        """Mean cosine of two different keys of one class, and of two keys of different classes: scalars, NaN without
+        such keys. Keys that are one point have 1 and 1; where classes are apart, the second is lower."""
+        keys, labels = self.keys[self.valid].double(), self.labels[self.valid]
+        sums = keys.new_zeros(int(self.labels.max()) + 1, keys.shape[1]).index_add_(0, labels, keys)
+        numbers = torch.bincount(labels, minlength=len(sums)).double()
+        of_classes, squares = (sums**2).sum(), (numbers**2).sum()
+        within = (of_classes - (keys**2).sum()) / (squares - numbers.sum())
+        between = ((keys.sum(dim=0) ** 2).sum() - of_classes) / (numbers.sum() ** 2 - squares)
+        return within, between
+
 
 class ClassBalancedQueue(Queue):
     """One ring of Q keys for each class (paper eq. 3). Slots are class-major: `keys.view(K, Q, D)`."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rescom_timm.contrastive.pairs import Pairs
+from rescom_timm.contrastive.queue import Queue
 from rescom_timm.losses.weights import at_least_float32
 
 
@@ -29,6 +30,38 @@ def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> T
     mean_positive = logits.masked_fill(~positive, 0).sum(dim=1) / number.clamp(min=1)
     loss = (logits.logsumexp(dim=1) - mean_positive).where(number > 0, 0)
     return (loss if weights is None else loss * weights).mean()
+
+
+def chance_level(
+    labels: Tensor,
+    queue: Queue,
+    positives: int | None,
+    negatives: int | None,
+    weights: Tensor,
+    key_labels: Tensor | None = None,
+) -> Tensor:
+    """The contrastive loss (paper eq. 5) of embeddings that tell nothing apart: the mean over queries of
+    w_y log(number of valid pairs), which a loss near it does not beat.
+
+    labels: (N,) of the queries. positives, negatives: Qp and Qn, None for all. weights: (K,) of the classes.
+    key_labels: (M,) of the batch's own keys, of which each query is one. A query without a positive pair adds 0, as in
+    `supcon`.
+    Returns a scalar without a gradient. No host synchronisation.
+    """
+    held = torch.zeros_like(weights).index_add_(0, queue.labels, queue.valid.to(weights.dtype))
+    own, other = held[labels], held.sum() - held[labels]
+    same = own if positives is None else own.clamp(max=positives)
+    pairs = same + (other if negatives is None else other.clamp(max=negatives))
+    if key_labels is not None:
+        same = same + (labels[:, None] == key_labels).sum(dim=1) - 1
+        pairs = pairs + len(key_labels) - 1
+    return (weights[labels] * pairs.clamp(min=1).log()).where(same > 0, 0).mean()
+
+
+def chance_of_pairs(pairs: Pairs) -> Tensor:
+    """`chance_level` of pairs (N, M) that are there, with weights of one: for losses that are `supcon` of them."""
+    number = pairs.valid.sum(dim=1).clamp(min=1).to(pairs.similarity.dtype)
+    return number.log().where((pairs.positive & pairs.valid).any(dim=1), 0).mean()
 
 
 def paco(

@@ -29,7 +29,7 @@ from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import set_epoch
 from rescom_timm.data.mixing import mix
 from rescom_timm.data.sources import Data, load
-from rescom_timm.engine import checkpoint, errors, nonfinite
+from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.engine.captured_step import CapturedStep
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
@@ -49,7 +49,7 @@ from rescom_timm.engine.prepare import (
     to_device,
     training_loader,
 )
-from rescom_timm.engine.run_folder import Resume, check_place, newest_of_all, open_folder
+from rescom_timm.engine.run_folder import Resume, check_place, lines, newest_of_all, open_folder
 from rescom_timm.engine.state import Progress, State, check_resumable
 from rescom_timm.engine.step_metrics import LAG, MetricsQueue, StepMetrics
 from rescom_timm.engine.stop_signals import StopSignals
@@ -322,7 +322,10 @@ class Trainer:
             for split, loader in self.eval_loaders.items():
                 name = split if weights == "raw" else f"{split}_{weights}"
                 figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
-        self._write({f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()})
+        self._write(
+            {f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()}
+            | collapse.cosines(self.state.queues)
+        )
         progress = self.progress
         progress.unevaluated = False
         if "validation" in figures:
@@ -417,6 +420,7 @@ class Trainer:
             self.log.write(self.progress.epoch, self.progress.step, figures)
         except OSError as error:
             raise errors.unwritten("the log", error) from error
+        collapse.warn(lines(self.log.path), self.recipe.schedule.warmup_epochs)
 
     def close(self) -> None:
         if self.log is not None:

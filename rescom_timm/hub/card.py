@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
+from rescom_timm.engine.collapse import NEAR_CHANCE, ONE_POINT, last_state
 from rescom_timm.engine.log import lines
 from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
@@ -61,6 +62,8 @@ class Facts:
     """<split>-<checkpoint> -> its record."""
     figures: list[str] = field(default_factory=list)
     license: str | None = None
+    contrast: dict[str, float] = field(default_factory=dict)
+    """What the log says last of the contrastive branch; see engine.collapse.last_state."""
     plain_reason: str = ""
     """Why plain timm cannot read the model; "" where it can."""
 
@@ -120,6 +123,7 @@ def read_facts(
         evaluations=evaluations or _during_training(run / "metrics.jsonl"),
         figures=_telling(path.name for path in run.glob("figures/*.png")),
         license=license,
+        contrast=last_state(lines(run / "metrics.jsonl")),
         plain_reason=plain_reason,
     )
 
@@ -236,6 +240,7 @@ def _sections(facts: Facts) -> dict[str, str]:
             if any(name in record["numbers"] for record in facts.evaluations.values())
         },
         "groups_defined": GROUPS_DEFINED,
+        "dead": facts.contrast.get("share", 0) > NEAR_CHANCE or facts.contrast.get("between", 0) > ONE_POINT,
         "few": sum(count < 20 for count in facts.counts),
         "leans": leans(load_dict(recipe)),
         "time": _time(progress.get("seconds") or 0),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rescom_timm.contrastive.pairs import Pairs, against_queue, in_batch
 from rescom_timm.contrastive.queue import FifoQueue
-from rescom_timm.contrastive.supcon import paco, supcon
+from rescom_timm.contrastive.supcon import chance_of_pairs, paco, supcon
 from rescom_timm.distributed import gather
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, log_prior
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
@@ -113,7 +113,8 @@ class Moco(nn.Module):
         first, second = batch["image"].unbind(dim=1)
         _, logits, queries = self.net(first)
         keys = self.momentum_net(second)
-        contrast = supcon(self.pairs(queries, keys, labels), self.config.temperature)
+        pairs = self.pairs(queries, keys, labels)
+        contrast = supcon(pairs, self.config.temperature)
         self.queue.enqueue(gather(keys), gather(labels))
         if self.config.classification == "balanced_softmax":
             classification = balanced_softmax(logits, labels, self.counts)
@@ -124,6 +125,7 @@ class Moco(nn.Module):
             "logits": logits,
             "loss_classification": classification.detach(),
             "loss_contrast": contrast.detach(),
+            "loss_contrast_chance": chance_of_pairs(pairs),
         }
 
     def pairs(self, queries: Tensor, keys: Tensor, labels: Tensor) -> Pairs:

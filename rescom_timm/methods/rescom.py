@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rescom_timm.contrastive.mined import mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
+from rescom_timm.contrastive.supcon import chance_level
 from rescom_timm.distributed import gather, processes
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
@@ -123,6 +124,7 @@ class ResCom(nn.Module):
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         labels = y.repeat(self.views)
+        chance = self.chance(labels)
         contrast = self.contrast(embeddings, labels)  # first: its peak of memory comes before that of the logits
         classified = slice(None) if self.config.siamese else slice(len(y))
         classification = balanced_softmax(logits[classified], labels[classified], self.counts)
@@ -135,7 +137,19 @@ class ResCom(nn.Module):
             "logits": logits,
             "loss_classification": classification.detach(),
             "loss_contrast": contrast.detach(),
+            "loss_contrast_chance": chance,
         }
+
+    def chance(self, labels: Tensor) -> Tensor:
+        """The contrastive loss of embeddings that tell nothing apart. labels: (2B,) of the stacked views."""
+        config = self.config
+        keys = None
+        if config.mode == "paper":
+            labels = labels.chunk(2)[0]
+        else:
+            keys = gather(labels) if config.gather_pairs else labels
+        assert not isinstance(config.negatives, str)
+        return chance_level(labels, self.queue, config.positives, config.negatives, self.weights, keys)
 
     def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The contrastive loss (eq. 5) of the 2B stacked views. embeddings: (2B, D) unit vectors. labels: (2B,)."""

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from rescom_timm.engine.collapse import last_state
+from rescom_timm.engine.run_folder import lines
 from rescom_timm.hub import card
 from rescom_timm.inference.export import export_run
 from tests.engine.made_up_run import add_evaluation, make_run
@@ -175,3 +177,17 @@ def test_a_model_of_plain_cross_entropy_warns_of_its_prior(tmp_path):
     text = card.write(card.read_facts(run, run / "model", "me/x"))
     assert "lean to the classes that were frequent" in text and "the method `cross_entropy`" in text
     assert json.loads((run / "model" / "rescom.json").read_text())["counts"]
+
+
+@pytest.mark.parametrize("share, dead", [(0.999, True), (0.8, False)])
+def test_a_card_says_whether_the_contrastive_branch_learned(facts, tmp_path, share, dead):
+    line = {
+        "epoch": 9,
+        "train/loss_contrast": 5 * share,
+        "train/loss_contrast_chance": 5.0,
+        "queue/cosine_between": 0.4,
+    }
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    text = card.write(replace(facts, contrast=last_state(lines(tmp_path / "metrics.jsonl"))))
+    assert f"ended at {100 * share:.0f}% of its chance level" in text and "mean cosine of 0.40" in text
+    assert ("contrastive branch learned nothing" in text) == dead
