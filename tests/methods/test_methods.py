@@ -184,7 +184,7 @@ class NoFloat64(TorchDispatchMode):
 def test_a_step_and_its_buffers_need_no_float64(name, changes, monkeypatch):
     if changes and name != "logit_adjustment":
         pytest.skip("another method's option")
-    monkeypatch.setattr(losses, "exact", torch.Tensor.float)  # as for counts on such a device
+    monkeypatch.setattr("rescom_timm.losses.weights.exact", torch.Tensor.float)  # as for counts on such a device
     size = {"negatives": 8} if name == "rescom" else {"queue_size": 16} if name == "moco" else {}
     net = create_model("resnet8_cifar", len(COUNTS), projector=ProjectorConfig(hidden=8, dim=5))
     size |= {"generate_from": 0.0} if name == "rsg" else {}
