@@ -33,8 +33,8 @@ from rescom_timm.engine.checkpoint import CheckpointError
 from rescom_timm.engine.run_folder import locked
 from rescom_timm.engine.stop_signals import StopSignals, in_own_process_group
 from rescom_timm.inference.predict import Prediction
+from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.io import clear_leftovers, file_lock, write_text
-from rescom_timm.sharing.predictions_table import write_csv
 
 ROOT = Path(__file__).parents[2]
 NET = {"w": torch.ones(2)}

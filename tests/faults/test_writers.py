@@ -28,11 +28,11 @@ from rescom_timm.engine.run_folder import lines
 from rescom_timm.inference.export import export
 from rescom_timm.inference.neighbours import Embeddings
 from rescom_timm.inference.predict import Prediction
+from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import damaged
 from rescom_timm.io import write_json, write_tensors, write_text
 from rescom_timm.models.net import ProjectorConfig, create_model
 from rescom_timm.models.text_features import save_class_features
-from rescom_timm.sharing.predictions_table import write_csv
 from tests.engine.child import differences, figures, last, recipe
 from tests.faults.data_lists import LIST
 from tests.faults.fault import photos, text

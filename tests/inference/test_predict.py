@@ -20,8 +20,8 @@ from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.inference.export import export, export_run
 from rescom_timm.inference.neighbours import Embeddings
 from rescom_timm.inference.predict import adjustment, embed, predictions
+from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import from_pretrained
-from rescom_timm.sharing.predictions_table import write_csv
 from tests.engine.child import recipe
 from tests.engine.made_up_run import COUNTS, NAMES, make_run, randomize
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rescom_timm import create_model, losses
+from rescom_timm import create_model
 from rescom_timm.losses import class_weights
 from rescom_timm.methods import (
     DISTILLED,

@@ -17,10 +17,10 @@ from rescom_timm.data.splits import DataConfig
 from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
 from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predictions
+from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.io import read_text
 from rescom_timm.metrics import groups
-from rescom_timm.sharing.predictions_table import write_csv
 
 
 def predict(options: argparse.Namespace) -> int:
