@@ -1,26 +1,26 @@
 """Long-tailed image recognition with ResCom on any timm backbone.
 
-The packages; every import points down this list, and tests/test_architecture.py checks it:
+The packages. A package imports only from those below it; tests/test_architecture.py checks this:
 
     cli/            one subcommand a file: rescom-timm SUBCOMMAND, python -m rescom_timm (with __main__)
     api             from Python: train(...) -> Run
-    analysis/       plots and reports of runs: measure -> arrays, draw -> picture
+    analysis/       plots and reports of runs: measure -> arrays, draw -> figure
     hub/            push, model card, Spaces
-    inference/      predict, conformal sets, neighbours, reading and writing exports (timm, transformers, ONNX)
-    hub_download    downloads from the Hub within bounds, runs on the Hub
+    inference/      predict, conformal sets, nearest images, reading and writing exports (timm, transformers, ONNX)
+    hub_download    bounded downloads from the Hub, runs on the Hub
     engine/         trainer, step, state, checkpoint, run folder, evaluation, logging, launch
-    config/         the recipe, composed of the configs that stand beside what they configure; loading
-    methods/        ResCom, what it is compared with, second stages: net + queue + losses
-    models/         any timm backbone with classifier and projector, CIFAR ResNets, tuning; torch and timm
+    config/         the recipe: one dataclass a section, loading, overrides
+    methods/        ResCom, baselines and second stages: net + queue + losses
+    models/         any timm backbone with classifier and projector, CIFAR ResNets, fine-tuning; torch and timm
     data/           sources, index files, long-tailed draws, transforms, samplers, loaders, doctor
-    contrastive/    pairs, queue and mined pairs of the paper; torch alone
-    losses/         pure functions in the papers' symbols; torch alone
-    distributed     number of processes, gathered tensors
+    contrastive/    pairs, queue and hard pair mining; torch only
+    losses/         pure functions in the papers' symbols; torch only
+    distributed     number of processes, gathering tensors
     metrics         accuracy by group, calibration, corruption errors
-    class_names     class names of two things, compared
-    text/           text of others made harmless: on a terminal, in HTML and Markdown (templates)
-    hub_client      which names are ids of the Hub, how long it is waited for
-    io              files written atomically and read within bounds
+    class_names     comparing the class names of two data sets, runs or checkpoints
+    text/           escaping untrusted text for terminal, HTML and Markdown; page templates
+    hub_client      Hub ids and timeouts
+    io              atomic writes and bounded reads of files
     commands/, contrast/    names of 0.2.0, for one release
 """
 

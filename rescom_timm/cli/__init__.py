@@ -1,5 +1,8 @@
-"""One verb a file; each is asked for its parser first, and imports what does the work when its words are read, so that
-help comes at once."""
+"""One module per subcommand, and what they share: parser, error lines, exit codes.
+
+Heavy imports follow argument parsing.
+Not here: the work itself, which the packages below do.
+"""
 
 from __future__ import annotations
 

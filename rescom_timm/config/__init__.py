@@ -1,4 +1,4 @@
-"""The recipe: one YAML file, checked key by key, and recipes for own data.
+"""The recipe: its sections, loading, presets, overrides; recipes for your own data (own_data); tokens and passwords.
 
-Each section's config stands beside what it configures; not here: their meaning.
+Not here: the config of data, views, loader, net and method, which stands in the module that uses it.
 """

@@ -1,4 +1,7 @@
-"""Names of 0.2.0; use rescom_timm.contrastive, rescom_timm.losses and rescom_timm.distributed."""
+"""Names of 0.2.0; use rescom_timm.contrastive, rescom_timm.losses and rescom_timm.distributed.
+
+Removed in the next release.
+"""
 
 import warnings
 

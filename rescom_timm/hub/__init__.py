@@ -1,4 +1,4 @@
-"""To the Hub: pushing runs while they train and after, the model card, Spaces.
+"""Uploads to the Hub: pushing a run during training or later, the model card, Spaces.
 
-Not here: downloads (hub_client) and reading exports (inference).
+Not here: downloads (hub_download), ids and timeouts (hub_client), reading exports (inference).
 """

@@ -1,4 +1,4 @@
-"""A trained run at work: predictions, conformal sets, nearest images, reading exports, and exporting.
+"""Inference with a trained run: predictions, conformal sets, nearest images, the demo, writing and reading exports.
 
-Not here: the Hub (hub, hub_client) and evaluation while training (engine).
+Not here: the Hub (hub, hub_download) and evaluation during training (engine).
 """

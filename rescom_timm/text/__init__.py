@@ -1,7 +1,8 @@
-"""Text of others, made harmless where it is shown: on a terminal, in HTML and in Markdown (`pages`).
+"""Escaping untrusted text for the terminal, HTML and Markdown, and the page templates (`pages`).
 
-A class name, a key or a file name may hold escape codes, which a terminal obeys, and direction characters, which show
-text in another order than it has. They are written as Python writes them: \\x1b, \\u202e.
+A class name, a key or a file name may contain escape codes, which a terminal executes, and direction characters, which
+reorder the text on screen. They are written as Python escapes: \\x1b, \\u202e.
+Not here: which text a command or page shows (cli, analysis, hub, inference).
 """
 
 from __future__ import annotations

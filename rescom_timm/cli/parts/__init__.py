@@ -1,1 +1,1 @@
-"""What the verbs with much of their own do; imported when their words are read."""
+"""The work of the longer subcommands; imported after argument parsing."""
