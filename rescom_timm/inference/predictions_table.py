@@ -50,6 +50,8 @@ def write_csv(
     # Row by row, each writer to a file of its own. A name that is no UTF-8 keeps its bytes.
     if Path(path).is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder is where the table goes", str(path))
+    if not (parent := Path(path).absolute().parent).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no folder for the table; make it first", str(parent))
     with errors_named(path), atomic_path(path) as beside:
         with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             try:
