@@ -324,7 +324,7 @@ def test_two_trainings_of_one_folder_are_refused(alone, tmp_path):
     with held(folder):
         launch = Launch(tree, resume=True)
         assert launch.wait() == [1]
-    assert f"error: {folder} is being trained by process {os.getpid()} on" in launch.text
+    assert f"CheckpointError: {folder} is being trained by process {os.getpid()} on" in launch.text
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -606,7 +606,7 @@ def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
     saved = load_recipe(DIGITS)
     moved = load_recipe(DIGITS, ["data.source=/elsewhere"])
     split = SimpleNamespace(name="digits train")
-    data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=split)
+    data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=split, class_names=None)
     check_resumable(tmp_path, saved.to_dict(), "a", moved, data, tmp_path)
     with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
         check_resumable(tmp_path, saved.to_dict(), "b", moved, data, tmp_path)
@@ -626,7 +626,7 @@ WORDS = {
 def test_a_run_goes_on_with_what_changes_nothing_that_is_trained(tmp_path, free, word):
     saved, changed = load_recipe(DIGITS), load_recipe(DIGITS, [word])
     assert changed != saved
-    data = SimpleNamespace(provenance={"train": {"sha256": "a"}})
+    data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=SimpleNamespace(name="x"), class_names=None)
     if free:
         check_resumable(tmp_path, saved.to_dict(), "a", changed, data, tmp_path)
     else:
