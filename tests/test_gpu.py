@@ -19,7 +19,7 @@ from rescom_timm.contrastive.mined import composed, mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine import launch as launching
-from rescom_timm.methods import DISTILLED
+from rescom_timm.methods import METHODS
 from tests.conftest import ROOT
 from tests.contrastive.cases import unit
 from tests.engine.child import differences, figures, last, recipe, trainer_of
@@ -171,7 +171,7 @@ def test_faster_forms_of_a_step_give_its_losses(tmp_path, changes):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_methods_are_captured(tmp_path, method, precision):
     """Over epochs too, where a method may change on the host."""
-    if method["name"] in DISTILLED:
+    if METHODS[method["name"]][1].needs_teacher:
         method = {**method, "teacher": str(short(tmp_path / "teacher", {"name": "balanced_softmax"})[0])}
     _, plain = short(tmp_path / "plain", method, train__precision=precision)
     _, captured = short(tmp_path / "captured", method, train__precision=precision, speed__capture=True)

@@ -65,8 +65,8 @@ class Opened:
 
     def queue(self) -> Queue:
         """The method's queue. Missing, in words, where it has none or none of its slots is filled."""
-        queue = getattr(self.method, "queue", None)
-        if not isinstance(queue, Queue):
+        queue = self.method.queue
+        if queue is None:
             raise Missing(f"method {self.recipe.method.name} of run {self.name} keeps no queue of keys")
         if not bool(queue.valid.any()):
             raise Missing(f"the queue of run {self.name} is empty: its checkpoint is from before the first step")

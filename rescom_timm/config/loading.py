@@ -165,7 +165,7 @@ def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, value) of what a recipe names on the disk of a machine: data, lists, weights, runs."""
     data, net = recipe.data, recipe.net
     call = parse_call(data.validation, VALIDATION) if data.validation != "none" else None
-    teacher = getattr(recipe.method, "teacher", None)
+    teacher = recipe.method.teacher
     for key, value, named in (
         ("data.source", data.source, data.source != "digits" and hub_id(data.source, alone=True) is None),
         ("data.index", data.index, data.index != "all" and not parse_call(data.index, RULES)),

@@ -24,7 +24,8 @@ from rescom_timm.data.samples import SpeedConfig as LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.hub_client import target
-from rescom_timm.methods import METHODS, MethodConfig, RescomConfig, per_image
+from rescom_timm.methods import MethodConfig, RescomConfig
+from rescom_timm.methods import check as check_method
 from rescom_timm.models.net import NetConfig
 from rescom_timm.text import check_name
 
@@ -307,17 +308,8 @@ class Recipe:
                 raise ValueError(
                     f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
                 )
-        if self.mix.on and not per_image(self.method.name):
-            able = ", ".join(name for name in METHODS if per_image(name))
-            raise ValueError(
-                f"mix: the loss of method {self.method.name} is not one of single images, so mixed images have no "
-                f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
-            )
-        if self.train.fit_batch and not per_image(self.method.name):
-            raise ValueError(
-                f"train.fit_batch: the loss of method {self.method.name} compares the images of a pass with each "
-                "other, so fewer of them make another loss: set train.accumulate to choose that"
-            )
+        compiled = bool(self.speed.capture or self.speed.compile)
+        check_method(self.method, mix=self.mix.on, fit_batch=self.train.fit_batch, compiled=compiled)
         parts = self.train.accumulate > 1 or self.train.fit_batch
         if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise ValueError(
@@ -340,8 +332,6 @@ class Recipe:
             ):
                 if odd:
                     raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
-        if self.method.name == "rsg" and (self.speed.capture or self.speed.compile):
-            raise ValueError("speed.capture and speed.compile do not go together with method rsg: turn them off")
         if self.evaluation.patience is not None and self.data.validation == "none":
             raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":

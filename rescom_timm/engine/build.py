@@ -23,7 +23,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
-from rescom_timm.methods import DISTILLED, SECOND_STAGE, Method, create_method, embeds
+from rescom_timm.methods import Method, create_method, method_class
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features, start_from_means
 from rescom_timm.models.net import PROJECTOR, Net, NetConfig, create_model
@@ -100,15 +100,15 @@ def build_method(
             "two: add images of other classes"
         )
     refuse_queue(recipe, classes)
+    kind = method_class(recipe.method)
     net = build_net(recipe.net, recipe.views, classes)
-    if not embeds(recipe.method.name):
+    if not kind.embeds:
         net.drop_projector()
     if start and recipe.init_from is not None:
         source, names = first or (Path(recipe.init_from).expanduser(), None)
-        retrained = recipe.method.name == "crt"
-        anew = retrained or recipe.net.classifier.init != "random"
-        load_weights(net, source, data.class_names, names, classifier=not anew, projector=not retrained)
-    elif start and recipe.method.name in SECOND_STAGE:
+        anew = kind.new_classifier or recipe.net.classifier.init != "random"
+        load_weights(net, source, data.class_names, names, classifier=not anew, projector=not kind.new_classifier)
+    elif start and kind.second_stage:
         raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
     if start and recipe.net.classifier.file is not None:
         try:
@@ -134,9 +134,9 @@ def build_method(
 
 def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
     """Raises RecipeError where there is no teacher that the method needs, or it knows other classes than the data."""
-    name, source = recipe.method.name, getattr(recipe.method, "teacher", None)
+    name, source = recipe.method.name, recipe.method.teacher
     if teacher is None:
-        if name in DISTILLED:
+        if method_class(recipe.method).needs_teacher:
             raise RecipeError(f"method {name} learns from a teacher: name its run or export, method.teacher=RUN")
         return
     known = teacher.net.classifier.out_features
@@ -153,13 +153,9 @@ def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
 
 def refuse_queue(recipe: Recipe, classes: int) -> int:
     """Numbers of the method's queue of keys. Raises RecipeError as refuse_size does."""
-    numbers = 0
-    if (queue := getattr(recipe.method, "queue", None)) is not None:
-        numbers = classes * queue.per_class * recipe.net.projector.dim
-        refuse_size("method.queue.per_class", numbers)
-    if (size := getattr(recipe.method, "queue_size", None)) is not None:
-        numbers = size * recipe.net.projector.dim
-        refuse_size("method.queue_size", numbers)
+    key, slots = recipe.method.queue_slots(classes) or ("", 0)
+    numbers = slots * recipe.net.projector.dim
+    refuse_size(f"method.{key}", numbers)
     return numbers
 
 

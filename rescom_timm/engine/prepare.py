@@ -52,7 +52,7 @@ def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Ba
     """Batches of one forward pass. Raises RecipeError where there are fewer images than the recipe's batch."""
     loader = train_loader(
         data.train, recipe.views, method.views, recipe.train.batch_size // recipe.train.accumulate, recipe.seed,
-        recipe.train.epochs, recipe.loader, recipe.speed, getattr(method, "second_sampler", None),
+        recipe.train.epochs, recipe.loader, recipe.speed, method.second_sampler,
     )  # fmt: skip
     if len(loader) < recipe.train.accumulate:
         raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
@@ -81,9 +81,9 @@ def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
         prepare_to_shard(accelerator, method.net)
     # FSDP takes no weights that are not contiguous.
     speed_up(method.net, replace(recipe.speed, channels_last=recipe.speed.channels_last and not sharded))
-    if (teacher := getattr(method, "teacher", None)) is not None:
-        teacher.place(accelerator.device, accelerator.autocast)
-        speed_up(teacher.net, replace(recipe.speed, compile=False))
+    if method.teacher is not None:
+        method.teacher.place(accelerator.device, accelerator.autocast)
+        speed_up(method.teacher.net, replace(recipe.speed, compile=False))
 
 
 def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
@@ -111,9 +111,9 @@ def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: 
             f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
             f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
         ) from error
-    if (teacher := getattr(method, "teacher", None)) is not None:
+    if method.teacher is not None:
         try:
-            teacher(images)
+            method.teacher(images)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise RecipeError(
                 f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}"
@@ -128,7 +128,7 @@ def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerato
     train, processes = recipe.train, accelerator.num_processes
     if train.batch_size > train.accumulate * processes:
         return
-    rows = 2 if hasattr(method, "second_sampler") else 1
+    rows = 1 if method.second_sampler is None else 2
     batch = {
         "image": image.expand(rows, method.views, *image.shape[1:]),
         "label": torch.zeros(rows, dtype=torch.long, device=image.device),

@@ -104,8 +104,7 @@ class State:
             still = {name: value for name, value in net.named_parameters() if not value.requires_grad}
             self.frozen = {name: value for name, value in still.items() if name.startswith("encoder.")}
         self.frozen_digest = digest(self.frozen) if self.frozen else None
-        teacher = getattr(method, "teacher", None)
-        self.teacher_digest = None if teacher is None else teacher.digest
+        self.teacher_digest = None if method.teacher is None else method.teacher.digest
 
     def save(self, folder: Path, recipe: Recipe, data: Data) -> str | None:
         """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name; every

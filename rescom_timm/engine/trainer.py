@@ -53,7 +53,7 @@ from rescom_timm.engine.run_folder import Resume, check_place, lines, newest_of_
 from rescom_timm.engine.state import Progress, State, check_resumable
 from rescom_timm.engine.step_metrics import LAG, MetricsQueue, StepMetrics
 from rescom_timm.engine.stop_signals import StopSignals
-from rescom_timm.methods import Method, call_if_defined
+from rescom_timm.methods import Method
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.models.classifiers import start_from_means
 from rescom_timm.models.trainable import count_weights, still_statistics
@@ -124,7 +124,7 @@ class Trainer:
         self.average = average_of(self.net, recipe.train.ema) if recipe.train.ema is not None else None
         self.nets = {"raw": self.net} | ({"ema": self.average.module} if self.average is not None else {})
         method.net, self.optimizer, self.loader = accelerator.prepare(method.net, optimizer, loader)
-        if (momentum := getattr(method, "momentum_net", None)) is not None:  # its keys in the precision of the queries
+        if (momentum := method.momentum_net) is not None:  # its keys in the precision of the queries
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
         self.state = State(accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema"))
@@ -213,8 +213,8 @@ class Trainer:
         epoch = self.progress.epoch
         self.schedule.step(epoch)
         self.method.train()
-        call_if_defined(self.method, "set_epoch", epoch, self.recipe.train.epochs)
-        if self.captured is not None and hasattr(self.method, "set_epoch"):
+        self.method.set_epoch(epoch, self.recipe.train.epochs)
+        if self.captured is not None and self.method.epoch_changes_host:
             self.captured.forget()
         set_epoch(self.loader, epoch)
 
@@ -255,7 +255,7 @@ class Trainer:
             finite = math.isfinite(largest)  # one wait for the device
         if finite:
             self.optimizer.step()
-            call_if_defined(self.method, "after_step")
+            self.method.after_step()
             if self.average is not None:
                 self.average.update(self.net, self.progress.step + 1)
         self.optimizer.zero_grad()

@@ -29,7 +29,6 @@ from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.inference.conformal import PredictionSets, calibrated
 from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
-from rescom_timm.methods import long_tailed
 from rescom_timm.models.net import Net
 
 Prior = Sequence[float] | Tensor | Literal["uniform", "train"]
@@ -303,7 +302,7 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
 
 def leans(recipe: Recipe) -> bool:
     """Whether a net trained so leans to the classes that it saw more often: by its loss, and by what was drawn."""
-    return long_tailed(recipe.method) and recipe.loader.sampler not in ("class_balanced", "progressive")
+    return recipe.method.long_tailed and recipe.loader.sampler not in ("class_balanced", "progressive")
 
 
 def _counts(model: Pretrained) -> Tensor:

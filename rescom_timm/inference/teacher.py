@@ -20,7 +20,7 @@ from rescom_timm.methods.distillation import Teacher
 def read_teacher(recipe: Recipe) -> Teacher | None:
     """The trained net that method.teacher names (of a run its best checkpoint, the last where none was selected); None
     where the recipe names none. Raises RecipeError where it cannot be read."""
-    source = getattr(recipe.method, "teacher", None)
+    source = recipe.method.teacher
     if source is None:
         return None
     try:

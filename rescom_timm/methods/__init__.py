@@ -1,20 +1,16 @@
-"""Methods: a net with its losses. One explicit table; a recipe chooses by `method.name`.
+"""Methods: ResCom and what it is compared with, each a config and a module over a net. base.py says what a method is.
 
-A method is a module with `net` (all that is trained), `views` (how many it wants of each image) and forward(batch) ->
-{"loss": scalar, "logits": (n * B, K), other scalars}. It may define `set_epoch(epoch, epochs)`, called before each
-epoch, and `after_step()`, called after each optimizer step. Other state is part of the method outside of `net`. Where
-its loss is a sum over images, each of its own logits and label, it says `per_image = True`: its batches may be mixed
-(batch["partner"], batch["share"]) or cut into parts. With `second_sampler` (a loader.sampler) its batches have 2 B
-rows: below the B rows of the recipe's draw, B of that one's. One that uses embeddings says `embeds = True`; others drop
-the net's projector. One that learns from a teacher has it as `teacher`, which
-is set before training.
+One explicit table; a recipe chooses by `method.name`. A new method is a file here, its row in METHODS and a preset in
+recipes/methods/ (CONTRIBUTING.md, "Add a method").
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescom_timm.methods import (
     baselines,
@@ -28,6 +24,7 @@ from rescom_timm.methods import (
     rsg,
     second_stage,
 )
+from rescom_timm.methods.base import BaseConfig, Method
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
     CausalNormConfig,
@@ -50,51 +47,7 @@ from rescom_timm.methods.rsg import RsgConfig
 from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
 from rescom_timm.models.net import Net
 
-MethodConfig = (
-    RescomConfig
-    | CrossEntropyConfig
-    | BalancedSoftmaxConfig
-    | FocalConfig
-    | ClassBalancedConfig
-    | LdamConfig
-    | LogitAdjustmentConfig
-    | LadeConfig
-    | CausalNormConfig
-    | MocoConfig
-    | PacoConfig
-    | HybridPscConfig
-    | DroLtConfig
-    | ExpertsConfig
-    | BbnConfig
-    | ResltConfig
-    | GistNetConfig
-    | ElfConfig
-    | DiveConfig
-    | SsdConfig
-    | RsgConfig
-    | CrtConfig
-    | LwsConfig
-    | TauNormConfig
-    | LasConfig
-    | DisAlignConfig
-)
-Method = (
-    ResCom
-    | baselines.Classification
-    | momentum.Moco
-    | momentum.Paco
-    | prototypes.HybridPsc
-    | prototypes.DroLt
-    | experts.Experts
-    | branches.Bbn
-    | branches.Reslt
-    | elf.Elf
-    | distillation.Dive
-    | distillation.Ssd
-    | rsg.Rsg
-)
-
-METHODS: dict[str, tuple[type, Any]] = {
+METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
     "rescom": (RescomConfig, ResCom),
     "cross_entropy": (CrossEntropyConfig, baselines.CrossEntropy),
     "balanced_softmax": (BalancedSoftmaxConfig, baselines.BalancedSoftmax),
@@ -123,47 +76,36 @@ METHODS: dict[str, tuple[type, Any]] = {
     "disalign": (DisAlignConfig, second_stage.DisAlign),
 }
 
-SECOND_STAGE = ("crt", "lws", "tau_norm", "las", "disalign")
-"""Methods that need a trained net to start from."""
-
-
-DISTILLED = ("dive", "ssd")
-"""Methods that need a teacher."""
+if TYPE_CHECKING:
+    MethodConfig: TypeAlias = BaseConfig
+else:
+    MethodConfig = reduce(or_, [config for config, _ in METHODS.values()])  # a union, of which pydantic chooses by name
 
 
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
     """counts: (K,) training images of each class. Raises ValueError where the config does not fit them."""
-    return METHODS[config.name][1](net, counts, config)
+    return method_class(config)(net, counts, config)
 
 
-def long_tailed(config: MethodConfig) -> bool:
-    """Whether the classification loss leaves the frequencies of the classes drawn in the logits, as plain cross-entropy
-    does. Losses that know the frequencies, and what learns from a net that does, give logits of even classes."""
-    match config:
-        case CrossEntropyConfig() | FocalConfig() | DroLtConfig() | CrtConfig() | LwsConfig() | LasConfig():
-            return True
-        case MocoConfig(classification="cross_entropy") | RsgConfig(loss="cross_entropy"):
-            return True
-        case LdamConfig() | ExpertsConfig() | ElfConfig() | RsgConfig():
-            return config.reweight_from == 1 or config.beta == 0  # never weighted
-        case (
-            ClassBalancedConfig(beta=0) | LogitAdjustmentConfig(tau=0) | TauNormConfig(tau=0) | DisAlignConfig(power=0)
-        ):
-            return True
-    return False
+def method_class(config: MethodConfig) -> Any:
+    """The class of METHODS that a config is for."""
+    return METHODS[config.name][1]
 
 
-def embeds(name: str) -> bool:
-    """Whether a method uses the embeddings of a projector."""
-    return getattr(METHODS[name][1], "embeds", False)
-
-
-def per_image(name: str) -> bool:
-    """Whether a method's loss is a sum over images, each of its own logits and label."""
-    return getattr(METHODS[name][1], "per_image", False)
-
-
-def call_if_defined(method: nn.Module, name: str, *arguments: Any) -> None:
-    """Call a method's optional `set_epoch` or `after_step`."""
-    if hasattr(method, name):
-        getattr(method, name)(*arguments)
+def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool) -> None:
+    """Raises ValueError where a recipe asks for what its method cannot do. mix: images are mixed. fit_batch:
+    train.fit_batch. compiled: speed.capture or speed.compile."""
+    method = method_class(config)
+    if mix and not method.per_image:
+        able = ", ".join(name for name, (_, other) in METHODS.items() if other.per_image)
+        raise ValueError(
+            f"mix: the loss of method {config.name} is not one of single images, so mixed images have no "
+            f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
+        )
+    if fit_batch and not method.per_image:
+        raise ValueError(
+            f"train.fit_batch: the loss of method {config.name} compares the images of a pass with each "
+            "other, so fewer of them make another loss: set train.accumulate to choose that"
+        )
+    if compiled and not method.static_shapes:
+        raise ValueError(f"speed.capture and speed.compile do not go together with method {config.name}: turn them off")

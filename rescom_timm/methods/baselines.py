@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm import losses
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
-from rescom_timm.methods.rescom import stack_views
 from rescom_timm.models.classifiers import Cosine, full_precision
 from rescom_timm.models.net import Net
 
@@ -24,7 +24,7 @@ Views = Literal[1, 2]
 
 
 @dataclass(frozen=True)
-class CrossEntropyConfig:
+class CrossEntropyConfig(BaseConfig):
     name: Literal["cross_entropy"] = "cross_entropy"
     views: Views = 1
     """Augmented views of each image in a batch; 2 costs as much as ResCom."""
@@ -33,9 +33,13 @@ class CrossEntropyConfig:
     def __post_init__(self) -> None:
         check(self, label_smoothing=BELOW_ONE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class BalancedSoftmaxConfig:
+class BalancedSoftmaxConfig(BaseConfig):
     name: Literal["balanced_softmax"] = "balanced_softmax"
     views: Views = 1
     """Augmented views of each image in a batch; 2 is Siamese Balanced Softmax (eq. 6)."""
@@ -46,7 +50,7 @@ class BalancedSoftmaxConfig:
 
 
 @dataclass(frozen=True)
-class FocalConfig:
+class FocalConfig(BaseConfig):
     """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5)."""
 
     name: Literal["focal"] = "focal"
@@ -57,9 +61,13 @@ class FocalConfig:
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class ClassBalancedConfig:
+class ClassBalancedConfig(BaseConfig):
     """Class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 6): weights 1 / E_k that sum to K."""
 
     name: Literal["class_balanced"] = "class_balanced"
@@ -74,9 +82,13 @@ class ClassBalancedConfig:
         check(self, beta=BELOW_ONE)
         _check_gamma(self.gamma)
 
+    @property
+    def long_tailed(self) -> bool:
+        return self.beta == 0
+
 
 @dataclass(frozen=True)
-class LdamConfig:
+class LdamConfig(BaseConfig):
     """LDAM with deferred re-weighting (Cao et al. 2019, arXiv 1906.07413, eqs. 12 and 13, algorithm 1)."""
 
     name: Literal["ldam"] = "ldam"
@@ -93,9 +105,13 @@ class LdamConfig:
     def __post_init__(self) -> None:
         check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return self.reweight_from == 1 or self.beta == 0  # never weighted
+
 
 @dataclass(frozen=True)
-class LogitAdjustmentConfig:
+class LogitAdjustmentConfig(BaseConfig):
     """Logit adjustment (Menon et al. 2021, arXiv 2007.07314)."""
 
     name: Literal["logit_adjustment"] = "logit_adjustment"
@@ -108,9 +124,13 @@ class LogitAdjustmentConfig:
     def __post_init__(self) -> None:
         check(self, tau=NOT_NEGATIVE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return self.tau == 0
+
 
 @dataclass(frozen=True)
-class LadeConfig:
+class LadeConfig(BaseConfig):
     """LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 15 to 20): Balanced Softmax + alpha * LADER."""
 
     name: Literal["lade"] = "lade"
@@ -124,7 +144,7 @@ class LadeConfig:
 
 
 @dataclass(frozen=True)
-class CausalNormConfig:
+class CausalNormConfig(BaseConfig):
     """De-confounded training, total direct effect at inference (Tang et al. 2020, arXiv 2009.12991, eqs. 7 and 8)."""
 
     name: Literal["causal_norm"] = "causal_norm"
@@ -226,7 +246,7 @@ def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 # ----------------------------------------------------------------------------------------------------------- methods
 
 
-class Classification(nn.Module):
+class Classification(Method):
     """A net trained by a loss on its logits alone (`loss`), without a projector."""
 
     counts: Tensor
@@ -234,11 +254,9 @@ class Classification(nn.Module):
 
     def __init__(self, net: Net, counts: Tensor, config: Any) -> None:
         """counts: (K,) training images of each class. config: the method's own."""
-        super().__init__()
         net.drop_projector()
-        self.net = net
-        self.config = config
-        self.views: int = config.views
+        super().__init__(net, config)
+        self.views = config.views
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -290,6 +308,7 @@ def balanced_weights(counts: Tensor, beta: float) -> Tensor:
 
 
 class Ldam(Classification):
+    epoch_changes_host = True
     margins: Tensor
     weights: Tensor
 

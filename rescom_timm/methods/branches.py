@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.losses import at_least_float32, weighted_mean
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.baselines import linear, replace_classifier
 from rescom_timm.methods.bounds import PART, check
-from rescom_timm.methods.rescom import stack_views
 from rescom_timm.models.branched import BranchedNet, Remade, agrees, branch_sources, last_block
 from rescom_timm.models.net import Net, Outputs
 
 
 @dataclass(frozen=True)
-class BbnConfig:
+class BbnConfig(BaseConfig):
     """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 5). A step has as many images again, one
     view each, of which the second branch learns: rare classes are drawn for it the more often (`reversed`)."""
 
@@ -35,7 +35,7 @@ class BbnConfig:
 
 
 @dataclass(frozen=True)
-class ResltConfig:
+class ResltConfig(BaseConfig):
     """Residual learning over groups of classes (Cui et al. 2021, arXiv 2101.10633): branches for all classes, for the
     medium and rare ones and for the rare ones, whose logits are added. Each is a BatchNorm over the last feature map,
     as in the authors' code for CIFAR, so that one linear layer is left of them; the 1x1 convolutions of their code for
@@ -88,18 +88,17 @@ class BbnNet(BranchedNet):
         return self(images).logits
 
 
-class Bbn(nn.Module):
+class Bbn(Method):
+    net: BbnNet
     alpha: Tensor
     second_sampler = "reversed"
 
     def __init__(self, net: Net, counts: Tensor, config: BbnConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
-        super().__init__()
-        self.net = BbnNet(net, config)
+        super().__init__(BbnNet(net, config), config)
         if config.fresh:
             self.net.check_trained()
-        self.config = config
-        self.views: int = config.views
+        self.views = config.views
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
@@ -172,15 +171,13 @@ class ResltNet(Remade):
         return ResltOutputs(features, branches.sum(dim=0), embeddings, branches)
 
 
-class Reslt(nn.Module):
+class Reslt(Method):
     taught: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ResltConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError for a backbone without a feature map."""
-        super().__init__()
-        self.net = ResltNet(net)
-        self.config = config
-        self.views: int = config.views
+        super().__init__(ResltNet(net), config)
+        self.views = config.views
         classes = len(counts)
         rank = counts.argsort(descending=True, stable=True).argsort()  # 0: the most frequent
         taught = [rank >= classes - round(part * classes) for part in (1.0, config.medium, config.tail)]

@@ -6,56 +6,24 @@ F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, distillation
+from rescom_timm.methods.base import BaseConfig, stack_views
 from rescom_timm.methods.baselines import Classification, Views, linear, replace_classifier
 from rescom_timm.methods.bounds import PART, POSITIVE, check
-from rescom_timm.methods.rescom import stack_views
+from rescom_timm.methods.parts import Teacher as Teacher
+from rescom_timm.methods.parts import ask
 from rescom_timm.models.net import Net
-from rescom_timm.models.trainable import digest
-
-
-class Teacher:
-    """A trained net that is asked for its logits: in evaluation mode, without gradient. It is no part of the method's
-    module, so no optimizer, checkpoint or process group sees it; a checkpoint holds its digest."""
-
-    def __init__(self, net: Net, class_names: Sequence[str] = ()) -> None:
-        """class_names: (K,), or empty where they are not known."""
-        self.net = net.eval().requires_grad_(False)
-        self.class_names = list(class_names)
-        self.digest = digest(net.state_dict())
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def place(self, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Go to a device, and compute in the precision that autocast() gives."""
-        self.net.to(device)
-        self.autocast = autocast
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W), eight-bit, which the net normalises as it did in its own training. Returns logits
-        (N, K), float32 or wider."""
-        with self.autocast():
-            return at_least_float32(self.net.classify(images))
-
-
-def ask(teacher: Teacher | None, images: Tensor) -> Tensor:
-    """The teacher's logits (N, K). Raises ValueError where there is none."""
-    if teacher is None:
-        raise ValueError("this method learns from a teacher: set method.teacher = Teacher(net) before training")
-    return teacher(images)
 
 
 @dataclass(frozen=True)
-class DiveConfig:
+class DiveConfig(BaseConfig):
     """Distilling virtual examples (He et al. 2021, arXiv 2103.15042): the predictions of a teacher that was trained by
     Balanced Softmax, flattened."""
 
@@ -77,7 +45,7 @@ class DiveConfig:
 
 
 @dataclass(frozen=True)
-class SsdConfig:
+class SsdConfig(BaseConfig):
     """Self supervision to distillation, its last stage (SSD, Li et al. 2021, arXiv 2109.04075). Its first is
     method moco with contrast_weight 1, classification cross_entropy and same_class_negatives false; its second lws."""
 
@@ -114,7 +82,7 @@ class SoftAndHard(nn.Linear):
 class Dive(Classification):
     """(1 - alpha) Balanced Softmax + alpha tau^2 KL(virtual examples || student at tau)."""
 
-    teacher: Teacher | None = None
+    needs_teacher = True
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
@@ -134,7 +102,7 @@ class Dive(Classification):
 class Ssd(Classification):
     """Labels teach the hard classifier by cross-entropy, the teacher the soft one; the encoder learns from both."""
 
-    teacher: Teacher | None = None
+    needs_teacher = True
 
     def __init__(self, net: Net, counts: Tensor, config: SsdConfig) -> None:
         super().__init__(net, counts, config)

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rescom_timm.losses import ldam_margins, less_margins, weighted_mean
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.baselines import balanced_weights
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
-from rescom_timm.methods.rescom import stack_views
 from rescom_timm.models.branched import Remade, agrees
 from rescom_timm.models.classifiers import Cosine
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class ElfConfig:
+class ElfConfig(BaseConfig):
     """In training an image leaves at the first exit that is right and sure enough, and adds the LDAM loss of that exit
     and of all before it; in evaluation it is classified by the first exit that is sure enough."""
 
@@ -46,6 +46,10 @@ class ElfConfig:
     def __post_init__(self) -> None:
         check(self, exits=A_FEW, threshold=PART, margin=NOT_NEGATIVE, scale=POSITIVE)
         check(self, reweight_from=PART, beta=BELOW_ONE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.reweight_from == 1 or self.beta == 0  # never weighted
 
 
 class ElfOutputs(NamedTuple):
@@ -127,17 +131,17 @@ class ElfNet(Remade):
         raise ValueError("a net with early exits is no plain timm model, so it is not exported")
 
 
-class Elf(nn.Module):
+class Elf(Method):
+    net: ElfNet
+    epoch_changes_host = True
     margins: Tensor
     weights: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ElfConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone has no such stages."""
-        super().__init__()
-        self.net = ElfNet(net, config)
+        super().__init__(ElfNet(net, config), config)
         self.plain = (self.net,)  # a tuple: the net as it is under what is wrapped around it
-        self.config = config
-        self.views: int = config.views
+        self.views = config.views
         self.reweighted = False
         self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
         self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)

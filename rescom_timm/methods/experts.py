@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from rescom_timm.losses import check_temperature, distillation, diversity, ldam, ldam_margins
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.baselines import Cosine, balanced_weights
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
-from rescom_timm.methods.distillation import Teacher, ask
-from rescom_timm.methods.rescom import stack_views
+from rescom_timm.methods.parts import ask
 from rescom_timm.models.branched import BranchedNet, branch_sources
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(BaseConfig):
     """LDAM of each expert less how far it is from their mean (the diversity loss of RIDE)."""
 
     name: Literal["experts"] = "experts"
@@ -59,6 +59,10 @@ class ExpertsConfig:
         check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
         check(self, distill_weight=NOT_NEGATIVE, distill_temperature=POSITIVE)
         check(self, temperature_by_count=BELOW_ONE, reweight_from=PART, beta=BELOW_ONE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.reweight_from == 1 or self.beta == 0  # never weighted
 
 
 class Heads(nn.ModuleList):
@@ -108,22 +112,21 @@ class ExpertsNet(BranchedNet):
         return self(images).logits
 
 
-class Experts(nn.Module):
+class Experts(Method):
+    net: ExpertsNet
+    epoch_changes_host = True
     counts: Tensor
     margins: Tensor
     weights: Tensor
     temperature: Tensor
-    teacher: Teacher | None = None
 
     def __init__(self, net: Net, counts: Tensor, config: ExpertsConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
-        super().__init__()
         sources = branch_sources(net, config.experts, config.fresh)
-        self.net = ExpertsNet(net, sources, config.branch, config.scale)
+        super().__init__(ExpertsNet(net, sources, config.branch, config.scale), config)
         if config.fresh:
             self.net.check_trained()
-        self.config = config
-        self.views: int = config.views
+        self.views = config.views
         self.reweighted = False
         share = config.temperature_by_count
         temperature = share * len(counts) * counts / counts.sum() + 1 - share

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.losses import at_least_float32
+from rescom_timm.methods.base import BaseConfig
 from rescom_timm.methods.baselines import Classification, replace_classifier
 from rescom_timm.methods.bounds import A_FEW, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.models.classifiers import full_precision
@@ -23,7 +24,7 @@ from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class GistNetConfig:
+class GistNetConfig(BaseConfig):
     """Cross-entropy of an evenly drawn batch and of a class-balanced one (`class_balanced`, one view each), on two sets
     of class centres that share their structures. The structures learn from the first batch alone."""
 

@@ -7,26 +7,26 @@ weights that are.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescom_timm.contrastive.pairs import Pairs, against_queue, in_batch
 from rescom_timm.contrastive.queue import FifoQueue
 from rescom_timm.contrastive.supcon import chance_of_pairs, paco, supcon
 from rescom_timm.distributed import gather
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, log_prior
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
-from rescom_timm.methods.rescom import stack_views
+from rescom_timm.methods.parts import MomentumNet
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class MocoConfig:
+class MocoConfig(BaseConfig):
     """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) beside Balanced Softmax of the first view, or beside plain
     cross-entropy as in SSD's first stage (Li et al. 2021, arXiv 2109.04075)."""
 
@@ -46,9 +46,16 @@ class MocoConfig:
         check_temperature(self.temperature)
         check(self, contrast_weight=NOT_NEGATIVE, momentum=BELOW_ONE, queue_size=AT_LEAST_ONE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return self.classification == "cross_entropy"
+
+    def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        return "queue_size", self.queue_size
+
 
 @dataclass(frozen=True)
-class PacoConfig:
+class PacoConfig(BaseConfig):
     """Parametric contrastive learning (PaCo, Cui et al. 2021, arXiv 2107.12028); GPaCo (arXiv 2209.12400) is the
     same without momentum encoder, with smoothed targets."""
 
@@ -66,42 +73,23 @@ class PacoConfig:
         check_temperature(self.temperature)
         check(self, alpha=NOT_NEGATIVE, smoothing=BELOW_ONE, momentum=BELOW_ONE, queue_size=AT_LEAST_ONE)
 
-
-class MomentumNet(nn.Module):
-    """A copy of a net that follows it: theta_k <- m theta_k + (1 - m) theta_q (MoCo, eq. 2).
-
-    In training its BatchNorm uses each batch's own statistics, as the net's does; there is no shuffling over processes.
-    """
-
-    def __init__(self, net: Net, momentum: float) -> None:
-        super().__init__()
-        self.copy = copy.deepcopy(net).requires_grad_(False)
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W). Returns embeddings (B, D)."""
-        return self.copy(images).embeddings
-
-    @torch.no_grad()
-    def follow(self, net: nn.Module) -> None:
-        """Move towards the net, plain or wrapped; call it once an optimizer step."""
-        torch._foreach_lerp_(list(self.copy.parameters()), list(net.parameters()), 1 - self.momentum)
+    def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        return "queue_size", self.queue_size
 
 
-class Moco(nn.Module):
+class Moco(Method):
     """Positive pair: the two views of an image, the second through the momentum encoder. Negatives: the whole queue, or
     what of it is of other classes."""
 
+    momentum_net: MomentumNet
+    queue: FifoQueue
     counts: Tensor
     views = 2
     embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: MocoConfig) -> None:
         """counts: (K,) training images of each class."""
-        super().__init__()
-        self.net = net
-        self.config = config
+        super().__init__(net, config)
         self.momentum_net = MomentumNet(net, config.momentum)
         self.queue = FifoQueue(config.queue_size, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
@@ -142,23 +130,21 @@ class Moco(nn.Module):
         self.momentum_net.follow(self.net)
 
 
-class Paco(nn.Module):
+class Paco(Method):
     """Class centres, which are the classifier's weights, and embeddings in one softmax.
 
     With a momentum encoder the first views are the queries, the second views its keys; without one (GPaCo) both views
     are queries, and keys of each other with gradient. The second views enter the queue.
     """
 
-    counts: Tensor
+    queue: FifoQueue
     prior: Tensor
     views = 2
     embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: PacoConfig) -> None:
         """counts: (K,) training images of each class."""
-        super().__init__()
-        self.net = net
-        self.config = config
+        super().__init__(net, config)
         self.momentum_net = None if config.momentum is None else MomentumNet(net, config.momentum)
         self.queue = FifoQueue(config.queue_size, net.embedding_width)
         self.register_buffer("prior", log_prior(counts).float(), persistent=False)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rescom_timm.distributed import gather
 from rescom_timm.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, check
-from rescom_timm.methods.rescom import stack_views
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class HybridPscConfig:
+class HybridPscConfig(BaseConfig):
     """Hybrid-PSC (Wang et al. 2021, arXiv 2103.14267)."""
 
     name: Literal["hybrid_psc"] = "hybrid_psc"
@@ -34,7 +34,7 @@ class HybridPscConfig:
 
 
 @dataclass(frozen=True)
-class DroLtConfig:
+class DroLtConfig(BaseConfig):
     """DRO-LT (Samuel & Chechik 2021, arXiv 2104.03066)."""
 
     name: Literal["dro_lt"] = "dro_lt"
@@ -55,8 +55,12 @@ class DroLtConfig:
         check_temperature(self.temperature)
         check(self, epsilon=NOT_NEGATIVE, weight=PART, momentum=BELOW_ONE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
 
-class HybridPsc(nn.Module):
+
+class HybridPsc(Method):
     """Prototypes at first, the classifier at last: alpha * PSC + (1 - alpha) * CE with alpha = 1 - (t / T)^2.
 
     The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by
@@ -65,15 +69,14 @@ class HybridPsc(nn.Module):
 
     weights: Tensor
     embeds = True
+    epoch_changes_host = True
 
     def __init__(self, net: Net, counts: Tensor, config: HybridPscConfig) -> None:
         """counts: (K,) training images of each class."""
-        super().__init__()
         net.prototypes = nn.ParameterList([F.normalize(torch.randn(len(counts), net.embedding_width), dim=1)])
+        super().__init__(net, config)
         self.prototypes = (net.prototypes[0],)  # a tuple: they are the net's
-        self.net = net
-        self.config = config
-        self.views: int = config.views
+        self.views = config.views
         self.alpha = 1.0
         weights = counts.double().reciprocal() * counts.sum() / len(counts)
         self.register_buffer("weights", weights.float(), persistent=False)
@@ -97,7 +100,7 @@ class HybridPsc(nn.Module):
         }
 
 
-class DroLt(nn.Module):
+class DroLt(Method):
     """Features are drawn to their class's centroid, from the worst point of a ball around it.
 
     The authors measure the centroids on the whole training set before each epoch; here they are moving averages of the
@@ -110,16 +113,14 @@ class DroLt(nn.Module):
 
     def __init__(self, net: Net, counts: Tensor, config: DroLtConfig) -> None:
         """counts: (K,) training images of each class."""
-        super().__init__()
         net.drop_projector()
+        super().__init__(net, config)
         epsilon = torch.full((len(counts),), config.epsilon)
         if config.radius == "by_count":
             epsilon = epsilon / counts.sqrt()
         net.epsilon = nn.ParameterList([nn.Parameter(epsilon, requires_grad=config.radius == "learned")])
         self.epsilon = (net.epsilon[0],)  # a tuple: it is the net's
-        self.net = net
-        self.config = config
-        self.views: int = config.views
+        self.views = config.views
         self.register_buffer("centroids", torch.zeros(len(counts), net.classifier.in_features))
         self.register_buffer("known", torch.zeros(len(counts), dtype=torch.bool))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescom_timm.contrastive.mined import mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from rescom_timm.contrastive.supcon import chance_level
 from rescom_timm.distributed import gather, processes
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
+from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.models.net import Net
 
@@ -41,7 +42,7 @@ class QueueConfig:
 
 
 @dataclass(frozen=True)
-class RescomConfig:
+class RescomConfig(BaseConfig):
     name: Literal["rescom"] = "rescom"
     mode: Literal["released", "paper"] = "released"
     """paper: view 1 against mined queue keys, view 2 enters the queue (eq. 5, Algorithm 1).
@@ -74,6 +75,9 @@ class RescomConfig:
                 "keys of one class: lower positives or raise queue.per_class"
             )
 
+    def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        return "queue.per_class", num_classes * self.queue.per_class
+
     def for_classes(self, num_classes: int) -> RescomConfig:
         """The config with a number (or None) for Qn. Raises ValueError where the negatives asked for are more than a
         queue over num_classes classes holds."""
@@ -94,14 +98,11 @@ def auto_negatives(num_classes: int, per_class: int) -> int:
     return max(1, min(500, round(0.4 * (num_classes - 1) * per_class)))
 
 
-def stack_views(images: Tensor) -> Tensor:
-    """(B, V, ...) -> (V * B, ...), view by view."""
-    return images.transpose(0, 1).flatten(0, 1)
-
-
-class ResCom(nn.Module):
+class ResCom(Method):
     """A net, a queue and the losses; forward(batch) gives the loss of a training step."""
 
+    config: RescomConfig
+    queue: Queue
     counts: Tensor
     weights: Tensor
     views = 2
@@ -109,10 +110,8 @@ class ResCom(nn.Module):
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
         """counts: (K,) training images of each class. Raises ValueError where Q, Qp, Qn and K do not fit."""
-        super().__init__()
         config = config.for_classes(len(counts))
-        self.net = net
-        self.config = config
+        super().__init__(net, config)
         self.queue = config.queue.build(counts, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
         weights = class_weights(counts, config.beta, config.class_weight)

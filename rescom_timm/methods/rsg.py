@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rescom_timm.losses import at_least_float32, ldam, ldam_margins
+from rescom_timm.methods.base import BaseConfig, Method
 from rescom_timm.methods.baselines import balanced_weights, replace_classifier
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.models.classifiers import Cosine, full_precision
@@ -24,7 +25,7 @@ from rescom_timm.models.net import Net, Outputs
 
 
 @dataclass(frozen=True)
-class RsgConfig:
+class RsgConfig(BaseConfig):
     """RSG beside LDAM with deferred re-weighting, as in its tables, or beside plain cross-entropy."""
 
     name: Literal["rsg"] = "rsg"
@@ -55,6 +56,10 @@ class RsgConfig:
         check(self, centers=A_FEW, head_classes=PART, generate_from=PART, strength=PART)
         check(self, pair_width=A_FEW, center_weight=NOT_NEGATIVE, vector_weight=NOT_NEGATIVE)
         check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.loss == "cross_entropy" or self.reweight_from == 1 or self.beta == 0  # never weighted
 
 
 class Made(NamedTuple):
@@ -231,26 +236,26 @@ def last_stage(encoder: nn.Module) -> tuple[str, int]:
     return name, seen[0][1]
 
 
-class Rsg(nn.Module):
+class Rsg(Method):
+    net: RsgNet
+    epoch_changes_host = True
+    static_shapes = False  # batches grow by the images that are made
     counts: Tensor
     margins: Tensor
     weights: Tensor
-    views = 1
 
     def __init__(self, net: Net, counts: Tensor, config: RsgConfig) -> None:
         """counts: (K,) training images of each class. Raises ValueError where the backbone has no last stage of maps.
 
         As the authors train, but for L_MV's vectors, which are those of a pixel's channels here (theirs are cut out of
         the flattened map), and for weight decay, which moves T and the pair classifier also where they do not train."""
-        super().__init__()
         stage, channels = last_stage(net.encoder)
         net.drop_projector()
         if config.loss == "ldam":
             replace_classifier(net, Cosine(net.classifier.in_features, len(counts), config.scale))
         head = torch.zeros(len(counts), dtype=torch.bool)
         head[counts.argsort(descending=True, stable=True)[: max(int(len(counts) * config.head_classes), 1)]] = True
-        self.net = RsgNet(net, stage, Generator(channels, head, config))
-        self.config = config
+        super().__init__(RsgNet(net, stage, Generator(channels, head, config)), config)
         self.reweighted = self.generate = False
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)

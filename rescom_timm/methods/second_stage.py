@@ -14,29 +14,38 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rescom_timm import losses
+from rescom_timm.methods.base import BaseConfig
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class CrtConfig:
+class CrtConfig(BaseConfig):
     """Classifier re-training (cRT, Kang et al. 2020, arXiv 1910.09217); with loader.sampler=class_balanced."""
 
     name: Literal["crt"] = "crt"
     views: Literal[1] = 1
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class LwsConfig:
+class LwsConfig(BaseConfig):
     """Learnable weight scaling (LWS, Kang et al. 2020, eq. 4); with loader.sampler=class_balanced."""
 
     name: Literal["lws"] = "lws"
     views: Literal[1] = 1
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class TauNormConfig:
+class TauNormConfig(BaseConfig):
     """Tau-normalised classifier (Kang et al. 2020, eq. 3): w_k / |w_k|^tau, no bias. Nothing to train: epochs 0."""
 
     name: Literal["tau_norm"] = "tau_norm"
@@ -47,9 +56,13 @@ class TauNormConfig:
     def __post_init__(self) -> None:
         check(self, tau=NOT_NEGATIVE)
 
+    @property
+    def long_tailed(self) -> bool:
+        return self.tau == 0
+
 
 @dataclass(frozen=True)
-class LasConfig:
+class LasConfig(BaseConfig):
     """MiSLAS' second stage (Zhong et al. 2021, arXiv 2104.00466): label-aware smoothing, learned scale, shifted
     BatchNorm statistics; with loader.sampler=class_balanced."""
 
@@ -70,9 +83,13 @@ class LasConfig:
         if not 0 <= self.tail <= self.head < 1:
             raise ValueError("head and tail must be in [0, 1), tail not above head")
 
+    @property
+    def long_tailed(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class DisAlignConfig:
+class DisAlignConfig(BaseConfig):
     """Distribution alignment (Zhang et al. 2021, arXiv 2103.16370, eqs. 4 to 11)."""
 
     name: Literal["disalign"] = "disalign"
@@ -82,6 +99,10 @@ class DisAlignConfig:
 
     def __post_init__(self) -> None:
         check(self, power=NOT_NEGATIVE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.power == 0
 
 
 SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig
@@ -147,6 +168,8 @@ class Aligned(nn.Linear):
 class SecondStage(Classification):
     """The encoder's weights and statistics stay as they are; `shifted` modules' statistics are let go."""
 
+    second_stage = True
+
     def __init__(self, net: Net, counts: Tensor, config: SecondStageConfig) -> None:
         super().__init__(net, counts, config)
         net.encoder.requires_grad_(False)
@@ -167,6 +190,8 @@ class SecondStage(Classification):
 
 
 class Crt(SecondStage):
+    new_classifier = True
+
     def __init__(self, net: Net, counts: Tensor, config: CrtConfig) -> None:
         super().__init__(net, counts, config)
         net.classifier.reset_parameters()

@@ -22,7 +22,6 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine import launch as launching
 from rescom_timm.engine.evaluate import agreed_statistics
 from rescom_timm.methods import DisAlignConfig, HybridPscConfig, LdamConfig, MocoConfig, RescomConfig, create_method
-from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.models.net import Net, ProjectorConfig
 from tests.engine.child import Launch, Tiny, differences, figures, last, recipe, run, together
@@ -42,7 +41,7 @@ def some_steps(rank, config, folder):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     method = create_method(net, COUNTS, config).double()
-    hook(method, "set_epoch", 9, 10)
+    method.set_epoch(9, 10)
     net.eval()
     if world > 1:
         method.net = DistributedDataParallel(net, broadcast_buffers=False)
@@ -61,7 +60,7 @@ def some_steps(rank, config, folder):
         told[f"{step}.loss"] = mean / world
         trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
         told |= {f"{step}.grad.{name}": p.grad.clone() for name, p in trained.items()}
-        if hasattr(method, "queue"):
+        if method.queue is not None:
             told |= {f"{step}.queue.{name}": value.clone() for name, value in method.queue.state_dict().items()}
         with torch.no_grad():
             for parameter in trained.values():

@@ -14,7 +14,7 @@ from rescom_timm.engine.build import build_net, load_weights
 from rescom_timm.engine.evaluate import evaluate_run
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import read_json, write_json
-from rescom_timm.methods import METHODS, create_method, embeds
+from rescom_timm.methods import METHODS, create_method
 from rescom_timm.models.classifiers import Cosine
 from rescom_timm.models.net import ProjectorConfig, create_model
 from rescom_timm.models.trainable import count_weights
@@ -37,13 +37,14 @@ def made(name, projector=True):
 def test_a_net_has_a_projector_where_its_method_uses_it(name):
     net = made(name).net
     there = [key for key in net.state_dict() if key.startswith("projector.")]
-    assert bool(there) == embeds(name) == (name in ("rescom", "moco", "paco", "hybrid_psc"))
+    embeds = METHODS[name][1].embeds
+    assert bool(there) == embeds == (name in ("rescom", "moco", "paco", "hybrid_psc"))
     if name == "cross_entropy":
         assert count_weights(net)["trained"] == count_weights(net)["all"], "100% of full fine-tuning"
     images = torch.zeros(2, 3, 32, 32)
     embeddings = net.eval()(images).embeddings
-    assert embeddings.shape == (2, 5 if embeds(name) else 0) and embeddings.dtype == torch.float32
-    if embeds(name):
+    assert embeddings.shape == (2, 5 if embeds else 0) and embeddings.dtype == torch.float32
+    if embeds:
         with pytest.raises(ValueError, match="no projector"):
             made(name, projector=False)
 

@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from rescom_timm.methods import DISTILLED, METHODS, SECOND_STAGE, ExpertsConfig, MocoConfig, PacoConfig, create_method
-from rescom_timm.methods import call_if_defined as hook
+from rescom_timm.methods import METHODS, ExpertsConfig, MocoConfig, PacoConfig, create_method
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig, RescomConfig
 from rescom_timm.models.net import ProjectorConfig, create_model
@@ -33,14 +32,14 @@ def main():
         torch.manual_seed(0)
         net = create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=8, dim=6))
         method = create_method(net, COUNTS, QUEUES.get(name) or config())
-        if name in DISTILLED:
+        if method.needs_teacher:
             method.teacher = Teacher(create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=8, dim=6)))
         optimizer = torch.optim.SGD([p for p in method.net.parameters() if p.requires_grad], 0.01)
         method.net, optimizer = accelerator.prepare(method.net, optimizer)
         method.train()
         start = {n: v.clone() for n, v in method.state_dict().items()}
         for step in range(3):
-            hook(method, "set_epoch", step, 3)
+            method.set_epoch(step, 3)
             for part in range(2):
                 data = batch(method.views, 100 * step + 10 * part + rank)
                 if part == 0:
@@ -49,7 +48,7 @@ def main():
                 else:
                     accelerator.backward(method(data)["loss"] / 2)
             optimizer.step()
-            hook(method, "after_step")
+            method.after_step()
             optimizer.zero_grad()
         local = {n for n, _ in method.net.named_buffers()}  # BatchNorm's and the mean feature: averaged when saved
         for key, value in method.state_dict().items():
@@ -59,7 +58,7 @@ def main():
             dist.all_gather(parts, value.contiguous())
             assert torch.equal(*parts), (name, key)
         moved = [n for n, v in method.state_dict().items() if not torch.equal(v, start[n])]
-        assert moved or name in SECOND_STAGE, name
+        assert moved or method.second_stage, name
         if rank == 0:
             print(name, len(moved), flush=True)
     if rank == 0:

@@ -47,6 +47,5 @@ def train(method, steps=3, lr=0.1):
         outputs["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-        if hasattr(method, "after_step"):
-            method.after_step()
+        method.after_step()
     return outputs

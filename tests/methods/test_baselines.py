@@ -13,7 +13,6 @@ from rescom_timm.methods import (
     LadeConfig,
     LdamConfig,
     LogitAdjustmentConfig,
-    per_image,
 )
 from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
@@ -91,7 +90,7 @@ def test_the_loss_of_mixed_images_is_that_of_both_labels_by_their_shares(views):
 
 
 def test_only_losses_of_single_images_are_mixed():
-    able = {name for name in METHODS if per_image(name)}
+    able = {name for name, (_, method) in METHODS.items() if method.per_image}
     assert not able & {"rescom", "moco", "paco", "hybrid_psc", "dro_lt", "experts", "lade"}
     assert {"cross_entropy", "balanced_softmax", "focal", "class_balanced", "ldam", "logit_adjustment", "las"} <= able
 

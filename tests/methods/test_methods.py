@@ -12,15 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rescom_timm import create_model
 from rescom_timm.losses import class_weights
 from rescom_timm.methods import (
-    DISTILLED,
     METHODS,
     BalancedSoftmaxConfig,
     CrossEntropyConfig,
     RescomConfig,
     create_method,
-    long_tailed,
 )
-from rescom_timm.methods import call_if_defined as hook
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.models.net import Net, ProjectorConfig
@@ -169,6 +166,24 @@ def test_every_method_of_the_table_is_named_by_its_config():
     assert {config().name for config, _ in METHODS.values()} == set(METHODS)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_only_a_method_that_says_so_changes_on_the_host_by_epoch(name):
+    """A captured step reads buffers anew, and numbers and flags of the host not."""
+    net = create_model("resnet8_cifar", len(COUNTS), projector=ProjectorConfig(hidden=8, dim=5))
+    size = {"negatives": 8} if name == "rescom" else {"queue_size": 16} if name in ("moco", "paco") else {}
+    method = create_method(net, COUNTS, METHODS[name][0](**size))
+
+    def host():
+        return {key: value for key, value in vars(method).items() if isinstance(value, bool | int | float)}
+
+    buffers = {key: value.data_ptr() for key, value in method.named_buffers()}
+    method.set_epoch(0, 10)
+    before = host()
+    method.set_epoch(9, 10)
+    assert (before != host()) == method.epoch_changes_host
+    assert {key: value.data_ptr() for key, value in method.named_buffers()} == buffers, "changed in place"
+
+
 class NoFloat64(TorchDispatchMode):
     """Fails where a tensor of float64 is made, as Apple's GPUs do."""
 
@@ -189,16 +204,16 @@ def test_a_step_and_its_buffers_need_no_float64(name, changes, monkeypatch):
     net = create_model("resnet8_cifar", len(COUNTS), projector=ProjectorConfig(hidden=8, dim=5))
     size |= {"generate_from": 0.0} if name == "rsg" else {}
     method = create_method(net, COUNTS, METHODS[name][0](**size, **changes)).train()
-    if name in DISTILLED:
+    if method.needs_teacher:
         method.teacher = Teacher(create_model("resnet8_cifar", len(COUNTS)))
     assert [key for key, value in method.named_buffers() if value.dtype == torch.float64] == []
-    hook(method, "set_epoch", 0, 2)
+    method.set_epoch(0, 2)
     images = torch.randint(0, 256, (8, method.views, 3, 32, 32), dtype=torch.uint8)
     with NoFloat64():
         loss = method({"image": images, "label": torch.arange(8) % len(COUNTS)})["loss"]
         if loss.requires_grad:
             loss.backward()
-        hook(method, "after_step")
+        method.after_step()
 
 
 @pytest.mark.parametrize(
@@ -227,13 +242,13 @@ def test_what_leaves_the_class_frequencies_in_the_logits():
     """By its classification loss; a new method has to say it too."""
     plain = {"cross_entropy", "focal", "dro_lt", "crt", "lws", "las"}  # the second stages: but for their sampler
     for name, (config, _) in METHODS.items():
-        assert long_tailed(config()) == (name in plain), name
+        assert config().long_tailed == (name in plain), name
     for name, changes in {
         "moco": {"classification": "cross_entropy"}, "rsg": {"loss": "cross_entropy"}, "class_balanced": {"beta": 0.0},
         "ldam": {"reweight_from": 1.0}, "experts": {"beta": 0.0}, "elf": {"reweight_from": 1.0},
         "logit_adjustment": {"tau": 0.0}, "tau_norm": {"tau": 0.0}, "disalign": {"power": 0.0},
     }.items():  # fmt: skip
-        assert long_tailed(METHODS[name][0](**changes)), name
+        assert METHODS[name][0](**changes).long_tailed, name
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from rescom_timm.engine.errors import Stopped
 from rescom_timm.engine.evaluate import evaluate_run
 from rescom_timm.engine.trainer import Trainer
 from rescom_timm.inference.pretrained import from_pretrained
-from rescom_timm.methods import METHODS, SECOND_STAGE
+from rescom_timm.methods import METHODS
 from rescom_timm.methods.momentum import MomentumNet
 from rescom_timm.methods.rescom import ResCom
 from tests.recipes import load_recipe
@@ -264,7 +264,7 @@ def test_every_method_has_a_preset_and_table_6_its_rows():
 
 
 def test_second_stages_draw_as_their_papers_do():
-    for name in SECOND_STAGE:
+    for name in (name for name, (_, method) in METHODS.items() if method.second_stage):
         sampler = load_recipe(f"digits_lt +{name}").loader.sampler
         assert sampler == ("class_balanced" if name in ("crt", "lws", "las") else "uniform")
 
