@@ -49,7 +49,7 @@ def losses(tree, steps=8):
     trainer.method.train()
     while len(told) < steps:
         for batch in trainer.completed(trainer.loader):
-            told.append((trainer.captured or trainer._step)(batch)["loss"].clone())
+            told.append((trainer.step.captured or trainer.step.whole)(batch)["loss"].clone())
     return torch.stack(told[:steps]).cpu()
 
 
@@ -119,13 +119,13 @@ def test_a_step_never_waits_for_the_device(tmp_path, mode, precision):
     trainer.method.train()
     batches = [batch for _, batch in zip(range(5), trainer.completed(trainer.loader), strict=False)]
     for batch in batches[:3]:
-        trainer._step(batch)
+        trainer.step.whole(batch)
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this way of looking is new
         torch.cuda.set_sync_debug_mode("error")
     for batch in batches[3:]:
-        trainer._step(batch)
+        trainer.step.whole(batch)
 
 
 @pytest.mark.parametrize(

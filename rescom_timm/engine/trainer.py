@@ -1,8 +1,9 @@
 """The one training loop, on Accelerate: the same recipe on a CPU, one GPU or many.
 
 `Trainer.fit` is the loop: what an epoch does, in order. What surrounds it has files of its own: prepare.py (loaders,
-the net on its devices), state.py (saving and restoring), run_folder.py (which folder), stop_signals.py, nonfinite.py (a
-loss that is NaN), step_metrics.py (reading a loss late), errors.py.
+the net on its devices), step.py (passes and updates: accumulated, captured, undone), state.py (saving and restoring),
+run_folder.py (which folder), stop_signals.py, nonfinite.py (a loss that is NaN), step_metrics.py (reading a loss late),
+errors.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ from rescom_timm.data.mixing import mix
 from rescom_timm.data.sources import Data, load
 from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
-from rescom_timm.engine.captured_step import CapturedStep
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.engine.evaluate import about, evaluate, file_name, table, title, write
 from rescom_timm.engine.fit_batch import fitted
@@ -51,12 +51,13 @@ from rescom_timm.engine.prepare import (
 )
 from rescom_timm.engine.run_folder import Resume, check_place, lines, newest_of_all, open_folder
 from rescom_timm.engine.state import Progress, State, check_resumable
-from rescom_timm.engine.step_metrics import LAG, MetricsQueue, StepMetrics
+from rescom_timm.engine.step import TrainingStep
+from rescom_timm.engine.step_metrics import MetricsQueue, StepMetrics
 from rescom_timm.engine.stop_signals import StopSignals
 from rescom_timm.methods import Method
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.models.classifiers import start_from_means
-from rescom_timm.models.trainable import count_weights, still_statistics
+from rescom_timm.models.trainable import count_weights
 
 
 def train(
@@ -128,9 +129,7 @@ class Trainer:
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
         self.state = State(accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema"))
-        self.captured: CapturedStep | None = None
-        if recipe.speed.capture:
-            self.captured = CapturedStep(self._step, self.optimizer, accelerator.device)
+        self.step = TrainingStep(self.state, recipe, self.average)
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
         self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
@@ -167,31 +166,27 @@ class Trainer:
     def _epoch(self, bar: Any) -> bool:
         """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there."""
         recipe, progress = self.recipe, self.progress
-        accumulate, skips = recipe.train.accumulate, recipe.train.nonfinite == "skip"
+        accumulate = recipe.train.accumulate
         self._start_epoch()
         skip = progress.step_in_epoch * accumulate
         loader = skip_first_batches(self.loader, skip) if skip else self.loader
         started, first_step = time.monotonic(), progress.step
-        metrics = self.metrics = MetricsQueue(self.accelerator, lag=0 if skips else LAG)
-        stop, finite, before = False, True, {}
+        metrics = self.metrics = MetricsQueue(self.accelerator, self.step.lag)
+        stop, finite = False, True
         for index, batch in enumerate(self.completed(loader), start=skip):
             if index >= self.steps_per_epoch * accumulate:
                 continue  # the rest of the epoch is less than one batch of the recipe
-            if skips and index % accumulate == 0:
-                before = nonfinite.copy_buffers(self.method)
             last = (index + 1) % accumulate == 0
             self.schedule.step_update(progress.step)
-            batch = self._mixed(batch, index)
             self.signals.unsaved = True
-            outputs = self._forward_backward(batch, last) if self.captured is None else self.captured(batch)
+            outputs = self.step(self._mixed(batch, index), last)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
                 finite &= self._count(one)
                 stop |= one.stop
             if not last:
                 continue
-            if self.captured is None and not self._update(finite):
-                nonfinite.put_back(self.method, before)
+            if not self.step.finish(finite):
                 progress.skipped += 1
             finite, self.signals.unsaved = True, self.several
             progress.step += 1
@@ -212,10 +207,7 @@ class Trainer:
         """Learning rate, method and data order of the epoch."""
         epoch = self.progress.epoch
         self.schedule.step(epoch)
-        self.method.train()
-        self.method.set_epoch(epoch, self.recipe.train.epochs)
-        if self.captured is not None and self.method.epoch_changes_host:
-            self.captured.forget()
+        self.step.start_epoch(epoch)
         set_epoch(self.loader, epoch)
 
     def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -224,42 +216,6 @@ class Trainer:
             return batch
         where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
         return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
-
-    def _forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        """Scalars of a forward pass, its gradients added to the others of the step, of which it may be the last."""
-        accumulate = self.recipe.train.accumulate
-        for queue in self.state.queues:
-            queue.holding = not last  # keys of a step are never its own pairs
-        with nullcontext() if last else self.accelerator.no_sync(self.method.net):
-            outputs = self.method(batch)
-            # What is computed a second time moves no statistics a second time.
-            with still_statistics(self.net) if self.recipe.speed.grad_checkpointing else nullcontext():
-                self.accelerator.backward(outputs["loss"] / accumulate)
-        labels = batch["label"].repeat(len(outputs["logits"]) // len(batch["label"]))
-        outputs["top1"] = 100 * (outputs.pop("logits").detach().argmax(dim=1) == labels).float().mean()
-        return outputs
-
-    def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A whole step that the host need not look into."""
-        outputs = self._forward_backward(batch, last=True)
-        self._update(finite=True)
-        return outputs
-
-    def _update(self, finite: bool) -> bool:
-        """An optimizer step, unless the batch was not finite; returns whether it was done."""
-        parameters = list(self.method.net.parameters())
-        if finite and self.recipe.optimizer.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
-        if finite and self.recipe.train.nonfinite == "skip" and self.accelerator.scaler is None:
-            largest = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
-            finite = math.isfinite(largest)  # one wait for the device
-        if finite:
-            self.optimizer.step()
-            self.method.after_step()
-            if self.average is not None:
-                self.average.update(self.net, self.progress.step + 1)
-        self.optimizer.zero_grad()
-        return finite
 
     def _count(self, metrics: StepMetrics) -> bool:
         """Add the figures of a forward pass to the epoch's means; returns whether they were finite. Raises
@@ -434,10 +390,10 @@ class Trainer:
         check_place(self.recipe)
         self.method.train()
         batch = self._mixed(next(iter(self.completed(self.loader))), 0)
-        loss = self._forward_backward(batch, last=True)["loss"].item()
+        loss = self.step(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the loss of the first step is {loss}")
-        self._update(finite=True)
+        self.step.finish(finite=True)
         with torch.no_grad(), self.accelerator.autocast():
             for loader in self.eval_loaders.values():
                 self.net.eval().classify(next(iter(loader))["image"])

@@ -11,7 +11,7 @@ import pytest
 from rescom_timm.cli import train as tool
 from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.engine.errors import one_line
-from rescom_timm.engine.trainer import Trainer
+from rescom_timm.engine.step import TrainingStep
 
 DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt.yaml")
 QUICK = [
@@ -24,7 +24,7 @@ QUICK = [
 
 
 def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
-    passes, forward_backward = [], Trainer._forward_backward
+    passes, forward_backward = [], TrainingStep.forward_backward
 
     def signalled(self, batch, last):
         passes.append(batch)
@@ -36,7 +36,7 @@ def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
         alone.setattr(sys, "argv", ["tools/train.py", DIGITS, *QUICK, f"output={tmp_path}", *words])
         return tool.main()
 
-    alone.setattr(Trainer, "_forward_backward", signalled)
+    alone.setattr(TrainingStep, "forward_backward", signalled)
     assert train() == 143 and "Stopped: " in capsys.readouterr().err
     assert train("--resume") == 0 and len(passes) == 14
     assert train("--resume", "optimizer.lr=0.3") == 1 and "error: " in capsys.readouterr().err

@@ -27,7 +27,7 @@ from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.sources import load
-from rescom_timm.engine import checkpoint, errors, trainer
+from rescom_timm.engine import checkpoint, errors, step, trainer
 from rescom_timm.engine.build import build_method
 from rescom_timm.engine.launch import launch
 from rescom_timm.methods.rescom import ResCom
@@ -264,7 +264,7 @@ def signal_at_pass(number: int, n: int, rank: int | None = None) -> None:
         if count == n and rank in (None, int(os.environ.get("RANK", 0))):
             os.killpg(os.getpid(), number)
 
-    _count(trainer.Trainer, "_forward_backward", [0], act)
+    _count(step.TrainingStep, "forward_backward", [0], act)
 
 
 def at_disk_operation(n: int, what: str) -> None:
@@ -328,7 +328,7 @@ def watch(folder: str) -> None:
     """Write, of every forward pass, the rows, and after every optimizer step, sums that identify queue, weights and
     buffers of this process: watch-RANK.jsonl."""
     path = Path(folder) / f"watch-{os.environ.get('RANK', 0)}.jsonl"
-    forward, update = trainer.Trainer._forward_backward, trainer.Trainer._update
+    forward, update = step.TrainingStep.forward_backward, step.TrainingStep.update
     rows: list[int] = []
 
     def noted(self: Any, batch: Any, last: bool) -> Any:
@@ -348,12 +348,12 @@ def watch(folder: str) -> None:
         rows.clear()
         return done
 
-    trainer.Trainer._forward_backward, trainer.Trainer._update = noted, watched
+    step.TrainingStep.forward_backward, step.TrainingStep.update = noted, watched
 
 
 def slow(seconds: float) -> None:
     """Every forward pass takes at least this long."""
-    _count(trainer.Trainer, "_forward_backward", [0], lambda count: time.sleep(seconds))
+    _count(step.TrainingStep, "forward_backward", [0], lambda count: time.sleep(seconds))
 
 
 def kill_a_worker(n: int, rank: int | None = None) -> None:
@@ -363,7 +363,7 @@ def kill_a_worker(n: int, rank: int | None = None) -> None:
         if count == n and rank in (None, int(os.environ.get("RANK", 0))):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-    _count(trainer.Trainer, "_forward_backward", [0], act)
+    _count(step.TrainingStep, "forward_backward", [0], act)
 
 
 def little_memory(views: int, rank: int | None = None) -> None:

@@ -28,7 +28,7 @@ def test_the_average_is_that_of_the_steps(alone, tmp_path, warmup):
     trainer = trainer_of(averaged(tmp_path, train__ema={"decay": 0.6, "warmup": warmup}, train__epochs=1,
                                   schedule__warmup_epochs=0))  # fmt: skip
     mean, step = {}, 0
-    update = trainer._update
+    update = trainer.step.update
 
     def noted(finite):
         nonlocal step
@@ -39,7 +39,7 @@ def test_the_average_is_that_of_the_steps(alone, tmp_path, warmup):
             mean[name] = decay * old + (1 - decay) * value if value.is_floating_point() else value.clone()
         return done
 
-    trainer._update = noted
+    trainer.step.update = noted
     trainer.open(resume=False)
     trainer.fit()
     trainer.close()

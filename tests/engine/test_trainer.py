@@ -46,8 +46,8 @@ def losses(trainer, steps):
     trainer.method.train()
     told = []
     for _, batch in zip(range(steps), trainer.completed(trainer.loader), strict=False):
-        told.append(trainer._forward_backward(batch, last=True)["loss"])
-        trainer._update(finite=True)
+        told.append(trainer.step.forward_backward(batch, last=True)["loss"])
+        trainer.step.update(finite=True)
     return torch.stack(told)
 
 
@@ -247,9 +247,9 @@ def test_undo_is_exact(alone, tmp_path):
     state = {name: value.clone() for name, value in trainer.method.state_dict().items()}
     before = {name: buffer.clone() for name, buffer in trainer.method.named_buffers()}
     batch = next(iter(trainer.loader))
-    trainer._forward_backward(batch, last=True)
+    trainer.step.forward_backward(batch, last=True)
     assert any(not torch.equal(value, state[name]) for name, value in trainer.method.state_dict().items())
-    assert trainer._update(finite=False) is False
+    assert trainer.step.update(finite=False) is False
     nonfinite.put_back(trainer.method, before)
     for name, value in trainer.method.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -263,7 +263,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
     own = {"queue": {"per_class": 4}, "positives": 1, "negatives": 20} if method == "rescom" else {}
     trainer = trainer_of(recipe(tmp_path, train__nonfinite="skip", train__accumulate=2, train__epochs=1,
                                 schedule__warmup_epochs=0, method={"name": method, **own}))  # fmt: skip
-    before, seen, passed = [], trainer._mixed, trainer._forward_backward
+    before, seen, passed = [], trainer._mixed, trainer.step.forward_backward
 
     def first_of_a_step(batch, index):
         if index % 2 == 0:
@@ -274,7 +274,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
         outputs = passed(batch, last)
         return {**outputs, "loss": outputs["loss"] * math.nan} if len(before) == 4 and last == part else outputs
 
-    trainer._mixed, trainer._forward_backward = first_of_a_step, poisoned
+    trainer._mixed, trainer.step.forward_backward = first_of_a_step, poisoned
     trainer.open(resume=False)
     with pytest.warns(RuntimeWarning, match="the batch is left out"):
         trainer.fit()
@@ -499,8 +499,8 @@ def test_the_schedule_is_applied(tmp_path):
 
 def test_the_schedule_by_updates_is_applied_before_each_step(alone, tmp_path):
     trainer = trainer_of(recipe(tmp_path, train__epochs=2, schedule__by="update", train__accumulate=2))
-    update, rates = trainer._update, []
-    trainer._update = lambda finite: rates.append(trainer.optimizer.param_groups[0]["lr"]) or update(finite)
+    update, rates = trainer.step.update, []
+    trainer.step.update = lambda finite: rates.append(trainer.optimizer.param_groups[0]["lr"]) or update(finite)
     trainer.open(resume=False)
     trainer.fit()
     trainer.close()

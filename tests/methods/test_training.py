@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -22,6 +23,7 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method, build_optimizer
 from rescom_timm.engine.errors import Stopped
 from rescom_timm.engine.evaluate import evaluate_run
+from rescom_timm.engine.step import TrainingStep
 from rescom_timm.engine.trainer import Trainer
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import METHODS
@@ -283,3 +285,16 @@ def test_two_processes_hold_the_same_state(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all equal" in result.stdout
+
+
+@pytest.mark.parametrize("name, again", [("cross_entropy", 0), ("bbn", 0), ("ldam", 2)])
+def test_a_step_is_captured_again_where_the_method_changes_on_the_host_alone(name, again):
+    """Not for hooks that do nothing, or change buffers in place."""
+    method, forgotten = METHODS[name][1], []
+    step = TrainingStep.__new__(TrainingStep)
+    step.recipe = load_recipe(f"digits_lt +{name}")
+    step.method = build_method(step.recipe, load_data(step.recipe.data))
+    step.captured = SimpleNamespace(forget=lambda: forgotten.append(None))
+    for epoch in (0, 1):
+        step.start_epoch(epoch)
+    assert len(forgotten) == again and isinstance(step.method, method) and step.method.training
