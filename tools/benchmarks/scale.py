@@ -163,10 +163,10 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
     with parts.measured("first step"):
         run._start_epoch()
         batches = iter(run.completed(run.loader))
-        run._step(next(batches))["loss"].item()
+        run.step.whole(next(batches))["loss"].item()
     with parts.measured("step", steps):
         for _ in range(steps):
-            loss = run._step(next(batches))["loss"].item()
+            loss = run.step.whole(next(batches))["loss"].item()
     run.progress.step = 1 + steps
     with parts.measured("evaluation"):
         meter = evaluate(run.accelerator, run.net, run.eval_loaders["test"], data.counts)
