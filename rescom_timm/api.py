@@ -185,13 +185,13 @@ class Run:
             return []
         given = dataset if dataset is not None else self.dataset
         names = [str(name) for name in given] if isinstance(given, Mapping) else ["train"]
-        parted = len(names) > 1
-        train = own.train if own.train in names and parted else names[0]
-        test = next((name for name in (own.test, "test") if name in names and parted), names[-1])
-        validation = next((f"split({name})" for name in names if name in ("validation", "valid", "val")), "none")
+        test = next((name for name in (own.test, "test") if name in names), names[-1])
+        train = next((name for name in (own.train, "train") if name in names), test)
+        known = (*SPLIT.findall(own.validation), "validation", "valid", "val")
+        validation = next((f"split({name})" for name in known if name in names and name not in (train, test)), "none")
         return [
-            f"data.source={MEMORY}", f"data.train={train if parted else test}", f"data.test={test}",
-            f"data.validation={validation if parted else 'none'}", "data.index=all", "data.test_index=all",
+            f"data.source={MEMORY}", f"data.train={train}", f"data.test={test}",
+            f"data.validation={validation}", "data.index=all", "data.test_index=all",
             *(f"data.{key}=null" for key in ("image_column", "label_column", "split_column", "group_column", "subset")),
         ]  # fmt: skip
 

@@ -108,5 +108,11 @@ def first_names(names: Sequence[str], n: int = 3) -> str:
     return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
+def other_numbers(names: Sequence[str] | None) -> bool:
+    """Whether all names are whole numbers, but not "0", "1", ... in order: labels that are numbers may then be meant as
+    names."""
+    return bool(names) and all(name.isdecimal() for name in names or ()) and not _numbers(names or ())
+
+
 def _numbers(names: Sequence[str]) -> bool:
     return all(name == str(k) for k, name in enumerate(names))

@@ -244,6 +244,87 @@ def test_lists_are_matched_by_the_names_in_their_headers_and_by_class_folders(tm
     assert load(DataConfig(str(root), index=plain, test_index=mixed)).test.labels.tolist() == [0, 1]
 
 
+PATHS = [f"{name}/{n}.png" for n in (1, 2) for name in ("ant", "bee", "cow")]
+OTHER = {"ant": 2, "bee": 0, "cow": 1}
+
+
+@pytest.mark.parametrize("train_names", [["ant", "bee", "cow"], None])
+@pytest.mark.parametrize(
+    ("classes", "names", "ending"),
+    [
+        ("bee cow", None, ".txt"),
+        ("ant bee cow", None, ".csv"),
+        ("ant cow", ["cow", "ant"], ".txt"),
+        ("cow bee", ["bee", "cow"], ".txt"),
+        ("ant cow", {0: "cow", 2: "ant"}, ".json"),
+        ("ant bee cow", {0: "bee", 1: "cow", 2: "ant"}, ".json"),
+    ],
+)
+def test_a_list_may_lack_classes_and_number_the_others_otherwise(tmp_path, train_names, classes, names, ending):
+    root = images(tmp_path / "root", PATHS)
+    own = listed(tmp_path / "own.txt", [(path, n) for n, path in enumerate(PATHS[:3])], train_names)
+    there = [path for path in PATHS[3:] if path.partition("/")[0] in classes.split()]
+    number = {name: k for k, name in (names or {}).items()} if isinstance(names, dict) else OTHER
+    number = {name: k for k, name in enumerate(names)} if isinstance(names, list) else number
+    rows = [(path, number[path.partition("/")[0]]) for path in there]
+    test = tmp_path / f"test{ending}"
+    if ending == ".json":
+        files = [{"id": n, "file_name": path} for n, (path, _) in enumerate(rows)]
+        labels = [{"image_id": n, "category_id": label} for n, (_, label) in enumerate(rows)]
+        kinds = [{"id": k, "name": name} for k, name in names.items()]
+        test.write_text(json.dumps({"images": files, "annotations": labels, "categories": kinds}))
+    elif ending == ".csv":
+        test.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+    else:
+        listed(test, rows, names)
+    data = load(DataConfig(str(root), index=own, test_index=str(test)))
+    assert labels_by_name(data.test, ["ant", "bee", "cow"]) == [path.partition("/")[0] for path in there]
+    assert data.class_names == ["ant", "bee", "cow"]
+
+
+def test_folders_are_compared_only_where_they_are_classes(tmp_path):
+    root = images(tmp_path / "root", [f"{fold}/{n}.png" for fold in "01" for n in range(3)])
+    rows = ["1/0.png,0", "0/0.png,1", "1/1.png,1", "0/1.png,0"]  # of folds, the first images' in another order
+    (tmp_path / "train.csv").write_text("path,label\n" + "\n".join(rows))
+    (tmp_path / "test.csv").write_text("path,label\n1/2.png,0\n0/2.png,1\n")
+    config = DataConfig(str(root), index=str(tmp_path / "train.csv"), test_index=str(tmp_path / "test.csv"))
+    assert load(config).test.labels.tolist() == [0, 1]
+    own = listed(tmp_path / "own.txt", [("0/0.png", 0), ("1/0.png", 1)])
+    other = listed(tmp_path / "other.txt", [("0/1.png", 1), ("1/1.png", 0)], ["1", "2"])
+    with pytest.raises(ValueError, match="lacks: 2"):
+        load(DataConfig(str(root), index=own, test_index=other))
+
+
+def numbered(values, kind):
+    columns = {"image": [Image.new("RGB", (4, 4), (n, 0, 0)) for n in range(len(values))], "label": values}
+    return datasets.Dataset.from_dict(columns, datasets.Features(image=datasets.Image(), label=kind))
+
+
+WHOLE, TEXT = datasets.Value("int64"), datasets.Value("string")
+SORTED = sorted(map(str, range(11)))  # 0, 1, 10, 2 ...
+
+
+@pytest.mark.parametrize(
+    ("train_kind", "test_kind"), [(TEXT, WHOLE), (WHOLE, TEXT), (WHOLE, datasets.ClassLabel(names=SORTED))]
+)
+def test_numbers_and_texts_of_numbers_are_the_same_classes(train_kind, test_kind):
+    values = list(range(11))
+    train_values = [str(value) if train_kind == TEXT else value for value in values]
+    test_values = [value if test_kind == WHOLE else str(value) for value in values[::-1]]
+    with in_memory({"train": numbered(train_values, train_kind), "test": numbered(test_values, test_kind)}):
+        data = load(DataConfig("memory"))
+    assert labels_by_name(data.test, data.class_names) == [str(value) for value in values[::-1]]
+
+
+def test_numbers_that_may_be_meant_either_way_are_refused():
+    both = {"train": numbered(SORTED, datasets.ClassLabel(names=SORTED)), "test": numbered([3, 10], WHOLE)}
+    with in_memory(both), pytest.raises(ValueError, match="cast its label column to the same ClassLabel"):
+        load(DataConfig("memory"))
+    with in_memory({"train": numbered(["5", "7"], TEXT), "test": numbered([0, 1], WHOLE)}):
+        with pytest.raises(ValueError, match="labels that training lacks: '0', '1'"):
+            load(DataConfig("memory"))
+
+
 def test_a_list_of_a_data_set_is_matched_by_name(sources, tmp_path):
     dataset = datasets.load_from_disk(sources["own"])["train"]
     labels = np.array([TURNED.index(NAMES[label]) for label in dataset["label"]])
@@ -359,6 +440,29 @@ def test_a_data_set_that_is_given_is_used(run, sources):
     assert (run.folder / "evaluation/test-last.json").read_bytes() == before
     assert len({*others(run.folder)}) >= 3, "each data set has an evaluation of its own"
     assert run.evaluate()["top1"] == own["top1"]
+
+
+def test_groups_are_those_of_the_classes_as_trained_on(run, sources, tmp_path):
+    """Whatever the other data's training split has of each class."""
+    copy = Path(shutil.copytree(run.folder, tmp_path / "copy"))
+    record = json.loads((copy / "classes.json").read_text())
+    assert record["counts"] == [12, 12, 12, 12]
+    turned = {"class_names": record["class_names"][::-1], "counts": [8, 30, 200, 12]}  # of fox, emu, dog, cat
+    (copy / "classes.json").write_text(json.dumps({**record, **turned}))
+    for dataset in (parts(TURNED, TURNED), split(TURNED, 6, 1)):
+        found = Run(copy).evaluate(dataset=dataset)
+        assert {"many", "medium", "few"} <= found.keys()
+    counts = [json.loads((copy / f"evaluation/{name}.json").read_text())["per_class"]["count"] for name in others(copy)]
+    assert [12, 200, 30, 8] in counts and all(one in ([12, 200, 30, 8], [12] * 4) for one in counts)
+
+
+def test_splits_of_a_data_set_to_evaluate_on(run, sources):
+    given = {"validation": split(TURNED, 4, 9), "test": split(TURNED, 6, 1)}  # none to train on
+    own = figures(run.folder)
+    assert run.evaluate(dataset=given)["top1"] == own["top1"]
+    assert run.evaluate(dataset=given, split="validation")["top1"] > 90
+    with pytest.raises(ValueError, match="wolf"):
+        run.evaluate(dataset={**given, "validation": split(NAMES, 2, 1, rename={"fox": "wolf"})})
 
 
 def test_what_is_not_the_runs_own_is_not_taken_for_it(run, sources, place):

@@ -81,7 +81,7 @@ class Decoded(NamedTuple):
     orientation: int
     """The EXIF orientation, 1 to 8; 1, upright, where there is none."""
     levels: tuple[int, int] | None
-    """Lowest and highest level of 16 bits; None for 8 bits."""
+    """Lowest and highest level of 16 bits, in colour by the upper 8 bits of a channel; None for 8 bits."""
 
 
 def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Image.Image:
@@ -109,7 +109,7 @@ def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig())
     with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
         image = _image(source, reading) if source is not value else _open(value, reading)
         _refuse_mode(image, reading)
-        turned = reading.exif and _orientation(image) >= 5
+        turned = reading.exif and image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns a TIFF itself
         return image.size[::-1] if turned else image.size
 
 
@@ -191,6 +191,7 @@ def _formats() -> list[str]:
 
 def _rgb(image: Image.Image, reading: ReadConfig) -> Decoded:
     _refuse_mode(image, reading)
+    colour = not image.mode.startswith("I") and "16" in _tile(image)[1]
     white = 65535 if _tile(image)[0] in _SCALED else reading.white_level or 65535
     tag = _orientation(image) if image.format == "TIFF" else 1  # Pillow turns a TIFF as it loads it
     image.load()
@@ -204,9 +205,15 @@ def _rgb(image: Image.Image, reading: ReadConfig) -> Decoded:
     if image.mode.startswith("I"):
         levels: list[int] = []
         return Decoded(_by_strips(image, lambda part: _to_8_bits(part, white, levels)), tag, (min(levels), max(levels)))
+    found = None
+    if colour:
+        low, high = (
+            side(band) for side, band in zip((min, max), zip(*image.getextrema()[:3], strict=True), strict=True)
+        )
+        found = 256 * low, 256 * high + 255 * (high > low)
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = _by_strips(image, _on_white)
-    return Decoded(image if image.mode == "RGB" else image.convert("RGB"), tag, None)
+    return Decoded(image if image.mode == "RGB" else image.convert("RGB"), tag, found)
 
 
 def _allow(pixels: int) -> None:

@@ -230,7 +230,10 @@ def _odd_images(images: Examined) -> Iterator[Finding]:
     yield finding("tiny", title, "they are blown up to the size of the views", tiny)
     dim, most = _dim(images)
     title = f"16-bit images whose levels stay below {most + 1:,} ({most.bit_length()}-bit data)"
-    advice = f"they come out dark, or black: loader.white_level={most} reads {most:,} as white"
+    advice = (
+        f"they come out dark, or black: loader.white_level={most} reads {most:,} as white in gray images; scale colour "
+        "images and save them with 8 bits"
+    )
     yield finding("dim", title, advice, dim)
     yield finding("flat", "Images of a single colour", "they hold nothing to learn from", there & images.flat & ~dim)
     advice = "where one class has most of them, a net may learn grey instead of the class"

@@ -94,6 +94,8 @@ def folder_part(
     own. ``like``: the training part, whose classes a test list must be of."""
     path, lead = _list_of(config, root, split, spec, like)
     classes, names = (None, None) if like is None else (like.index.num_classes, like.index.class_names)
+    if like is not None and like.from_folders and any(map(str.isdigit, names or ())):
+        names = None  # numbers in the list are class numbers, as in training
     index = Index.load(
         path, classes, allow_empty or like is not None, columns=config.columns, split=split, class_names=names
     )
@@ -377,29 +379,30 @@ def _utf8(path: str, root: Path) -> str:
 
 def _by_name(index: Index, like: Part, path: str) -> Index:
     """A list with its classes numbered as in training: by the names that it has, else by its class folders where both
-    lists have each class in a folder of its own and these are the same ones."""
+    lists have each class in a folder of its own and one folder stands for two numbers. Names that training has from its
+    folders and others in the list may name the same classes. Raises ValueError where the classes are others."""
     names = like.index.class_names
     if index.class_names is None:
-        own, theirs = _class_folders(like.index), _class_folders(index)
-        if own and theirs and _same(own, theirs):
+        own = _class_folders(like.index) if len(like.index) else names  # of a run only the names are known
+        theirs = _class_folders(index)
+        place = {nfc(name): k for k, name in enumerate(own or ())}
+        if theirs and any(place.get(nfc(name), k) != k for k, name in enumerate(theirs)):
             index = replace(index, class_names=theirs).numbered_as(own, like.name, path)
-    elif not like.from_folders or _same(names or (), index.class_names):
+    elif not like.from_folders or not {*map(nfc, names or ())}.isdisjoint(map(nfc, index.class_names)):
         index = index.numbered_as(names, like.name, path)
+    if index.num_classes != like.index.num_classes:
+        raise ValueError(f"{path} is of {index.num_classes} classes where {like.index.num_classes} are expected")
     return replace(index, class_names=names or index.class_names)
 
 
-def _same(own: Sequence[str], theirs: Sequence[str]) -> bool:
-    return {*map(nfc, own)} == {*map(nfc, theirs)}
-
-
 def _class_folders(index: Index) -> list[str] | None:
-    """The folder of each class; None where one has images in several, or two in the same."""
+    """The folder of each class, "" of one without images; None where one has images in several, or two in the same."""
     parents = (str(key).rpartition("/")[0].rpartition("/")[2] for key in index.keys)
     pairs = set(zip(index.labels.tolist(), parents, strict=True))
     names = dict(pairs)
-    if not len(pairs) == len(names) == len(set(names.values())) == index.num_classes:
+    if not len(pairs) == len(names) == len(set(names.values())) or "" in names.values():
         return None
-    return [names[k] for k in range(index.num_classes)]
+    return [names.get(k, "") for k in range(index.num_classes)] if names else None
 
 
 def _folder_names(index: Index) -> list[str] | None:

@@ -111,15 +111,18 @@ class Index:
         return replace(self, keys=chosen, labels=self.labels[positions], info=info, groups=groups)
 
     def numbered_as(self, names: Sequence[str] | None, here: str, there: str) -> "Index":
-        """The index with its classes numbered as in `names` (of `here`; it is `there`). Without names of its own, or
-        where `names` are none, as it is. Raises ValueError where its classes are others."""
-        numbers = numbers_in(names, self.class_names, here, there, lacking=True)
-        if numbers is None or names is None:
+        """The index with its classes numbered as in `names` (of `here`; it is `there`), of which it may lack some; a
+        class without a name, "", is one that it lacks. Without names of its own, or where `names` are none, as it is.
+        Raises ValueError where its classes are others."""
+        if not names or not self.class_names:
             return self
-        info = {**self.info, "numbering": "by class name"}
-        return replace(
-            self, labels=np.asarray(numbers)[self.labels], num_classes=len(names), class_names=list(names), info=info
-        )
+        own = [k for k, name in enumerate(self.class_names) if name or "" in names]
+        numbers = numbers_in(names, [self.class_names[k] for k in own], here, there, lacking=True)
+        info, places = self.info, np.arange(self.num_classes)
+        if numbers is not None or own != list(range(len(own))):
+            info, places = {**info, "numbering": "by class name"}, np.full(self.num_classes, -1)
+            places[own] = range(len(own)) if numbers is None else numbers
+        return replace(self, labels=places[self.labels], num_classes=len(names), class_names=list(names), info=info)
 
     def _lines(self, start: int, stop: int) -> Iterator[str]:
         keys = self.keys[start:stop]
@@ -174,16 +177,18 @@ def read(
     """Read a file and say everything that is wrong with it.
 
     ``num_classes`` is the number of classes that the labels must fit (None: the header's, or largest label + 1).
-    ``allow_empty`` lets classes be without images, as test and validation lists may be. Of a table with named columns
-    (CSV, TSV, JSON lines, Parquet): ``columns`` says which are used, ``split`` which of its splits, where it has a
-    column of them, and ``class_names`` the classes of its text labels.
+    ``allow_empty`` lets classes be without images, as test and validation lists may be. ``class_names``: of the classes
+    that the labels must be of; a list with names of its own may then lack some, for ``Index.numbered_as``. Of a table
+    with named columns (CSV, TSV, JSON lines, Parquet): ``columns`` says which are used, ``split`` which of its splits,
+    where it has a column of them.
     Returns the index and no problems, or None and the problems, each a sentence that begins with its line.
     Raises FileNotFoundError where there is no such file.
     """
     table: Callable[[Path, list[str]], Rows] | None = None
     if is_table(path):
         table = partial(read_table, columns=columns, split=split, class_names=class_names, num_classes=num_classes)
-    rows, problems = read_rows(Path(path).expanduser(), num_classes, allow_empty, table)
+    by_name = allow_empty and class_names is not None
+    rows, problems = read_rows(Path(path).expanduser(), num_classes, allow_empty, table, by_name)
     if rows is None:
         return None, problems
     keys = rows.keys if isinstance(rows.keys, list) else np.frombuffer(rows.keys, dtype=np.int64)

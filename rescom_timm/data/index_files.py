@@ -38,10 +38,14 @@ class Rows:
 
 
 def read_rows(
-    path: Path, num_classes: int | None, allow_empty: bool, table: Callable[[Path, list[str]], Rows] | None = None
+    path: Path,
+    num_classes: int | None,
+    allow_empty: bool,
+    table: Callable[[Path, list[str]], Rows] | None = None,
+    by_name: bool = False,
 ) -> tuple[Rows | None, list[str]]:
     """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``. ``table``
-    reads one of named columns."""
+    reads one of named columns. by_name: where it names its classes, their number is its own."""
     if not path.is_file():
         raise FileNotFoundError(f"no index file {path}")
     problems = Problems()
@@ -51,6 +55,8 @@ def read_rows(
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
     if not rows.labels:
         return None, problems or ["holds no rows"]
+    if by_name and rows.class_names is not None:
+        num_classes = None
     rows.classes = _judge_classes(rows, np.frombuffer(rows.labels, dtype=np.int64), num_classes, allow_empty, problems)
     _judge_duplicates(rows, problems)
     return (None, problems) if problems else (rows, [])
@@ -214,8 +220,8 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
         problems.append(f"{len(without):,} images have no annotation: {first_few(without)}")
     if names and all(type(k) is int and 0 <= k < MAX_CLASSES for k in names):
         rows.num_classes = max(names) + 1
-        if len(names) == rows.num_classes:
-            rows.class_names = [str(names[k]) for k in range(rows.num_classes)]
+        if names.keys() >= set(rows.labels):
+            rows.class_names = [str(names.get(k, "")) for k in range(rows.num_classes)]
     return rows
 
 

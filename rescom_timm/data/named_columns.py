@@ -98,8 +98,10 @@ def read_table(
     if class_names is None and num_classes is None:
         names = class_values(_text(value) for value in whole)
     known = {nfc(name): k for k, name in enumerate(names)} if names is not None else None
+    numbered = False
     if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
         known |= {str(k): k for k in range(len(known))}
+        numbered = all(text.isdigit() for text in texts)
     for number, key, text in zip(numbers, frame[image], texts, strict=True):
         if key is None or not str(key).strip():
             problems.append(f"row {number}: column {image!r} is empty")
@@ -111,11 +113,11 @@ def read_table(
             rows.keys.append(str(key))  # type: ignore[arg-type]
             rows.labels.append(known[nfc(text)] if known is not None else int(text))
             rows.places.append(number)
-    rows.class_names, rows.num_classes = names, len(names) if names is not None else None
+    rows.class_names, rows.num_classes = None if numbered else names, len(names) if names is not None else None
     rows.header = {"columns": ", ".join(filter(None, [image, label, part, group]))}
     if part is not None and split is not None:
         rows.header["split"] = split
-    if names is not None:
+    if rows.class_names is not None:
         rows.header["labels"] = f"text of {label}, in sorted order"
     if group is not None:
         values = frame[group].astype(str)

@@ -109,13 +109,20 @@ def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
 def test_alone(
     config: DataConfig, class_names: Sequence[str], counts: np.ndarray, cache: str | Path | None = None
 ) -> Data:
-    """The whole of ``config.test``, without training images, in the classes (K,) of a trained run, which had `counts`
-    (K,) images of each; it stands in the place of the training split too. Raises as ``load`` does."""
+    """The whole of ``config.test``, and the split that ``config.validation`` names, without training images, in the
+    classes (K,) of a trained run, which had `counts` (K,) images of each. The test split stands in the place of the
+    training split too. Raises as ``load`` does."""
     nothing = Index(np.arange(0), np.arange(0), len(counts), class_names=list(class_names))
     like = Part("the run", None, Dataset.from_dict({}), np.arange(0), nothing, {})
-    part = _opener(config, cache)(config.test, config.test_index, like)
-    provenance = {"source": config.source, "num_classes": len(counts), "test": part.provenance()}
-    return Data(part.split(), part.split(), None, counts, list(class_names), provenance)
+    opened = _opener(config, cache)
+    parts = {"test": opened(config.test, config.test_index, like)}
+    if config.validation.startswith("split("):
+        parts["validation"] = _validation(config, like, opened)[0]
+        _refuse_overlap("validation", parts["validation"], "test", parts["test"])
+    found = {name: part.split() for name, part in parts.items()}
+    provenance = {"source": config.source, "num_classes": len(counts)}
+    provenance |= {name: part.provenance() for name, part in parts.items()}
+    return Data(found["test"], found["test"], found.get("validation"), counts, list(class_names), provenance)
 
 
 def training_index(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Index:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, refuse_two_forms
+from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, other_numbers, refuse_two_forms
 from rescom_timm.data.bounds import MAX_TEXT
 from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import MEMORY, Pairs, memory_split
@@ -61,10 +61,18 @@ def table_part(
     labels, names, dataset = table.labels, table.class_names, table.dataset
     name = f"{short_name(config.source)} {split}"
     if like is not None:
-        known = like.source_names or like.index.class_names
-        numbers = numbers_in(known, None if table.texts else names, like.name, name, lacking=True)
-        if table.texts is not None:
-            labels = _as_classes(table.texts, known, name, like.name)
+        known, texts = like.source_names or like.index.class_names, table.texts
+        numbers = numbers_in(known or like.index.names, None if texts else names, like.name, name, lacking=True)
+        if names is None and labels is not None and other_numbers(known) and labels.min(initial=0) >= 0:
+            if isinstance(getattr(like.dataset, "features", {}).get("label"), ClassLabel):
+                raise ValueError(
+                    f"{name} has plain numbers as labels, and the class names of {like.name} are other numbers "
+                    f"({first_names(known or ())}): cast its label column to the same ClassLabel"
+                )
+            log.warning("%s has numbers as labels, which are taken as the class names of %s", name, like.name)
+            texts = labels.astype(str).tolist()
+        if texts is not None:
+            labels = _as_classes(texts, known or like.index.names, name, like.name)
         elif numbers is not None and labels is not None:
             labels = renumber(labels, numbers, name)
         if labels is not None and labels is not table.labels:
@@ -91,6 +99,8 @@ def table_part(
             class_names=names,
         )  # fmt: skip
         index = _by_name(index, names, None if labels is not None or like is None else like, spec, name)
+        if index.num_classes != (classes or index.num_classes):
+            raise ValueError(f"{spec} is of {index.num_classes} classes where {classes} are expected")
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
             raise ValueError(f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
@@ -110,8 +120,8 @@ def _by_name(index: Index, names: list[str] | None, like: Part | None, spec: str
     label is compared with the data set's later. like: where the data set has no labels, the training part."""
     if like is not None:
         return index.numbered_as(like.index.class_names, like.name, spec)
-    same = {*map(nfc, names or ())} == {*map(nfc, index.class_names or ())}
-    return index.numbered_as(names, name, spec) if same else index
+    known = {*map(nfc, names or ())}
+    return index.numbered_as(names, name, spec) if known.issuperset(map(nfc, index.class_names or ())) else index
 
 
 def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
@@ -165,13 +175,15 @@ def _refuse_long(column: pa.ChunkedArray, name: str) -> None:
             raise ValueError(f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
 
 
-def _as_classes(texts: list[str], names: list[str] | None, there: str, here: str) -> np.ndarray:
+def _as_classes(texts: list[str], names: Sequence[str], there: str, here: str) -> np.ndarray:
     """Text labels of `there` as numbers of the classes `names` of `here`. Raises ValueError for those that are none."""
     values = sorted(set(texts))
-    known = {nfc(text): k for k, text in enumerate(names or [])}
+    known = {nfc(text): k for k, text in enumerate(names)}
     if odd := [text for text in values if nfc(text) not in known]:
-        has = f", which has {first_names(names)}" if names else ", whose labels are numbers"
-        raise ValueError(f"{there} has labels that training lacks: {first_names(odd)}; training is {here}{has}")
+        raise ValueError(
+            f"{there} has labels that training lacks: {first_names(odd)}; training is {here}, which has "
+            f"{first_names(names)}"
+        )
     numbers = {text: known[nfc(text)] for text in values}
     return np.array([numbers[text] for text in texts], dtype=np.int64)
 

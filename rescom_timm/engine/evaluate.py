@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from rescom_timm.class_names import rows_of
 from rescom_timm.config.loading import UNREAD_KEYS, differences, flat
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.loaders import eval_loader
@@ -221,12 +222,30 @@ def _digest_then(run: Path, name: str, split: Split) -> str | None:
 
 
 def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] | None) -> Data:
-    """The data of a recipe, with classes numbered as in a run, which has `class_names`. Where the recipe names other
-    data than the run's own, with one split to train and to test on, the whole of that is the test split."""
+    """The data of a recipe, with classes numbered as in a run, which has `class_names`, and with the counts that the
+    run was trained on: whatever it is evaluated on, they decide which classes are many, medium and few. Where the
+    recipe names other data than the run's own, with one split to train and to test on, there is no training split."""
     if recipe.data == own.data or recipe.data.train != recipe.data.test:
-        return numbered_as(load_data(recipe.data), class_names, str(run))
-    counts = np.asarray(read_json(run / "classes.json")["counts"], dtype=np.int64)
+        data = numbered_as(load_data(recipe.data), class_names, str(run))
+        counts = _trained_counts(run, data.class_names)
+        return data if counts is None else replace(data, counts=counts)
+    counts = _trained_counts(run, class_names)
+    if counts is None:
+        raise ValueError(f"{run / 'classes.json'} is not there or of other classes: data.train must name another split")
     return test_alone(recipe.data, class_names or [str(k) for k in range(len(counts))], counts)
+
+
+def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray | None:
+    """Training images (K,) of the classes of a run by its classes.json; None where that is not there, damaged or of
+    other classes."""
+    try:
+        record = read_json(run / "classes.json")
+        counts = np.asarray(record["counts"], dtype=np.int64)
+        rows = rows_of(class_names, record["class_names"], str(run), str(run / "classes.json"))
+    except (OSError, LookupError, TypeError, ValueError):
+        return None
+    counts = counts if rows is None else counts[rows]
+    return counts if counts.shape == (len(class_names or counts),) else None
 
 
 def evaluate_run(

@@ -57,6 +57,7 @@ def test_a_turned_photograph_is_read_upright(kind: str, tag: int) -> None:
     assert np.array_equal(pixels(content, UPRIGHT), SCENE)
     found = inspect(content, reading=UPRIGHT)
     assert (found.orientation, found.levels) == (tag, None)
+    assert look(content, reading=UPRIGHT) == look(Image.open(io.BytesIO(content)), reading=UPRIGHT) == (20, 12)
     assert np.array_equal(pixels(Image.open(io.BytesIO(content)), UPRIGHT), SCENE), "an image that is open already"
     assert np.array_equal(pixels(found.image, UPRIGHT), SCENE), "not a second time"
 
@@ -105,6 +106,15 @@ def test_images_of_fewer_bits_equal_those_of_8(kind: str, white: int) -> None:
     assert np.abs(np.asarray(found.image)[..., 0].astype(int) - eight).max() <= 1
     assert found.levels == (0, white)
     assert np.array_equal(pixels(container(levels, kind)), pixels(levels)), "without the key, as before"
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize(("most", "said"), [(1023, 1023), (4000, 4095), (65535, 65535)])
+def test_levels_of_colour_of_16_bits_are_those_of_the_upper_8(kind: int, channels: int, most: int, said: int) -> None:
+    row = np.full((2, channels), 65535)  # opaque, where there is alpha
+    row[:, : channels - (channels % 2 == 0)] = [[0], [most]]
+    image = png(2, 16, b"\0" + row.astype(">u2").tobytes(), kind)
+    assert inspect(image).levels == (0, said)
 
 
 def test_what_is_above_the_white_level_is_white() -> None:

@@ -22,6 +22,7 @@ from rescom_timm.data.doctor import (
     near_duplicates,
 )
 from rescom_timm.data.splits import Split
+from tests.data.test_decoding import png
 
 NAMES = ["cat", "dog", "Dog ", "<b>&eel"]
 
@@ -207,3 +208,17 @@ def test_class_names_of_two_unicode_forms_look_alike(images: Examined) -> None:
     names = ["caf\u00e9", "Cafe\u0301", "tea", "cafe\u0301"]
     (found,) = [finding for finding in findings(images, names, np.full(4, 9)) if finding.key == "names"]
     assert found.lines == (r"'caf\xe9', 'Cafe\u0301', 'cafe\u0301'",)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (6, 4)])
+def test_images_of_12_of_16_bits_are_named_as_that(colour: int, channels: int) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for n in range(3):
+        levels = rng.integers(0, 4096, (40, 40, channels))
+        levels[..., 3:] = 65535
+        filtered = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+        rows.append((f"{n}.png", png(40, 16, filtered, colour, 40), n % 2))
+    found = {
+        one.key: one for one in findings(examine({"train": split_of("train", rows)}), ["a", "b"], np.array([9, 9]))
+    }
+    assert found["dim"].count == 3 and "4,096" in found["dim"].title and "flat" not in found
