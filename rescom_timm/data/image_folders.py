@@ -345,8 +345,9 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
 
 def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
     """Names of the class folders in a folder, in the order of their numbers; not hidden ones, and none that begins with
-    two underscores. Raises ValueError for a link to what is not there, which may be a class."""
-    names = []
+    two underscores. Raises ValueError for a link to what is not there, which may be a class, and for a folder that is
+    there under two names."""
+    names, real = [], dict[str, str]()
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith((".", "__")):
@@ -358,6 +359,10 @@ def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
                 )
             elif entry.is_dir():
                 names.append(entry.name)
+                if (first := real.setdefault(os.path.realpath(entry.path), entry.name)) != entry.name:
+                    raise ValueError(
+                        f"{root} has one folder under two names, {first} and {entry.name}: remove the link"
+                    )
             else:
                 left_out("are in no class folder", entry.path)
     numbered = all(name.isdecimal() for name in names)

@@ -481,6 +481,19 @@ def test_init_follows_links_and_names_everything_that_it_leaves_out(run: Run, tm
     assert code == 2 and "p/eel is a link to /none/eel, which is not there: mount its disk" in said
 
 
+@pytest.mark.parametrize(
+    ("folders", "link", "to"), [("a b", "c", "a"), ("train/a train/b", "test", "train"), ("a b train/c", "b2", "b")]
+)
+def test_init_refuses_a_folder_under_two_names(run: Run, tmp_path: Path, folders: str, link: str, to: str) -> None:
+    for folder in folders.split():
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for n in range(4):
+            Image.new("RGB", (40, 40), (n, 0, 0)).save(tmp_path / "in" / folder / f"{n}.png")
+    (tmp_path / "in" / link).symlink_to(to)
+    code, error = run("init", str(tmp_path / "in"), "-o", str(tmp_path / "my.yaml"))
+    assert code == 1 and "under two names" in error and to in error and not (tmp_path / "my.yaml").exists()
+
+
 def test_init_names_folders_and_rows_that_it_does_not_read(run: Run, tmp_path: Path) -> None:
     for split in ("train", "test", "val", "validation", "extra"):
         photos(tmp_path / "p" / split, {"cat": 5, "dog": 5})
