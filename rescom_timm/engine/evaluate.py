@@ -241,8 +241,8 @@ def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray 
     try:
         record = read_json(run / "classes.json")
         counts = np.asarray(record["counts"], dtype=np.int64)
-        rows = rows_of(class_names, record["class_names"], str(run), str(run / "classes.json"))
-    except (OSError, LookupError, TypeError, ValueError):
+        rows = rows_of(class_names, record.get("class_names"), str(run), str(run / "classes.json"))
+    except (OSError, LookupError, TypeError, AttributeError, ValueError):
         return None
     counts = counts if rows is None else counts[rows]
     return counts if counts.shape == (len(class_names or counts),) else None
