@@ -1,4 +1,4 @@
-"""The console command:  rescom-timm VERB ...  or  python -m rescom_timm VERB ...
+"""The console command:  rescom-timm SUBCOMMAND ...  or  python -m rescom_timm SUBCOMMAND ...
 
 Several processes train together with  accelerate launch -m rescom_timm train RECIPE.
 
@@ -79,7 +79,7 @@ def usage() -> str:
     lines = [f"  {verb:<{width}}{about}" for verb, (_, about) in VERBS.items()]
     return "\n".join(
         [
-            "usage: rescom-timm VERB ...        (rescom-timm VERB --help says more)",
+            "usage: rescom-timm SUBCOMMAND ...        (rescom-timm SUBCOMMAND --help says more)",
             "",
             *lines,
             "",
@@ -118,7 +118,7 @@ def _run(words: list[str]) -> int:
         near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""
         print(usage(), file=sys.stderr)
-        print(f"error: no verb {words[0]!r}{hint}", file=sys.stderr)
+        print(f"error: no subcommand {words[0]!r}{hint}", file=sys.stderr)
         return 2
     file, _ = VERBS[words[0]]
     command = import_module(f"rescom_timm.cli.{file}")

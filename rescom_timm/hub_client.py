@@ -61,6 +61,8 @@ def target(name: str) -> str:
 
 def missing(source: str, what: str = "folder") -> FileNotFoundError:
     """The error for a path that is not there, with what to write where the Hub was meant. what: should be there."""
+    if os.path.exists(source):
+        return FileNotFoundError(f"{source} is a file, and a {what} is wanted")
     meant = ", and it is no id of the Hub, such as owner/name"
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         meant = f"; for the Hub write hf://{source}"

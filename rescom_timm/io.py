@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 import uuid
 import warnings
@@ -118,6 +119,15 @@ def _warn_no_locks(folder: str) -> None:
     warnings.warn(
         f"the disk of {folder} has no file locks: make sure that no second process writes there", stacklevel=4
     )
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises OSError, which names `path`, where a file or a folder of that name cannot be written: before the work of
+    which it holds the result. Folders that are not there yet will be made."""
+    path = Path(os.path.abspath(path))
+    folder = path if path.is_dir() else next(one for one in path.parents if os.path.lexists(one))
+    with errors_named(path), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:

@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rescom_timm.analysis.run_files import RunFolder
-from rescom_timm.config.loading import keys, load, load_dict, load_fetched
+from rescom_timm.config.explain import keys
+from rescom_timm.config.loading import load, load_dict, load_fetched
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index import Index, read
 from rescom_timm.data.transforms import POLICIES, STEPS, parse

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rescom_timm.text import escape_controls, escaped_output
 
@@ -30,6 +32,10 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {escape_controls(message, lines=True)}\n")
 
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse's, which calls a positional argument of any number required, unless it has a default."""
+        return super().add_argument(*names, **({"default": []} if options.get("nargs") == "*" else {}), **options)
+
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
     """A parser that shows ``about`` as it is written, and ends with the exit codes and examples of the verb."""
@@ -45,24 +51,29 @@ def example(*lines: str) -> str:
     return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
 
 
-def answer(work: Callable[[], int], trains: bool = False) -> int:
+def answer(work: Callable[[], int], trains: bool = False, writes: Sequence[str | Path | None] = ()) -> int:
     """The exit code of a command: what its work returns, or 1 after one line on stderr, "error: ...".
 
     Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
-    left to the training, which saves its state before it ends.
+    left to the training, which saves its state before it ends. writes: files and folders that the work will write,
+    which is tried before it begins.
     """
     first_line()
     with escaped_output():
-        return _answer(work, trains)
+        return _answer(work, trains, writes)
 
 
-def _answer(work: Callable[[], int], trains: bool) -> int:
-    from rescom_timm.engine.errors import FAILURES, message, with_advice
+def _answer(work: Callable[[], int], trains: bool, writes: Sequence[str | Path | None]) -> int:
+    with _stoppable():
+        from rescom_timm.engine.errors import FAILURES, message, with_advice
+        from rescom_timm.io import check_writable
 
     mine = not trains and threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminated) if mine else None
     try:
         with with_advice(""):
+            for path in filter(None, writes):
+                check_writable(path)
             return work()
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,6 +94,27 @@ def first_line() -> None:
     process alone, and not where they are done or --quiet asks for silence."""
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0" and "--quiet" not in sys.argv:
         print("loading PyTorch, timm and datasets ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the process at once: for imports, which take seconds, hold no file, and may turn an
+    exception of a signal into another one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        os.write(2, b"stopped by Ctrl-C\n")
+    os._exit(128 + number)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"{options.output}: {len(names):,} classes of {features.shape[1]} features ({shown} ...)")
         return 0
 
-    return answer(work)
+    return answer(work, writes=[options.output])
 
 
 def names_of(source: str) -> list[str]:

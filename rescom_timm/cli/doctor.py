@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
     options = parser.parse_intermixed_args(words)
-    return answer(lambda: look(options))
+    return answer(lambda: look(options), writes=[options.output])
 
 
 def look(options: argparse.Namespace) -> int:

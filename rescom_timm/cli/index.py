@@ -29,7 +29,7 @@ EXAMPLES = dict((line.split()[1], line) for line in __doc__.splitlines() if line
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     top = new_parser(__doc__, prog, EXAMPLES["init"])
-    verbs = top.add_subparsers(required=True, metavar="VERB")
+    verbs = top.add_subparsers(required=True, metavar="SUBCOMMAND")
 
     def verb(name: str, *positional: tuple[str, str]) -> argparse.ArgumentParser:
         one = verbs.add_parser(
@@ -97,4 +97,4 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         sys.stdout.flush()
         return code
 
-    return answer(work)
+    return answer(work, writes=[getattr(options, "output", None), getattr(options, "png", None)])

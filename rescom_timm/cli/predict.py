@@ -63,4 +63,4 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         return predict(options)
 
-    return answer(work)
+    return answer(work, writes=[options.output, options.embeddings, options.among])

@@ -11,6 +11,7 @@ The token comes from  hf auth login  or HF_TOKEN.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--torch-export", type=Path, metavar="FILE", help="the same as a program of torch.export (.pt2)"
     )
     arguments = parser.parse_intermixed_args(words)
-    return answer(lambda: push(arguments))
+    return answer(lambda: push(arguments), writes=[arguments.export, arguments.onnx, arguments.torch_export])
 
 
 def push(arguments: argparse.Namespace) -> int:
@@ -50,6 +51,7 @@ def push(arguments: argparse.Namespace) -> int:
     from rescom_timm.inference.program import export_program
 
     if arguments.onnx or arguments.torch_export:
+        print("exporting and comparing the logits, which takes up to a minute ...", file=sys.stderr, flush=True)
         if arguments.onnx:
             print(export_onnx(arguments.run, arguments.onnx))
         if arguments.torch_export:

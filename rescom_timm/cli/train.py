@@ -47,9 +47,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not recipes and not addresses:
         parser.error("name a recipe, such as digits_lt; all of them: rescom-timm recipes")
     if len(recipes) > 1 or len(addresses) > 1:
-        parser.error(
-            f"one run is trained at a time, not {' and '.join((recipes or addresses)[:2])}; keys are key=value"
-        )
+        parser.error(_one_run((recipes or addresses)[:2]))
     return answer(lambda: run(arguments, recipes, overrides, addresses), trains=True)
 
 
@@ -103,16 +101,33 @@ def is_recipe_of_run(path: Path) -> bool:
     return path.is_file() and (began or (beside / "checkpoints").is_dir())
 
 
+def _one_run(given: Sequence[str]) -> str:
+    """What is wrong with two recipes, of which one may be a preset without its plus sign, or a key without a value."""
+    from rescom_timm.config.explain import keys
+    from rescom_timm.config.loading import presets
+
+    if preset := next((word for word in given if word in presets()), None):
+        return f"{preset} is a preset: write +{preset}"
+    if key := next((word for word in given if word in set(keys())), None):
+        return f"{key} needs a value: write {key}=VALUE"
+    return f"one run is trained at a time, not {' and '.join(given)}; keys are key=value"
+
+
 def _as_key(option: str, words: Sequence[str]) -> str:
     """For --epochs 3: how it is written."""
-    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
-    after = list(words)[list(words).index(option) + 1 :][:1]
-    value = value or next((word for word in after if not word.startswith("-")), "VALUE")
-    from rescom_timm.config.loading import keys
-    from rescom_timm.config.synonyms import meant
+    from rescom_timm.config.explain import keys, meant, suggestion
+    from rescom_timm.io import parse_yaml
 
+    name, _, text = option.lstrip("-").replace("-", "_").partition("=")
+    after = list(words)[list(words).index(option) + 1 :][:1]
+    text = text or next((word for word in after if not word.startswith("-")), "VALUE")
+    try:
+        value = parse_yaml(text)
+    except ValueError:
+        value = text
     known = {key.rpartition(".")[2]: key for key in sorted(keys(), reverse=True)}
     if advice := meant(name, value):
         return f": keys of the recipe are written without dashes; {advice}"
-    near = get_close_matches(name, [*known, *known.values()], n=1)
-    return f": keys of the recipe are written without dashes, {known.get(near[0], near[0])}={value}" if near else ""
+    if near := get_close_matches(name, [*known, *known.values()], n=1):
+        return f": keys of the recipe are written without dashes, {suggestion(known.get(near[0], near[0]), value)}"
+    return ""

@@ -6,27 +6,23 @@ Keys in `speed` change how fast a run is, never what it computes; every other ke
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pydantic
 
-from rescom_timm.config import synonyms
+from rescom_timm.config.explain import explain, lists
 from rescom_timm.config.recipe import MAX_SEED, Recipe, RecipeError
 from rescom_timm.config.secrets import secret_in, without_secrets
 from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig
 from rescom_timm.hub_client import hub_id
 from rescom_timm.io import MAX_DEPTH, parse_yaml, read_yaml
-from rescom_timm.methods import METHODS
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
@@ -66,6 +62,12 @@ def find(name: str | Path) -> Path:
     file = f"{path.name.removesuffix('.yaml')}.yaml"
     if file in known and path.parent in (Path(), Path("recipes")):
         return known[file]
+    if path.is_dir():
+        within = path / "recipe.yaml"
+        todo = f": write {within}, with --resume to go on with that run" if within.is_file() else ""
+        raise RecipeError(f"no recipe {name}: it is a folder{todo}")
+    if name in presets():
+        raise RecipeError(f"no recipe {name}: it is a preset, written +{name} after a recipe")
     beside = {found.name: found for found in path.parent.glob("*.yaml")}
     near = get_close_matches(file, known | beside, n=1)
     meant = near and (str(beside[near[0]]) if near[0] in beside else known[near[0]].stem)
@@ -216,7 +218,7 @@ def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[
     try:
         return _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
-        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        lines = dict.fromkeys(explain(dict(problem)) for problem in error.errors())
         raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
@@ -329,11 +331,13 @@ SHORT = {"method": "name", "optimizer": "name", "schedule": "name", "net.tuning"
 
 
 def _in_full(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"method": "focal"} -> {"method": {"name": "focal"}}."""
+    """{"method": "focal"} -> {"method": {"name": "focal"}}, {"track": {"tags": "a"}} -> {"track": {"tags": ["a"]}}."""
     full: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, str) and f"{prefix}{key}" in SHORT:
             value = {SHORT[f"{prefix}{key}"]: value}
+        elif isinstance(value, str | int) and f"{prefix}{key}" in lists():
+            value = [value]
         full[key] = _in_full(value, f"{prefix}{key}.") if isinstance(value, dict) else value
     return full
 
@@ -350,72 +354,6 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
-
-
-def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every key of a recipe, dotted: train.epochs, method.queue.per_class, ..."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if name.startswith("_"):
-            continue
-        yield prefix + name
-        for inner in get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
-            if dataclasses.is_dataclass(inner):
-                yield from keys(inner, f"{prefix}{name}.")
-
-
-WHOLE = {
-    "data": "data.source",
-    "net": "net.backbone",
-    "hub": "hub.repo",
-    "views": "views.train",
-    "track": "track.log_with",
-}
-"""Which key is meant where a section is given as one value."""
-
-
-def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, str | int | float) and len(str(value)) < 60 else ""
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    # A tagged union puts its tag into the location: method.rescom.beta.
-    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS))
-    if problem["type"] == "unexpected_keyword_argument":
-        known = sorted(set(keys()))
-        named: dict[str, list[str]] = {}  # keys by their last part
-        for key in known:
-            named.setdefault(key.split(".")[-1], []).append(key)
-        last, given = where.split(".")[-1], problem["input"]
-        if ("." not in where or last not in named) and (advice := synonyms.meant(where, _shown(given))):
-            return f"unknown key {where}; {advice}"
-        near = (
-            named.get(last)
-            or get_close_matches(where, known, n=1, cutoff=0.9)  # as good as certain
-            or (list(given) if isinstance(given, dict) and len(given) == 1 and (named.get(*given)) else [])
-            or get_close_matches(where, known, n=3, cutoff=0.75)
-            or [key for close in get_close_matches(last, named, n=1, cutoff=0.7) for key in named[close]]
-        )
-        near = [key for one in near for key in (named[one] if one not in known else [one])]
-        if near:
-            return f"unknown key {where}; did you mean {', '.join(near[:3])}?"
-        section = where.rpartition(".")[0]
-        inside = [key for key in known if key.rpartition(".")[0] == section] or [key for key in known if "." not in key]
-        told = ", ".join("from" if key == "init_from" else key for key in inside)
-        return f"unknown key {where}; there are: {told} (all: rescom-timm train RECIPE --print)"
-    if problem["type"] == "union_tag_invalid":
-        given = problem["input"].get("name")
-        same = synonyms.METHODS.get(synonyms.plain(str(given)))
-        near = [same] if same else get_close_matches(str(given), list(METHODS), n=1) or list(METHODS)
-        return f"{where}.name: unknown method {given!r}; did you mean {', '.join(near)}?"
-    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
-        return f"{where.rpartition('.')[0]}: has too few values: {problem['input']!r}"
-    if problem["type"].startswith("dataclass") and isinstance(problem["input"], str) and where in WHOLE:
-        return f"{where}: a section of keys, not {problem['input']!r}; did you mean {WHOLE[where]}={problem['input']}?"
-    if problem["type"] == "missing":
-        return f"{where} is missing: every recipe names it"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
-    return f"{where}: {message}{shown}" if where else message
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

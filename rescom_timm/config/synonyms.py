@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 _KEYS = {
-    "data.source": "dataset dataset_name dataset_path data_dir data_path train_dir image_folder root",
-    "data.validation": "val valid val_split validation_split val_fraction",
+    "data.source": "dataset dataset_name dataset_path data_dir data_path train_dir image_folder "
+    "image_dir img_dir images root",
+    "data.train": "train_split split",
+    "data.test": "test_split test_dir",
+    "data.subset": "dataset_config_name config_name",
+    "data.image_column": "image_column_name input_key",
+    "data.label_column": "label_column_name target_key",
+    "data.validation": "val valid val_split validation_split val_dir validation_dir",
+    "data.validation=holdout(0.1)": "val_fraction train_val_split",
+    "data.index=FILE": "train_file train_csv csv csv_file label_file labels annotations ann_file split_file",
+    "data.test_index": "test_file test_csv",
+    "data.index=exponential(100)": "imbalance imbalance_factor imb_factor imbalance_ratio imb_ratio long_tail",
     "evaluation.batch_size": "per_device_eval_batch_size eval_batch_size validation_batch_size val_batch_size",
-    "evaluation.every": "eval_steps eval_strategy evaluation_strategy eval_interval "
-    "val_interval check_val_every_n_epoch",
+    "evaluation.every": "eval_strategy evaluation_strategy eval_interval "
+    "val_interval check_val_every_n_epoch eval_freq val_freq",
     "evaluation.select": "metric metric_for_best_model eval_metric monitor",
     "evaluation.patience": "early_stopping early_stopping_patience",
-    "checkpoint.every": "save_steps save_strategy save_period save_interval save_every save_freq checkpoint_interval",
+    "checkpoint.every": "save_strategy save_period save_interval save_every save_freq checkpoint_interval "
+    "checkpoint_freq",
     "checkpoint.keep": "save_total_limit checkpoint_hist keep_checkpoints",
     "output": "output_dir out_dir save_dir log_dir logdir logging_dir work_dir project_dir",
     "name": "run_name exp_name experiment experiment_name",
@@ -18,37 +29,68 @@ _KEYS = {
     "seed": "random_seed manual_seed random_state",
     "net.backbone": "model arch architecture model_name model_name_or_path backbone_name encoder network",
     "net.pretrained": "use_pretrained",
-    "net.weights_file": "weights weights_path pretrained_path pretrained_cfg",
+    "net.weights_file": "weights_path pretrained_path",
     "net.trainable": "freeze freeze_backbone frozen unfreeze freeze_layers",
-    "net.tuning": "lora peft adapter use_lora finetuning",
+    "net.tuning.name=lora": "lora peft use_lora",
+    "net.tuning.name=adaptformer": "adapter adapters",
+    "net.tuning.name": "finetuning",
+    "net.options": "model_kwargs",
+    "net.projector.dim": "feature_dim feat_dim embed_dim proj_dim projection_dim embedding_dim",
+    "net.projector.hidden": "hidden_dim hidden_size mlp_dim",
     "net.options.drop_path_rate": "drop_path",
     "net.options.drop_rate": "dropout drop",
+    "method.queue.per_class": "q queue_per_class",
+    "method.temperature": "t temp",
+    "method.contrast_weight": "lambda lam contrastive_weight supcon_weight",
+    "method.teacher": "distill kd kd_model_name teacher_model",
+    "method.gamma": "focal_gamma",
+    "method.margin": "max_m ldam_margin",
     "method.name": "loss criterion loss_name loss_function loss_fn algorithm",
     "method.name=class_balanced": "class_weights class_weight cls_weights weighted weighted_loss balanced pos_weight",
     "loader.sampler": "weighted_sampler class_balanced_sampling balanced_sampler oversample oversampling resampling",
-    "optimizer.name": "opt optim optimiser",
+    "optimizer.name": "opt optim optimiser opt_name optim_name",
     "optimizer.lr": "lr0 learning_rate base_lr lr_base max_lr peak_lr learningrate",
     "optimizer.weight_decay": "wd decay l2 weightdecay",
     "optimizer.clip_norm": "max_grad_norm clip_grad grad_clip gradient_clip_val clip_grad_norm gradient_clipping clip",
-    "schedule.name": "sched scheduler lr_scheduler lr_scheduler_type lr_schedule cos_lr",
+    "schedule.name": "sched scheduler lr_scheduler lr_scheduler_type lr_schedule",
+    "schedule.name=cosine": "cos_lr cosine cosine_lr",
+    "schedule.name=steps": "step_lr multistep multi_step",
+    "schedule.by=update": "sched_on_updates",
     "schedule.final": "lrf min_lr final_lr eta_min",
-    "schedule.warmup_epochs": "warmup warmup_steps warmup_ratio warmup_iters",
+    "schedule.gamma": "decay_rate lr_decay lr_gamma lr_decay_rate",
+    "schedule.warmup_epochs": "warmup warm_up",
     "schedule.milestones": "decay_milestones decay_epochs lr_steps lr_milestones step_size",
-    "train.epochs": "epoch num_epochs num_train_epochs max_epochs n_epochs nepochs total_epochs max_steps",
+    "train.epochs": "epoch num_epochs num_train_epochs max_epochs n_epochs nepochs total_epochs",
+    "train.epochs=EPOCHS": "max_steps steps iters iterations max_iter total_steps train_steps t_max",
+    "schedule.warmup_epochs=EPOCHS": "warmup_steps warmup_ratio warmup_iters",
+    "evaluation.every=EPOCHS": "eval_steps",
+    "checkpoint.every=EPOCHS": "save_steps",
     "train.batch_size": "batch_size batch bs b batchsize per_device_train_batch_size train_batch_size total_batch_size",
     "train.accumulate": "gradient_accumulation_steps grad_accum_steps grad_accum accumulation_steps accum_iter "
     "accumulate_grad_batches nbs",
-    "train.precision": "amp fp16 bf16 half mixed_precision amp_dtype dtype",
-    "train.ema": "model_ema ema_decay model_ema_decay use_ema",
+    "train.precision": "amp mixed_precision amp_dtype dtype model_dtype",
+    "train.precision=fp16": "fp16 half",
+    "train.precision=bf16": "bf16",
+    "train.ema={decay: 0.9999}": "model_ema use_ema ema",
+    "train.ema.decay": "ema_decay model_ema_decay ema_momentum",
+    "train.ema.warmup": "model_ema_warmup",
     "train.fit_batch": "auto_find_batch_size autobatch",
     "mix.mixup": "mixup_alpha mix_up",
     "mix.cutmix": "cutmix_alpha cut_mix",
-    "method.label_smoothing": "smoothing label_smoothing_factor",
-    "speed.workers": "num_workers n_workers dataloader_num_workers",
+    "mix.probability": "mixup_prob cutmix_prob mix_prob",
+    "mix.switch_probability": "mixup_switch_prob",
+    "method.label_smoothing": "smoothing label_smoothing_factor label_smooth ls",
+    "speed.workers": "num_workers n_workers dataloader_num_workers threads num_threads",
+    "speed.prefetch": "prefetch_factor dataloader_prefetch_factor",
+    "speed.pin_memory": "pin_mem dataloader_pin_memory",
     "speed.compile": "torch_compile torchcompile",
     "speed.grad_checkpointing": "gradient_checkpointing",
-    "track.log_with": "report_to tracker logger log_wandb use_wandb wandb tensorboard",
+    "track.log_with": "report_to tracker trackers logger loggers",
+    "track.log_with=[wandb]": "log_wandb use_wandb wandb",
+    "track.log_with=[tensorboard]": "tensorboard use_tensorboard",
+    "track.tags": "wandb_tags",
     "hub.repo": "hub_model_id push_to_hub repo_id",
+    "hub.private": "hub_private_repo private",
 }
 KEYS = {word: key for key, words in _KEYS.items() for word in words.split()}
 
@@ -59,14 +101,43 @@ _SIZES = (
 _DEVICES = "no key chooses the device: CUDA_VISIBLE_DEVICES=1 picks a GPU, ACCELERATE_USE_CPU=1 the CPU"
 _CLASSES = "the classes come from the data (data.source, data.index)"
 _POLICY = "augmentation is views.train, such as  views.train='random_resized_crop(224,0.08,1,bicubic) | flip'"
+_BOXES = "this package classifies whole images: it has no boxes, masks or key points"
+_LAUNCH = "several processes are started by  accelerate launch -m rescom_timm train RECIPE  or torchrun"
 _ELSEWHERE = {
-    _SIZES: "imgsz img_size image_size input_size crop_size resolution size crop_pct",
-    _DEVICES: "device devices gpu gpus gpu_id cuda local_rank no_cuda use_cpu accelerator n_gpu num_gpus",
-    _CLASSES: "num_classes nc n_classes num_labels classes class_names names label_names",
+    _SIZES: "imgsz img_size image_size input_size crop_size resolution size crop_pct height width interpolation",
+    _DEVICES: "device devices gpu gpus gpu_id cuda cpu mps tpu local_rank no_cuda use_cpu accelerator n_gpu num_gpus",
+    _CLASSES: "num_classes nc n_classes num_labels classes class_names names label_names class_map",
     _POLICY: "aa auto_augment augment augmentation augmentations transform transforms randaugment rand_augment hflip "
-    "fliplr color_jitter reprob random_erasing",
-    "a run is resumed by --resume": "resume resume_from_checkpoint",
+    "vflip fliplr flipud color_jitter grayscale reprob random_erasing erasing hsv_h hsv_s hsv_v degrees translate "
+    "shear perspective no_aug ratio aug_repeats train_interpolation",
+    _BOXES: "task mosaic close_mosaic copy_paste mask_ratio overlap_mask box cls dfl pose kobj iou conf max_det nms "
+    "single_cls rect agnostic_nms retina_masks boxes bbox",
+    _LAUNCH: "ddp distributed world_size nproc_per_node num_processes backend ddp_backend dist_url fsdp deepspeed "
+    "sync_bn ddp_timeout",
+    "a run is resumed by --resume; without it a run gets a new folder": "resume resume_from_checkpoint exist_ok "
+    "overwrite overwrite_output_dir",
     "one step without training is --dry-run": "dry_run fast_dev_run",
+    "fewer messages are --quiet": "verbose quiet silent log_level disable_tqdm",
+    "an epoch is one line; metrics.jsonl holds them all": "logging_steps logging_strategy log_interval log_every "
+    "log_freq print_freq",
+    "a trained run is evaluated by  rescom-timm evaluate RUN  and used by  rescom-timm predict RUN IMAGES": "do_train "
+    "do_eval do_predict eval_only test_only evaluate predict",
+    "five crops are averaged by  rescom-timm evaluate RUN --five-crops": "tta five_crops",
+    "a recipe holds no token: log in with  hf auth login  or set HF_TOKEN": "token hf_token hub_token api_key "
+    "use_auth_token",
+    "images are read in 3 channels": "in_chans in_channels input_channels num_channels channels",
+    "fewer images are chosen by data.index, such as exponential(100) or a file": "fraction max_train_samples "
+    "num_samples train_num_samples subset_size",
+    "optimizer.name chooses one of timm's optimizers, with timm's other defaults": "opt_eps opt_betas "
+    "betas beta1 beta2 "
+    "adam_beta1 adam_beta2 adam_epsilon opt_kwargs optim_args",
+    "net.pretrained=true takes timm's weights of net.backbone, net.weights_file=FILE those of a file": "weights "
+    "pretrained_cfg pretrained_weights",
+    "the checkpoint that is best on data.validation is kept too; evaluation.select names the metric": "save_best best "
+    "load_best_model_at_end",
+    "seed decides all that is drawn": "deterministic full_determinism random",
+    "a trained run holds its plain timm model in RUN/model; rescom-timm push RUN --onnx FILE writes others": "format "
+    "onnx torchscript opset int8 quantize",
     "images are corrupted, not trained on, by  rescom-timm robustness": "corruption corruptions",
 }
 ELSEWHERE = {word: advice for advice, words in _ELSEWHERE.items() for word in words.split()}
@@ -92,15 +163,3 @@ METHODS = {word: name for name, words in _METHODS.items() for word in words.spli
 def plain(name: str) -> str:
     """A word as the tables have it: the last part of a key, in lower case, with underscores."""
     return name.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
-
-
-def meant(name: str, value: str = "") -> str:
-    """What to write in the place of a key or an option of another library; "" where it is none that is known. value: as
-    it was given, if it was."""
-    word = plain(name)
-    if word in ELSEWHERE:
-        return ELSEWHERE[word]
-    key = KEYS.get(word)
-    if key is None:
-        return ""
-    return f"did you mean {key}{f'={value}' if value and '=' not in key else ''}?"

@@ -73,8 +73,9 @@ def advice(error: BaseException | None) -> str:
 
 def unwritten(what: str, error: BaseException, more: str = "") -> MachineError:
     """What is raised where the machine did not take a file of a run."""
+    said = re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error))  # of safetensors
     todo = advice(error) or "see that the run's folder is there (was it moved or removed?) and may be written to"
-    return MachineError(f"{what} could not be written: {error}.{more} {todo[0].upper()}{todo[1:]}, {AGAIN}")
+    return MachineError(f"{what} could not be written: {said}.{more} {todo[0].upper()}{todo[1:]}, {AGAIN}")
 
 
 @contextmanager

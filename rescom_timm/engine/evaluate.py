@@ -154,6 +154,9 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
 def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
     folder = run / "checkpoints"
     named = folder / which if (folder / which).is_dir() else Path(which)
+    if which not in ("last", "best") and not named.is_dir():
+        there = ", ".join(["last", "best", *(one.name for one in checkpoint.listed(folder))])
+        raise checkpoint.CheckpointError(f"no checkpoint {which}; there are: {there}")
     found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
     if found is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")

@@ -219,11 +219,17 @@ def check_run(path: str | Path) -> Path:
     """The folder of a run. Raises FileNotFoundError where nothing is there, ValueError for what is no run's folder."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no run folder {path}: give the folder that training printed, such as runs/NAME")
+        there = Path("runs") / path
+        hint = (
+            f"did you mean {there}?" if there.is_dir() else "give the folder that training printed, such as runs/NAME"
+        )
+        raise FileNotFoundError(f"no run folder {path}: {hint}")
     if not path.is_dir():
         raise ValueError(f"{path} is no run folder: it is a file")
     if not any((path / mark).exists() for mark in MARKS):
-        raise ValueError(f"{path} is no run folder: it holds none of {', '.join(MARKS)}")
+        within = sorted(str(one.parent) for one in path.glob("*/recipe.yaml"))
+        hint = f"; did you mean {', '.join(within[:3])}?" if within else ""
+        raise ValueError(f"{path} is no run folder: it holds none of {', '.join(MARKS)}{hint}")
     return path
 
 

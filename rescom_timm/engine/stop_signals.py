@@ -70,6 +70,8 @@ class StopSignals:
             self.ends = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping as soon as the state is saved (a second Ctrl-C or SIGTERM ends at once)\n")
         self.requested = True
         self.stuck = self.stuck and _wait(frame) is not None
         if self.stuck:

@@ -1,5 +1,6 @@
 """The console command: its verbs, and what it answers to a wrong one."""
 
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -85,7 +86,58 @@ def test_help_lists_every_verb(words, code, capsys):
 
 def test_a_wrong_verb_is_told_with_the_nearest(capsys):
     assert main(["trian", "digits_lt"]) == 2
-    assert "no verb 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
+    assert "no subcommand 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["doctor"], ["push"]])
+def test_only_what_is_required_is_asked_for(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "key=value" not in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "run", "p", "-o", "{bad}"],
+        ["predict", "run", "p", "--embeddings", "{bad}"],
+        ["doctor", "digits_lt", "-o", "{bad}"],
+        ["figures", "run", "-o", "{bad}"],
+        ["push", "run", "--onnx", "{bad}"],
+        ["push", "run", "--export", "{bad}"],
+        ["make", "digits", "exponential(10)", "-o", "{bad}"],
+        ["init", "p", "-o", "{bad}"],
+        ["class-features", "names.txt", "--model", "m", "-o", "{bad}"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys, words):
+    """The run, images and model named do not exist, which the work itself would find first."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    assert main([word.format(bad="file/below") for word in words]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "file/below" in error and Path("file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_first_imports_ends_at_once_without_a_traceback(number):
+    code = (
+        "import os, sys, types\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'rescom_timm.engine.errors':\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from rescom_timm.cli import answer\n"
+        "answer(lambda: print('worked'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 128 + number and "worked" not in done.stdout
+    assert (
+        len(done.stderr.splitlines()) <= 2 and "Traceback" not in done.stderr and "KeyboardInterrupt" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,10 @@ def test_of_a_workers_error_its_own_words_are_told():
         ([DIGITS, "--device", "cpu"], "ACCELERATE_USE_CPU=1"),
         ([DIGITS, "--zzz"], "unknown option --zzz"),
         ([DIGITS, DIGITS], "one run is trained at a time"),
+        ([DIGITS, "ldam"], "ldam is a preset: write +ldam"),
+        ([DIGITS, "train.epochs"], "train.epochs needs a value"),
+        ([DIGITS, "--report-to", "wandb"], "did you mean track.log_with=wandb?"),
+        ([DIGITS, "--fp16"], "did you mean train.precision=fp16?"),
         (["hf://me/x"], "is only read with --resume"),
     ],
 )

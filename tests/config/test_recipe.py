@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rescom_timm.config import synonyms
-from rescom_timm.config.loading import differences, keys, load, load_dict, load_fetched
+from rescom_timm.config.explain import keys
+from rescom_timm.config.loading import differences, load, load_dict, load_fetched
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.methods import METHODS
 
@@ -197,6 +198,31 @@ def test_a_section_may_be_given_as_its_name_in_a_file_and_in_a_base(tmp_path):
     made = load(tmp_path / "above.yaml")
     assert (made.method.name, made.method.gamma, made.optimizer.name) == ("focal", 1.0, "lamb")
     assert load_dict({"data": {"source": "digits"}, "method": "ldam"}).method.name == "ldam"
+
+
+def test_a_single_value_is_a_list_of_one():
+    one = load("digits_lt", ["track.log_with=wandb", "net.trainable=norms", "track.tags=a"])
+    assert (one.track.log_with, one.net.trainable, one.track.tags) == (("wandb",), ("norms",), ("a",))
+    steps = load("digits_lt", ["schedule.name=steps", "schedule.milestones=20"])
+    assert steps.schedule.milestones == (20,)
+
+
+@pytest.mark.parametrize(
+    "word", ["fp16=true", "cosine=true", "lora=true", "use_wandb=true", "use_ema=true", "imb_factor=50", "batch=32"]
+)
+def test_a_suggestion_with_a_value_is_a_recipe(word):
+    """What an unknown key is answered with loads, when it is written as suggested."""
+    with pytest.raises(RecipeError) as refused:
+        load("digits_lt", [word])
+    meant = str(refused.value).partition("did you mean ")[2].removesuffix("?")
+    assert "=" in meant and load("digits_lt", [meant])
+
+
+@pytest.mark.parametrize("word", ["time=1", "task=1", "ddp_timeout=1", "lr_cycle_limit=1", "few_shot=1"])
+def test_a_far_key_is_not_suggested(word):
+    with pytest.raises(RecipeError) as refused:
+        load("digits_lt", [word])
+    assert "did you mean" not in str(refused.value)
 
 
 def test_synonyms_name_keys_and_methods_that_exist_and_hide_none():
