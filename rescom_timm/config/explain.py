@@ -7,7 +7,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
@@ -93,7 +93,18 @@ def suggestion(key: str, value: object = None) -> str:
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def explain(problem: dict[str, Any]) -> str:
+def explain(problems: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The lines of pydantic's errors, one a key: of a key that may be of several types, what each of them must be."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        line = _line(dict(problem))
+        where, must, rest = line.partition(": must be ")
+        key = where if must else line
+        lines[key] = f"{lines[key].rpartition(', not ')[0]}, or {rest}" if must and key in lines else line
+    return list(lines.values())
+
+
+def _line(problem: dict[str, Any]) -> str:
     """The line of one of pydantic's errors, by its location, type, message and input."""
     # A tagged union puts its tag into the location: method.rescom.beta. So does a union of types: speed.compile.bool.
     loc = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS)]

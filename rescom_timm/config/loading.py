@@ -218,8 +218,7 @@ def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[
     try:
         return _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
-        lines = dict.fromkeys(explain(dict(problem)) for problem in error.errors())
-        raise RecipeError(f"{source}: " + "\n  ".join(lines)) from None
+        raise RecipeError(f"{source}: " + "\n  ".join(explain(error.errors()))) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
 

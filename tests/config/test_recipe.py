@@ -44,7 +44,7 @@ def test_only_true_and_false_are_booleans(tmp_path):
     recipe = load(tmp_path / "a.yaml", ["speed.channels_last=True"])
     assert (recipe.train.precision, recipe.speed.compile, recipe.speed.channels_last) == ("no", False, True)
     assert load(DIGITS, ["train.precision=bf16", "train.precision=no"]).train.precision == "no"
-    with pytest.raises(RecipeError, match="speed.channels_last: .*boolean, not 'yes'"):
+    with pytest.raises(RecipeError, match="speed.channels_last: .*true or false, not 'yes'"):
         load(DIGITS, ["speed.channels_last=yes"])
 
 
