@@ -35,7 +35,7 @@ WORDS = [
     value("number for a text", "name=1", "name: must be text, not 1"),
     value("value left out", "train.epochs=", "train.epochs: must be an integer, not null"),
     value("text for a list of numbers", "schedule.milestones=a", "schedule.milestones...integer, not 'a'"),
-    value("tracker that there is not", "track.log_with=nope", "track.log_with...must be 'tensorboard'"),
+    value("tracker in the place of a list", "track.log_with=nope", "track.log_with...must be 'tensorboard'"),
     value("method like none", "method=zzz", "unknown method 'zzz'; there are: rescom"),
     value("text for a switch or a mode", "speed.compile=never", "must be true or false, or 'default'...not 'never'"),
     value("backbone as model", "model=resnet50", "did you mean net.backbone=resnet50?"),
