@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.engine.run_folder import CHANGED, check_run, lines
-from rescom_timm.io import read_json, read_yaml
+from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
 
 _PREFERRED = ("test-last", "test-best")
 
@@ -69,7 +69,7 @@ class RunFolder:
     def recipe_text(self) -> str:
         """The resolved recipe as it was saved; "" where absent."""
         path = self.path / "recipe.yaml"
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return read_text(path, MAX_RECIPE) if path.is_file() else ""
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain values; {} where absent."""

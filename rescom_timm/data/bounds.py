@@ -6,11 +6,17 @@ bounded by its own size.
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import struct
+import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -93,7 +99,7 @@ def check_lines(path: str | Path, columns: int = 1) -> None:
 def check_parquet(path: str | Path) -> int:
     """Raises ValueError for a Parquet file that says more rows than MAX_ROWS, or decodes to more than `limit` allows by
     its compression or its repeated values. Returns how many rows can be decoded at a time within MAX_BATCH."""
-    most, largest = limit(regular_size(path)), 1
+    most, largest = limit(regular_size(path)), Counter[int]()
     with pq.ParquetFile(path) as file:
         about = file.metadata
         if about.num_rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
@@ -107,10 +113,10 @@ def check_parquet(path: str | Path) -> int:
             if text and column.max_repetition_level and decoded + chunk.num_values * _longest(chunk) > most:
                 decoded += _nested_bytes(path, group, chunk.path_in_schema)
             elif text:
-                largest = max(largest, _longest(chunk))
+                largest[group] += _longest(chunk)  # one row holds a value of every column
             if decoded > most:
                 raise ValueError(_decodes(decoded, path))
-    return max(1, min(1000, MAX_BATCH // largest))
+    return max(1, min(1000, MAX_BATCH // max(1, *largest.values(), 1)))
 
 
 def _chunks(about: pq.FileMetaData) -> Iterator[tuple[int, int, pq.ColumnChunkMetaData]]:
@@ -144,23 +150,39 @@ def text_bytes(values: pa.Array) -> int:
     return int(pc.sum(pc.cast(pc.binary_length(values), pa.int64())).as_py() or 0)
 
 
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+
+
 def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a Parquet file, one value of each row. Equal texts share their memory: such columns are
-    dictionary-encoded. Raises ValueError beyond the bounds, for a text above MAX_TEXT characters, and for columns of
-    lists or records."""
+    """Columns of a Parquet file, one value of each row; of images as `datasets` stores them, their paths. Equal texts
+    share their memory: such columns are dictionary-encoded.
+
+    Raises ValueError beyond the bounds, for a text above MAX_TEXT characters, and for columns of lists, of other
+    records and of other kinds of text."""
     check_parquet(path)
     most, total, tables = limit(regular_size(path)), 0, []
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
-    texts = []
+    texts, fields = [], {name: name for name in columns}
     for name in columns:
         kind = schema.field(name).type
-        if pa.types.is_nested(kind):
+        inner = {one.name: one.type for one in kind.fields} if pa.types.is_struct(kind) else {}
+        if inner.keys() == {"bytes", "path"} and any(holds(inner["path"]) for holds in _TEXTS):
+            fields[name] = f"{name}.path"  # an image of `datasets`
+            texts.append(fields[name])
+        elif pa.types.is_nested(kind):
             raise ValueError(f"column {name!r} holds several values of an image, which is not supported")
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        elif any(holds(kind) for holds in _TEXTS):
             texts.append(name)
+        elif not (pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_dictionary(kind)):
+            raise ValueError(f"column {name!r} is of type {kind}: save it as plain text or numbers")
     with pq.ParquetFile(path, read_dictionary=texts) as file:
-        for batch in file.iter_batches(65_536, columns=list(columns)):
+        for batch in file.iter_batches(65_536, columns=list(fields.values())):
+            plain = {
+                name: batch.column(name) if fields[name] == name else batch.column(name).field("path")
+                for name in columns
+            }
+            batch = pa.RecordBatch.from_pydict(plain)
             for name in columns:
                 values = batch.column(name)
                 if isinstance(values, pa.DictionaryArray):
@@ -185,9 +207,10 @@ def _decodes(decoded: int, path: str | Path) -> str:
 
 
 def check_arrow(path: str | Path) -> None:
-    """Raises ValueError for an Arrow file (stream or file format) that decodes to more than `limit` allows, or that has
-    columns whose rows can share their values' memory, which `datasets` does not write."""
-    most = limit(regular_size(path))
+    """Raises ValueError for an Arrow file (stream or file format) that decodes to more than `limit` allows, that says
+    more rows than MAX_ROWS, whose offsets lead out of its buffers, or that has columns whose rows can share their
+    values' memory, which `datasets` does not write."""
+    most, rows = limit(regular_size(path)), 0
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             source.seek(8)
@@ -203,7 +226,10 @@ def check_arrow(path: str | Path) -> None:
         for field in reader.schema:
             _refuse_shared(field.name, field.type)
         for batch in reader:
-            batch.validate()
+            rows += batch.num_rows  # rows of nulls take no bytes
+            if rows > MAX_ROWS:
+                raise ValueError(f"it says more than {MAX_ROWS:,} rows")
+            batch.validate(full=True)
 
 
 def _refuse_shared(name: str, kind: pa.DataType) -> None:
@@ -245,3 +271,44 @@ def _table(buffer: memoryview, table: int, number: int) -> int | None:
     """Where the table or vector that a field refers to starts."""
     place = _field(buffer, table, number)
     return None if place is None else place + struct.unpack_from("<I", buffer, place)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ tar
+
+_PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+"""How a compressed archive begins, and what reads it."""
+_PACKED_MEMBERS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pth")
+"""Endings of members that are decompressed when they are read."""
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises ValueError once it has given more than `most` bytes, or is asked for as many at once."""
+
+    def __init__(self, stream: BinaryIO, most: int) -> None:
+        self.stream, self.left = stream, most
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.stream.read(min(size, self.left) if size >= 0 else self.left)
+        self.left -= len(block)
+        if self.left <= 0:
+            raise ValueError("it decodes to more than is read for its size")
+        return block
+
+
+def check_tar(path: str | Path) -> None:
+    """Raises ValueError for what is no tar archive, for one, compressed or not, that decodes to more than `limit`
+    allows, and for one with sparse or compressed members."""
+    most = limit(regular_size(path))
+    with open(path, "rb") as raw:
+        opened = _PACKED.get(raw.read(2))
+        raw.seek(0)
+        stream = cast(BinaryIO, opened(raw) if opened else raw)
+        try:
+            members: Any = _Bounded(stream, most) if opened else stream
+            with tarfile.open(fileobj=members, mode="r|" if opened else "r:") as archive:
+                for member in archive:
+                    if member.issparse() or member.name.lower().endswith(_PACKED_MEMBERS):
+                        raise ValueError(f"its member {shown(member.name)} is compressed: save it as it is")
+                    archive.members = []  # type: ignore[attr-defined]
+        except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"is no archive of a web data set ({error})") from None

@@ -181,7 +181,7 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part |
 
 def below(root: Path, paths: Sequence[str]) -> list[str]:
     """Paths as they stand below the root: absolute ones without it, and with / for a backslash."""
-    leads = tuple({f"{root}/", f"{root.resolve()}/", f"{os.path.abspath(root)}/"})
+    leads = tuple({os.path.join(place, "") for place in (str(root), str(root.resolve()), os.path.abspath(root))})
     plain = [path.replace("\\", "/") if "\\" in path else path for path in paths]
     if plain != list(paths) and os.path.isfile(root / paths[0]):
         plain = list(paths)  # names may hold a backslash

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +20,22 @@ import datasets
 import datasets.load
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, limit
+from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, check_tar, limit, shown
 from rescom_timm.data.index_files import first_few
 from rescom_timm.io import read_json, regular_size
 
-BUILDERS = ("parquet", "arrow", "webdataset", "imagefolder", "cache")
-"""Kinds of files of `datasets` that hold images (imagefolder is refused later, with advice), and its own cache."""
+BUILDERS = ("parquet", "arrow", "webdataset", "cache")
+"""Kinds of files of `datasets` that hold images, and its own cache."""
+MAX_NODES = 10**6
+"""Values of a data set's card, with what its aliases repeat."""
+LOOSE = (
+    "{} is a repository of loose image files, which would be numbered in string order and scanned at every start: "
+    "download it and run  rescom-timm init FOLDER"
+)
 
 
 def within(folder: str | Path, path: str | Path) -> None:
@@ -74,11 +84,14 @@ def load_saved(folder: Path, root: Path | None = None) -> Dataset:
     files = state.get("_data_files")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
         raise ValueError(f"{folder}/state.json has no list _data_files")
+    if len({str(file.get("filename")) for file in files}) < len(files):
+        raise ValueError(f"{folder}/state.json names a file of _data_files twice")
     for file in files:
         path = folder / plain_name(file.get("filename"), folder / "state.json")
         within(root, path)
         _checked(path, check_arrow)
-    return Dataset.load_from_disk(str(folder)).with_format(None)
+    with _readable(str(folder)):
+        return Dataset.load_from_disk(str(folder)).with_format(None)
 
 
 def load_files(source: str, local: bool, subset: str | None, split: str, revision: str | None = None) -> Dataset:
@@ -88,7 +101,7 @@ def load_files(source: str, local: bool, subset: str | None, split: str, revisio
     Raises what that raises, and ValueError where the card of the data set names files elsewhere, or files decode to
     more than is read.
     """
-    with _builders_checked(source, local):
+    with _readable(source), _builders_checked(source, local), _cards_bounded():
         try:
             return datasets.load_dataset(source, subset, split=split, revision=revision)  # type: ignore[return-value]
         except DatasetGenerationError as error:
@@ -96,6 +109,56 @@ def load_files(source: str, local: bool, subset: str | None, split: str, revisio
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise ValueError(f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Whatever `datasets` raises for a file with other contents than it expects is a ValueError in one line."""
+    try:
+        yield
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ImportError,
+        RecursionError,
+        NotImplementedError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        yaml.YAMLError,
+        pa.ArrowNotImplementedError,
+    ) as error:
+        what = shown(" ".join(str(error).split()))
+        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {what}") from error
+
+
+@contextmanager
+def _cards_bounded() -> Iterator[None]:
+    """Within the block, YAML that aliases make longer than MAX_NODES values raises yaml.YAMLError before it is made."""
+    original = yaml.SafeLoader.get_single_node
+
+    def bounded(self: Any) -> Any:
+        node = original(self)
+        if _nodes(node, {}) > MAX_NODES:
+            raise yaml.YAMLError("its aliases make it too long")
+        return node
+
+    yaml.SafeLoader.get_single_node = bounded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        yaml.SafeLoader.get_single_node = original  # type: ignore[method-assign]
+
+
+def _nodes(node: Any, known: dict[int, int]) -> int:
+    """Of a tree of YAML, each as often as it stands there."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # of one that holds itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+        known[id(node)] = 1 + sum(_nodes(part, known) for part in parts)
+    return known[id(node)]
 
 
 @contextmanager
@@ -118,15 +181,23 @@ def _builders_checked(source: str, local: bool) -> Iterator[None]:
 
 def _check_builder(builder: Any, source: str, local: bool) -> None:
     kind = type(builder).__module__.rpartition(".")[2]
+    if kind == "imagefolder":
+        raise ValueError(LOOSE.format(source))
     if kind not in BUILDERS:
         raise ValueError(f"{source} holds {kind} files, not images: {', '.join(BUILDERS[:3])} files are read")
     for path in (path for paths in (builder.config.data_files or {}).values() for path in paths):
+        if local and ("://" in str(path) or "::" in str(path)):
+            raise ValueError(
+                f"the card of {source} names {shown(path)}, which is no file of that folder and is not read"
+            )
         if local:
             within(source, path)
         elif not str(path).startswith(f"hf://datasets/{source}@"):
             raise ValueError(f"the card of {source} names {path}, which is no file of that repository and is not read")
     if kind in ("parquet", "arrow"):
         _bound(builder, kind)
+    if kind == "webdataset":
+        _bound_archives(builder)
 
 
 def _bound(builder: Any, kind: str) -> None:
@@ -151,11 +222,30 @@ def _bound(builder: Any, kind: str) -> None:
     builder._generate_tables = bounded
 
 
+def _bound_archives(builder: Any) -> None:
+    """Check a builder's archives as soon as they are here, before any is opened."""
+    generators = builder._split_generators
+
+    def bounded(downloads: Any) -> Any:
+        download = downloads.download
+
+        def checked(places: Any) -> Any:
+            found = download(places)
+            for path in {str(path) for paths in found.values() for path in paths}:
+                _checked(path, check_tar)
+            return found
+
+        downloads.download = checked
+        return generators(downloads)
+
+    builder._split_generators = bounded
+
+
 def _checked(path: str | Path, check: Any) -> Any:
     try:
         regular_size(path)
         return check(path)
-    except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+    except (pa.ArrowException, OSError, ValueError, IndexError, struct.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
@@ -186,8 +276,8 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
         full = os.path.normpath(os.path.abspath(os.path.join(base, path)))
         if not any(full.startswith(os.path.join(root, "")) for root in roots):
             raise ValueError(
-                f"{name}: row {row} names an image outside {folder}, {path[:300]}; nothing outside of it is read: name "
-                "the folder of images as data.source and this table as data.index"
+                f"{name}: row {row} names an image outside {folder}, {shown(path)}; nothing outside of it is read: "
+                "name the folder of images as data.source and this table's .parquet file as data.index"
             )
         written[row] = full
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})

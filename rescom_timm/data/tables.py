@@ -18,13 +18,13 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, other_numbers, refuse_two_forms
-from rescom_timm.data.bounds import MAX_TEXT
+from rescom_timm.data.bounds import MAX_TEXT, length_problem
 from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import MEMORY, Pairs, memory_split
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import called
-from rescom_timm.data.own_files import load_files, load_saved, own_images, saved_splits
+from rescom_timm.data.own_files import LOOSE, load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
 from rescom_timm.hub_client import hub_id, missing, online
@@ -135,10 +135,7 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
     else:
         dataset = digits(split) if config.source == "digits" else _open(config, folder, split)
     if dataset.info.builder_name == "imagefolder":
-        raise ValueError(
-            f"{config.source} is a repository of loose image files, which would be numbered in string order and "
-            "scanned at every start: download it and run  rescom-timm init FOLDER"
-        )
+        raise ValueError(LOOSE.format(config.source))
     image, label = _columns(dataset.features, config)
     groups = None
     if config.group_column is not None:
@@ -151,6 +148,7 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
     dataset = dataset.cast_column("image", Image(decode=False))
     if config.source not in ("digits", MEMORY):
         images = pa.chunked_array(_column(dataset, "image").chunks)
+        _refuse_long(pc.struct_field(images, "path"), f"{config.source} {split}: the path of an image")
         dataset = own_images(dataset, images, folder, f"{config.source} {split}")
     if label is None:
         return _Table(dataset, None, None, groups=groups)
@@ -159,6 +157,8 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
         raise ValueError(f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
     feature = dataset.features["label"]
     names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
+    if wrong := next(filter(None, (length_problem("a class name", name) for name in names or ())), ""):
+        raise ValueError(f"{config.source} {split} has {wrong}")
     if names is not None or "int" in feature.dtype:
         return _Table(dataset, column.to_numpy().astype(np.int64), names, groups=groups)
     _refuse_long(column, f"{config.source} {split}: column {label!r}")

@@ -40,7 +40,7 @@ class PageGuard:
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
         if (status := refusal(headers, self.host)) is None:
-            await self.app(scope, receive, send)
+            await self.app(scope, _counted(receive) if scope["type"] == "http" else receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -50,6 +50,20 @@ class PageGuard:
             await send({"type": "http.response.body", "body": body})
 
 
+def _counted(receive: Receive) -> Receive:
+    """As `receive`, of a request that ends as its client would end it (and is cleared away) once it has sent more than
+    MAX_REQUEST bytes: one in chunks does not say its length."""
+    left = MAX_REQUEST
+
+    async def counted() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        return message if left >= 0 else {"type": "http.disconnect"}
+
+    return counted
+
+
 def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
     """The status to refuse a request with; None for one to answer. headers: lower-case names and their values."""
     hosts, origins, lengths = (headers.get(name, []) for name in ("host", "origin", "content-length"))
@@ -57,7 +71,7 @@ def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
         return 403
     if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
         return 403
-    if any(not length.isdecimal() or int(length[:20]) > MAX_REQUEST for length in lengths):
+    if any(not length.isdecimal() or int(length.lstrip("0")[:20] or 0) > MAX_REQUEST for length in lengths):
         return 413
     return None
 

@@ -1,8 +1,13 @@
 """Tables and lists of others: they name no file outside their folder, and decode to no more than their size allows."""
 
+import base64
+import gzip
 import io
 import json
 import os
+import tarfile
+import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +19,7 @@ from PIL import Image as Picture
 
 from rescom_timm.data import bounds
 from rescom_timm.data.corruptions import _read_array
+from rescom_timm.data.image_folders import below
 from rescom_timm.data.index import read
 from rescom_timm.data.own_files import within
 from rescom_timm.data.sources import load
@@ -101,7 +107,12 @@ def test_links_of_the_hubs_cache_stay_inside(tmp_path):
 
 def test_odd_states_are_refused(saved):
     state = json.loads((saved / "train/state.json").read_text())
-    for change in ({"_fingerprint": "../../x"}, {"_data_files": "x"}, {"_data_files": [7]}):
+    for change in (
+        {"_fingerprint": "../../x"},
+        {"_data_files": "x"},
+        {"_data_files": [7]},
+        {"_data_files": 2 * state["_data_files"]},
+    ):
         (saved / "train/state.json").write_text(json.dumps(state | change))
         with pytest.raises(ValueError, match="_fingerprint|_data_files"):
             opened(saved)
@@ -126,6 +137,58 @@ def test_a_folder_of_parquet_names_no_file_outside(tmp_path, where):
         opened(theirs)
 
 
+@pytest.mark.parametrize(
+    "place", ["local://{}", "file://{}", "zip://train.parquet::{}", "hf://datasets/me/mine/x.parquet"]
+)
+def test_a_card_names_plain_files_alone_from_within_the_folder_too(tmp_path, monkeypatch, place):
+    """As an address, another file would pass for one below the working directory."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine.parquet"
+    theirs.mkdir()
+    table(8).to_parquet(mine)
+    table().to_parquet(theirs / "test.parquet")
+    files = [{"split": "train", "path": place.format(mine)}, {"split": "test", "path": "test.parquet"}]
+    (theirs / "README.md").write_text("---\nconfigs:\n- {config_name: a, data_files: " + json.dumps(files) + "}\n---\n")
+    monkeypatch.chdir(theirs)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((ValueError, OSError)) as error:
+        opened(theirs)
+    if place.startswith("local"):
+        assert "no file of that folder" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "inner", ["dataset_info: *a8", "configs: [{config_name: *a8}]", "dataset_info: {features: *a8}"]
+)
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_the_aliases_of_a_card_do_not_multiply(tmp_path, inner, name):
+    table().to_parquet(tmp_path / "train.parquet")
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 20)}]" for i in range(1, 9)), inner]
+    text = "\n".join(lines)
+    (tmp_path / name).write_text(f"---\n{text}\n---\n" if name == "README.md" else text)
+    with pytest.raises(ValueError, match="cannot be read"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "configs: [7]", "[" * 400, "configs: [{}]"])
+def test_a_card_that_is_none_is_one_line(tmp_path, text):
+    table().to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_text(f"---\n{text}\n---\n")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        opened(tmp_path)
+
+
+def test_loose_images_are_refused_before_they_are_unpacked(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    table().to_parquet(folder / "x.parquet")
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("a/0.png", png(0))
+    (folder / "README.md").write_text("---\nconfigs: [{config_name: a, data_files: a.zip}]\n---\n")
+    with pytest.raises(ValueError, match="loose image files"):
+        opened(folder)
+    assert not [*(tmp_path / "cache").rglob("*.png")]
+
+
 @pytest.mark.parametrize("path", ["{root}/mine", "../mine", "{root}/theirs/../mine"])
 def test_a_table_names_images_of_its_folder_alone(tmp_path, path):
     for folder in ("theirs/images", "mine"):
@@ -148,6 +211,25 @@ def test_a_table_names_images_of_its_folder_alone(tmp_path, path):
     assert opened(theirs).train.dataset[3]["image"]["path"] == str(theirs / "images/3.png")
 
 
+def test_own_images_anywhere_on_this_disk_are_read_where_their_folder_is_named(tmp_path):
+    """As the refusals above say: of a table of `datasets` and of a list with absolute paths."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "tables").mkdir()
+    places = [str(tmp_path / f"images/{i}.png") for i in range(6)]
+    for i, place in enumerate(places):
+        Picture.new("RGB", (8, 8), (i, 0, 0)).save(place)
+    table(6, str(tmp_path / "images")).to_parquet(tmp_path / "tables/train.parquet")
+    (tmp_path / "a.csv").write_text("path,label\n" + "".join(f"{place},{i % 2}\n" for i, place in enumerate(places)))
+    with pytest.raises(ValueError, match="name the folder of images as data.source"):
+        opened(tmp_path / "tables", test="holdout(0.4)")
+    for name in ("a.csv", "tables/train.parquet"):
+        data = load(
+            DataConfig(str(tmp_path / "images"), index=str(tmp_path / name), test="holdout(0.4)"), tmp_path / "x"
+        )
+        assert len(data.train.labels) == 4 and data.train.dataset[0]["image"]["path"] in places
+    assert below(Path("/"), ["/a/1.png"]) == ["a/1.png"]
+
+
 # ---------------------------------------------------------------------------------------------- small files, large rows
 
 
@@ -163,6 +245,26 @@ def test_a_short_parquet_list_stands_for_no_gigabytes(tmp_path):
         pq.write_table(pa.table(columns | {name: repeated(30_000, 2**20)}), tmp_path / "a.parquet", compression="zstd")
         _, problems = read(tmp_path / "a.parquet")
         assert len(problems) == 1 and "1,048,576 bytes" in problems[0]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.large_binary()], ids=str)
+def test_a_list_of_any_kind_of_text_is_bounded(tmp_path, kind):
+    """Those that cannot be read as a dictionary are refused: 3 GB of text in 7 KB."""
+    columns = {"path": pa.array(map(str, range(3000))), "label": repeated(3000, 2**20)}
+    stored = pa.schema([("path", pa.string()), ("label", kind)]).serialize().to_pybytes()
+    whole = pa.table(columns)
+    with pq.ParquetWriter(tmp_path / "a.parquet", whole.schema, compression="zstd", store_schema=False) as out:
+        out.add_key_value_metadata({"ARROW:schema": base64.b64encode(stored).decode()})
+        out.write_table(whole)
+    _, problems = read(tmp_path / "a.parquet")
+    assert len(problems) == 1 and ("1,048,576 bytes" in problems[0] or "save it as plain text" in problems[0])
+
+
+def test_columns_count_together_for_the_rows_that_are_read_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_BATCH", 2**26)
+    whole = pa.table({f"t{i}": repeated(100, 2**20) for i in range(8)})
+    pq.write_table(whole, tmp_path / "a.parquet", compression="zstd")
+    assert bounds.check_parquet(tmp_path / "a.parquet") <= 8
 
 
 @pytest.mark.parametrize("kind", ["texts", "lists", "compressed", "rows"])
@@ -269,3 +371,105 @@ def test_an_array_is_as_large_as_its_file(tmp_path):
     os.replace(tmp_path / "a.npz", path)
     with pytest.raises(ValueError, match="archive"):
         _read_array(path)
+
+
+def rewritten(saved, whole, **info):
+    """The training split of a saved data set with another table."""
+    path = str(saved / "train/data-00000-of-00001.arrow")
+    with pa.ipc.new_stream(path, whole.schema) as out:
+        out.write_table(whole)
+    known = json.loads((saved / "train/dataset_info.json").read_text())
+    (saved / "train/dataset_info.json").write_text(json.dumps(known | info))
+
+
+def test_offsets_of_a_saved_data_set_stay_in_its_buffers(saved):
+    """Else memory beyond the file is read."""
+    offsets = pa.py_buffer(np.array([0, 1, 2**29, 3, 4], np.int32).tobytes())
+    images = pa.Array.from_buffers(pa.binary(), 4, [None, offsets, pa.py_buffer(b"xxxx")])
+    both = pa.StructArray.from_arrays([images, pa.array(["a.png"] * 4)], names=["bytes", "path"])
+    rewritten(saved, pa.table({"image": both, "label": pa.array([0, 1, 0, 1])}))
+    with pytest.raises(ValueError, match="cannot be read"):
+        opened(saved)
+
+
+def test_a_saved_data_set_says_no_number_of_empty_rows(saved, monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_ROWS", 1000)
+    nothing = pa.nulls(2000)
+    both = pa.StructArray.from_arrays([nothing, nothing], names=["bytes", "path"])
+    rewritten(saved, pa.table({"image": both, "label": nothing}), features=None)
+    with pytest.raises(ValueError, match="more than 1,000 rows"):
+        opened(saved)
+
+
+@pytest.mark.parametrize("features", [{"image": 7}, {"image": {"_type": "Nothing"}}, {"label": {"_type": "Value"}}, 7])
+def test_features_that_are_none_are_one_line(saved, features):
+    info = json.loads((saved / "train/dataset_info.json").read_text())
+    (saved / "train/dataset_info.json").write_text(json.dumps(info | {"features": features}))
+    with pytest.raises(ValueError):
+        opened(saved)
+
+
+@pytest.mark.parametrize("long", ["path", "class"])
+def test_paths_and_classes_of_a_table_are_bounded(tmp_path, long):
+    rows = [{"bytes": png(i), "path": "p" * 5000 if long == "path" else "p"} for i in range(4)]
+    names = ClassLabel(names=["a" * 5000 if long == "class" else "a", "b"])
+    whole = Dataset.from_dict({"image": rows, "label": [0, 1] * 2}, Features(image=Image(decode=False), label=names))
+    DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "d")
+    with pytest.raises(ValueError, match="at most 4,096 are read"):
+        opened(tmp_path / "d")
+
+
+def archive(path, members, opened=open):
+    with opened(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as whole:
+        for name, content in members.items():
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            whole.addfile(about, io.BytesIO(content))
+
+
+def samples(**more):
+    return {f"{i}.{end}": content for i in range(4)
+            for end, content in {"png": png(i), "cls": b"%d" % (i % 2), **more}.items()}  # fmt: skip
+
+
+def test_a_web_data_set_is_read(tmp_path):
+    for split in ("train", "test"):
+        archive(tmp_path / f"{split}.tar", samples())
+    (tmp_path / "README.md").write_text(CARD_OF_TARS)
+    table().to_parquet(tmp_path / "marks-a-folder-of-tables.parquet")
+    assert len(opened(tmp_path, label_column="cls").train.labels) == 4
+
+
+CARD_OF_TARS = """---
+configs:
+- config_name: a
+  data_files: [{split: train, path: train.tar}, {split: test, path: test.tar}]
+---
+"""
+
+
+@pytest.mark.parametrize("kind", ["gzip", "header", "member", "arrays", "sparse", "zip"])
+def test_an_archive_decodes_to_no_more_than_its_size_allows(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(bounds, "MAX_DECODED", 2**20)
+    path, zeros = tmp_path / "a.tar", bytes(2**23)
+    if kind == "gzip":
+        archive(path, samples(txt=zeros), gzip.open)
+    elif kind == "header":
+        with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as whole:
+            about = tarfile.TarInfo("0.png")
+            about.pax_headers = {"comment": "x" * 2**25}
+            whole.addfile(about)
+    elif kind in ("member", "arrays"):
+        archive(path, samples(**{"txt.gz" if kind == "member" else "npz": gzip.compress(zeros)}))
+    elif kind == "sparse":
+        about = tarfile.TarInfo("0.png")
+        about.type, about.size = tarfile.GNUTYPE_SPARSE, 512
+        block = bytearray(about.tobuf(tarfile.GNU_FORMAT))
+        block[483:495] = b"77777777777\0"
+        block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:512]))
+        path.write_bytes(bytes(block) + bytes(2048))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as whole:
+            whole.writestr("0.png", zeros)
+    with pytest.raises(ValueError):
+        bounds.check_tar(path)

@@ -64,9 +64,29 @@ def test_other_machines_call_by_address_or_own_name(monkeypatch):
     assert answer("photos.lan", "photos.lan") == 200
 
 
-@pytest.mark.parametrize(("length", "code"), [("10", 200), (str(MAX_REQUEST + 1), 413), ("9" * 5000, 413), ("-1", 413)])
+@pytest.mark.parametrize(
+    ("length", "code"),
+    [("10", 200), (str(MAX_REQUEST + 1), 413), ("9" * 5000, 413), ("-1", 413), ("0" * 30 + "9" * 12, 413)],
+)
 def test_a_large_request_is_refused(length, code):
     assert answer(PAGE, content_length=length) == code
+
+
+def test_a_request_in_chunks_ends_at_the_bound(monkeypatch):
+    """It says no length."""
+    monkeypatch.setattr(page_guard, "MAX_REQUEST", 25)
+    taken = []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            taken.append(message["body"])
+
+    async def receive():
+        return {"type": "http.request", "body": bytes(10), "more_body": True}
+
+    scope = {"type": "http", "headers": [(b"host", PAGE.encode()), (b"transfer-encoding", b"chunked")]}
+    asyncio.run(asyncio.wait_for(PageGuard(app, "127.0.0.1")(scope, receive, None), 5))
+    assert sum(map(len, taken)) == 20
 
 
 def test_uploads_are_removed_at_the_end(monkeypatch):
