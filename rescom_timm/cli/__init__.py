@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse's, which calls a positional argument of any number required, unless it has a default."""
-        return super().add_argument(*names, **({"default": []} if options.get("nargs") == "*" else {}), **options)
+        if options.get("nargs") == "*":
+            options.setdefault("default", [])
+        return super().add_argument(*names, **options)
 
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
@@ -72,8 +74,9 @@ def _answer(work: Callable[[], int], trains: bool, writes: Sequence[str | Path |
     before = signal.signal(signal.SIGTERM, _terminated) if mine else None
     try:
         with with_advice(""):
-            for path in filter(None, writes):
-                check_writable(path)
+            for path in writes:
+                if path:
+                    check_writable(path)
             return work()
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
