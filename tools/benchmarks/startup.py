@@ -28,8 +28,8 @@ CHILD = """
 import time
 times = [time.monotonic()]
 import json, sys
-from rescom_timm.recipe import loading
-from rescom_timm.training import trainer
+from rescom_timm.config import loading
+from rescom_timm.engine import trainer
 times.append(time.monotonic())
 chosen = loading.load(sys.argv[1], sys.argv[2:])
 accelerator, data = trainer.launch(chosen), trainer.load(chosen.data)
