@@ -121,10 +121,12 @@ def _warn_no_locks(folder: str) -> None:
     )
 
 
-def check_writable(path: str | Path) -> None:
-    """Raises OSError, which names `path`, where a file or a folder of that name cannot be written: before the work of
-    which it holds the result. Folders that are not there yet will be made."""
+def check_writable(path: str | Path, is_folder: bool = False) -> None:
+    """Raises OSError, which names `path`, where a file (or a folder, is_folder) of that name cannot be written: before
+    the work of which it holds the result. Folders that are not there yet will be made."""
     path = Path(os.path.abspath(path))
+    if path.is_dir() and not is_folder:
+        raise IsADirectoryError(errno.EISDIR, "a folder is where the file goes", str(path))
     folder = path if path.is_dir() else next(one for one in path.parents if os.path.lexists(one))
     with errors_named(path), tempfile.TemporaryFile(dir=folder):
         pass

@@ -53,19 +53,29 @@ def example(*lines: str) -> str:
     return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
 
 
-def answer(work: Callable[[], int], trains: bool = False, writes: Sequence[str | Path | None] = ()) -> int:
+def answer(
+    work: Callable[[], int],
+    trains: bool = False,
+    writes: Sequence[str | Path | None] = (),
+    folders: Sequence[str | Path | None] = (),
+) -> int:
     """The exit code of a command: what its work returns, or 1 after one line on stderr, "error: ...".
 
     Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
-    left to the training, which saves its state before it ends. writes: files and folders that the work will write,
-    which is tried before it begins.
+    left to the training, which saves its state before it ends. writes, folders: files and folders that the work will
+    write, which is tried before it begins.
     """
     first_line()
     with escaped_output():
-        return _answer(work, trains, writes)
+        return _answer(work, trains, writes, folders)
 
 
-def _answer(work: Callable[[], int], trains: bool, writes: Sequence[str | Path | None]) -> int:
+def _answer(
+    work: Callable[[], int],
+    trains: bool,
+    writes: Sequence[str | Path | None],
+    folders: Sequence[str | Path | None],
+) -> int:
     with _stoppable():
         from rescom_timm.engine.errors import FAILURES, message, with_advice
         from rescom_timm.io import check_writable
@@ -74,9 +84,9 @@ def _answer(work: Callable[[], int], trains: bool, writes: Sequence[str | Path |
     before = signal.signal(signal.SIGTERM, _terminated) if mine else None
     try:
         with with_advice(""):
-            for path in writes:
+            for path in (*writes, *folders):
                 if path:
-                    check_writable(path)
+                    check_writable(path, is_folder=path in folders)
             return work()
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     parser.add_argument("--checkpoint", default="last", help="of the net: last, best, or the folder of a checkpoint")
     parser.add_argument("-o", "--output", metavar="FOLDER", help="RUN/figures by default; ./figures for several runs")
     options = parser.parse_intermixed_args(arguments)
-    return answer(lambda: draw(options), writes=[options.output])
+    return answer(lambda: draw(options), folders=[options.output])
 
 
 def draw(options: argparse.Namespace) -> int:

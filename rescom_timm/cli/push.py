@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--torch-export", type=Path, metavar="FILE", help="the same as a program of torch.export (.pt2)"
     )
     arguments = parser.parse_intermixed_args(words)
-    return answer(lambda: push(arguments), writes=[arguments.export, arguments.onnx, arguments.torch_export])
+    return answer(lambda: push(arguments), writes=[arguments.onnx, arguments.torch_export], folders=[arguments.export])
 
 
 def push(arguments: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ PREDICTED = [
     predicted("neighbours among nothing", "run p --among q", "--among goes with --nearest", code=2),
     predicted("negative neighbours", "run p --nearest -1", "nearest"),
     predicted("labels of other classes", "run --data p", "none of the classes of p (a, b"),
-    predicted("table where a folder is", "run p -o q", "a folder is where the table goes: 'q'", folder("q")),
+    predicted("table where a folder is", "run p -o q", "a folder is where the file goes", folder("q")),
     predicted("table in a folder that is not there", "run p -o q/labels.csv", "q"),
     predicted("table below a file", "run p -o q/labels.csv", "q", text("q", "mine")),
     predicted("image that is empty", "run p", "1 unreadable", empty("p/a/0.png"), code=0, new="predictions.csv"),
