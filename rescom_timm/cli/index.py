@@ -88,7 +88,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    options = parser(prog).parse_args(arguments)
+    top = parser(prog)
+    options = top.parse_args(arguments)
+    if options.verb == "check" and (options.decode or options.output) and not options.source:
+        top.error("--decode and --output read the images: say where they are with --source")
 
     def work() -> int:
         from rescom_timm.cli.parts import index

@@ -222,10 +222,18 @@ def _unused(train: Part, number: int, rule: str) -> Part:
     return replace(train, name=f"{train.name}, {rule}", rows=rows, index=index, notes={**train.notes, "taken": rule})
 
 
+def _files(part: Part) -> set[str]:
+    """Paths of the images of a part as they are on this disk."""
+    paths = part.dataset.data.column("image").combine_chunks().field("path")
+    return set(paths.take(part.rows).to_pylist())
+
+
 def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     shared: Sequence[Any] = []
     if isinstance(first.index.keys, list) and isinstance(second.index.keys, list):
         shared = sorted(common_paths(second.index.keys, first.index.keys))
+        if shared and not _files(first).intersection(_files(second)):
+            shared = []  # folders of one name in two Unicode forms hold other files
     elif first.split_name is not None and first.split_name == second.split_name:
         shared = np.intersect1d(first.rows, second.rows).tolist()
     if shared:

@@ -26,7 +26,7 @@ def save_run(folder: Path, recipe_name: str = "digits_lt", fill: bool = True, *o
     data = load_data(recipe.data)
     torch.manual_seed(0)
     method = build_method(recipe, data)
-    if fill and hasattr(method, "queue"):
+    if fill and method.queue is not None:
         labels = torch.from_numpy(data.train.labels)
         method.queue.enqueue(F.normalize(torch.randn(len(labels), 32), dim=1), labels)
     folder.mkdir(parents=True)

@@ -63,7 +63,7 @@ def make_run(
     for number, step in enumerate(steps):
         best_then = best[number] if isinstance(best, tuple) else best
         randomize(method.net, step)
-        if hasattr(method, "queue"):
+        if method.queue is not None:
             keys = torch.nn.functional.normalize(
                 torch.randn(8, 4, generator=torch.Generator().manual_seed(step)), dim=1
             )

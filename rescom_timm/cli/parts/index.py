@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rescom_timm.class_names import numbers_in
+from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.config.own_data import recipe_for
 from rescom_timm.config.secrets import without_home
 from rescom_timm.data import index as rows
@@ -65,8 +65,6 @@ def convert(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Say everything that is wrong with an index; with --source, also against the images or the data set."""
-    if (options.decode or options.output) and not options.source:
-        raise ValueError("--decode and --output read the images: say where they are with --source")
     index, problems = rows.read(options.file, options.classes, options.allow_empty, _columns(options), options.split)
     images = "its images not looked for"
     if index and options.source:
@@ -235,10 +233,10 @@ def _validation(train: Index) -> str:
 
 def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:
     """Name the images in the folder that are in none of the lists."""
-    listed = {f"{root}/{key}" for index in parts.values() for key in index.keys}
+    listed = {nfc(f"{root}/{key}") for index in parts.values() for key in index.keys}
     left = LeftOut()
     for path in sorted(files_under(root, left)):
-        if path not in listed and Path(path).suffix.lower() in IMAGE_SUFFIXES:
+        if nfc(path) not in listed and Path(path).suffix.lower() in IMAGE_SUFFIXES:
             left("are images of no row in use", path)
     left.say(root, print)
 
