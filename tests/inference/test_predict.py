@@ -171,7 +171,7 @@ def test_what_cannot_be_predicted(model, tmp_path):
         rescom_timm.predict(model, pixels())
     with pytest.raises(ValueError, match="at least 1"):
         rescom_timm.predict(model, [pixels()], top_k=0)
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
         rescom_timm.predict(tmp_path / "no-model", [pixels()])
     fresh = from_pretrained(make_run(tmp_path / "run", steps=(2,)), num_classes=3)
     assert rescom_timm.predict(fresh, [pixels()])[0].labels[0] in "012"
