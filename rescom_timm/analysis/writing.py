@@ -35,6 +35,7 @@ def write_figures(
     pictures = [name for name in names if name != "report"] or list(default)
     for run in runs:
         refuse_links(run.path, FOLDERS)
+    beside_its_own = folder is None  # elsewhere nothing of the run's own is replaced
     folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
     drawn = []
     for one in plots.draw_all(runs, pictures, evaluation, checkpoint, overrides):
@@ -43,7 +44,7 @@ def write_figures(
             yield f"no {one.name}: {one.missing}"
         elif names != ["report"]:
             stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
-            if overrides and one.name in plots.FROM_NET:
+            if beside_its_own and overrides and one.name in plots.FROM_NET:
                 own = next(run.path for run in runs if run.name == one.run)
                 stem += evaluated_otherwise(run_recipe(own), run_recipe(own, overrides), "")[2]
             yield from map(Path, style.save(one.figure, one.table, folder / stem))

@@ -29,7 +29,7 @@ The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imag
     Fig. 3, queue kinds
         rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml method.queue.kind=fifo,reversed,class_balanced
     Table 6, one module at a time
-        rescom-timm sweep cifar10_lt_if100_r32 \\
+        rescom-timm sweep recipes/cifar10_lt_if100_r32.yaml \\
             +table6_1_moco,+table6_2_supcon,+table6_3_cbl,+table6_4_cbq,+table6_5_spm,+table6_6_siambs
     All methods on the digits, stages and teachers in their order: the commands in RESULTS.md
 """

@@ -183,7 +183,9 @@ def test_the_commands_of_its_docstring_name_recipes_and_keys_that_exist(sweep):
         recipes = [word for word in words if word.startswith("recipes/") and "{" not in word]
         for path in [path for word in recipes for path in sorted(ROOT.glob(word))]:
             grid = [word.partition("=") for word in words if "=" in word]
-            load(path, [f"{key}={sweep.split(values)[0]}" for key, _, values in grid])
+            keys = [f"{key}={sweep.split(values)[0]}" for key, _, values in grid]
+            for preset in [name for word in words if word[0] == "+" for name in word.split(",")] or [""]:
+                load(path, [*filter(None, [preset]), *keys])
         assert all(list(ROOT.glob(word)) for word in recipes)
 
 

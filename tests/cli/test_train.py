@@ -15,6 +15,7 @@ from rescom_timm.engine.step import TrainingStep
 
 DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt.yaml")
 QUICK = [
+    "+cross_entropy",
     "net.backbone=resnet8_cifar",
     "train.epochs=1",
     "schedule.warmup_epochs=0",
@@ -37,7 +38,7 @@ def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
         return tool.main()
 
     alone.setattr(TrainingStep, "forward_backward", signalled)
-    assert train() == 143 and "Stopped: " in capsys.readouterr().err
+    assert train() == 143 and "asked to stop" in capsys.readouterr().err
     assert train("--resume") == 0 and len(passes) == 14
     assert train("--resume", "optimizer.lr=0.3") == 1 and "error: " in capsys.readouterr().err
     assert train("train.batch_size=4000") == 1

@@ -200,7 +200,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(teacher, tmp_pat
     for name in (name for name, (_, method) in METHODS.items() if method.needs_teacher):
         with pytest.raises(RecipeError, match=f"method {name} learns from a teacher: name its run or export"):
             start(f"digits_lt +{name}")
-    with pytest.raises(RecipeError, match="method.teacher: .*no folder .*nothing"):
+    with pytest.raises(RecipeError, match="method.teacher: .*no run folder .*nothing"):
         start("digits_lt +dive", f"method.teacher={tmp_path / 'nothing'}")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RecipeError, match="method.teacher: .*holds no checkpoint"):

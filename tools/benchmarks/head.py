@@ -61,6 +61,8 @@ class Yardstick(nn.Module):
         self.register_buffer("pointer", torch.zeros(classes, dtype=torch.long))
         self.register_buffer("own", slots.view(classes, per_class))
         self.register_buffer("others", others)
+        self.register_buffer("labels", slots // per_class)
+        self.register_buffer("valid", torch.ones(len(slots), dtype=torch.bool))
 
     def loss(self, z: Tensor, labels: Tensor, weights: Tensor, negatives: int) -> Tensor:
         similarity = z @ self.keys.clone().T / TEMPERATURE
