@@ -50,7 +50,9 @@ def model(folder: Path, reading: ReadConfig | None) -> Path:
 def details(folder: Path, **changes: object) -> None:
     """rescom.json is another; None takes a key away."""
     tree = {**json.loads((folder / "rescom.json").read_text()), **changes}
-    (folder / "rescom.json").write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+    (folder / "rescom.json").write_text(
+        json.dumps({key: value for key, value in tree.items() if changes.get(key, 0) is not None})
+    )
     hashes = json.loads((folder / "hashes.json").read_text())
     (folder / "hashes.json").write_text(json.dumps({**hashes, "rescom.json": sha256(folder / "rescom.json")}))
 

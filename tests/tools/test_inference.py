@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+import benchmark
 from benchmarks import ensembles
-from benchmarks import inference as command
 from rescom_timm.analysis import style
 
 SMALL = {"batch_size": 2, "image_size": (16, 16), "num_classes": 5, "device": "cpu", "warm_up": 1}
@@ -90,11 +90,11 @@ def test_tool_writes_times_with_their_machine(tmp_path: Path, capsys: pytest.Cap
         "--rounds",
         "2",
     ]
-    assert command.main([*words, "--precision", "bfloat16", "--device", "cpu", "-o", str(tmp_path)]) == 0
+    assert benchmark.main(["inference", *words, "--precision", "bfloat16", "--device", "cpu", "-o", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "resnet20_cifar-2-bfloat16.json").read_text())
     names = [row["net"] for row in record["nets"]]
     assert names == ["plain", "2 experts from layer2", "3 experts from layer2"]
     assert record["image_size"] == [16, 16] and all(row["median_ms"] > 0 for row in record["nets"])
     assert "images/s" in capsys.readouterr().out
-    assert command.main(["resnet20_cifar", "img_size"]) == 1
+    assert benchmark.main(["inference", "resnet20_cifar", "img_size"]) == 1
     assert "is not key=value" in capsys.readouterr().err
