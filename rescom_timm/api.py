@@ -65,7 +65,7 @@ def train(
     which are downloaded unless sections name another backbone; a split validation or val chooses the best checkpoint),
     else the defaults.
     dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe names), or one Dataset, of
-    which a fifth of each class is kept for testing; in the place of the recipe's data.source. A torch Dataset of
+    which a fifth of each class is kept for testing; instead of the recipe's data.source. A torch Dataset of
     (image, label) may stand for a Dataset, a dict of them for a DatasetDict.
     sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
     overrides: the same as on the command line, "train.epochs=30".
@@ -179,7 +179,7 @@ class Run:
             return evaluate_run(self.folder, checkpoint, split, words, five_crops, weights)[2].compute()
 
     def _reading(self, dataset: InMemory | None = None) -> list[str]:
-        """The overrides by which the data set in memory is read in the place of the run's own data."""
+        """The overrides by which the data set in memory is read instead of the run's own data."""
         own = self.recipe.data
         if dataset is None and (self.dataset is None or own.source == MEMORY):
             return []

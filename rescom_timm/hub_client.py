@@ -23,7 +23,7 @@ PATIENCE = 5.0
 REMEMBERED = 60.0
 """Seconds for which that is not asked again."""
 RETRIES = {"max_retries": 1, "max_wait_time": 2.0, "retry_on_status_codes": (500, 502, 503, 504)}
-"""Of huggingface_hub, in the place of 5 retries that wait 23 seconds in all, and of as long as a 429 asks for."""
+"""Of huggingface_hub, instead of 5 retries that wait 23 seconds in all, and of as long as a 429 asks for."""
 
 
 class Unreachable(ConnectionError):

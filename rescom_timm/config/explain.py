@@ -68,7 +68,7 @@ _TYPES = {
 
 
 def meant(name: str, value: object = None) -> str:
-    """What to write in the place of a key or an option of another library; "" where it is none that is known. value: as
+    """What to write instead of a key or an option of another library; "" where it is none that is known. value: as
     it was given, if it was."""
     word = synonyms.plain(name)
     if word in synonyms.ELSEWHERE:
@@ -147,7 +147,7 @@ def _unknown_method(name: str) -> str:
 
 
 def _instead(where: str, given: object, known: list[str]) -> str:
-    """What to write in the place of an unknown key: a key of another library, a near one, or what there is."""
+    """What to write instead of an unknown key: a key of another library, a near one, or what there is."""
     named: dict[str, list[str]] = {}  # keys by their last part
     for key in known:
         named.setdefault(key.split(".")[-1], []).append(key)

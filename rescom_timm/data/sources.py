@@ -110,7 +110,7 @@ def test_alone(
     config: DataConfig, class_names: Sequence[str], counts: np.ndarray, cache: str | Path | None = None
 ) -> Data:
     """The whole of ``config.test``, and the split that ``config.validation`` names, without training images, in the
-    classes (K,) of a trained run, which had `counts` (K,) images of each. The test split stands in the place of the
+    classes (K,) of a trained run, which had `counts` (K,) images of each. The test split stands for the
     training split too. Raises as ``load`` does."""
     nothing = Index(np.arange(0), np.arange(0), len(counts), class_names=list(class_names))
     like = Part("the run", None, Dataset.from_dict({}), np.arange(0), nothing, {})

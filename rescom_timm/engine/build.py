@@ -176,7 +176,7 @@ def load_weights(
     """Start a net from a run's folder (its last checkpoint), a checkpoint's folder or a file net.safetensors.
 
     class_names: (K,) of the net's classes, by which the rows of the classifier are taken. names: of the classes of a
-    file that stands alone. classifier: take that too, which then must be there; a linear classifier in the place of a
+    file that stands alone. classifier: take that too, which then must be there; a linear classifier instead of a
     cosine one, and the other way round, is left out and reported. projector: take that where the run's method had one.
     Raises RecipeError where there are no weights, or they are of another net or other classes.
     """

@@ -79,7 +79,7 @@ class StopSignals:
 
     @contextmanager
     def unstuck(self, stopped: Callable[[], Stopped]) -> Iterator[None]:
-        """A stop that finds the loader of the block stuck is told by `stopped`, which saves what can be saved."""
+        """A stop that finds the loader of the block stuck is reported by `stopped`, which saves what can be saved."""
         try:
             yield
         except LoaderStuck as error:
