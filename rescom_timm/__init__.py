@@ -21,6 +21,7 @@ The packages. A package imports only from those below it; tests/test_architectur
     text/           escaping untrusted text for terminal, HTML and Markdown; page templates
     hub_client      Hub ids and timeouts
     io              atomic writes and bounded reads of files
+    errors          error classes and their codes
     commands/, contrast/    names of 0.2.0, for one release
 """
 

@@ -3,7 +3,7 @@
 Several processes train together with  accelerate launch -m rescom_timm train RECIPE.
 
 Exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C, 143
-stopped by SIGTERM (a training has saved its state). An error is one line on stderr that begins with "error:".
+stopped by SIGTERM (a training has saved its state). An error is one line on stderr: error[CODE]: MESSAGE.
 """
 
 from __future__ import annotations
@@ -112,13 +112,16 @@ def _run(words: list[str]) -> int:
         print(_version())
         return 0
     if words[0] in MOVED:
-        print(f"error: {words[0]} left the package: in a clone, python {MOVED[words[0]]}", file=sys.stderr)
+        print(
+            f"error[usage.arguments]: {words[0]} left the package: in a clone, python {MOVED[words[0]]}",
+            file=sys.stderr,
+        )
         return 2
     if words[0] not in VERBS:
         near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
         hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""
         print(usage(), file=sys.stderr)
-        print(f"error: no subcommand {words[0]!r}{hint}", file=sys.stderr)
+        print(f"error[usage.arguments]: no subcommand {words[0]!r}{hint}", file=sys.stderr)
         return 2
     file, _ = VERBS[words[0]]
     command = import_module(f"rescom_timm.cli.{file}")

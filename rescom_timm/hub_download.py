@@ -37,8 +37,8 @@ class HubError(RunError):
     """The Hub refused or could not be reached; the message says why and what to do. `lasting`: trying again as it is
     will not help."""
 
-    def __init__(self, message: str, lasting: bool = True) -> None:
-        super().__init__(message)
+    def __init__(self, code: str, message: str | None = None, lasting: bool = True) -> None:
+        super().__init__(code, message)
         self.lasting = lasting
 
 

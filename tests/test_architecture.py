@@ -14,18 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 ORDER = (
-    "io", "hub_client", "text", "class_names", "metrics", "distributed", "losses", "contrastive", "data", "models",
-    "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "api", "cli", "__main__",
+    "errors", "io", "hub_client", "text", "class_names", "metrics", "distributed", "losses", "contrastive", "data",
+    "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "api", "cli", "__main__",
 )  # fmt: skip
 """Packages and modules of rescom_timm, the lowest first; rescom_timm/__init__.py lists them from the top."""
-BOTTOM = {"io", "hub_client", "text", "class_names"}
+BOTTOM = {"errors", "io", "hub_client", "text", "class_names"}
 NARROWER: dict[str, set[str]] = {
-    **{name: set() for name in (*BOTTOM, "metrics", "distributed")},
-    "losses": {"distributed"},
-    "contrastive": {"losses", "distributed"},
+    **{name: {"errors"} for name in (*BOTTOM, "metrics", "distributed")},
+    "losses": {"errors", "distributed"},
+    "contrastive": {"errors", "losses", "distributed"},
     "data": BOTTOM,
-    "models": {"io", "hub_client", "class_names"},
-    "methods": {"distributed", "losses", "contrastive", "models"},
+    "models": {"errors", "io", "hub_client", "class_names"},
+    "methods": {"errors", "distributed", "losses", "contrastive", "models"},
     "config": BOTTOM | {"data", "models", "methods"},
 }
 LAYERS = {name: NARROWER.get(name, set(ORDER[:place])) for place, name in enumerate(ORDER)}

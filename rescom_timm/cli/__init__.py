@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from rescom_timm.errors import code_of
 from rescom_timm.text import escape_controls, escaped_output
 
 EXIT_CODES = (
@@ -26,11 +27,11 @@ EXIT_CODES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """With the errors of all commands: one line that begins with "error:", and exit code 2."""
+    """Errors are one line, error[usage.arguments]: MESSAGE, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(2, f"error: {escape_controls(message, lines=True)}\n")
+        self.exit(2, f"error[usage.arguments]: {escape_controls(message, lines=True)}\n")
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As argparse's, which calls a positional argument of any number required, unless it has a default."""
@@ -59,7 +60,7 @@ def answer(
     writes: Sequence[str | Path | None] = (),
     folders: Sequence[str | Path | None] = (),
 ) -> int:
-    """The exit code of a command: what its work returns, or 1 after one line on stderr, "error: ...".
+    """The exit code of a command: what its work returns, or 1 after one line on stderr, error[CODE]: MESSAGE.
 
     Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
     left to the training, which saves its state before it ends. writes, folders: files and folders that the work will
@@ -92,7 +93,7 @@ def _answer(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (*FAILURES, ImportError, MemoryError) as error:
-        print(f"error: {message(error)}", file=sys.stderr)
+        print(f"error[{code_of(error)}]: {message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

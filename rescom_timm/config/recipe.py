@@ -23,6 +23,7 @@ from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.samples import SpeedConfig as LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.errors import InputError
 from rescom_timm.hub_client import target
 from rescom_timm.methods import MethodConfig, RescomConfig
 from rescom_timm.methods import check as check_method
@@ -37,11 +38,11 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|[a-z]:.*", re.IGNO
 """Names that Windows takes for a device or a drive."""
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message says which key and what to do, and no token."""
+class RecipeError(InputError):
+    """A recipe that cannot be run. The message names the key and what to do; secrets are removed from it."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+    def __init__(self, code: str, message: str | None = None) -> None:
+        super().__init__(without_secrets(code), message and without_secrets(message))
 
 
 @dataclass(frozen=True)

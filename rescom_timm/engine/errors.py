@@ -13,13 +13,14 @@ from accelerate.utils import broadcast_object_list
 
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.config.secrets import without_secrets
+from rescom_timm.errors import CodedError
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on; the message says why and what to do, and no token."""
+class RunError(CodedError, RuntimeError):
+    """A run that cannot continue. The message says why and what to do; secrets are removed from it."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+    def __init__(self, code: str, message: str | None = None) -> None:
+        super().__init__(without_secrets(code), message and without_secrets(message))
 
 
 class CheckpointError(RunError):

@@ -25,6 +25,7 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.run_folder import FOLDERS, run_recipe
+from rescom_timm.errors import code_of
 from rescom_timm.hub import card
 from rescom_timm.hub.staging import stage, staged, status
 from rescom_timm.hub_client import Unreachable, online
@@ -230,7 +231,7 @@ def main() -> int:
     try:
         print(push(sys.argv[1]) or status(Path(sys.argv[1])))
     except HubError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error[{code_of(error)}]: {error}", file=sys.stderr)
         return 1
     return 0
 

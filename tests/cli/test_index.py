@@ -113,7 +113,7 @@ def test_check_says_everything(run: Run) -> None:
     ):
         assert words in said
     assert "and 3 more problems" in run("check", "bad.txt", "--classes", 4, "--lines", 2)[1]
-    assert run("check", "absent.txt") == (1, "error: no index file absent.txt\n")
+    assert run("check", "absent.txt") == (1, "error[file.missing]: no index file absent.txt\n")
 
 
 def test_check_against_images_and_data(run: Run, tmp_path: Path) -> None:

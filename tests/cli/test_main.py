@@ -94,7 +94,7 @@ def test_only_what_is_required_is_asked_for(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "key=value" not in error
+    assert error.startswith("error[") and "key=value" not in error
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
     Path("file").write_text("mine")
     assert main([word.format(bad="file/below") for word in words]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "file/below" in error and Path("file").read_text() == "mine"
+    assert error.startswith("error[") and "file/below" in error and Path("file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -181,6 +181,5 @@ def test_a_tool_answers_as_its_verb(tmp_path, capsys):
     told = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT)
     assert main(["train", *words]) == told.returncode == 1
     error = capsys.readouterr().err
-    assert (
-        error == told.stderr.splitlines(keepends=True)[-1] == f"error: no recipe {words[0]}; all: rescom-timm recipes\n"
-    )
+    assert error == told.stderr.splitlines(keepends=True)[-1]
+    assert error.startswith("error[") and words[0] in error

@@ -40,9 +40,9 @@ def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
     alone.setattr(TrainingStep, "forward_backward", signalled)
     assert train() == 143 and "asked to stop" in capsys.readouterr().err
     assert train("--resume") == 0 and len(passes) == 14
-    assert train("--resume", "optimizer.lr=0.3") == 1 and "error: " in capsys.readouterr().err
+    assert train("--resume", "optimizer.lr=0.3") == 1 and "error[" in capsys.readouterr().err
     assert train("train.batch_size=4000") == 1
-    assert "error: a batch of 4000 images cannot be drawn" in capsys.readouterr().err
+    assert "]: a batch of 4000 images cannot be drawn" in capsys.readouterr().err
 
 
 def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_figures_are_named_as_they_are_called(words, monkeypatch, capsys):
         raise ValueError("seen")
 
     monkeypatch.setattr(run_files, "open_runs", open_runs)
-    assert main(["figures", *words]) == 1 and "error: seen" in capsys.readouterr().err
+    assert main(["figures", *words]) == 1 and "]: seen" in capsys.readouterr().err
     assert all(load(run_of(run)).name for run in seen) and len(seen) == 1
     assert set(words[words.index("--only") + 1].split(",")) <= set(plots.NAMES)
 

@@ -65,7 +65,7 @@ PREDICTED = [
               text(f"{MODEL}/hashes.json", "[]")),
     predicted("config of a model repaired", f"{MODEL} p", "config.json in run/model was changed since it was written",
               text(f"{MODEL}/config.json", "{}"), code=0, new="predictions.csv"),
-    predicted("model that is not there", "./none p", "error: no run folder ./none here"),
+    predicted("model that is not there", "./none p", "]: no run folder ./none here"),
     predicted("model below a folder that is here", "p/none p", "no run folder p/none here...hf://p/none"),
     predicted("model that is a folder of images", "./p p", "p is neither a run's folder nor one exported"),
     predicted("run of damaged checkpoints alone", "run p", "every checkpoint in run/checkpoints is damaged",
@@ -116,7 +116,7 @@ PREDICTED = [
 ]
 
 PUSHED = [
-    Fault("push of nothing", "push none --export x", "error: no run folder none", made=(a_run,)),
+    Fault("push of nothing", "push none --export x", "]: no run folder none", made=(a_run,)),
     Fault("push to nowhere", "push run", "repo", made=(a_run,)),
     Fault("push to a name of no owner", "push run --repo digits", "repo must be owner/name, not 'digits'",
           made=(a_run,)),
@@ -128,7 +128,7 @@ PUSHED = [
 
 OTHERS = [
     Fault("recipe to print that there is not", "recipes digits_lr", "did you mean digits_l"),
-    Fault("doctor of nothing", "doctor none", "error: no recipe none"),
+    Fault("doctor of nothing", "doctor none", "]: no recipe none"),
     Fault("report of the doctor where a folder is", "doctor digits_lt -o q", "q", made=(folder("q"),)),
     Fault("features of no class", "class-features n.txt --model m -o o", "n.txt tells no class names",
           made=(text("n.txt", "\n"),)),
@@ -136,7 +136,7 @@ OTHERS = [
           made=(text("n.txt", "a\na\n"),)),
     Fault("names of classes in bytes", "class-features n.txt --model m -o o", "n.txt is not UTF-8 text",
           made=(data("n.txt", b"\xff\xfea"),)),
-    Fault("robustness of nothing", "robustness none", "error: no run folder none"),
+    Fault("robustness of nothing", "robustness none", "]: no run folder none"),
     Fault("robustness of no image", "robustness run --limit 0", "--limit must be at least 1, not 0", made=(a_run,)),
     Fault("corruption with a typo", "robustness run --kinds snw", "did you mean snow", made=(a_run,)),
     Fault("corrupted images that are not there", "robustness run --prepared none",
@@ -164,7 +164,7 @@ OTHERS = [
           new="s/.sweep.lock"),
     Fault("sweep into a file", "sweep digits_lt --output f", "f", made=(text("f", "mine"),)),
     Fault("verb with a typo", "trian digits_lt",
-          "error: no subcommand 'trian'; did you mean  rescom-timm train?", code=2, lines=40),
+          "]: no subcommand 'trian'; did you mean  rescom-timm train?", code=2, lines=40),
     Fault("option with a typo", "train digits_lt --epochz 3", "unknown option --epochz", code=2),
     Fault("two recipes at once", "train digits_lt inat18_r50", "one run is trained at a time", code=2),
     Fault("address of the Hub that is none", "train --resume hf://x", "'hf://x' is no address of a run on the Hub"),

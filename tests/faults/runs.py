@@ -84,9 +84,9 @@ RESUMED = [
 ]
 
 EVALUATED = [
-    evaluated("evaluation of nothing", "none", "error: no run folder none"),
-    evaluated("evaluation of a folder of images", "p", "error: p is no run folder: it holds none of", photos()),
-    evaluated("evaluation of a file", "f", "error: f is no run folder: it is a file", text("f", "mine")),
+    evaluated("evaluation of nothing", "none", "]: no run folder none"),
+    evaluated("evaluation of a folder of images", "p", "]: p is no run folder: it holds none of", photos()),
+    evaluated("evaluation of a file", "f", "]: f is no run folder: it is a file", text("f", "mine")),
     evaluated("checkpoint that there is not", "run --checkpoint step-7",
               "no checkpoint step-7; there are: last, best, step-"),
     evaluated("folder that holds runs", ".", "is no run folder...did you mean run?"),
@@ -109,7 +109,7 @@ EVALUATED = [
 ]
 
 DRAWN = [
-    drawn("figures of nothing", "none", "error: no run folder none"),
+    drawn("figures of nothing", "none", "]: no run folder none"),
     drawn("figures of a folder of images", "p", "p is no run folder: it holds none of", photos()),
     drawn("figure that there is not", "run --only confusio", "confusion"),
     drawn("figure of an evaluation that there is not", "run --only confusion --evaluation test-best9",

@@ -125,7 +125,7 @@ def test_an_error_is_printed_without_its_kind_and_number(error, printed, capsys)
 
     assert message(error) == printed
     assert answer(work) == 1
-    assert capsys.readouterr().err.startswith(f"error: {printed}")
+    assert f"]: {printed}" in capsys.readouterr().err
 
 
 def test_help_ends_with_the_exit_codes(capsys):
@@ -143,7 +143,7 @@ def test_every_command_answers_alike_to_what_is_no_run(verb, run, said, tmp_path
     (tmp_path / "f").write_text("mine")
     (tmp_path / "d").mkdir()
     assert main(verb.format(run).split()) == 1
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert f"]: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,10 @@ def test_every_part_says_what_it_measures():
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("startup none.yaml", 1, "error: no recipe none.yaml"),
+        ("startup none.yaml", 1, "]: no recipe none.yaml"),
         ("hed", 2, "invalid choice: 'hed'"),
-        ("inference resnet33_cifar", 1, "error: timm has no model 'resnet33_cifar'"),
-        ("inference resnet8_cifar x", 1, "error: 'x' is not key=value"),
+        ("inference resnet33_cifar", 1, "]: timm has no model 'resnet33_cifar'"),
+        ("inference resnet8_cifar x", 1, "]: 'x' is not key=value"),
         ("inference resnet8_cifar --experts x", 2, "argument --experts"),
     ],
 )

@@ -1,0 +1,21 @@
+"""pytest.raises for errors with codes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from rescom_timm.errors import CodedError, code_of
+
+
+@contextmanager
+def raises(
+    code: str, *naming: object, kind: type[BaseException] = CodedError
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """The block raises an error of `kind` with this code, whose message names each of `naming` (a key, a file, a value;
+    not a sentence)."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    assert code_of(caught.value) == code, caught.value
+    missing = [str(part) for part in naming if str(part) not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
