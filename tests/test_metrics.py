@@ -3,6 +3,7 @@
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as reference
@@ -219,3 +220,62 @@ def test_mce_refuses_other_kinds_and_severities() -> None:
         metrics.relative_mean_corruption_error({"fog": [1.0]}, 0.5, {"fog": 10.0}, 10.0)
     with pytest.raises(ValueError, match="No errors"):
         metrics.mean_error({})
+
+
+def test_wilson_is_the_published_interval() -> None:
+    low, high = metrics.wilson(np.array([81, 15, 0, 3, 0]), np.array([263, 148, 20, 3, 0]))
+    # Newcombe 1998 (Statistics in Medicine 17, table I), method 3, four decimals.
+    np.testing.assert_allclose(low[:3], [25.53, 6.24, 0.0], atol=0.005)
+    np.testing.assert_allclose(high[:3], [36.62, 16.05, 16.11], atol=0.005)
+    assert high[3] == 100 and low[3] == pytest.approx(43.85, abs=0.01)
+    assert math.isnan(low[4]) and math.isnan(high[4])
+
+
+def test_bootstrap_agrees_with_drawing_classes_and_images_one_by_one() -> None:
+    generator = np.random.default_rng(3)
+    total = generator.integers(1, 12, 40)
+    correct = generator.binomial(total, generator.beta(4, 2, 40))
+    images = [np.arange(n) < right for right, n in zip(correct, total, strict=True)]
+    means = []
+    for _ in range(500):
+        drawn = [generator.choice(images[k], len(images[k])) for k in generator.integers(0, 40, 40)]
+        means.append((np.concatenate(drawn).mean(), np.mean([part.mean() for part in drawn])))
+    slow = 100 * np.quantile(means, [0.025, 0.975], axis=0)
+    found = metrics.bootstrap(correct, total, draws=10_000)
+    np.testing.assert_allclose(np.transpose([found["images"], found["classes"]]), slow, atol=2.0)
+    alone = metrics.bootstrap(correct, total, classes=False)["images"]
+    p, n = correct.sum() / total.sum(), total.sum()
+    within = np.sqrt((correct * (1 - correct / total)).sum()) / n  # of a binomial in each class
+    assert alone[1] - 100 * p == pytest.approx(
+        max(196 * within, float(metrics.wilson(correct.sum(), n)[1]) - 100 * p), abs=1.0
+    )
+
+
+def test_intervals_at_the_ends_and_without_images() -> None:
+    right = metrics.bootstrap(np.array([3, 3, 0]), np.array([3, 3, 0]))
+    assert right["images"][1] == 100 and 60 < right["images"][0] < 62  # Wilson's of 6 of 6
+    assert metrics.bootstrap(np.array([0]), np.array([0])) == {}
+    assert metrics.intervals(np.array([0]), np.array([0]), np.array([5])) == {}
+    found = metrics.intervals(torch.tensor([5, 2]), torch.tensor([9, 2]), torch.tensor([200, 4]))
+    assert set(found) == {"top1", "mean_class", "many", "many_mean_class", "few", "few_mean_class"}
+    assert set(metrics.intervals(np.array([5]), np.array([9]), None)) == {"top1", "mean_class"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "shape", "least"),
+    [(30, 10, (6, 3), 0.95), (30, 1, (1.5, 0.5), 0.95), (10, 3, (6, 3), 0.95), (5, 10, (6, 3), 0.93)],
+)
+def test_intervals_cover_the_truth_of_simulated_classes(
+    classes: int, images: int, shape: tuple[float, float], least: float
+) -> None:
+    """Accuracies of classes drawn from a beta distribution: the interval is to hold its mean."""
+    generator, truth, held, alone = np.random.default_rng(0), 100 * shape[0] / sum(shape), 0, 0
+    for _ in range(200):
+        accuracy = generator.beta(*shape, classes)
+        total = generator.integers(1, 2 * images, classes)
+        correct = generator.binomial(total, accuracy)
+        low, high = metrics.bootstrap(correct, total, draws=200)["classes"]
+        held += low <= truth <= high
+        low, high = metrics.bootstrap(correct, total, classes=False, draws=200)["classes"]
+        alone += low <= 100 * accuracy.mean() <= high  # the images alone: of these classes
+    assert held / 200 >= least - 0.015 and alone / 200 >= 0.935
