@@ -2,38 +2,26 @@
 returns an exit code."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.config.own_data import recipe_for
-from rescom_timm.config.secrets import without_home
+from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
-from rescom_timm.data.image_folders import (
-    IMAGE_SUFFIXES,
-    LeftOut,
-    class_folders,
-    class_names_in,
-    files_under,
-    holds_tables,
-    metadata_in,
-)
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, is_label
-from rescom_timm.data.named_columns import Columns, split_rows
+from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import Data, load, training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
-from rescom_timm.data.tables import NoSplit
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.io import atomic_path, errors_named, read_json, read_text, write_text
 
@@ -145,14 +133,15 @@ def init(options: argparse.Namespace) -> int:
     if options.source != "digits" and hub_id(options.source, alone=True) is None:
         if not Path(options.source).expanduser().exists():
             raise missing(options.source)
-        options.source = _place(options.source)
-    indexes, config = _parts(options)
+        options.source = place(options.source)
+    own = {one.name: getattr(options, one.name) for one in fields(OwnImages)}
+    indexes, config = parts(OwnImages(**own))
     with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
 
         def tried() -> Data:
             for part, index in indexes.items():
                 index.save(Path(folder) / lists[part].name)
-            return load(_with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
+            return load(with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
 
         data = tried()
         splits = {"train": data.train, "test": data.test, "validation": data.validation}
@@ -168,7 +157,7 @@ def init(options: argparse.Namespace) -> int:
                 lost[part if part in indexes else "train"] |= numbers
             indexes = {part: _without(index, lost[part]) for part, index in indexes.items()}
             data = tried()
-        config = _with_lists(config, {part: _place(lists[part]) for part in indexes})
+        config = with_lists(config, {part: place(lists[part]) for part in indexes})
         text = recipe_for(data, config, options.source, options.tune)
     for part, index in indexes.items():
         index.save(lists[part])
@@ -177,170 +166,6 @@ def init(options: argparse.Namespace) -> int:
     print(rows.describe(data.counts))
     print(f"{recipe}: train with  rescom-timm train {shlex.quote(str(recipe))}")
     return 0
-
-
-def _place(path: str | Path) -> str:
-    """The path such that it is right from every working directory: absolute, or below the home folder as ~/..."""
-    return without_home(os.path.abspath(os.path.expanduser(path)))
-
-
-def _with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
-    if "validation" in lists:
-        config = replace(config, validation=f"index({lists['validation']})")
-    return replace(config, index=lists.get("train", config.index), test_index=lists.get("test", config.test_index))
-
-
-def _parts(options: argparse.Namespace) -> tuple[dict[str, Index], DataConfig]:
-    """The index files to write and the data section that uses them."""
-    root = Path(options.source).expanduser()
-    if root.is_dir() and not holds_tables(root):
-        config = DataConfig(options.source, validation=options.validation or "none")
-        nested = metadata_in(root / "train") is not None
-        if listed := options.list or (None if nested else metadata_in(root)):
-            parts = _listed(options, _config(options, "train", str(listed)))
-        else:
-            parts = _folders(options, root, listed=nested)
-        if listed or nested:
-            _say_unlisted(root, parts)
-    else:
-        if options.list:
-            raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
-        config = replace(_config(options, options.split), test=options.test_split)
-        whole = training_index(config)
-        if options.test_split != options.split:
-            try:
-                training_index(replace(config, train=options.test_split), allow_empty=True)
-                train = _cut(whole, options.imbalance)
-                config = replace(config, validation=options.validation or _validation(train))
-                return ({"train": train} if options.imbalance else {}), config
-            except NoSplit:
-                print(f"no split {options.test_split!r}: a fifth of each class is kept for testing")
-                config = replace(config, test=options.split)
-        parts = _part(whole, options.validation)
-    parts["train"] = _cut(parts["train"], options.imbalance)
-    if "validation" not in parts:
-        config = replace(config, validation=options.validation or _validation(parts["train"]))
-    return parts, config
-
-
-def _validation(train: Index) -> str:
-    """data.validation where it is not said: a tenth of each class, of which one must have five images."""
-    if train.counts.max() >= 5:
-        return "holdout(0.1)"
-    print("no class is large enough for validation images: the last epoch is what counts (data.validation: none)")
-    return "none"
-
-
-def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:
-    """Name the images in the folder that are in none of the lists."""
-    listed = {nfc(f"{root}/{key}") for index in parts.values() for key in index.keys}
-    left = LeftOut()
-    for path in sorted(files_under(root, left)):
-        if nfc(path) not in listed and Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            left("are images of no row in use", path)
-    left.say(root, print)
-
-
-def _folders(options: argparse.Namespace, root: Path, listed: bool) -> dict[str, Index]:
-    """The parts that a folder has as subfolders, each of class folders or, if listed, with its metadata; else a fifth
-    of each class for testing."""
-
-    def there(split: str) -> bool:
-        return metadata_in(root / split) is not None if listed else (root / split).is_dir()
-
-    def read(split: str) -> Index:
-        if listed:
-            return training_index(_config(options, split), allow_empty=split != "train")
-        return _under(root, root / split)
-
-    left = LeftOut()
-    names = class_names_in(root, left)  # refuses links to what is not there
-    folders = [split for split in ("test", "val", "validation") if there(split)]
-    if not folders or not there("train"):
-        return _part(_told(read("train")) if listed else _under(root, root), options.validation)
-    train = _told(read("train"))
-    parts = ["test", "validation"] if options.validation is None else ["test"]
-    for name in names:
-        if name not in ("train", *folders[: len(parts)]):
-            left("are in no folder that is read", f"{root}/{name}")
-    left.say(root, print)
-    return {"train": train, **{p: _as_in(train, read(at), root / at) for p, at in zip(parts, folders, strict=False)}}
-
-
-def _listed(options: argparse.Namespace, config: DataConfig) -> dict[str, Index]:
-    """The parts of a list: those of its column of splits, else a fifth of each class for testing."""
-    found: dict[str, Index] = {}
-    train = training_index(config)
-    if train.by_path and "split" not in train.info:
-        return _part(_told(train), options.validation)
-    for part in ("test", "validation"):
-        try:
-            found[part] = training_index(replace(config, train=part), allow_empty=True)
-        except ValueError as error:
-            if f"no row of split '{part}'" not in str(error):
-                raise
-    used = ("train", *found)
-    for name, count in split_rows(Path(config.index).expanduser(), config.columns, used).items():
-        print(f"{count:,} rows of split {name!r} are left out: those of train, test and validation are read")
-    found = {part: _like(train, index) for part, index in found.items()}
-    if "test" not in found:
-        return {**_part(_told(train), "list" if found else options.validation), **found}
-    return {"train": _told(train), **found}
-
-
-def _told(index: Index) -> Index:
-    """The index, after saying how its table was read."""
-    if "columns" in index.info:
-        classes = "classes in sorted order" if "labels" in index.info else "class numbers"
-        print(f"columns {index.info['columns']}; {index.num_classes:,} {classes}")
-    return index
-
-
-def _like(train: Index, part: Index) -> Index:
-    return replace(part, num_classes=train.num_classes, class_names=train.class_names)
-
-
-def _part(whole: Index, validation: str | None) -> dict[str, Index]:
-    """A fifth of each class for testing; where rows stay together by group, a tenth of the rest for validation too,
-    which the recipe could not hold out without knowing the groups."""
-    if whole.groups is None and whole.counts.max() < 3:
-        raise ValueError(
-            "no class has three images or more, so that none can be kept for testing: give test images of their own, "
-            "in a folder or a split test"
-        )
-    parts = dict(zip(("train", "test"), _part_test(whole), strict=True))
-    if whole.groups is not None and validation is None:
-        parts["train"], parts["validation"] = _part_test(parts["train"], 0.1, "validation")
-    return parts
-
-
-def _under(root: Path, folder: Path) -> Index:
-    """The class folders of ``folder`` as paths under ``root``; files that are no images are named and left out."""
-    index, _ = class_folders(folder, print)
-    lead = "" if folder == root else folder.name + "/"
-    info = {"source": _place(root), "split": folder.name, "rule": "all images of the class folders"}
-    return replace(index, keys=[lead + str(key) for key in index.keys], info=info)
-
-
-def _as_in(train: Index, part: Index, folder: Path) -> Index:
-    """The part with its classes numbered as those of training, of which it may lack some."""
-    numbers = numbers_in(train.names, part.names, "train", str(folder), lacking=True)
-    labels = part.labels if numbers is None else np.array(numbers)[part.labels]
-    return replace(part, labels=labels, num_classes=train.num_classes, class_names=train.class_names)
-
-
-def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
-    """A part of each class, drawn with a fixed seed; a class keeps at least one training image."""
-    held = profiles.holdout(whole.labels, fraction, groups=whole.groups)
-    kept = np.delete(np.arange(len(whole)), held)
-    return whole.take(kept, f"all but a {name} part of {fraction:g}"), whole.take(held, f"{name} part of {fraction:g}")
-
-
-def _cut(index: Index, factor: float | None) -> Index:
-    if factor is None:
-        return index
-    kept = profiles.exponential(index.labels, index.num_classes, factor, by_count=True)
-    return index.take(kept, f"exponential({factor:g}) by count")
 
 
 def _config(options: argparse.Namespace, split: str, index: str = "all") -> DataConfig:
