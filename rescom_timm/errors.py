@@ -20,6 +20,33 @@ CODES = {
     "system.memory": "the memory is full",
     "system.package": "an optional package is not installed",
     "system.failed": "an error without a code of its own",
+    # the recipe
+    "recipe.value": "a value that a recipe key does not take",
+    "recipe.views": "a views policy that cannot be read",
+    "recipe.conflict": "recipe keys or data that exclude each other",
+    # data sets
+    "data.source": "data.source is not a data set of images that is read",
+    "data.split": "a split that the data set does not have",
+    "data.column": "a column that is missing, ambiguous or of an unsupported type",
+    "data.labels": "labels of a data set that are missing, hidden or outside its classes",
+    "data.classes": "class names of two data sets, runs or checkpoints that differ",
+    "data.class_folders": "class folders that are missing, empty, double or not UTF-8",
+    "data.empty_class": "classes without training images, or too small for a rule",
+    "data.rule": "a rule of rows, such as exponential(100) or holdout(0.1), that cannot be read",
+    "data.overlap": "images that are in two splits",
+    "data.outside": "a file outside of the folder or repository that was named",
+    "data.bounds": "a file that decodes to more than is read for its size",
+    "data.damaged": "a file of a data set that cannot be read",
+    "data.memory": "a data set in memory that is missing or of an unsupported type",
+    "data.corrupted": "a corruption, its severity or a folder of corrupted images that is not known",
+    # lists and index files
+    "index.format": "rows or a header of a list that are malformed, repeated or too long",
+    "index.kind": "row numbers where paths are needed, or the reverse",
+    "index.data": "a list that does not fit its data set",
+    "index.images": "images of a list that are not in data.source",
+    # images
+    "image.unreadable": "an image that cannot be decoded",
+    "image.size": "images too small for the views, or of different sizes after them",
 }
 """Every code and what is wrong, by area."""
 
