@@ -206,7 +206,8 @@ def measure(folder: Path, rows: int, classes: int, options: argparse.Namespace) 
     (folder / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
     code = "import json, sys; from benchmarks.scale import child; child(*json.loads(sys.argv[1]))"
     words = json.dumps([str(folder), options.steps, options.overrides])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    tools = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": tools, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise ValueError(f"{rows} rows, {classes} classes: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
