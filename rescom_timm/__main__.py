@@ -21,6 +21,7 @@ from rescom_timm.text import escape_output, escaped_output
 VERBS = {
     "train": ("train", "train a recipe, or resume a run"),
     "recipes": ("recipes", "list the recipes of this package, or print one"),
+    "get": ("get", "get the data of a shipped recipe: images, annotations, lists"),
     "init": ("index", "write a recipe for your own images"),
     "make": ("index", "draw a long-tailed index from a data set"),
     "convert": ("index", "bring an official list into this package's format"),

@@ -17,6 +17,14 @@ CODES = {
     "file.exists": "a file or folder exists and is not overwritten",
     "file.permission": "a file may not be read or written",
     "file.failed": "the disk, its connection or the system refused a file",
+    # rescom-timm get
+    "get.name": "a data set that `get` does not know",
+    "get.archive": "a file given with --from, or a downloaded one, is not an archive of this data set",
+    "get.checksum": "a file is not the published one",
+    "get.space": "the disk has not enough free space",
+    "get.list": "a training list has other numbers than the published one",
+    "get.terms": "the terms of a data set were not accepted",
+    "get.unreachable": "a server does not answer or refuses",
     "system.memory": "the memory is full",
     "system.package": "an optional package is not installed",
     "system.failed": "an error without a code of its own",
@@ -70,6 +78,10 @@ class InputError(CodedError, ValueError):
 
 class MissingFileError(CodedError, FileNotFoundError):
     """A file or folder does not exist."""
+
+
+class UnreachableError(CodedError, ConnectionError):
+    """A server does not answer or refuses."""
 
 
 class MissingPackageError(CodedError, ImportError):

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rescom_timm.errors import MissingFileError
+
 PREFIXES = ("hf://datasets/", "hf://", "hf-hub:", "hf_hub:")
 """What forces the Hub, where a folder of that name is here too."""
 PATIENCE = 5.0
@@ -59,8 +61,11 @@ def target(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
 
 
-def missing(source: str, what: str = "folder") -> FileNotFoundError:
-    """The error for a path that is not there, with what to write where the Hub was meant. what: should be there."""
+def missing(source: str, what: str = "folder", hint: str = "") -> FileNotFoundError:
+    """The error for a path that is not there, with what to write where the Hub was meant, or `hint`. what: should be
+    there."""
+    if hint:
+        return MissingFileError("data.missing", f"{source} does not exist{hint}")
     if os.path.exists(source):
         return FileNotFoundError(f"{source} is a file, and a {what} is wanted")
     meant = ", and it is no id of the Hub, such as owner/name"

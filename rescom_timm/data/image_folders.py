@@ -259,6 +259,7 @@ LAYOUTS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("without their leading folder", _without_lead),
     ("as data_256/letter/class", lambda path: "data_256/" + _with_letters(path)),
     ("as letter/class", _with_letters),
+    ("as val_256", lambda path: f"val_256/{path.rpartition('/')[2]}"),
     ("as train/class", lambda path: "train/" + _without_letters(path)),
     ("as class", _without_letters),
 )

@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset
 
 from rescom_timm.class_names import numbers_in
+from rescom_timm.data.benchmarks import data_path, get_hint
 from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
 from rescom_timm.data.in_memory import MEMORY
 from rescom_timm.data.index import Index, common_paths
@@ -141,7 +142,7 @@ def training_split(config: DataConfig, cache: str | Path | None = None, allow_em
 def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split, list[str] | None]:
     """The rows of ``training_index`` and their classes' names, None where they have numbers alone: to score predictions
     by. Of a folder without a list, the images of its class folders, or of those of its subfolder ``config.train``."""
-    root = Path(config.source).expanduser()  # no folder where it is an id of the Hub
+    root = data_path(config.source)  # no folder where it is an id of the Hub
     with TemporaryDirectory() as place:
         if (
             config.index == "all"
@@ -158,12 +159,12 @@ def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split
 
 def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
     """How this source opens a split or a list: tables of rows, or a root of image files."""
-    folder = Path(config.source).expanduser()
+    folder = data_path(config.source)
     named = config.source in ("digits", MEMORY)
     repo = None if named else hub_id(config.source, alone=True)
     if not named and repo is None:
         if not folder.is_dir():
-            raise missing(config.source)
+            raise missing(config.source, hint=get_hint(config.source))
         if not holds_tables(folder):
             return functools.partial(folder_part, config, folder)
     if repo is not None:  # seconds before the Hub is asked

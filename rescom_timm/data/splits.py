@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from rescom_timm.data.benchmarks import data_path, get_hint
 from rescom_timm.data.index import Index
 from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.profiles import RULES, parse_call, parse_rule
+from rescom_timm.errors import MissingFileError
 
 VALIDATION = ("holdout", "unused", "split", "index")
 
@@ -156,7 +158,9 @@ def with_labels(dataset: Any, labels: np.ndarray) -> Any:
 
 
 def index_path(spec: str) -> Path:
-    path = Path(spec).expanduser()
+    path = data_path(spec)
+    if not path.is_file() and (hint := get_hint(spec)):
+        raise MissingFileError("data.missing", f"{spec} does not exist{hint}")
     if not path.is_file():
         raise FileNotFoundError(f"no index {spec!r}: it is all, a rule such as exponential(100), or a file")
     return path
