@@ -17,14 +17,6 @@ CODES = {
     "file.exists": "a file or folder exists and is not overwritten",
     "file.permission": "a file may not be read or written",
     "file.failed": "the disk, its connection or the system refused a file",
-    # rescom-timm get
-    "get.name": "a data set that `get` does not know",
-    "get.archive": "a file given with --from, or a downloaded one, is not an archive of this data set",
-    "get.checksum": "a file is not the published one",
-    "get.space": "the disk has not enough free space",
-    "get.list": "a training list has other numbers than the published one",
-    "get.terms": "the terms of a data set were not accepted",
-    "get.unreachable": "a server does not answer or refuses",
     "system.memory": "the memory is full",
     "system.package": "an optional package is not installed",
     "system.failed": "an error without a code of its own",
@@ -33,6 +25,7 @@ CODES = {
     "recipe.views": "a views policy that cannot be read",
     "recipe.conflict": "recipe keys or data that exclude each other",
     # data sets
+    "data.missing": "data of a recipe that is not on this machine",
     "data.source": "data.source is not a data set of images that is read",
     "data.split": "a split that the data set does not have",
     "data.column": "a column that is missing, ambiguous or of an unsupported type",
@@ -47,6 +40,14 @@ CODES = {
     "data.damaged": "a file of a data set that cannot be read",
     "data.memory": "a data set in memory that is missing or of an unsupported type",
     "data.corrupted": "a corruption, its severity or a folder of corrupted images that is not known",
+    # rescom-timm get
+    "get.name": "a data set that `get` does not know",
+    "get.archive": "a file given with --from, or a downloaded one, is not an archive of this data set",
+    "get.checksum": "a file is not the published one",
+    "get.space": "the disk has not enough free space",
+    "get.list": "a training list has other numbers than the published one",
+    "get.terms": "the terms of a data set were not accepted",
+    "get.unreachable": "a server does not answer or refuses",
     # lists and index files
     "index.format": "rows or a header of a list that are malformed, repeated or too long",
     "index.kind": "row numbers where paths are needed, or the reverse",

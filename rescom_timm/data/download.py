@@ -19,6 +19,7 @@ from pathlib import Path
 from huggingface_hub import get_session
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from rescom_timm.data.benchmarks import BENCHMARKS, Benchmark, Download, human
 from rescom_timm.data.index import Index
@@ -210,9 +211,9 @@ def _is_verified(path: Path, file: Download) -> bool:
 def _unpack(archive: Path, folder: Path, work: Path, makes: str) -> None:
     """Members that are there already, in full, are passed over: an interrupted unpacking goes on."""
     with open(archive, "rb") as raw, _bar(f"unpacking {archive.name}", archive.stat().st_size) as bar:
-        reader = _Counted(raw, bar)
+        mode = "r|gz" if archive.name.endswith(".gz") else "r|"
         try:
-            with tarfile.open(fileobj=reader, mode="r|gz" if archive.name.endswith(".gz") else "r|") as tar:
+            with tarfile.open(fileobj=CallbackIOWrapper(bar.update, raw), mode=mode) as tar:
                 for member in tar:
                     if not (member.isfile() and _size(work / member.name) == member.size):
                         tar.extract(member, work, filter="data")
@@ -225,18 +226,6 @@ def _unpack(archive: Path, folder: Path, work: Path, makes: str) -> None:
             os.replace(entry, folder / entry.name)
     os.replace(work / makes, folder / makes)  # last: its presence says that all is there
     shutil.rmtree(work)
-
-
-class _Counted:
-    """A file for tarfile to read from, whose bytes a bar counts."""
-
-    def __init__(self, file: object, bar: tqdm) -> None:
-        self._read, self._bar = file.read, bar  # type: ignore[attr-defined]
-
-    def read(self, size: int = -1) -> bytes:
-        block: bytes = self._read(size)
-        self._bar.update(len(block))
-        return block
 
 
 def _bar(about: str, total: int) -> tqdm:
