@@ -119,6 +119,7 @@ def test_one_split_is_parted_and_told(capsys, tmp_path, monkeypatch):
         assert (told["train"]["taken"], told["test"]["taken"]) == ("all but holdout(0.2)", "holdout(0.2)")
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_process_may_differ_in_precision(run, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     words = {**SMALL, "train": {"epochs": 1, "batch_size": 64, "precision": "bf16"}}
@@ -226,6 +227,7 @@ class Photos(torch.utils.data.Dataset):
         return row["image"], row["label"]
 
 
+@pytest.mark.slow
 def test_a_torch_data_set_trains_as_the_same_images_do_otherwise(run, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     parts = {"train": Photos("train"), "test": Photos("test")}

@@ -77,6 +77,7 @@ def test_its_description_is_what_an_index_of_packages_takes(dist):
     assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout
 
 
+@pytest.mark.slow
 def test_the_digits_are_trained_from_the_wheel(installed):
     done = installed("rescom-timm", "train", "digits_lt", *QUICK)
     assert done.returncode == 0, done.stderr

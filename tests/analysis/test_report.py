@@ -77,6 +77,7 @@ def test_few_is_defined_once_in_report_and_card_alike(two_runs: list[Path]) -> N
     assert "right or wrong" in side.get_title(loc="left") + side.get_title()
 
 
+@pytest.mark.slow
 def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -> None:
     runs = open_runs(two_runs)
     page = _Page(report.write(runs, tmp_path / "new" / "report.html").read_text(encoding="utf-8"))

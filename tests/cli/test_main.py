@@ -168,6 +168,7 @@ def test_recipes_are_listed_and_printed(capsys):
     assert "did you mean digits_l" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
     done = subprocess.run(
         f"{sys.executable} -m rescom_timm recipes | head -1", shell=True, capture_output=True, text=True, cwd=ROOT

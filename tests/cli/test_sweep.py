@@ -103,6 +103,7 @@ def test_the_minutes_are_those_of_the_whole_training(sweep, tmp_path):
     assert sweep.measure([(("a",), "a-seed=0")], tmp_path) == {("a",): [{"top1": 50.0, "minutes": 4.5}]}
 
 
+@pytest.mark.slow
 def test_a_cell_that_patience_ended_is_finished(sweep, tmp_path, capsys):
     words = [DIGITS, *QUICK, "--seeds", "0", "--lean", "--output", str(tmp_path), "train.epochs=9", "optimizer.lr=1e-9"]
     words += ["data.validation=unused(20)", "evaluation.every=1", "evaluation.patience=2"]

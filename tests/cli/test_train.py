@@ -45,6 +45,7 @@ def test_stopped_finished_and_refused_are_told_apart(alone, tmp_path, capsys):
     assert "]: a batch of 4000 images cannot be drawn" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_runs_own_recipe_resumes_that_run(alone, tmp_path, capsys):
     def train(*words):
         alone.setattr(sys, "argv", ["tools/train.py", *words])

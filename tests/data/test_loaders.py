@@ -560,11 +560,10 @@ def test_no_workers_or_open_files_are_left(split: Any) -> None:
         list(eval_loader(split, VIEWS, 8, speed=SpeedConfig(workers=2)))
         assert len(multiprocessing.active_children()) == 4
 
-    use()
-    gc.collect()
-    files = open_files()
-    for _ in range(2):
+    counts = []
+    for _ in range(3):  # the first two may open what stays: the server that starts workers, libraries' own files
         use()
         gc.collect()
         assert multiprocessing.active_children() == []
-        assert open_files() <= files
+        counts.append(open_files())
+    assert counts[2] <= counts[1]

@@ -54,6 +54,7 @@ def test_all_that_fits_at_once_is_one_pass_and_what_was_said_is_the_least(alone,
         assert found(tree) == (accumulate, False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_passes_that_it_has(alone, tmp_path):
     """With the recipe that it was started by, on a machine of more memory, and to the same bits."""
     whole, cut = (fitting(tmp_path / name) for name in ("whole", "cut"))

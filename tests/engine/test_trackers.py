@@ -19,6 +19,7 @@ from rescom_timm.engine import trackers
 from rescom_timm.engine.log import Log
 from rescom_timm.engine.trackers import STARTS
 from tests.engine.child import figures, recipe
+from tests.marks import slow
 
 ONE = {"train__epochs": 2, "schedule__warmup_epochs": 0, "track__tags": ["a"]}
 
@@ -71,6 +72,7 @@ def calls(name):
     return [said for call, *said in Fake.told if call == name]
 
 
+@pytest.mark.slow
 def test_a_run_is_told_and_a_resumed_one_goes_on_as_the_same(fake, tmp_path):
     tree = recipe(tmp_path, track__log_with=["wandb"], track__project="mine", **ONE)
     folder = train(load_dict(tree))
@@ -93,7 +95,7 @@ def test_a_run_is_told_and_a_resumed_one_goes_on_as_the_same(fake, tmp_path):
     assert [step for _, step in calls("log")] == [22, 22]
 
 
-@pytest.mark.parametrize("call", ["start", "config", "log", "table", "images", "finish"])
+@pytest.mark.parametrize("call", ["start", "log", *slow("config", "table", "images", "finish")])
 def test_a_tracker_that_fails_is_one_line_and_the_training_goes_on(fake, tmp_path, call):
     Fake.fails = call
     tree = recipe(tmp_path, track__log_with=["wandb"], **ONE)
@@ -105,6 +107,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_training_goes_on(fake, tmp_pat
     assert len(figures(tree)) == 4 and len(calls("log")) == (0 if call in ("start", "config", "log") else 4)
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_finished_run_are_sent(fake, tmp_path):
     folder = train(load_dict(recipe(tmp_path, track__log_with=["wandb", "tensorboard"], **ONE)))
     drawn = pictures(folder)

@@ -526,6 +526,7 @@ def test_flat():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("backbone", ["tiny_for_tests", "resnet20_cifar"])
+@pytest.mark.slow
 def test_no_graph_break_inside_the_net(alone, tmp_path, backbone, precision):
     """As accelerate prepared it, with its wrapper of mixed precision. An eager backend shows breaks as any other."""
     torch._dynamo.reset()
@@ -768,6 +769,7 @@ def test_the_share_of_trained_weights_is_told(tmp_path, capsys):
     ],
     ids=lambda net: net["backbone"],
 )
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_what_is_kept(alone, tmp_path, net):
     """Weights, BatchNorm's statistics and figures bit for bit; fewer bytes are saved for the backward pass."""
     trees = [

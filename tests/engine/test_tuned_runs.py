@@ -17,6 +17,7 @@ from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.inference.export import export_run
 from rescom_timm.inference.pretrained import from_pretrained
 from tests.engine.child import differences, figures, last, recipe, run, trainer_of
+from tests.marks import slow
 
 FROZEN = ("vit_b16", "clip_b16", "dinov2_b14", "siglip2_b16")
 VIT = {"img_size": 8, "patch_size": 4}
@@ -49,7 +50,7 @@ def weights_of(folder):
         return set(file.keys()), path.stat().st_size
 
 
-@pytest.mark.parametrize("kind", ["lora", "adaptformer", "prompt", "full"])
+@pytest.mark.parametrize("kind", ["lora", *slow("adaptformer", "prompt", "full")])
 def test_a_checkpoint_holds_what_trains_and_resumes_bit_equal(alone, tmp_path, base, kind):
     whole, parts = (tuned(tmp_path / name, base, kind) for name in ("whole", "parts"))
     folder = train_recipe(load_dict(whole))
@@ -64,6 +65,7 @@ def test_a_checkpoint_holds_what_trains_and_resumes_bit_equal(alone, tmp_path, b
     assert figures(whole) == figures(parts)
 
 
+@pytest.mark.slow
 def test_an_average_is_saved_of_what_trains_alone_and_resumes_bit_equal(alone, tmp_path, base):
     whole, parts = (tuned(tmp_path / name, base, "lora", train__ema={"decay": 0.9}) for name in ("whole", "parts"))
     folder = train_recipe(load_dict(whole))
@@ -87,6 +89,7 @@ def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.slow
 def test_what_is_read_back_depends_on_no_state_of_the_generators(alone, tmp_path, base, kind):
     """Whatever of a net is drawn at random is saved, or not there."""
     folder = train_recipe(load_dict(tuned(tmp_path, base, kind, method={"name": "balanced_softmax", "views": 2})))
@@ -101,7 +104,7 @@ def test_what_is_read_back_depends_on_no_state_of_the_generators(alone, tmp_path
     assert differences(*(dict(net.state_dict()) for net in nets)) == []
 
 
-@pytest.mark.parametrize("kind", ["lora", "adaptformer", "prompt"])
+@pytest.mark.parametrize("kind", ["lora", *slow("adaptformer", "prompt")])
 def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, kind, capsys):
     tree = tuned(tmp_path, base, kind)
     folder = train_recipe(load_dict(tree))
@@ -126,6 +129,7 @@ def test_it_is_evaluated_and_exported_as_it_was_trained(alone, tmp_path, base, k
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("adaptformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_frozen_weights_in_bfloat16_train_the_same(alone, tmp_path, base, kind):
     """Under autocast it makes no difference, to the bit; what is exported is what was evaluated."""
     trees = [tuned(tmp_path / name, base, kind, train__precision="bf16") for name in ("wide", "narrow")]

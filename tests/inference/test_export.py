@@ -395,6 +395,7 @@ def test_a_program_of_torch_export_of_more_families(tmp_path, backbone, size, op
     check_program(tiny(backbone, **options), tmp_path, size)
 
 
+@pytest.mark.slow
 def test_a_program_is_read_without_our_code(tmp_path):
     run = make_run(tmp_path / "run")
     assert push.main([str(run), "--torch-export", str(tmp_path / "net.pt2")]) == 0

@@ -15,6 +15,7 @@ from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import METHODS, DiveConfig, ExpertsConfig, SsdConfig, create_method
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.models.net import ProjectorConfig, create_model
+from tests.marks import slow
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, make_net
 from tests.methods.stub import train as few_steps
@@ -150,7 +151,7 @@ def resumed_as_whole(name, tmp_path, *words):
     return whole
 
 
-@pytest.mark.parametrize("name", ["dive", "ssd"])
+@pytest.mark.parametrize("name", ["dive", *slow("ssd")])
 def test_a_run_is_resumed_and_exported_as_a_plain_timm_model(name, teacher, tmp_path):
     folder = resumed_as_whole(f"digits_lt +{name}", tmp_path, f"method.teacher={teacher}")
     _, saved, state = checkpoint.newest(folder / "checkpoints")
@@ -171,6 +172,7 @@ def test_ssd_in_its_three_stages(tmp_path):
     assert load(last / "recipe.yaml").method.teacher.endswith("digits_lt_ssd_2")
 
 
+@pytest.mark.slow
 def test_experts_learn_from_a_run_of_more_experts(tmp_path):
     words = ["method.experts=2", "method.views=1"]
     teacher = run("digits_lt +experts", tmp_path, "method.experts=3", "method.views=1", "name=teacher")
@@ -178,6 +180,7 @@ def test_experts_learn_from_a_run_of_more_experts(tmp_path):
     assert "train/loss_distillation" in (folder / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused_at_resume_and_a_moved_one_is_not(teacher, tmp_path):
     words = [f"output={tmp_path}", *QUICK]
     run("digits_lt +dive", tmp_path, f"method.teacher={teacher}")

@@ -10,6 +10,7 @@ from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import RsgConfig, create_method
 from rescom_timm.methods.rsg import Generator, last_stage
 from rescom_timm.models.net import ProjectorConfig, create_model
+from tests.marks import slow
 from tests.methods import reference
 from tests.methods.stub import COUNTS, make
 from tests.methods.test_distillation import resumed_as_whole, run
@@ -181,7 +182,7 @@ def test_a_backbone_without_stages_of_maps_is_refused():
         make(RsgConfig())
 
 
-@pytest.mark.parametrize("kind", ["ldam", "cross_entropy"])
+@pytest.mark.parametrize("kind", ["ldam", *slow("cross_entropy")])
 def test_a_run_is_resumed_and_exported(kind, tmp_path):
     folder = resumed_as_whole("digits_lt +rsg", tmp_path, f"method.loss={kind}", "method.generate_from=0.5")
     read, images = from_pretrained(folder), torch.rand(3, 3, 8, 8)
@@ -193,6 +194,7 @@ def test_a_run_is_resumed_and_exported(kind, tmp_path):
         assert torch.equal(plain(images).argsort(dim=1), own.argsort(dim=1))
 
 
+@pytest.mark.slow
 def test_it_trains_in_bfloat16(tmp_path):
     folder = run("digits_lt +rsg", tmp_path, "train.precision=bf16", "method.generate_from=0")
     assert "train/loss_vectors" in (folder / "metrics.jsonl").read_text()

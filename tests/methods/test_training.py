@@ -119,6 +119,7 @@ def test_a_run_that_is_resumed_has_momentum_encoder_and_queue_as_they_were(tmp_p
 
 
 @pytest.mark.parametrize("name", ["bbn", "reslt", "gistnet", "elf"])
+@pytest.mark.slow
 def test_a_run_of_branches_is_resumed_in_mid_epoch_and_read_back(tmp_path, name, monkeypatch):
     """Two draws a step, weights of the branches, what an epoch sets: bit for bit; then evaluated and exported."""
     words = ["train.epochs=2", "train.batch_size=91", "net.backbone=resnet8_cifar"]  # epochs of 4 steps
@@ -185,6 +186,7 @@ def test_keys_of_accumulated_passes_are_not_pairs_of_each_other(tmp_path, monkey
     assert passes[2:4] == [entered[1]] * 2 and entered[2] == entered[1]
 
 
+@pytest.mark.slow
 def test_momentum_keys_have_the_precision_of_the_queries(alone, tmp_path, monkeypatch):
     seen = []
 
@@ -202,6 +204,7 @@ def test_momentum_keys_have_the_precision_of_the_queries(alone, tmp_path, monkey
     assert set(seen) == {(torch.bfloat16, (27, 1, 9, 3))}
 
 
+@pytest.mark.slow
 def test_resumed_moments_lie_in_memory_as_the_weights_do(tmp_path, monkeypatch):
     words = ["speed.channels_last=true"]
     folder = run("digits_lt +cross_entropy", tmp_path, *words)

@@ -22,6 +22,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_local_imagenet_weights_are_those_that_classify(weights):
     net = create_model("tf_efficientnet_lite0.in1k", 10, pretrained=True, weights_file=str(weights)).eval()
     whole = timm.create_model(
@@ -34,6 +35,7 @@ def test_local_imagenet_weights_are_those_that_classify(weights):
     assert not torch.equal(features, create_model("tf_efficientnet_lite0", 10).eval().encoder(images))
 
 
+@pytest.mark.slow
 def test_features_of_imagenet_tell_real_classes_apart(weights, shared_cifar10):
     """Nearest class mean on 20 + 20 real images of each class, 96 pixels: well above a random net's."""
     import datasets

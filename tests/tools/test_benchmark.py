@@ -74,6 +74,7 @@ def test_the_plain_pipeline_of_the_benchmark_is_the_same_policy():
     assert floats[0][0].dtype == torch.float32 and floats[0][0].shape == (2, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_tuning_compares_all_few_and_none_of_the_weights(alone, tmp_path, capsys):
     file = tmp_path / "tuning.json"
     small = ["--size", "32", "--classes", "6", "--batch", "2", "--repetitions", "1"]
@@ -89,6 +90,7 @@ def test_tuning_compares_all_few_and_none_of_the_weights(alone, tmp_path, capsys
     assert "adaptformer" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_step_compares_three_losses_of_one_net(alone, tmp_path, capsys):
     file = tmp_path / "step.json"
     small = ["--classes", "6", "8", "--per-class", "3", "--negatives", "4", "--batch", "4", "--repetitions", "1"]
