@@ -12,12 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CONFIDENCE = 0.95
+"""Coverage of every interval."""
+DRAWS = 1000
+"""Bootstrap replicates."""
+QUICK_DRAWS = 200
+"""Those of an evaluation during training, which is only printed."""
 GROUPS = ("many", "medium", "few")
-GROUPS_DEFINED = (
-    "many, medium and few: accuracy over the test images of classes with more than 100, 20 to 100 and fewer than 20 "
-    "training images"
-)
-"""For every place that shows them."""
+Limits = tuple[int, int]
+LIMITS: Limits = (20, 100)
+"""few: fewer training images than the first; many: more than the second (Liu et al. 2019, OLTR). The recipe key
+evaluation.group_limits."""
+
+
+def read_limits(recorded: object) -> Limits:
+    """The limits that an evaluation recorded; those of 0.2.0 where it recorded none."""
+    if isinstance(recorded, list) and len(recorded) == 2 and all(isinstance(limit, int) for limit in recorded):
+        return recorded[0], recorded[1]
+    return LIMITS
+
+
+def group_rules(limits: Limits = LIMITS) -> dict[str, str]:
+    """How many training images a class of each group has, as text."""
+    low, high = limits
+    return {"many": f"more than {high}", "medium": f"{low} to {high}", "few": f"fewer than {low}"}
+
+
+def groups_defined(limits: Limits = LIMITS) -> str:
+    """The groups in a sentence, for every place that shows them."""
+    *rules, last = group_rules(limits).values()
+    rules_text = f"{', '.join(rules)} and {last}"
+    return f"many, medium and few: accuracy over the test images of classes with {rules_text} training images"
+
+
+INTERVALS_DEFINED = "Intervals: 95%; of a class Wilson's, of groups and means a bootstrap over their classes and images"
 
 # Mean top-1 error (percent) of AlexNet over the five severities of each ImageNet-C corruption, and on the clean images:
 # Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
@@ -42,13 +70,10 @@ ALEXNET_IMAGENET_C = {
 }
 
 
-def groups(counts: Tensor | Sequence[int]) -> dict[str, Tensor]:
-    """Class numbers of each group: many > 100, medium 20 to 100, few < 20 training images (Liu et al. 2019, OLTR).
-
-    A group without classes is left out.
-    """
-    counts = torch.as_tensor(counts)
-    masks = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+def groups(counts: Tensor | Sequence[int] | np.ndarray, limits: Limits = LIMITS) -> dict[str, Tensor]:
+    """Class numbers of each group, by training images. A group without classes is left out."""
+    counts, (low, high) = torch.as_tensor(counts), limits
+    masks = {"many": counts > high, "medium": (counts >= low) & (counts <= high), "few": counts < low}
     return {name: mask.nonzero().flatten() for name, mask in masks.items() if mask.any()}
 
 
@@ -121,12 +146,13 @@ class Meter:
         counts: Tensor | Sequence[int] | None = None,
         topk: Sequence[int] = (1, 5),
         bins: int = 15,
+        limits: Limits = LIMITS,
     ) -> None:
         if num_classes < 1 or bins < 1:
             raise ValueError(f"num_classes and bins must be at least 1, got {num_classes} and {bins}.")
         if any(k < 1 for k in topk):
             raise ValueError(f"topk must hold numbers of at least 1, got {tuple(topk)}.")
-        self.num_classes, self.bins = num_classes, bins
+        self.num_classes, self.bins, self.limits = num_classes, bins, limits
         self.topk = tuple(k for k in topk if k == 1 or k < num_classes)
         self.counts = None if counts is None else torch.as_tensor(counts).detach().cpu().long()
         if self.counts is not None and self.counts.shape != (num_classes,):
@@ -169,9 +195,8 @@ class Meter:
         kept = self._gathered()
         numbers = {f"top{k}": 100 * float((kept["rank"] < k).double().mean()) for k in self.topk}
         per_class = self.per_class()
-        if self.counts is not None:
-            for name, classes in groups(self.counts).items():
-                numbers |= _group_numbers(name, per_class["correct"][classes], per_class["total"][classes])
+        for name, classes in self._groups().items():
+            numbers |= _group_numbers(name, per_class["correct"][classes], per_class["total"][classes])
         numbers["mean_class"] = float(per_class["accuracy"].nanmean())
         correct = kept["predicted"] == kept["labels"]
         numbers["ece"] = expected_calibration_error(kept["confidence"], correct, self.bins)
@@ -179,19 +204,58 @@ class Meter:
         return numbers | ({"invalid": invalid} if invalid else {})
 
     def per_class(self) -> dict[str, Tensor]:
-        """(K,) each, on the CPU: "correct" and "total" (int64 test images), "accuracy" (float64 percent, NaN where a
-        class has no test image) and, where known, "count" (int64 training images)."""
+        """(K,) each, on the CPU: "correct" and "total" (int64 test images), "accuracy" and its interval "low" to "high"
+        (float64 percent, NaN where a class has no test image) and, where known, "count" (int64 training images)."""
         kept = self._gathered()
         total = torch.bincount(kept["labels"], minlength=self.num_classes)
         correct = torch.bincount(kept["labels"][kept["predicted"] == kept["labels"]], minlength=self.num_classes)
-        table = {"correct": correct, "total": total, "accuracy": 100 * correct.double() / total}
+        low, high = map(torch.from_numpy, wilson(correct.numpy(), total.numpy()))
+        table = {
+            "correct": correct, "total": total, "accuracy": 100 * correct.double() / total, "low": low, "high": high,
+        }  # fmt: skip
         return table if self.counts is None else table | {"count": self.counts}
 
+    def intervals(self, classes: bool = True, draws: int = DRAWS) -> dict[str, tuple[float, float]]:
+        """The 95% interval of every accuracy of compute(). classes: see `bootstrap`."""
+        kept = self._gathered()
+        total = torch.bincount(kept["labels"], minlength=self.num_classes).numpy()
+        found: dict[str, tuple[float, float]] = {}
+        for k in self.topk:
+            right = torch.bincount(kept["labels"][kept["rank"] < k], minlength=self.num_classes).numpy()
+            if k == 1:
+                found |= intervals(right, total, self.counts, classes, draws, self.limits)
+            else:
+                found[f"top{k}"] = bootstrap(right, total, classes, draws)["images"]
+        return {name: found[name] for name in self.compute() if name in found}
+
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Number of test images, and of their classes, of each accuracy of compute(): {"images": n, "classes": n}."""
+        total = self.per_class()["total"]
+        of = {name: total[classes] for name, classes in self._groups().items()}
+        found = {}
+        for name in self.compute():
+            if name not in ("ece", "invalid"):
+                own = of.get(name.removesuffix("_mean_class"), total)
+                found[name] = {"images": int(own.sum()), "classes": int((own > 0).sum())}
+        return found
+
     def record(self) -> dict[str, object]:
-        """compute() and per_class() as plain JSON: {"numbers": {...}, "per_class": {column: list}}; NaN as None."""
+        """All as plain JSON: "numbers" (compute), "intervals", "image_intervals" (of the same classes: images alone are
+        drawn), "sizes", "group_limits", "per_class" {column: list}; NaN as None."""
         columns = {name: column.tolist() for name, column in self.per_class().items()}
-        columns["accuracy"] = [None if value != value else value for value in columns["accuracy"]]
-        return {"numbers": self.compute(), "per_class": columns}
+        for name in ("accuracy", "low", "high"):
+            columns[name] = [None if value != value else value for value in columns[name]]
+        return {
+            "numbers": self.compute(),
+            "intervals": {name: list(ends) for name, ends in self.intervals().items()},
+            "image_intervals": {name: list(ends) for name, ends in self.intervals(classes=False).items()},
+            "sizes": self.sizes(),
+            "group_limits": list(self.limits),
+            "per_class": columns,
+        }
+
+    def _groups(self) -> dict[str, Tensor]:
+        return {} if self.counts is None else groups(self.counts, self.limits)
 
     def _gathered(self) -> dict[str, Tensor]:
         if self._kept["labels"].buffer is None:
@@ -219,11 +283,6 @@ def _group_numbers(name: str, correct: Tensor, total: Tensor) -> dict[str, float
 
 # Intervals, (low, high) in percent.
 
-CONFIDENCE = 0.95
-"""Coverage of every interval."""
-DRAWS = 1000
-"""Bootstrap replicates."""
-
 
 def wilson(
     correct: np.ndarray | float, total: np.ndarray | float, confidence: float = CONFIDENCE
@@ -234,6 +293,14 @@ def wilson(
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return 100 * np.clip(middle - half, 0, 1), 100 * np.clip(middle + half, 0, 1)
+
+
+def span(ends: Sequence[float]) -> str:
+    """An interval as short text, rounded outwards: 63-89, or 59.4-60.3 where it is narrower than 2."""
+    low, high = ends
+    if high - low >= 2:
+        return f"{math.floor(low)}-{math.ceil(high)}"
+    return f"{math.floor(10 * low) / 10:.1f}-{math.ceil(10 * high) / 10:.1f}"
 
 
 def bootstrap(
@@ -280,7 +347,7 @@ def bootstrap(
 
 def intervals(
     correct: Tensor | np.ndarray, total: Tensor | np.ndarray, counts: Tensor | np.ndarray | None, classes: bool = True,
-    draws: int = DRAWS,
+    draws: int = DRAWS, limits: Limits = LIMITS,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Intervals of top1, mean_class, and of each group and its mean over classes: names as in Meter.compute.
 
@@ -289,7 +356,7 @@ def intervals(
     right, n = np.asarray(correct), np.asarray(total)
     whole = bootstrap(right, n, classes, draws)
     found = {"top1": whole["images"], "mean_class": whole["classes"]} if whole else {}
-    for name, members in groups(torch.as_tensor(counts)).items() if counts is not None else ():
+    for name, members in groups(counts, limits).items() if counts is not None else ():
         part = bootstrap(right[members.numpy()], n[members.numpy()], classes, draws)
         found |= {name: part["images"], f"{name}_mean_class": part["classes"]} if part else {}
     return found

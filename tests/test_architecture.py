@@ -23,10 +23,10 @@ NARROWER: dict[str, set[str]] = {
     **{name: {"errors"} for name in (*BOTTOM, "metrics", "distributed")},
     "losses": {"errors", "distributed"},
     "contrastive": {"errors", "losses", "distributed"},
-    "data": BOTTOM,
+    "data": BOTTOM | {"metrics"},
     "models": {"errors", "io", "hub_client", "class_names"},
     "methods": {"errors", "distributed", "losses", "contrastive", "models"},
-    "config": BOTTOM | {"data", "models", "methods"},
+    "config": BOTTOM | {"metrics", "data", "models", "methods"},
 }
 LAYERS = {name: NARROWER.get(name, set(ORDER[:place])) for place, name in enumerate(ORDER)}
 LAYERS |= {"commands": {"cli"}, "contrast": {"contrastive", "losses", "distributed"}}  # names of 0.2.0

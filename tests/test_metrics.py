@@ -1,6 +1,7 @@
 """Metrics against torchmetrics, against hand-made cases, and for the rules that the Meter states."""
 
 import gc
+import json
 import math
 
 import numpy as np
@@ -42,6 +43,11 @@ def test_groups_have_the_literatures_borders() -> None:
     found = {name: classes.tolist() for name, classes in metrics.groups([101, 100, 20, 19, 5000, 0]).items()}
     assert found == {"many": [0, 4], "medium": [1, 2], "few": [3, 5]}
     assert list(metrics.groups([30, 40])) == ["medium"]
+    found = {name: classes.tolist() for name, classes in metrics.groups([11, 10, 5, 4], (5, 10)).items()}
+    assert found == {"many": [0], "medium": [1, 2], "few": [3]}
+    assert metrics.group_rules((5, 10)) == {"many": "more than 10", "medium": "5 to 10", "few": "fewer than 5"}
+    assert metrics.read_limits(None) == metrics.read_limits(["x", 3]) == (20, 100)
+    assert metrics.read_limits([5, 10]) == (5, 10)
 
 
 def test_group_accuracy_is_over_images_and_names_the_class_mean_where_it_differs() -> None:
@@ -94,6 +100,10 @@ def test_class_without_test_images_is_left_out_of_means() -> None:
     record = meter.record()["per_class"]
     assert isinstance(record, dict)
     assert record["accuracy"] == [100, 50, None, None] and record["count"] == [200, 50, 5, 4]
+    assert record["low"][2] is None and record["high"][0] == 100
+    assert meter.sizes()["mean_class"] == {"images": 3, "classes": 2}
+    assert meter.sizes()["medium"] == {"images": 2, "classes": 1}
+    json.dumps(meter.record(), allow_nan=False)
 
 
 def test_topk_that_cannot_fail_is_left_out() -> None:

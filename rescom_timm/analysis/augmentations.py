@@ -8,6 +8,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 
 
@@ -20,6 +21,7 @@ class Views:
     labels: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
+    limits: metrics.Limits = metrics.LIMITS
 
 
 def measure(
@@ -29,6 +31,7 @@ def measure(
     class_names: Sequence[str] = (),
     most: int = 24,
     title: str = "augmented views",
+    limits: metrics.Limits = metrics.LIMITS,
 ) -> Views:
     """The first `most` of images uint8 (N, V, 3, H, W), as loaders batch them, or (N, 3, H, W); labels (N,).
 
@@ -41,7 +44,7 @@ def measure(
     counts = np.asarray(counts, dtype=np.int64)
     pixels = images[:most].permute(0, 1, 3, 4, 2).cpu().numpy()
     names = tuple(class_names) or tuple(map(str, range(len(counts))))
-    return Views(title, pixels, labels[:most].cpu().numpy().astype(np.int64), counts, names)
+    return Views(title, pixels, labels[:most].cpu().numpy().astype(np.int64), counts, names, limits)
 
 
 def table(views: Views) -> style.Table:
@@ -62,7 +65,7 @@ def draw(views: Views) -> Figure:
     tile = 1.15  # inches of one view
     figure = style.new_figure(columns * (v * tile + 0.2), rows * (tile * height / width + 0.4) + 0.75)
     figure.get_layout_engine().set(w_pad=0.08)  # type: ignore[union-attr, call-arg]
-    groups = style.group_of(views.counts)
+    groups = style.group_of(views.counts, views.limits)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
@@ -76,5 +79,5 @@ def draw(views: Views) -> Figure:
     figure.suptitle(
         f"{style.plain(views.title, 80)}: {n} images, {v} view{'s' * (v > 1)} of each", fontsize=10, x=0.01, ha="left"
     )
-    style.group_legend(figure, groups, loc="outside lower left", columns=3)
+    style.group_legend(figure, groups, loc="outside lower left", columns=3, limits=views.limits)
     return figure

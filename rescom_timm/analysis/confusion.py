@@ -41,7 +41,7 @@ def measure(evaluation: Evaluation) -> Confusion:
         evaluation.labels,
         evaluation.predicted,
         np.arange(k) if counts is None else style.by_count(counts),
-        np.full(k, "") if counts is None else style.group_of(counts),
+        np.full(k, "") if counts is None else style.group_of(counts, evaluation.limits),
         tuple(evaluation.class_names),
     )
 

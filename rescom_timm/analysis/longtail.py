@@ -1,5 +1,6 @@
 """The long tail picture: training images of each class above, what the net makes of them below."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Evaluation
 
@@ -16,7 +18,7 @@ _BARS = 60  # more classes than this are points
 @dataclass(frozen=True)
 class LongTail:
     """Per class, from most to fewest training images (K,): its number, name, training and test images, group, accuracy
-    in percent (NaN without test images)."""
+    and its 95% interval in percent (NaN without test images). intervals: of the groups."""
 
     title: str
     classes: npt.NDArray[np.int64]
@@ -25,14 +27,17 @@ class LongTail:
     tested: npt.NDArray[np.int64]
     accuracy: npt.NDArray[np.float64]
     groups: npt.NDArray[np.str_]
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    limits: metrics.Limits
+    intervals: Mapping[str, Sequence[float]]
 
 
 def measure(evaluation: Evaluation) -> LongTail:
     """Per-class accuracy beside the training counts. Missing where the run records no counts."""
-    counts, k = evaluation.training_counts(), evaluation.num_classes
+    counts, tested, correct = evaluation.training_counts(), evaluation.tested, evaluation.correct
     order = style.by_count(counts)
-    tested = np.bincount(evaluation.labels, minlength=k)
-    correct = np.bincount(evaluation.labels[evaluation.labels == evaluation.predicted], minlength=k)
+    low, high = metrics.wilson(correct, tested)
     accuracy = np.where(tested > 0, 100 * correct / np.maximum(tested, 1), np.nan)
     return LongTail(
         evaluation.title,
@@ -41,7 +46,11 @@ def measure(evaluation: Evaluation) -> LongTail:
         counts[order],
         tested[order],
         accuracy[order],
-        style.group_of(counts)[order],
+        style.group_of(counts, evaluation.limits)[order],
+        low[order],
+        high[order],
+        evaluation.limits,
+        evaluation.intervals,
     )
 
 
@@ -54,11 +63,14 @@ def table(tail: LongTail) -> style.Table:
         "group": tail.groups,
         "test_images": tail.tested,
         "accuracy_percent": tail.accuracy,
+        "low_percent": tail.low,
+        "high_percent": tail.high,
     }
 
 
 def draw(tail: LongTail) -> Figure:
-    """Counts (logarithmic) over accuracy, one column per class, coloured by group; group means as lines."""
+    """Counts (logarithmic) over accuracy, one column per class, coloured by group; group means as lines, with their
+    intervals."""
     k = len(tail.classes)
     figure = style.new_figure(min(5 + 0.12 * k, 11), 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
@@ -70,16 +82,22 @@ def draw(tail: LongTail) -> Figure:
     smallest = max(int(tail.counts.min()), 1)
     title = f"{style.plain(tail.title, 60)}\n{k:,} classes, imbalance {tail.counts.max() / smallest:,.0f}"
     style.tidy(top, title, "", "training images\n(log scale)", "y")
-    style.group_legend(top, tail.groups, loc="upper right")
+    style.group_legend(top, tail.groups, loc="upper right", limits=tail.limits)
+    thin = tail.tested < style.THIN
     if k > _BARS:
-        bottom.scatter(x, tail.accuracy, s=max(2, min(14, 4000 / k)), c=colors, alpha=0.6, linewidths=0)
+        size, faces = max(2, min(14, 4000 / k)), ["none" if t else c for t, c in zip(thin, colors, strict=True)]
+        bottom.scatter(x, tail.accuracy, s=size, facecolors=faces, edgecolors=colors, alpha=0.6, linewidths=0.6)
     else:
-        style.columns(bottom, tail.accuracy, tail.groups)
+        style.columns(bottom, tail.accuracy, tail.groups, hollow=thin)
+        ends = np.abs(np.stack([tail.low, tail.high]) - tail.accuracy)
+        bottom.errorbar(x, tail.accuracy, yerr=ends, fmt="none", ecolor=style.GREY, elinewidth=0.8, capsize=2)
     _group_means(bottom, tail)
     bottom.set_ylim(-2 if k > _BARS else 0, 109)  # room for a mean's label
     bottom.set_yticks(range(0, 101, 20))
     bottom.set_xlim(-0.6, k - 0.4)
-    style.tidy(bottom, "", "", "top-1 accuracy (percent)", "y")
+    some = f"; hollow: below {style.THIN} test images" if thin.any() else ""
+    bars = "" if k > _BARS else "bars: 95% intervals"
+    style.tidy(bottom, (bars + some).removeprefix("; "), "", "top-1 accuracy (percent)", "y")
     if k <= _BARS:
         names = [style.plain(name, 20) for name in tail.class_names]
         bottom.set_xticks(x, names, rotation=90 if k > 12 or max(map(len, names)) > 6 else 0)
@@ -101,5 +119,6 @@ def _group_means(axes: Axes, tail: LongTail) -> None:
         box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         at_edge = inside.mean() < 0.1 * len(tail.classes)  # a label in the middle would reach over the axis
         place = (inside[0] - 0.4, "left") if at_edge else (inside.mean(), "center")
-        axes.annotate(f"{name} {mean:.1f}", (place[0], mean), (0, 4), textcoords="offset points", ha=place[1],
+        ends = f" ({metrics.span(tail.intervals[name])})" if name in tail.intervals else ""
+        axes.annotate(f"{name} {mean:.1f}{ends}", (place[0], mean), (0, 4), textcoords="offset points", ha=place[1],
                       va="bottom", fontsize=8, fontweight="bold", bbox=box)  # fmt: skip

@@ -35,14 +35,23 @@ def contact_sheet(run: Opened) -> augmentations.Views:
     dataset = ViewsDataset(take(data.train, rows), policy, run.method.views, config.broken, config.reading)
     batch = dataset.__getitems__([(i, recipe.seed + i) for i in range(len(rows))])
     title = f"{run.name}, views of {data.train.name}"
-    return augmentations.measure(batch["image"], batch["label"], data.counts, data.class_names, title=title)
+    return augmentations.measure(
+        batch["image"],
+        batch["label"],
+        data.counts,
+        data.class_names,
+        title=title,
+        limits=recipe.evaluation.group_limits,
+    )
 
 
 def batch_pairs(run: Opened) -> pair_counts.PairFrequency:
     """Pairs within the batches of the recipe, every view against every other one."""
     batch, n = run.recipe.train.batch_size // run.recipe.train.accumulate, run.method.views
     title = f"in the batch, {batch} images, {n} view{'s' * (n > 1)}"
-    return pair_counts.measure(run.data.counts, batch, n, seed=run.recipe.seed, title=title)
+    return pair_counts.measure(
+        run.data.counts, batch, n, seed=run.recipe.seed, title=title, limits=run.recipe.evaluation.group_limits
+    )
 
 
 def queue_pairs(run: Opened) -> pair_counts.PairFrequency:
@@ -50,7 +59,14 @@ def queue_pairs(run: Opened) -> pair_counts.PairFrequency:
     queue, batch = run.queue(), run.recipe.train.batch_size
     slots = np.bincount(queue.labels[queue.valid].cpu().numpy(), minlength=len(run.data.counts))
     title = f"against the queue ({int(slots.sum()):,} keys), {batch} images"
-    return pair_counts.measure(run.data.counts, batch, slots=slots, seed=run.recipe.seed, title=title)
+    return pair_counts.measure(
+        run.data.counts,
+        batch,
+        slots=slots,
+        seed=run.recipe.seed,
+        title=title,
+        limits=run.recipe.evaluation.group_limits,
+    )
 
 
 def pair_gradients(run: Opened) -> gradients.Gradients:
@@ -70,7 +86,7 @@ def positive_similarity(run: Opened) -> similarity.Similarity:
     rows = style.balanced(run.data.train.labels, 2 * _QUERIES, run.recipe.seed)
     found, labels = _against_queue(run, rows)
     title = f"{run.name}: training images against the keys of their class"
-    return similarity.measure(*found, labels, run.data.counts, title=title)
+    return similarity.measure(*found, labels, run.data.counts, title=title, limits=run.recipe.evaluation.group_limits)
 
 
 def feature_map(run: Opened) -> tsne.Tsne:
@@ -78,7 +94,14 @@ def feature_map(run: Opened) -> tsne.Tsne:
     rows = style.balanced(run.data.test.labels, 2000, run.recipe.seed)
     seen = run.look(take(run.data.test, rows))
     title = f"{run.name}, features of {run.data.test.name}"
-    return tsne.measure(seen.features, seen.labels, run.data.counts, tuple(run.data.class_names), title=title)
+    return tsne.measure(
+        seen.features,
+        seen.labels,
+        run.data.counts,
+        tuple(run.data.class_names),
+        title=title,
+        limits=run.recipe.evaluation.group_limits,
+    )
 
 
 def queue_slots(run: Opened) -> queues.Slots:
@@ -98,7 +121,7 @@ def queue_slots(run: Opened) -> queues.Slots:
             if bool(other.valid.all()):
                 break
         held[f"{kind} (simulated)"] = other.labels[other.valid]
-    return queues.measure(held, run.data.counts)
+    return queues.measure(held, run.data.counts, run.recipe.evaluation.group_limits)
 
 
 def confident_mistakes(run: Opened) -> mistakes.Gallery:

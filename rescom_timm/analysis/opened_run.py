@@ -102,7 +102,8 @@ class Opened:
     @torch.inference_mode()
     def judge(self, split: Split) -> Meter:
         """The net's predictions on a split, without keeping its outputs: N x K logits would be gigabytes."""
-        meter = Meter(len(self.data.counts), torch.as_tensor(self.data.counts))
+        limits = self.recipe.evaluation.group_limits
+        meter = Meter(len(self.data.counts), torch.as_tensor(self.data.counts), limits=limits)
         for seen in self._batches(split):
             meter.update(seen.logits, seen.labels)
         return meter

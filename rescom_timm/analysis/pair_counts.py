@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 
 
@@ -26,6 +27,7 @@ class PairFrequency:
     expected: npt.NDArray[np.float64]
     classes: npt.NDArray[np.int64]
     num_classes: int
+    limits: metrics.Limits = metrics.LIMITS
 
     def imbalance(self, frequency: npt.NDArray[np.float64]) -> float:
         """Positive pairs of the most frequent class over those of the rarest; inf where that has none."""
@@ -68,6 +70,7 @@ def measure(
     seed: int = 0,
     title: str = "",
     most: int = 300,
+    limits: metrics.Limits = metrics.LIMITS,
 ) -> PairFrequency:
     """Counts the pairs of `steps` batches of `batch` images, drawn epoch by epoch in random order, as training does.
 
@@ -99,7 +102,7 @@ def measure(
         where = "against the queue"
     title = title or f"{where}, {batch} images, {views} view{'s' * (views > 1)}"
     formula = expected(counts, batch, views, slots, classes)
-    return PairFrequency(title, counts[classes], simulated, formula, classes, k)
+    return PairFrequency(title, counts[classes], simulated, formula, classes, k, limits)
 
 
 def table(pairs: PairFrequency) -> style.Table:
@@ -115,7 +118,7 @@ def table(pairs: PairFrequency) -> style.Table:
 
 def draw(pairs: PairFrequency) -> Figure:
     """The frequency of every pair of classes, and the positives of each class: simulation over formula."""
-    order, names = style.by_count(pairs.counts), style.group_of(pairs.counts)
+    order, names = style.by_count(pairs.counts), style.group_of(pairs.counts, pairs.limits)
     figure = style.new_figure(11, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     shown = pairs.simulated[np.ix_(order, order)]
@@ -143,7 +146,9 @@ def draw(pairs: PairFrequency) -> Figure:
         inside = (names[order] == name) & (found > 0)
         look = {"color": style.GROUP_COLORS[name], "marker": style.GROUP_MARKERS[name], "zorder": 2}
         size = max(6.0, min(36.0, 2000 / len(x)))
-        right.scatter(x[inside], found[inside], s=size, label=f"simulated, {style.GROUP_RULES[name]}", **look)
+        right.scatter(
+            x[inside], found[inside], s=size, label=f"simulated, {style.group_rules(pairs.limits)[name]}", **look
+        )
     scaled = pairs.counts[order] / pairs.counts[order[0]] * max(formula[0], found[0])
     right.plot(x, scaled, color=style.GREY, linestyle="--", linewidth=1, label="training images (scaled)")
     right.set_yscale("log")

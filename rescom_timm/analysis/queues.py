@@ -8,6 +8,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 
 
@@ -17,9 +18,10 @@ class Slots:
 
     slots: dict[str, npt.NDArray[np.int64]]
     counts: npt.NDArray[np.int64]
+    limits: metrics.Limits = metrics.LIMITS
 
 
-def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike) -> Slots:
+def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike, limits: metrics.Limits = metrics.LIMITS) -> Slots:
     """Counts the classes of the held keys: kind -> labels (S,) of its FILLED slots (`queue.labels[queue.valid]`).
 
     Raises ValueError where a label is not one of the counts' classes.
@@ -29,7 +31,7 @@ def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike) -> Slots:
     for name, slots in found.items():
         if len(slots) > len(counts):
             raise ValueError(f"Queue {name} holds class {len(slots) - 1}, but there are only {len(counts)} classes.")
-    return Slots(found, counts)
+    return Slots(found, counts, limits)
 
 
 def table(slots: Slots) -> style.Table:
@@ -42,7 +44,7 @@ def table(slots: Slots) -> style.Table:
 def draw(slots: Slots) -> Figure:
     """One panel per kind of queue, classes from most to fewest training images, coloured by group."""
     order = style.by_count(slots.counts)
-    groups = style.group_of(slots.counts)
+    groups = style.group_of(slots.counts, slots.limits)
     n = len(slots.slots)
     figure = style.new_figure(3.6 * n + 0.4, 3.6)
     panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]
@@ -52,5 +54,5 @@ def draw(slots: Slots) -> Figure:
         title = f"{style.plain(name)}\n{found.sum():,} keys, {each} a class"
         style.tidy(panel, title, "classes, most to fewest images", "" if index else "keys of the class", "y")
         panel.set_xticks([])
-    style.group_legend(figure, groups, loc="outside lower center", columns=3)
+    style.group_legend(figure, groups, loc="outside lower center", columns=3, limits=slots.limits)
     return figure

@@ -64,6 +64,8 @@ class Cell(NamedTuple):
     kind: str = ""
     """Classes of HTML: n for a number, best, text for what needs width."""
     group: str = ""
+    small: str = ""
+    """Below the text: an interval, a number of images."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _recomputed(found: Evaluation) -> dict[str, float]:
     correct = found.predicted == found.labels
     numbers = {"top1": 100 * float(correct.mean())}
     if found.counts is not None:
-        group = style.group_of(found.counts)[found.labels]
+        group = style.group_of(found.counts, found.limits)[found.labels]
         numbers |= {name: 100 * float(correct[group == name].mean()) for name in style.present(group)}
     return numbers
 
@@ -148,12 +150,28 @@ def _recomputed(found: Evaluation) -> dict[str, float]:
 def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Table:
     rows = [summary(run, found.get(run.name)) for run in runs]
     best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
-    cells = [[_td(value, value is not None and value == best.get(name)) for name, value in row.items()] for row in rows]
+    doubts = [_doubts(found.get(run.name)) for run in runs]
+    cells = [
+        [_td(value, value is not None and value == best.get(name), small.get(name, "")) for name, value in row.items()]
+        for row, small in zip(rows, doubts, strict=True)
+    ]
+    limits = next((one.limits for one in found.values()), metrics.LIMITS)
     note = (
-        f"Accuracies and ECE in percent. {metrics.GROUPS_DEFINED}; class mean: the mean of all classes' accuracies. "
+        f"Accuracies and ECE in percent. {metrics.groups_defined(limits)}; class mean: the mean of all classes' "
+        f"accuracies. {metrics.INTERVALS_DEFINED}, beside the number of test images and classes. "
         "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
     )
     return Table([_th(name) for name in rows[0]], cells, note)
+
+
+def _doubts(found: Evaluation | None) -> dict[str, str]:
+    """Of each shown accuracy its interval, its images and their classes."""
+    doubts = {}
+    for name, shown in _NUMBERS.items():
+        if found is not None and name in found.intervals:
+            images, classes = found.size(name)
+            doubts[shown] = f"{metrics.span(found.intervals[name])}; n {images:,} of {classes:,}"
+    return doubts
 
 
 def _best(name: str, values: Sequence[object]) -> float | None:
@@ -260,19 +278,22 @@ def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None
     rows = []
     for place, label in enumerate(first.classes):
         group = str(first.groups[place])
+        thin = "n thin" if first.tested[place] < style.THIN else "n"
+        row_spans = [_span(tail.low[place], tail.high[place]) for tail in tails.values()]
         numbers = [_number(accuracy[place]) for accuracy in accuracies]
         row = [
             Cell(str(label), "n"), Cell(first.class_names[place]), Cell(f"{first.counts[place]:,}", "n"),
             Cell(group, group=group), Cell(f"{first.tested[place]:,}", "n"),
         ]  # fmt: skip
+        row += [Cell(_cell(number), thin, small=small) for number, small in zip(numbers, row_spans, strict=True)]
         if details is not None:
-            numbers += [_number(value) for value in (details.precision[label], details.f1[label])]
-        row += [Cell(_cell(number), "n") for number in numbers]
+            row += [Cell(_cell(_number(value)), "n") for value in (details.precision[label], details.f1[label])]
         if details is not None:
             other = int(details.confused[label])
             row.append(Cell(f"{names[other]}, {details.share[label]:.0f}%" if other >= 0 else _NONE))
         rows.append(row)
-    note = "" if details is None else "Accuracy, precision and F1 in percent, of test images."
+    note = f"Accuracy with its 95% interval (Wilson); grey: below {style.THIN} test images."
+    note += "" if details is None else " Accuracy, precision and F1 in percent, of test images."
     return Table([Cell(name) for name in head], rows, note, sortable=True)
 
 
@@ -294,16 +315,20 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and np.isfinite(value) else None
 
 
+def _span(low: float, high: float) -> str:
+    return metrics.span((low, high)) if np.isfinite(low) else ""
+
+
 def _th(name: str) -> Cell:
     """Headings of numbers stand over them, at the right."""
     return Cell(name, "n" if name in (*_NUMBERS.values(), "images") else "")
 
 
-def _td(value: str | float | None, best: bool = False) -> Cell:
+def _td(value: str | float | None, best: bool = False, small: str = "") -> Cell:
     kind = "n best" if best else "n"
     if not isinstance(value, float):
         kind = "text" if value is not None and " " in value else ""
-    return Cell(_cell(value), kind)
+    return Cell(_cell(value), kind, small=small if value is not None else "")
 
 
 def _cell(value: str | float | None) -> str:

@@ -60,6 +60,7 @@ class Robustness:
     clean: dict[str, float]
     errors: dict[str, list[float]]
     groups: dict[str, dict[str, list[float]]]
+    limits: metrics.Limits = metrics.LIMITS
 
     def curve(self, name: str = "top1") -> list[float]:
         """Mean error over the kinds at severity 0 (clean) to 5, of all images or of a group."""
@@ -92,7 +93,17 @@ def corrupted(
     if known is None or (known.setting, known.weights) != (setting, run.weights):
         numbers = _errors(run, run.loader(clean))
         groups: dict[str, dict[str, list[float]]] = {name: {} for name in metrics.GROUPS if name in numbers}
-        known = Robustness(run.name, run.checkpoint, run.chosen, run.weights, setting, numbers, {}, groups)
+        known = Robustness(
+            run.name,
+            run.checkpoint,
+            run.chosen,
+            run.weights,
+            setting,
+            numbers,
+            {},
+            groups,
+            run.recipe.evaluation.group_limits,
+        )
         done(known)
     result = known
     for kind in kinds:
@@ -119,8 +130,9 @@ def _loader(
 
 def _errors(run: Opened, loader: Any) -> dict[str, float]:
     """Top-1 error of all images and of each group, in percent."""
+    limits = run.recipe.evaluation.group_limits
     with run.autocast():
-        meter = evaluate(run.accelerator, run.method.net, run.accelerator.prepare(loader), run.data.counts)
+        meter = evaluate(run.accelerator, run.method.net, run.accelerator.prepare(loader), run.data.counts, limits)
     return {name: 100 - value for name, value in meter.compute().items() if name in _GROUPED}
 
 
@@ -254,9 +266,10 @@ def draw(found: Sequence[Robustness]) -> Figure:
                   "black", marker="o", markersize=4, linewidth=1.8, label=style.plain(result.run, 40)
                   if len(found) > 1 else "all")  # fmt: skip
     if len(found) == 1:
+        rules = style.group_rules(one.limits)
         for name in one.groups:
             left.plot([0, *SEVERITIES], one.curve(name), color=style.GROUP_COLORS[name], linewidth=1.2,
-                      marker=style.GROUP_MARKERS[name], markersize=4, label=style.GROUP_RULES[name])  # fmt: skip
+                      marker=style.GROUP_MARKERS[name], markersize=4, label=rules[name])  # fmt: skip
     left.set_ylim(0, 100)
     left.set_xticks([0, *SEVERITIES], ["clean", *map(str, SEVERITIES)])
     what = f"mean over {len(kinds)} kind{'s' * (len(kinds) > 1)}, {one.setting.images:,} images of {one.setting.split}"

@@ -5,8 +5,9 @@
 What is missing is None or empty here; the figure that needs it says so in words (Missing).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from rescom_timm import metrics
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.engine.run_folder import CHANGED, check_run, lines
 from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
@@ -31,7 +33,8 @@ class Evaluation:
     """One evaluation (<split>-<checkpoint>) of a run: its predictions, and what is known of the classes.
 
     labels, predicted (N,) int64 (predicted -1: no valid output), confidence (N,) float32 in 0..1, counts (K,) int64
-    training images or None, class_names (K), numbers name -> percent, chosen: how the checkpoint was chosen.
+    training images or None, class_names (K), numbers name -> percent, chosen: how the checkpoint was chosen, limits of
+    the groups, recorded: the intervals of the numbers that its JSON holds (0.2.0 recorded none).
     """
 
     run: str
@@ -44,6 +47,31 @@ class Evaluation:
     class_names: Sequence[str] = ()
     numbers: dict[str, float] = field(default_factory=dict)
     chosen: str = ""
+    limits: metrics.Limits = metrics.LIMITS
+    recorded: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @cached_property
+    def tested(self) -> npt.NDArray[np.int64]:
+        """Images (K,) of each class."""
+        return np.bincount(self.labels, minlength=self.num_classes)
+
+    @cached_property
+    def correct(self) -> npt.NDArray[np.int64]:
+        """Of them, those labelled right (K,)."""
+        return np.bincount(self.labels[self.labels == self.predicted], minlength=self.num_classes)
+
+    @cached_property
+    def intervals(self) -> Mapping[str, Sequence[float]]:
+        """95% of top1, mean_class, many, many_mean_class ...: (low, high) in percent."""
+        return self.recorded or metrics.intervals(self.correct, self.tested, self.counts, limits=self.limits)
+
+    def size(self, name: str) -> tuple[int, int]:
+        """On how many images, of how many classes, a number such as top1, few or few_mean_class rests."""
+        tested, group = self.tested, name.removesuffix("_mean_class")
+        if group in metrics.GROUPS:
+            members = {} if self.counts is None else metrics.groups(self.counts, self.limits)
+            tested = tested[members[group].numpy()] if group in members else tested[:0]
+        return int(tested.sum()), int((tested > 0).sum())
 
     @property
     def title(self) -> str:
@@ -131,6 +159,8 @@ class RunFolder:
             class_names or [str(k) for k in range(num_classes)],
             record.get("numbers", {}),
             str(record.get("chosen", "")),
+            metrics.read_limits(record.get("group_limits")),
+            record.get("intervals", {}),
         )
 
 

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 
 
@@ -20,6 +21,7 @@ class Similarity:
     share: dict[str, npt.NDArray[np.float64]]
     median: dict[str, float]
     pairs: dict[str, int]
+    limits: metrics.Limits = metrics.LIMITS
 
 
 def measure(
@@ -30,13 +32,14 @@ def measure(
     counts: npt.ArrayLike,
     bins: int = 50,
     title: str = "positive pairs",
+    limits: metrics.Limits = metrics.LIMITS,
 ) -> Similarity:
     """Distribution of the positives' similarity by the group of the query's class.
 
     similarity, positive, valid (N, M) as in contrast.pairs.Pairs; labels (N,) of the queries; counts (K,) training
     images. Raises ValueError where no positive pair is valid.
     """
-    groups = style.group_of(counts)[labels.cpu().numpy()]
+    groups = style.group_of(counts, limits)[labels.cpu().numpy()]
     chosen = (positive & valid).cpu().numpy()
     values = similarity.detach().double().cpu().numpy()
     found = {name: values[groups == name][chosen[groups == name]] for name in style.present(groups)}
@@ -53,6 +56,7 @@ def measure(
         share,
         {name: float(np.median(near)) for name, near in found.items()},
         {name: len(near) for name, near in found.items()},
+        limits,
     )
 
 
@@ -68,7 +72,7 @@ def draw(similarity: Similarity) -> Figure:
     axes = figure.subplots()
     for name, share in similarity.share.items():
         shade, median = style.GROUP_COLORS[name], similarity.median[name]
-        label = f"{style.GROUP_RULES[name]}: {similarity.pairs[name]:,} pairs, median {median:.3f}"
+        label = f"{style.group_rules(similarity.limits)[name]}: {similarity.pairs[name]:,} pairs, median {median:.3f}"
         axes.stairs(share, similarity.edges, color=shade, fill=True, alpha=0.25)
         axes.stairs(share, similarity.edges, color=shade, linewidth=1.4, label=label)
         axes.axvline(median, color=shade, linestyle="--", linewidth=1)

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -25,13 +24,14 @@ Table = Mapping[str, Sequence[object] | npt.NDArray]
 
 # Blue, orange and purple of Okabe & Ito (2008), told apart with every common colour blindness and in grey.
 GROUP_COLORS = {"many": "#0072B2", "medium": "#E69F00", "few": "#CC79A7"}
-GROUP_RULES = {"many": "many (> 100)", "medium": "medium (20 to 100)", "few": "few (< 20)"}
 GROUP_MARKERS = {"many": "o", "medium": "^", "few": "s"}
 # Petroff (2021, arXiv 2107.02270): ten colours chosen for colour-blind readers, the ninth, a second grey, darkened.
 # Runs and classes take them in turn.
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#33343a", "#92dadd")
 LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 GREY = "#555555"
+THIN = 10
+"""An accuracy over fewer test images is drawn hollow."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -64,11 +64,17 @@ def by_count(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
 
 
-def group_of(counts: npt.ArrayLike) -> npt.NDArray[np.str_]:
+def group_rules(limits: metrics.Limits = metrics.LIMITS) -> dict[str, str]:
+    """The groups with their rule, for a legend."""
+    low, high = limits
+    return {"many": f"many (> {high})", "medium": f"medium ({low} to {high})", "few": f"few (< {low})"}
+
+
+def group_of(counts: npt.ArrayLike, limits: metrics.Limits = metrics.LIMITS) -> npt.NDArray[np.str_]:
     """The group's name of each class (K,)."""
     counts = np.asarray(counts, dtype=np.int64)
     names = np.empty(len(counts), dtype="<U6")
-    for name, classes in metrics.groups(torch.from_numpy(counts)).items():
+    for name, classes in metrics.groups(counts, limits).items():
         names[classes.numpy()] = name
     return names
 
@@ -89,21 +95,30 @@ def present(names: npt.NDArray[np.str_]) -> list[str]:
     return [name for name in metrics.GROUPS if name in names]
 
 
-def group_legend(where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, columns: int = 1) -> None:
+def group_legend(
+    where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, columns: int = 1,
+    limits: metrics.Limits = metrics.LIMITS,
+) -> None:  # fmt: skip
     """A legend of the groups that occur, with their rule and the number of their classes."""
     sizes = {name: int((names == name).sum()) for name in present(names)}
+    rules = group_rules(limits)
     patches = [
-        Patch(color=GROUP_COLORS[name], label=f"{GROUP_RULES[name]}: {size:,} class{'es' * (size != 1)}")
+        Patch(color=GROUP_COLORS[name], label=f"{rules[name]}: {size:,} class{'es' * (size != 1)}")
         for name, size in sizes.items()
     ]
     where.legend(handles=patches, frameon=False, fontsize=8, loc=loc, ncols=columns)
 
 
-def columns(axes: Axes, heights: npt.NDArray, names: npt.NDArray[np.str_], base: float = 0) -> None:
-    """Heights (K,) of classes in order of their counts, in the colours of their groups (K,): bars, or past 60 classes
-    one outline per group, which stays small with thousands."""
+def columns(
+    axes: Axes, heights: npt.NDArray, names: npt.NDArray[np.str_], base: float = 0,
+    hollow: npt.NDArray[np.bool_] | None = None,
+) -> None:  # fmt: skip
+    """Heights (K,) of classes in order of their counts, in the colours of their groups (K,): bars, those of `hollow`
+    (K,) as outlines, or past 60 classes one outline per group, which stays small with thousands."""
     if len(heights) <= 60:
-        axes.bar(np.arange(len(heights)), heights, width=0.85, color=[GROUP_COLORS[name] for name in names])
+        colors = [GROUP_COLORS[name] for name in names]
+        faces = colors if hollow is None else ["white" if h else c for h, c in zip(hollow, colors, strict=True)]
+        axes.bar(np.arange(len(heights)), heights, width=0.85, color=faces, edgecolor=colors)
         return
     for name in present(names):
         inside = np.flatnonzero(names == name)

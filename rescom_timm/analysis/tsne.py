@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from rescom_timm import metrics
 from rescom_timm.analysis import style
 
 _CLASSES = 10  # more classes than this are coloured by group
@@ -23,6 +24,7 @@ class Tsne:
     labels: npt.NDArray[np.int64]
     groups: npt.NDArray[np.str_]
     class_names: tuple[str, ...]
+    limits: metrics.Limits = metrics.LIMITS
 
 
 def measure(
@@ -34,6 +36,7 @@ def measure(
     perplexity: float = 30.0,
     seed: int = 0,
     title: str = "t-SNE",
+    limits: metrics.Limits = metrics.LIMITS,
 ) -> Tsne:
     """Places up to `most` of the features (N, F), labels (N,), in the plane; cosine distances, the same for a seed.
 
@@ -51,8 +54,9 @@ def measure(
         raise ValueError("The features hold values that are not finite: look at the training loss first.")
     perplexity = min(perplexity, (len(rows) - 1) / 3)
     points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(chosen)
-    groups = style.group_of(counts)
-    return Tsne(title, rows, points, classes[rows], groups, class_names or tuple(map(str, range(len(groups)))))
+    groups = style.group_of(counts, limits)
+    names = class_names or tuple(map(str, range(len(groups))))
+    return Tsne(title, rows, points, classes[rows], groups, names, limits)
 
 
 def table(tsne: Tsne) -> style.Table:
@@ -67,7 +71,7 @@ def draw(tsne: Tsne) -> Figure:
     by_class = len(shown) <= _CLASSES
     figure = style.new_figure(7.6, 5.6)
     axes = figure.subplots()
-    handles = []
+    handles, rules = [], style.group_rules(tsne.limits)
     for index, label in enumerate(shown if by_class else style.present(tsne.groups[shown])):
         group = str(tsne.groups[label]) if by_class else str(label)
         inside = tsne.labels == label if by_class else tsne.groups[tsne.labels] == label
@@ -75,7 +79,7 @@ def draw(tsne: Tsne) -> Figure:
         marker = style.GROUP_MARKERS[group]
         x, y = tsne.points[inside].T
         axes.scatter(x, y, s=14, color=shade, marker=marker, alpha=0.75, linewidths=0)
-        text = f"{style.plain(tsne.class_names[label], 20)} ({group})" if by_class else style.GROUP_RULES[group]
+        text = f"{style.plain(tsne.class_names[label], 20)} ({group})" if by_class else rules[group]
         handles.append(Line2D([], [], linestyle="", color=shade, marker=marker, label=f"{text}: {inside.sum()}"))
     axes.set_xticks([])
     axes.set_yticks([])

@@ -12,7 +12,8 @@ checkpoints. Where a machine is lent for minutes at a time, slices do: the same 
 saves within the epoch and goes on there the next time.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and deviation (of the sample) over the seeds of the
-figures at the last epoch, in percent, and of the minutes of training. Where settings are to be chosen, give the runs
+figures at the last epoch, in percent, with the mean 95% interval of a run over images and classes, and of the minutes
+of training. Where settings are to be chosen, give the runs
 validation rows, data.validation=unused(50) or holdout(0.1): the first columns and the picture then show these. Never
 choose by the test figures.
 

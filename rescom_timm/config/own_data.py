@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import yaml
 
-from rescom_timm.data.index import groups
 from rescom_timm.data.sizes import sample, sizes
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.methods.rescom import auto_negatives
+from rescom_timm.metrics import groups
 
 
 def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
@@ -40,7 +40,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
     least, side, most = _sides(data.train)
     images = int(data.counts.sum())
     batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
-    few, many = (len(groups(data.counts)[name]) for name in ("few", "many"))
+    few, many = (len(groups(data.counts).get(name, ())) for name in ("few", "many"))
     line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
     epochs, warmup = 100, 5
     if tune is not None:

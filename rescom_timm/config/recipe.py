@@ -27,6 +27,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.hub_client import target
 from rescom_timm.methods import MethodConfig, RescomConfig
 from rescom_timm.methods import check as check_method
+from rescom_timm.metrics import LIMITS
 from rescom_timm.models.net import NetConfig
 from rescom_timm.text import check_name
 
@@ -167,8 +168,12 @@ class EvaluationConfig:
     """Figure by which the best checkpoint is chosen on the validation split."""
     patience: int | None = None
     """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
+    group_limits: tuple[int, int] = LIMITS
+    """Classes with fewer training images than the first are few, with more than the second many, the others medium."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.group_limits[0] <= self.group_limits[1]:
+            raise ValueError(f"group_limits must be two rising numbers from 1 on, not {list(self.group_limits)}")
         if self.every < 1 or self.batch_size < 1:
             raise ValueError("every and batch_size must be at least 1")
         if self.patience is not None and self.patience < 1:

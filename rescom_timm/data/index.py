@@ -33,6 +33,7 @@ from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
 from rescom_timm.data.named_columns import Columns, is_table, read_table
 from rescom_timm.io import write_text
+from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.text import check_name
 
 
@@ -202,13 +203,6 @@ def read(
 # Describing
 
 
-def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Classes by training images (Liu et al. 2019): many > 100, medium 20 to 100, few < 20. ``counts`` (K,)."""
-    counts = np.asarray(counts)
-    few, many = counts < 20, counts > 100
-    return {"many": np.flatnonzero(many), "medium": np.flatnonzero(~many & ~few), "few": np.flatnonzero(few)}
-
-
 def imbalance(counts: np.ndarray) -> float:
     """Largest count over the smallest; infinite where a class has none."""
     return float(counts.max() / counts.min()) if counts.min() else float("inf")
@@ -244,8 +238,10 @@ def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
         f"{counts.sum():,} rows, {len(counts):,} classes, {ordered[0]:,} to {ordered[-1]:,} a class, "
         f"imbalance {imbalance(counts):.4g}"
     ]
-    for name, classes in groups(counts).items():
-        told.append(f"{name:>6}: {len(classes):,} classes, {counts[classes].sum():,} rows")
+    found = groups(counts)
+    for name in GROUPS:
+        rows = counts[found[name].numpy()] if name in found else counts[:0]
+        told.append(f"{name:>6}: {len(rows):,} classes, {rows.sum():,} rows")
     start = 1
     for run in np.array_split(ordered, min(lines, len(ordered))):
         bar = "█" * round(width * np.log1p(run.mean()) / max(np.log1p(ordered[0]), 1e-9))

@@ -34,26 +34,31 @@ from rescom_timm.engine.build import Weights, base_net, build_method, chosen_wei
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import CHANGED, run_recipe
 from rescom_timm.io import read_json, refuse_links, write_json, write_tensors
-from rescom_timm.metrics import Meter
+from rescom_timm.metrics import DRAWS, LIMITS, Limits, Meter, span
 from rescom_timm.models.net import Net, check_weights
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray) -> Meter:
+def evaluate(
+    accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray,
+    limits: Limits = LIMITS,
+) -> Meter:  # fmt: skip
     """Every image of a prepared evaluation loader once, encoder and classifier only.
 
-    counts: (K,) training images of each class, which decide many, medium and few. Every process gets the whole Meter.
+    counts: (K,) training images of each class, which with the limits (evaluation.group_limits) decide many, medium and
+    few. Every process gets the whole Meter.
     """
-    return evaluate_views(accelerator, net, [loader], counts)
+    return evaluate_views(accelerator, net, [loader], counts, limits)
 
 
 @torch.no_grad()
 def evaluate_views(
-    accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray
-) -> Meter:
+    accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray,
+    limits: Limits = LIMITS,
+) -> Meter:  # fmt: skip
     """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
     plain: Net = accelerator.unwrap_model(net)
-    meter = Meter(len(counts), torch.as_tensor(counts))
+    meter = Meter(len(counts), torch.as_tensor(counts), limits=limits)
     was_training = plain.training
     plain.eval()
     with agreed_statistics(plain), image_bar(len(loaders[0].dataset), "evaluation") as bar:  # type: ignore[arg-type]
@@ -110,18 +115,35 @@ def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
     write_json(folder / f"{name}.json", {**about, **meter.record()})
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[str, Mapping[str, str]]] = {}) -> str:
     """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
-    of its own above its figures, so that all fits a terminal."""
+    of its own above its figures, so that all fits a terminal. beside: further lines below an evaluation's, label ->
+    {figure: text}."""
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
-    widths = {name: max(9, len(name) + 2) for name in names}
-    longest = max(map(len, rows))
-    first, above = (longest + 2, "") if longest <= 24 else (2, "\n" + " " * 2)
+    texts = [text for lines in beside.values() for line in lines.values() for text in line.values()]
+    widths = {name: max(9, *(2 + len(text) for text in (name, *texts))) for name in names}
+    longest, label = max(map(len, rows)), max((2 + len(name) for lines in beside.values() for name in lines), default=0)
+    first, above = (max(longest, label) + 2, "") if longest <= 24 else (label + 2, "\n")
     lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
     for row, figures in rows.items():
-        texts = {name: f"{figures[name]:.2f}" if name in figures else "-" for name in names}
-        lines.append(f"{row + above:<{first}}" + "".join(f"{text:>{widths[name]}}" for name, text in texts.items()))
+        told = {row if not above else "": {name: f"{value:.2f}" for name, value in figures.items()}}
+        lines += [row] if above else []
+        for label, line in (told | {f"  {name}": line for name, line in beside.get(row, {}).items()}).items():
+            lines.append(f"{label:<{first}}" + "".join(f"{line.get(name, '-'):>{widths[name]}}" for name in names))
     return "\n".join(lines)
+
+
+def table_of(meters: Mapping[str, Meter], draws: int = DRAWS) -> str:
+    """`table` of evaluations with the interval, images and classes of each figure."""
+    beside = {}
+    for row, meter in meters.items():
+        sizes = meter.sizes()
+        beside[row] = {
+            "95%": {name: span(ends) for name, ends in meter.intervals(draws=draws).items()},
+            "images": {name: f"{size['images']:,}" for name, size in sizes.items()},
+            "classes": {name: f"{size['classes']:,}" for name, size in sizes.items()},
+        }
+    return table({row: meter.compute() for row, meter in meters.items()}, beside)
 
 
 def file_name(split: str, which: str, weights: Weights) -> str:
@@ -281,7 +303,7 @@ def evaluate_run(
         views = replace(recipe.views, eval=policy)
         batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed, len(policies))
         loaders.append(accelerator.prepare(batches))
-    meter = evaluate_views(accelerator, method.net, loaders, data.counts)
+    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)

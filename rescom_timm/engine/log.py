@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +31,7 @@ from rescom_timm.engine.errors import one_line
 from rescom_timm.engine.run_folder import lines
 from rescom_timm.engine.trackers import Trackers, left_out
 from rescom_timm.io import errors_named, write_json, write_text
+from rescom_timm.metrics import span
 
 PACKAGES = ("rescom-timm", "torch", "torchvision", "timm", "accelerate", "datasets", "numpy", "pillow")
 
@@ -142,9 +143,19 @@ def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, t
     return f"epoch {epochs}: {told}, {images_per_second:,.0f} images/s, {times}, {memory}"
 
 
-def evaluation_line(epoch: int, figures: dict[str, dict[str, float]]) -> str:
-    """What a log tells of an evaluation. figures: of each split, in percent."""
-    told = ("  ".join([split, *(f"{name} {value:.2f}" for name, value in of.items())]) for split, of in figures.items())
+def evaluation_line(
+    epoch: int, figures: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Sequence[float]]]
+) -> str:
+    """What a log tells of an evaluation. figures and their intervals: of each split, in percent."""
+
+    def told_of(split: str, name: str, value: float) -> str:
+        ends = intervals.get(split, {}).get(name)
+        return f"{name} {value:.2f}" + (f" ({span(ends)})" if ends else "")
+
+    told = (
+        "  ".join([split, *(told_of(split, name, value) for name, value in of.items())])
+        for split, of in figures.items()
+    )
     return f"after epoch {epoch}: {'; '.join(told)}"
 
 

@@ -218,6 +218,6 @@ def check_selection(recipe: Recipe, data: Data) -> None:
     """Raises RecipeError where validation has no image of the classes by which the best checkpoint is chosen."""
     select = recipe.evaluation.select
     if data.validation is not None and select in GROUPS:
-        chosen = groups(torch.as_tensor(data.counts)).get(select, torch.empty(0))
+        chosen = groups(data.counts, recipe.evaluation.group_limits).get(select, torch.empty(0))
         if not np.isin(data.validation.labels, chosen).any():
             raise RecipeError(f"evaluation.select: {data.validation.name} has no image of a class of {select}")

@@ -33,7 +33,7 @@ from rescom_timm.data.sources import Data, load
 from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
-from rescom_timm.engine.evaluate import about, evaluate, file_name, table, title, write
+from rescom_timm.engine.evaluate import about, evaluate, file_name, table_of, title, write
 from rescom_timm.engine.fit_batch import fitted
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
@@ -56,6 +56,7 @@ from rescom_timm.engine.step_metrics import MetricsQueue, StepMetrics
 from rescom_timm.engine.stop_signals import StopSignals
 from rescom_timm.methods import Method
 from rescom_timm.methods.distillation import Teacher
+from rescom_timm.metrics import QUICK_DRAWS, Meter
 from rescom_timm.models.classifiers import start_from_means
 from rescom_timm.models.trainable import count_weights
 
@@ -137,6 +138,10 @@ class Trainer:
     @property
     def progress(self) -> Progress:
         return self.state.progress
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        return self.recipe.evaluation.group_limits
 
     # ---------------------------------------------------------------- the loop
 
@@ -273,11 +278,12 @@ class Trainer:
             raise
 
     def _evaluate(self, bar: Any) -> None:
-        figures: dict[str, dict[str, float]] = {}
+        meters: dict[str, Meter] = {}
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
                 name = split if weights == "raw" else f"{split}_{weights}"
-                figures[name] = evaluate(self.accelerator, net, loader, self.data.counts).compute()
+                meters[name] = evaluate(self.accelerator, net, loader, self.data.counts, self.limits)
+        figures = {name: meter.compute() for name, meter in meters.items()}
         self._write(
             {f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()}
             | collapse.cosines(self.state.queues)
@@ -287,9 +293,10 @@ class Trainer:
         if "validation" in figures:
             progress.scored(figures["validation"][self.recipe.evaluation.select])
         if self.main and bar.disable:
-            bar.write(evaluation_line(progress.epoch, figures))
+            intervals = {name: meter.intervals(draws=QUICK_DRAWS) for name, meter in meters.items()}
+            bar.write(evaluation_line(progress.epoch, figures, intervals))
         elif self.main and not progress.ended(self.recipe):  # the last table is `finish`'s
-            bar.write(f"after epoch {progress.epoch}\n{table(figures)}")
+            bar.write(f"after epoch {progress.epoch}\n{table_of(meters, QUICK_DRAWS)}")
 
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""
@@ -305,7 +312,7 @@ class Trainer:
             except CheckpointError as error:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
-            print(table(results))
+            print(table_of(results))
             try:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
@@ -314,18 +321,20 @@ class Trainer:
                     f"{errors.advice(error) or 'repair that'}, then finish with --resume"
                 )
             if self.log is not None:
-                self.log.finished(results, self.follower.pictures, progress.step)
+                self.log.finished(
+                    {name: meter.compute() for name, meter in results.items()}, self.follower.pictures, progress.step
+                )
         raise_everywhere(trouble)
 
-    def _final(self, name: str, chosen: str) -> dict[str, dict[str, float]]:
+    def _final(self, name: str, chosen: str) -> dict[str, Meter]:
         rows = {}
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
-                meter = evaluate(self.accelerator, net, loader, self.data.counts)
+                meter = evaluate(self.accelerator, net, loader, self.data.counts, self.limits)
                 record = about(self.splits[split], name, chosen, self.data.class_names, weights)
                 if self.main:
                     write(self.folder, file_name(split, name, weights), meter, record)
-                rows[title(record)] = meter.compute()
+                rows[title(record)] = meter
         return rows
 
     # ---------------------------------------------------------------- the run's folder

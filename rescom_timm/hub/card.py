@@ -27,11 +27,10 @@ from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
 from rescom_timm.inference.predict import leans
 from rescom_timm.io import read_json
-from rescom_timm.metrics import GROUPS_DEFINED
+from rescom_timm.metrics import INTERVALS_DEFINED, Limits, group_rules, groups, groups_defined, read_limits, span
 from rescom_timm.text import escape_controls
 from rescom_timm.text.pages import markdown, render
 
-GROUPS = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20"}
 TITLES = {
     "top1": "top-1", "top5": "top-5", "many": "many", "medium": "medium", "few": "few",
     "mean_class": "mean of classes", "ece": "calibration error",
@@ -78,6 +77,11 @@ class Facts:
     @property
     def counts(self) -> list[int]:
         return self.details.get("counts") or []
+
+    @property
+    def limits(self) -> Limits:
+        """Of the groups many, medium and few."""
+        return read_limits(self.recipe.get("evaluation", {}).get("group_limits"))
 
     @property
     def dataset(self) -> str | None:
@@ -233,15 +237,18 @@ def _sections(facts: Facts) -> dict[str, str]:
         "reading": ReadConfig.of(details.get("reading", {})),
         "own_net": recipe["net"]["backbone"].endswith("_cifar"),
         "splits": [(name, data[name]) for name in ("train", "validation", "test") if data.get(name)],
-        "groups": [group for name in GROUPS if (group := _group(name, facts.counts))],
+        "groups": _groups(facts),
         "columns": {
             name: title
             for name, title in TITLES.items()
             if any(name in record["numbers"] for record in facts.evaluations.values())
         },
-        "groups_defined": GROUPS_DEFINED,
+        "groups_defined": groups_defined(facts.limits),
+        "intervals_defined": INTERVALS_DEFINED,
+        "span": span,
         "dead": facts.contrast.get("share", 0) > NEAR_CHANCE or facts.contrast.get("between", 0) > ONE_POINT,
-        "few": sum(count < 20 for count in facts.counts),
+        "few": sum(count < facts.limits[0] for count in facts.counts),
+        "few_below": facts.limits[0],
         "leans": leans(load_dict(recipe)),
         "time": _time(progress.get("seconds") or 0),
         "machine": f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU",
@@ -261,11 +268,12 @@ def _pixels(facts: Facts) -> str:
     return render("card.md", section="pixels", reading=reading).strip()
 
 
-def _group(name: str, counts: list[int]) -> str:
-    ranges = {"many": (101, float("inf")), "medium": (20, 100), "few": (0, 19)}
-    low, high = ranges[name]
-    number = sum(low <= count <= high for count in counts)
-    return f"{name} ({GROUPS[name]} images): {number} class{'es' * (number > 1)}" if number else ""
+def _groups(facts: Facts) -> list[str]:
+    rules = group_rules(facts.limits)
+    return [
+        f"{name} ({rules[name]} images): {len(classes)} class{'es' * (len(classes) > 1)}"
+        for name, classes in groups(facts.counts, facts.limits).items()
+    ]
 
 
 def _time(seconds: float) -> str:

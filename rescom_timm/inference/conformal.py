@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rescom_timm.metrics import groups
+from rescom_timm.metrics import LIMITS, Limits, groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +33,18 @@ class PredictionSets:
 
 
 def calibrated(
-    probabilities: Tensor, labels: Tensor, coverage: float, counts: Sequence[int] | Tensor | None = None
+    probabilities: Tensor,
+    labels: Tensor,
+    coverage: float,
+    counts: Sequence[int] | Tensor | None = None,
+    limits: Limits = LIMITS,
 ) -> PredictionSets:
     """Prediction sets from the probabilities (N, K) of images of known labels (N,) that the net was not trained on.
 
     counts: (K,) training images of each class, for a threshold of each group many, medium and few of its own: the
     coverage is then promised for the images of each group, however frequent the groups are later. A group with fewer
     than c / (1 - c) images takes the common threshold, without promise, which is told. Raises ValueError where that is
-    so of all images together.
+    so of all images together. limits: of the groups.
     """
     if not 0 < coverage < 1:
         raise ValueError(f"coverage must be between 0 and 1, such as 0.9, not {coverage:g}")
@@ -53,7 +57,7 @@ def calibrated(
     told = f"coverage {coverage:g} over all images like the {len(scores)} that it rests on"
     if counts is not None:
         parts = []
-        for name, classes in groups(counts).items():
+        for name, classes in groups(counts, limits).items():
             own = scores[torch.isin(labels, classes)]
             threshold = _threshold(own, coverage)
             if threshold is None:

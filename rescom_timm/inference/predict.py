@@ -196,7 +196,7 @@ def calibrate(
             labels.append(numbers[about["label"]])
         probabilities.append(batch.probabilities.cpu())
     counts = _counts(reader.model) if by_group else None
-    return calibrated(torch.cat(probabilities), torch.tensor(labels), coverage, counts)
+    return calibrated(torch.cat(probabilities), torch.tensor(labels), coverage, counts, reader.model.limits)
 
 
 class _Batch(NamedTuple):

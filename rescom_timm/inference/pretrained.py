@@ -25,6 +25,7 @@ from rescom_timm.hub_download import at_revision, download
 from rescom_timm.inference.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
 from rescom_timm.io import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
+from rescom_timm.metrics import LIMITS, Limits
 from rescom_timm.models.bounds import SLACK, budget
 from rescom_timm.models.classifiers import ClassifierConfig, classifier
 from rescom_timm.models.net import Net, ProjectorConfig, check_backbone, check_weights, create_model, describe
@@ -49,6 +50,11 @@ class Pretrained:
     """The method over this net with the queue as it was; None where the classes are new or no recipe was kept."""
     reading: ReadConfig = ReadConfig()
     """How image files are read before that, as in training."""
+
+    @property
+    def limits(self) -> Limits:
+        """Of the groups many, medium and few."""
+        return LIMITS if self.recipe is None else self.recipe.evaluation.group_limits
 
     def method(self, counts: Tensor | None = None) -> Method:
         """The method of the recipe over this net, to train on: with the queue as it was, or, for the `counts` (K,) of

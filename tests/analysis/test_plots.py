@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -93,9 +94,18 @@ def test_longtail_is_ordered_and_agrees_with_the_record(run: RunFolder) -> None:
     assert (np.diff(found.counts) <= 0).all() and found.class_names[0] == "class 0"
     many = found.groups == "many"
     assert np.average(found.accuracy[many], weights=found.tested[many]) == pytest.approx(evaluation.numbers["many"])
+    few = evaluation.counts < 20  # type: ignore[operator]
+    assert evaluation.size("few") == (evaluation.tested[few].sum(), few.sum())
+    assert found.intervals == evaluation.intervals and evaluation.recorded
+    older = replace(evaluation, recorded={})  # an evaluation of 0.2.0
+    assert {k: tuple(v) for k, v in evaluation.recorded.items() if k in older.intervals} == {
+        k: v for k, v in older.intervals.items() if k in evaluation.recorded
+    }
     untested = longtail.measure(_evaluation([0, 1], [0, 0], [1, 30, 200]))
     assert np.isnan(untested.accuracy[0]) and untested.accuracy[1:].tolist() == [0, 100]
-    means = longtail.draw(untested).axes[1].lines
+    bottom = longtail.draw(untested).axes[1]
+    assert [bar.get_facecolor()[:3] == (1, 1, 1) for bar in bottom.patches] == [True, True, True], "below ten images"
+    means = [line for line in bottom.lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in means] == [0, 100]  # of medium and of few; no class of many was tested
     with pytest.raises(Missing, match="training counts"):
         longtail.measure(_evaluation([0], [0], None))

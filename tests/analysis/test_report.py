@@ -62,7 +62,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_few_is_defined_once_in_report_and_card_alike(two_runs: list[Path]) -> None:
     text = _Page(report.page([RunFolder(path) for path in two_runs[:1]])).text
-    assert text.count("fewer than 20") == 1 and metrics.GROUPS_DEFINED in text and "under 20" not in text
+    assert text.count("fewer than 20") == 1 and metrics.groups_defined() in text and "under 20" not in text
     counts, labels = [200, 50, 5, 4], np.array([0, 1, 2, 2, 2, 3])
     predicted = np.array([0, 1, 3, 2, 2, 2])  # of the classes of few 2 of 4 images are right, 4 of 4 within the group
     meter = metrics.Meter(4, counts)

@@ -139,6 +139,20 @@ def test_the_table_has_a_row_for_each_setting_and_no_deviation_of_one_seed(sweep
     assert text[2:] == ["| a beta=0 | 2 | 52.0 ± 2.8 | 81.0 ± 1.4 |", "| a beta=0.9 | 1 | 61.5 | 90.0 |"]
 
 
+def test_intervals_and_images_of_a_figure_stand_in_the_table(sweep, tmp_path):
+    folder = tmp_path / "a-seed=0" / "evaluation"
+    folder.mkdir(parents=True)
+    record = {"numbers": {"top1": 50.0, "few": 40.0}, "intervals": {"few": [31.5, 55.0]},
+              "sizes": {"few": {"images": 38, "classes": 7}}}  # fmt: skip
+    (folder / "test-last.json").write_text(json.dumps(record))
+    table = sweep.summary(sweep.measure([(("a",), "a-seed=0")], tmp_path))
+    assert (table[0]["few_low"], table[0]["few_high"], table[0]["few_n"]) == (31.5, 55.0, 38)
+    assert sweep.markdown(table).splitlines()[::2] == [
+        "| run | seeds | top1 | few (n 38) |",
+        "| a | 1 | 50.0 | 40.0 (31-55) |",
+    ]
+
+
 @pytest.mark.parametrize("held", [[60.0, 70.0], [None, 70.0], [None, None]])
 def test_validation_comes_first_and_is_drawn_where_there_is_one(sweep, held):
     rows = {

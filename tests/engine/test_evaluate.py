@@ -17,8 +17,9 @@ from rescom_timm.data.sources import load
 from rescom_timm.data.transforms import ViewsConfig, parse
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
-from rescom_timm.engine.evaluate import evaluate_run, five_crops, table
+from rescom_timm.engine.evaluate import evaluate_run, five_crops, table, table_of
 from rescom_timm.inference.pretrained import from_pretrained
+from rescom_timm.metrics import Meter, span
 from tests.engine.child import differences, recipe, run
 
 
@@ -42,6 +43,10 @@ def test_every_image_is_evaluated_once_in_order(finished, split, images):
     assert record["images"] == images and record["split"] == part.name and record["checkpoint"] == "last"
     assert "not selected" in record["chosen"]
     assert record["per_class"]["count"] == data.counts.tolist()
+    assert record["sizes"]["top1"] == {"images": images, "classes": 10} and record["group_limits"] == [20, 100]
+    for kind in ("intervals", "image_intervals"):
+        assert all(low <= record["numbers"][name] <= high for name, (low, high) in record[kind].items())
+        assert set(record[kind]) == set(record["numbers"]) - {"ece"}
     right, counts = (found["predicted"] == found["labels"]).numpy(), data.counts[part.labels]
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
     told = {"top1": right.mean(), **{name: right[inside].mean() for name, inside in groups.items()}}
@@ -106,6 +111,23 @@ def test_table_lines_up_with_long_names_and_gaps():
     assert text[0].split() == ["top1", "medium_mean_class"]
     assert text[1].split() == ["test", "12.35", "1.00"] or text[1].split() == ["test", "12.34", "1.00"]
     assert text[2].split() == ["validation", "100.00", "-"]
+
+
+def test_intervals_images_and_classes_stand_below_the_figures():
+    meter = Meter(4, [200, 150, 5, 4], limits=(10, 100))
+    meter.update(torch.eye(4)[[0] * 6 + [1] * 5 + [2, 2, 0, 3]], torch.tensor([0] * 6 + [1] * 5 + [2] * 4))
+    for title, place in (("test", 1), ("a very long split, 15 images, checkpoint last", 2)):
+        head, *lines = table_of({title: meter}).splitlines()
+        lines = lines[place - 1 :]
+        names = head.split()
+        assert names[:2] == ["top1", "many"] and len({len(line) for line in (head, *lines)}) == 1
+        assert lines[0].split()[-len(names) :][:2] == ["86.67", "100.00"]
+        found = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+        assert list(found) == ["95%", "images", "classes"]
+        few = names.index("few")
+        assert (found["images"][few], found["classes"][few]) == ("4", "1")
+        assert found["95%"][1] == span(meter.intervals()["many"]) == "74-100"
+        assert found["95%"][names.index("ece")] == "-"
 
 
 def test_what_is_evaluated_otherwise_does_not_pass_for_the_runs_own(finished, alone, tmp_path):

@@ -67,7 +67,11 @@ def test_the_command_is_that_of_the_launcher(monkeypatch):
 
 def test_an_evaluation_is_one_line():
     figures = {"test": {"top1": 88.123, "few": 79.0}, "validation": {"top1": 90.0}}
-    assert evaluation_line(3, figures) == "after epoch 3: test  top1 88.12  few 79.00; validation  top1 90.00"
+    text = "after epoch 3: test  top1 88.12  few 79.00; validation  top1 90.00"
+    assert evaluation_line(3, figures, {}) == text
+    intervals = {"test": {"few": (63.2, 88.9)}, "validation": {"top1": (89.42, 90.61)}}
+    text = "after epoch 3: test  top1 88.12  few 79.00 (63-89); validation  top1 90.00 (89.4-90.7)"
+    assert evaluation_line(3, figures, intervals) == text
 
 
 def test_the_most_memory_held_never_falls_and_is_of_this_process():

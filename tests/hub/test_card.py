@@ -54,6 +54,15 @@ def test_the_results_are_those_of_the_run(tmp_path, facts):
     facts = card.read_facts(run, run / "model", "me/rescom-tiny")
     text = card.write(facts)
     assert "| digits test | best: epoch 4, not selected | 500 | 63.25 | 90.00 | 60.00 | 21.50 | 63.25 | 4.25 |" in text
+    told = (
+        "many, medium and few: accuracy over the test images of classes with more than 100, 20 to 100 and fewer than 20"
+    )
+    assert told in text
+    path = run / "evaluation" / "test-best.json"
+    doubt = {"intervals": {"few": [11.2, 36.0]}, "sizes": {"few": {"images": 38, "classes": 2}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | doubt))
+    told = "500 | 63.25 | 90.00 | 60.00 | 21.50 (11-36; n 38) | 63.25 | 4.25 |"
+    assert told in card.write(card.read_facts(run, run / "model", "me/rescom-tiny"))
     results = {result.metric_name: result for result in ModelCard(text).data.eval_results}
     assert results["top-1 (best)"].metric_value == 63.25 and results["top-1 (last)"].metric_value == 61.5
     assert all(result.metric_value != 99.0 for result in results.values()), "validation is no result"

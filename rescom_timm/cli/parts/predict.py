@@ -98,7 +98,7 @@ class Score:
 
     def __init__(self, model: Pretrained, sets: bool = False, crops: bool = False) -> None:
         self.names = model.class_names
-        self.counts = model.counts
+        self.counts, self.limits = model.counts, model.limits
         self.sets, self.crops = sets, crops
         self.right: dict[str, list[tuple[bool, bool, int, bool]]] = {}
 
@@ -119,7 +119,7 @@ class Score:
         lines = [f"; top-1 {100 * every[:, 0].mean():.2f} % of {len(every)}"]
         lines.append(f"mean of {len(rows)} classes {100 * np.mean([one[:, 0].mean() for one in rows.values()]):.2f} %")
         if self.counts is not None:
-            for group, classes in groups(self.counts).items():
+            for group, classes in groups(self.counts, self.limits).items():
                 own = [rows[self.names[k]] for k in classes.tolist() if self.names[k] in rows]
                 if own:
                     lines.append(f"{group} {100 * np.concatenate(own)[:, 0].mean():.2f} %")

@@ -26,6 +26,7 @@ from rescom_timm.engine.run_folder import lines, run_recipe
 from rescom_timm.engine.state import Progress
 from rescom_timm.inference.export import DETAILS
 from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, write_json, write_text
+from rescom_timm.metrics import span
 from rescom_timm.text.pages import markdown as escaped
 
 _NUMBERS = ("top1", "many", "medium", "few", "mean_class")
@@ -151,10 +152,10 @@ def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tupl
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
         if path.is_file():
-            numbers = read_json(path)["numbers"]
+            numbers = _numbers(read_json(path))
             held = path.with_name("validation-last.json")
             if held.is_file():
-                numbers |= {f"validation_{figure}": value for figure, value in read_json(held)["numbers"].items()}
+                numbers |= {f"validation_{figure}": value for figure, value in _numbers(read_json(held)).items()}
             about = output / name / "environment.json"
             weights = read_json(about).get("weights", {}) if about.is_file() else {}
             told = {key: value for line in lines(output / name / "metrics.jsonl") for key, value in line.items()}
@@ -169,8 +170,18 @@ def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tupl
     return rows
 
 
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation, and of those that have them the interval (_low, _high) and the images (_n)."""
+    numbers = dict(record["numbers"])
+    for figure, (low, high) in record.get("intervals", {}).items():
+        size = record["sizes"][figure]["images"]
+        numbers |= {f"{figure}_low": low, f"{figure}_high": high, f"{figure}_n": size}
+    return numbers
+
+
 def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A line for each row: its name, seeds, and mean and deviation of each figure (None for a single seed)."""
+    """A line for each row: its name, seeds, and of each figure the mean, the deviation (None for a single seed), the
+    mean ends of its intervals and the number of images."""
     table = []
     for row, runs in rows.items():
         line: dict[str, Any] = {"run": " ".join(row), "seeds": len(runs)}
@@ -178,22 +189,30 @@ def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[st
             values = [numbers[figure] for numbers in runs if figure in numbers]
             line[figure] = statistics.fmean(values) if values else None
             line[f"{figure}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+            for part in ("low", "high", "n"):
+                ends = [numbers[f"{figure}_{part}"] for numbers in runs if f"{figure}_{part}" in numbers]
+                line[f"{figure}_{part}"] = statistics.fmean(ends) if ends else None
         table.append(line)
     return table
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
     shown = [figure for figure in FIGURES if any(line[figure] is not None for line in table)]
-    text = [f"| run | seeds | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
+    heads = []
+    for figure in shown:
+        sizes = {line[f"{figure}_n"] for line in table if line[figure] is not None}
+        size = sizes.pop() if len(sizes) == 1 else None
+        heads.append(f"{figure} (n {size:,.0f})" if size else figure)
+    text = [f"| run | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(shown)}"]
     for line in table:
-        told = (_told(line[figure], line[f"{figure}_deviation"]) for figure in shown)
+        told = (_told(line, figure) for figure in shown)
         text.append(f"| {escaped(line['run'])} | {line['seeds']} | {' | '.join(told)} |")
     return "\n".join(text) + "\n"
 
 
 def draw(table: list[dict[str, Any]], title: str) -> Any:
-    """Top-1 of every line with its deviation, in the order of the table: on the validation rows, where any line has
-    them (a line without has no point), otherwise on the test rows."""
+    """Top-1 of every line with its deviation and, thin, its 95% interval, in the order of the table: on the validation
+    rows, where any line has them (a line without has no point), otherwise on the test rows."""
     split = "validation" if any(line["validation_top1"] is not None for line in table) else "test"
     name = "validation_top1" if split == "validation" else "top1"
     figure = style.new_figure(7.0, 1.0 + 0.28 * len(table))
@@ -201,6 +220,9 @@ def draw(table: list[dict[str, Any]], title: str) -> Any:
     places = range(len(table))
     values = [math.nan if line[name] is None else line[name] for line in table]
     deviations = [line[f"{name}_deviation"] or 0.0 for line in table]
+    for place, line in enumerate(table):
+        if line[f"{name}_low"] is not None:
+            axes.hlines(place, line[f"{name}_low"], line[f"{name}_high"], color=style.GREY, linewidth=0.8, alpha=0.6)
     axes.errorbar(values, places, xerr=deviations, fmt="o", color=style.color(0), capsize=3)
     axes.set_yticks(places, [style.plain(line["run"], 60) for line in table])
     axes.invert_yaxis()
@@ -225,10 +247,13 @@ def write(table: list[dict[str, Any]], output: Path) -> None:
     print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
 
 
-def _told(mean: float | None, deviation: float | None) -> str:
+def _told(line: dict[str, Any], figure: str) -> str:
+    """52.0 ± 2.8 (48-56): mean and deviation of the seeds, 95% interval over images and classes."""
+    mean, deviation, low, high = (line[figure + part] for part in ("", "_deviation", "_low", "_high"))
     if mean is None:
         return "-"
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    text = f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+    return text if low is None else f"{text} ({span((low, high))})"
 
 
 def _short(key: str) -> str:
