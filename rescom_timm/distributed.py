@@ -10,17 +10,18 @@ from torch import Tensor
 
 
 def processes() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) where nothing is distributed."""
+    """Rank and number of processes; (0, 1) if nothing is distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The rows of every process, in rank order: (B, ...) -> (processes * B, ...). Every process must bring as many.
+    """Gather the rows of every process, in rank order: (B, ...) -> (processes * B, ...).
 
-    Gradients flow back to the process that the rows came from, summed over all processes' losses, as
-    DistributedDataParallel (which averages) expects of a loss that is a mean over each process's own queries.
+    Every process needs the same B. Gradients flow back to the process that the rows came from, summed over all
+    processes' losses, as DistributedDataParallel (which averages) expects of a loss that is a mean over each process's
+    own queries.
     """
     return _Gather.apply(tensor) if processes()[1] > 1 else tensor
 

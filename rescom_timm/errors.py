@@ -56,6 +56,13 @@ CODES = {
     # images
     "image.unreadable": "an image that cannot be decoded",
     "image.size": "images too small for the views, or of different sizes after them",
+    # nets, methods and losses
+    "method.value": "a setting of a method or loss is out of its bounds or does not fit the others",
+    "loss.counts": "a class has no training image",
+    "queue.size": "a queue has too few slots",
+    "queue.shape": "keys and labels do not have the shapes that a queue takes",
+    "queue.saved": "a saved queue is of other classes, sizes or widths",
+    "queue.mined": "more pairs are mined than there are",
 }
 """Every code and what is wrong, by area."""
 

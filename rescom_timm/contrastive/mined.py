@@ -1,13 +1,12 @@
-"""Hard pair mining and its loss in one step: the fast form of
+"""Hard pair mining and its loss in one step.
 
-    supcon(in_batch(...).join(against_queue(...).hardest(positives, negatives)), temperature, weights)
+The fast form of supcon(in_batch(...).join(against_queue(...).hardest(positives, negatives)), temperature, weights),
+which `composed` computes as written. The forward pass finds the loss and its gradient (paper eq. 4, in closed form),
+and the backward pass only multiplies by d(loss)/d(output): the queue is not copied and may be written at once, and no
+(N, S) tensor outlives the call.
 
-which stays the definition (`composed`). The loss and its gradient (paper eq. 4, in closed form) are found together in
-the forward pass, so that the backward pass needs only d(loss)/d(embedding): the queue is not copied and may be
-written at once, and no (N, S) tensor outlives the call.
-
-Shapes: N queries, M keys of the batch, K classes, Q slots of each class, S = KQ slots, D the width of an embedding,
-n queries of a chunk.
+Shapes: N queries, M keys of the batch, K classes, Q slots of each class, S = KQ slots, D the width of an embedding, n
+queries of a chunk.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from torch.autograd.function import once_differentiable
 from rescom_timm.contrastive.pairs import against_queue, in_batch
 from rescom_timm.contrastive.queue import ClassBalancedQueue, Queue
 from rescom_timm.contrastive.supcon import supcon
+from rescom_timm.errors import InputError
 
 NEVER = -1e30  # logit of a pair that is not valid: finite, so that it gives zeros where infinity gives NaN
 AT_ONCE = 2**28
-"""Similarities that are held at a time, 1 GiB in float32: 512 queries against 524,288 keys."""
+"""Similarities in memory at a time, 1 GiB in float32: 512 queries against 524,288 keys."""
 
 
 def mined_supcon(
@@ -44,16 +44,19 @@ def mined_supcon(
 ) -> Tensor:
     """Class-balanced supervised contrastive loss over hard pairs of the queue and all pairs of the batch (eq. 5).
 
-    queries: (N, D) unit vectors. labels: (N,). positives, negatives: how many pairs of the queue are mined for each
-    query, Qp at most Q and Qn at most (K-1)Q; None keeps all of that kind. weights: (N,) of each query's class.
-    keys, key_labels: (M, D) and (M,) embeddings of the batch, never mined; query i is key `first + i`. Give the
-    queries themselves for the local batch, gathered ones for all processes, none for the queue alone; key_labels are
-    the queries' by default.
-    chunk: queries that are compared at a time: bounds memory to about chunk x S x 4 bytes, for more launches. None: all
-    of them, or as many as AT_ONCE allows.
+    queries: (N, D) unit vectors. labels: (N,). positives, negatives: pairs of the queue mined for each query, Qp at
+    most Q and Qn at most (K-1)Q; None keeps all of that kind. weights: (N,) of each query's class.
+
+    keys, key_labels: (M, D) and (M,) embeddings of the batch, never mined; query i is key `first + i`. Give the queries
+    themselves for the local batch, gathered ones for all processes, none for the queue alone; key_labels are the
+    queries' by default.
+
+    chunk: queries compared at a time, which limits memory to about chunk x S x 4 bytes. None: as many as AT_ONCE
+    allows.
+
     Returns the scalar mean over the N queries, in float32 or float64; gradients flow into queries and keys (once
-    differentiable). No host synchronisation. FIFO and reversed queues take the readable path.
-    Raises ValueError where more is mined than the queue can hold, or for a chunk below 1.
+    differentiable). No host synchronisation. FIFO and reversed queues use `composed`. Raises InputError if more pairs
+    are mined than the queue can hold, or for a chunk below 1.
     """
     if not isinstance(queue, ClassBalancedQueue):
         return composed(queries, labels, queue, positives, negatives, temperature, weights, keys, key_labels, first)
@@ -61,13 +64,13 @@ def mined_supcon(
     per_class = len(queue.keys) // classes
     qp = _checked(positives, per_class, "positive", "Q")
     qn = _checked(negatives, (classes - 1) * per_class, "negative", "(K-1)Q")
-    # What is raised here is lowered again by autograd. Autocast would round similarities to eight bits.
+    # Autograd casts the gradient back. Autocast would round similarities to eight bits.
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
     if keys is None:
         keys, key_labels = queries.new_empty(0, queries.shape[1]), labels[:0]
     key_labels = labels if key_labels is None else key_labels
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, or None for as many as fit, not {chunk}")
+        raise InputError("method.value", f"chunk must be at least 1 or None, not {chunk}")
     chunk = chunk or max(1, min(len(queries), AT_ONCE // len(queue.keys)))
     weights = queries.new_ones(len(queries)) if weights is None else weights.to(queries.dtype)
     with torch.autocast(queries.device.type, enabled=False):
@@ -89,7 +92,7 @@ def composed(
     key_labels: Tensor | None = None,
     first: int = 0,
 ) -> Tensor:
-    """The same loss put together from pairs: what `mined_supcon` must equal, for any queue. Arguments as there."""
+    """Compute the same loss from Pairs, for any queue; `mined_supcon` must equal it. Arguments as there."""
     pairs = against_queue(queries, labels, queue).hardest(positives, negatives)
     if keys is not None:
         pairs = in_batch(queries, labels, keys, key_labels, first).join(pairs)
@@ -97,7 +100,7 @@ def composed(
 
 
 class _MinedSupcon(torch.autograd.Function):
-    """Forward finds loss and gradient; what follows works on logits, that is similarities / temperature."""
+    """Forward finds loss and gradient. Logits below are similarities / temperature."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -107,14 +110,13 @@ class _MinedSupcon(torch.autograd.Function):
         grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
         loss = queries.new_zeros(())
         queries = queries / temperature
-        # Added by the product itself, so that no slot not yet filled is ever a pair.
-        bias = (~valid * NEVER).to(queries.dtype)
-        room = queries.new_empty(min(chunk, len(queries)), len(queue))
-        dense = qn > 0 and len(queue) < 3 * (qp + qn)  # most keys are wanted: keep all, each with its share
+        bias = (~valid * NEVER).to(queries.dtype)  # addmm adds it, so that an empty slot is never a pair
+        buffer = queries.new_empty(min(chunk, len(queries)), len(queue))
+        dense = qn > 0 and len(queue) < 3 * (qp + qn)  # most keys are mined: keep all, each with its share
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             near, same = _of_batch(queries[rows], labels[rows], keys, key_labels, first + start)
-            far = torch.addmm(bias, queries[rows], queue.T, out=room[: len(near)])
+            far = torch.addmm(bias, queries[rows], queue.T, out=buffer[: len(near)])
             own, own_slots = _own(far, labels[rows], classes, qp)
             positive = torch.cat([same, own > NEVER / 2], dim=1)
             if dense:
@@ -143,7 +145,7 @@ class _MinedSupcon(torch.autograd.Function):
 
 
 def _of_batch(queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Logits (n, M) of the batch, NEVER for a view with itself, and which are positive, (n, M)."""
+    """Logits (n, M) of the batch, NEVER for a view with itself, and a mask of the positive pairs, (n, M)."""
     logits, same = queries @ keys.T, labels[:, None] == key_labels
     if len(keys):
         logits.diagonal(first).fill_(NEVER)
@@ -152,7 +154,7 @@ def _of_batch(queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor,
 
 
 def _own(logits: Tensor, labels: Tensor, classes: int, qp: int) -> tuple[Tensor, Tensor]:
-    """The least similar of each query's own class, values and slots (n, qp). The own class leaves logits (n, S)."""
+    """Values and slots (n, qp) of the least similar keys of each query's class, set to NEVER in logits (n, S)."""
     per_class = logits.shape[1] // classes
     slots = labels[:, None] * per_class + torch.arange(per_class, device=labels.device)
     values = logits.gather(1, slots)
@@ -165,12 +167,9 @@ def _own(logits: Tensor, labels: Tensor, classes: int, qp: int) -> tuple[Tensor,
 
 
 def share_of_largest(values: Tensor, number: int) -> Tensor:
-    """1 for the `number` largest of (n, m), 0 for the others; ties for the last places share them evenly.
-
-    NumPy's partition is vectorised and needs no indices; the bound that it finds is the same as topk's.
-    """
+    """1 for the `number` largest of (n, m), 0 for the others; ties for the last places share them evenly."""
     m = values.shape[1]
-    if values.device.type == "cpu":
+    if values.device.type == "cpu":  # NumPy's partition is vectorised and needs no indices
         partitioned = values.clone()
         partitioned.numpy().partition(m - number, axis=1)
         bound = partitioned[:, m - number, None]
@@ -183,10 +182,10 @@ def share_of_largest(values: Tensor, number: int) -> Tensor:
 
 
 def largest_(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tensor]:
-    """torch.topk(values, number, sorted=False) of (n, m), exact, and faster where m is many times number.
+    """torch.topk(values, number, sorted=False) of (n, m), exact, and faster if m is many times number.
 
-    The `number` largest lie in the `number` groups with the largest maxima: groups are chosen first (themselves by
-    groups), then values within them. values may be overwritten.
+    The `number` largest lie in the `number` groups with the largest maxima: it chooses groups first (recursively), then
+    values within them. May overwrite values.
     """
     m = values.shape[1] // group
     if number == 0 or m < 3 * number:
@@ -195,7 +194,7 @@ def largest_(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tenso
     groups = values[:, : group * m].unflatten(1, (group, m))
     chosen = largest_(groups.amax(1), number, group)[1]
     index = (chosen[:, None] + torch.arange(0, group * m, m, device=values.device)[:, None]).flatten(1)
-    if group * m < values.shape[1]:  # what fills no group competes for itself
+    if group * m < values.shape[1]:  # the remainder, which fills no group
         rest = torch.arange(group * m, values.shape[1], device=values.device)
         index = torch.cat([index, rest.expand(len(values), -1)], dim=1)
     found, place = _topk_(values.gather(1, index), number)
@@ -203,8 +202,10 @@ def largest_(values: Tensor, number: int, group: int = 4) -> tuple[Tensor, Tenso
 
 
 def _topk_(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """torch.topk of the numbers' bits in the numbers' order: integers need no test for NaN, a third of the time on a
-    CPU. values are overwritten."""
+    """torch.topk of the numbers' bits in the numbers' order; overwrites values.
+
+    Integers need no test for NaN, which takes a third of the time on a CPU.
+    """
     found, index = _ordered_bits_(values).topk(number, dim=1, sorted=False)
     return _ordered_bits_(found).view(values.dtype), index
 
@@ -218,11 +219,10 @@ def _ordered_bits_(values: Tensor) -> Tensor:
 
 
 def _loss_and_gradient(logits: Tensor, positive: Tensor, scale: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient with respect to logits (n, m), which are
-    overwritten.
+    """Eq. 5, summed over queries times scale (n,), and eq. 4, its gradient; overwrites logits (n, m).
 
-    logits: NEVER where a pair is not valid. positive: (n, p) of the first p pairs, all valid. share: (n, m - p), how
-    much of each other pair counts, 0 to 1, the largest of them more than 0; all of it by default.
+    logits: NEVER where a pair is not valid. positive: (n, p) of the first p pairs, all valid. share: (n, m - p), weight
+    of each other pair, 0 to 1, the largest of them more than 0; all 1 by default.
     """
     if logits.shape[1] == 0:
         return logits.sum(), logits
@@ -246,8 +246,8 @@ def _checked(number: int | None, most: int, kind: str, symbol: str) -> int:
     if number is None:
         return most
     if not 0 <= number <= most:
-        raise ValueError(
-            f"cannot mine {number} {kind} pairs of each query: the queue holds {symbol} = {most}; "
-            "lower the number mined or raise the size of the queue"
+        raise InputError(
+            "queue.mined",
+            f"cannot mine {number} {kind} pairs of each query from {symbol} = {most}: mine fewer or enlarge the queue",
         )
     return number

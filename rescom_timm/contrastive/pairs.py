@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.contrastive.queue import Queue
+from rescom_timm.errors import InputError
 
 
 class Pairs(NamedTuple):
@@ -28,12 +29,12 @@ class Pairs(NamedTuple):
         return Pairs(*(torch.cat(both, dim=1) for both in zip(self, other, strict=True)))
 
     def hardest(self, positives: int | None, negatives: int | None) -> Pairs:
-        """Hard pair mining (paper eq. 5): of each query's valid pairs the `positives` least similar positive
-        ones and the `negatives` most similar negative ones, (N, positives + negatives).
+        """Hard pair mining (paper eq. 5).
 
-        None keeps every pair of that kind, so that (None, None) returns the pairs as they are (eq. 3).
-        Where a query has fewer such pairs than asked for, the rest of its row is not valid.
-        Raises ValueError where a number is below 0 or above M.
+        Of each query's valid pairs, keeps the `positives` least similar positive ones and the `negatives` most similar
+        negative ones: (N, positives + negatives). None keeps every pair of that kind, so that (None, None) returns the
+        pairs as they are (eq. 3). If a query has fewer such pairs, the rest of its row is not valid. Raises InputError
+        for a number below 0 or above M.
         """
         if positives is None and negatives is None:
             return self
@@ -45,7 +46,7 @@ class Pairs(NamedTuple):
         if number is None:
             return Pairs(self.similarity, self.positive, eligible)
         if not 0 <= number <= self.similarity.shape[1]:
-            raise ValueError(f"cannot mine {number} of {self.similarity.shape[1]} pairs; lower the number mined")
+            raise InputError("queue.mined", f"cannot mine {number} of {self.similarity.shape[1]} pairs: mine fewer")
         # A pair that may not be chosen is given the rank of the easiest, so that it is chosen last.
         easiest = float("inf") if positive else float("-inf")
         rank = self.similarity.detach().masked_fill(~eligible, easiest)
@@ -57,7 +58,7 @@ class Pairs(NamedTuple):
 def in_batch(
     queries: Tensor, labels: Tensor, keys: Tensor | None = None, key_labels: Tensor | None = None, first: int = 0
 ) -> Pairs:
-    """Every view of the batch against every other one; a view is never a pair of itself.
+    """Pair every view of the batch with every other one; a view is never a pair of itself.
 
     queries: (N, D) unit vectors. labels: (N,). keys: (M, D), the queries themselves by default; key_labels: (M,).
     first: where the queries stand among the keys (query i is key `first + i`), for keys gathered from all processes.
@@ -71,7 +72,7 @@ def in_batch(
 
 
 def against_queue(queries: Tensor, labels: Tensor, queue: Queue) -> Pairs:
-    """Every query against every slot of the queue; a slot not yet filled is not a valid pair.
+    """Pair every query with every slot of the queue; an empty slot is not a valid pair.
 
     queries: (N, D) unit vectors. labels: (N,). Returns (N, S) pairs. The keys are a copy, so the queue may be
     written before the backward pass.

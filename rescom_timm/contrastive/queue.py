@@ -1,4 +1,4 @@
-"""Queues of past embeddings (keys), each slot with its class: class-balanced (paper eq. 3), FIFO and reversed (Fig. 3).
+"""Queues of past embeddings (keys) with their classes: class-balanced (paper eq. 3), FIFO and reversed (Fig. 3).
 
 Shapes: S slots, R rings, K classes, Q slots of each class, D the width of an embedding, B keys that enter.
 A queue is state, not weights: keep it outside the module that DistributedDataParallel wraps.
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
+
 
 class Queue(nn.Module):
-    """S slots cut into rings; a key enters the ring of its class, over that ring's oldest key.
+    """S slots split into rings; a key replaces the oldest key in the ring of its class.
 
     keys: (S, D). labels: (S,) class of each slot. valid: (S,) bool, False until the slot is first filled.
-    holding: while True, keys wait and enter with the first that come after, for the passes of one optimizer step.
+    holding: while True, keys wait and enter with the next ones, for the several passes of one optimizer step.
     """
 
     keys: Tensor
@@ -27,10 +29,10 @@ class Queue(nn.Module):
     ring_start: Tensor
 
     def __init__(self, ring_size: Tensor, dim: int) -> None:
-        """ring_size: (R,) slots of each ring, each at least 1. dim: D. Raises ValueError for sizes below 1."""
+        """ring_size: (R,) slots of each ring, each at least 1. dim: D. Raises InputError for sizes below 1."""
         super().__init__()
         if dim < 1 or ring_size.numel() == 0 or int(ring_size.min()) < 1:
-            raise ValueError("a queue needs at least one slot in every ring and a width of at least 1")
+            raise InputError("queue.size", f"a queue needs a slot in every ring and a width of at least 1: {dim}")
         slots = int(ring_size.sum())
         self.register_buffer("keys", torch.zeros(slots, dim))
         self.register_buffer("labels", torch.zeros(slots, dtype=torch.long))
@@ -47,15 +49,16 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor) -> None:
-        """Let keys enter, detached and in their order; where a batch brings more than a ring holds, the last stay.
+        """Insert keys, detached, in order; if a batch has more than a ring holds, the last stay.
 
-        keys: (B, D). labels: (B,) int64. Takes place after the step's similarities are taken (METHOD: "the keys
-        of a step are never its own pairs"). No host synchronisation. Raises ValueError for wrong shapes.
+        keys: (B, D). labels: (B,) int64. Call it after the similarities of the step are taken, so that the keys of a
+        step are never its own pairs. No host synchronisation. Raises InputError for wrong shapes.
         """
         if keys.ndim != 2 or keys.shape[1] != self.keys.shape[1] or labels.shape != keys.shape[:1]:
-            raise ValueError(
-                f"keys {tuple(keys.shape)} and labels {tuple(labels.shape)} do not fit a queue of width "
-                f"{self.keys.shape[1]}: give keys (B, {self.keys.shape[1]}) and labels (B,)"
+            raise InputError(
+                "queue.shape",
+                f"queue: keys must be (B, {self.keys.shape[1]}) and labels (B,), not {tuple(keys.shape)} and "
+                f"{tuple(labels.shape)}",
             )
         if self.holding:
             self._held.append((keys.detach(), labels))
@@ -79,25 +82,23 @@ class Queue(nn.Module):
         self.pointer[ring] = (self.pointer[ring] + count) % size
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, own in (("keys", self.keys), ("pointer", self.pointer)):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != own.shape:
-                raise ValueError(
-                    f"the saved queue has {name} {tuple(saved.shape)}, this one {tuple(own.shape)}: "
-                    "build it with the same classes, size and width, or start with an empty queue"
+        for name, own in (("keys", self.keys), ("pointer", self.pointer), ("ring_size", self.ring_size)):
+            saved = state_dict.get(prefix + name, own)
+            if saved.shape != own.shape or (name == "ring_size" and not torch.equal(saved.to(own.device), own)):
+                raise InputError(
+                    "queue.saved",
+                    f"the saved queue has other {name} ({tuple(saved.shape)}) than this one ({tuple(own.shape)}): "
+                    "build it with the same class counts, size and width, or start with an empty queue",
                 )
-        rings = state_dict.get(prefix + "ring_size")
-        if rings is not None and not torch.equal(rings.to(self.ring_size.device), self.ring_size):
-            raise ValueError(
-                "the saved queue has rings of other sizes: it was built from other classes' counts; "
-                "build it with the same counts, or start with an empty queue"
-            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def cosines(self) -> tuple[Tensor, Tensor]:
-        """Mean cosine of two different keys of one class, and of two keys of different classes: scalars, NaN without
-        such keys. Keys that are one point have 1 and 1; where classes are apart, the second is lower."""
+        """Mean cosine of two different keys of one class, and of two keys of different classes.
+
+        Scalars, NaN without such keys. Keys that have collapsed to one point have 1 and 1; where classes are separated,
+        the second is lower.
+        """
         keys, labels = self.keys[self.valid].double(), self.labels[self.valid]
         sums = keys.new_zeros(int(self.labels.max()) + 1, keys.shape[1]).index_add_(0, labels, keys)
         numbers = torch.bincount(labels, minlength=len(sums)).double()
@@ -116,13 +117,17 @@ class ClassBalancedQueue(Queue):
 
 
 class ReversedQueue(Queue):
-    """About `size` slots, shared out so that the k-th most frequent class has the share of the k-th rarest (Fig. 3):
-    more slots for rarer classes, at least one for each."""
+    """About `size` slots, of which the k-th most frequent class gets the share of the k-th rarest (Fig. 3).
+
+    Every class has at least one.
+    """
 
     def __init__(self, counts: Tensor, size: int, dim: int) -> None:
-        """counts: (K,) training images of each class."""
+        """counts: (K,) training images of each class. Raises InputError for fewer slots than classes."""
         if size < len(counts):
-            raise ValueError(f"a reversed queue of {size} slots cannot hold {len(counts)} classes: raise its size")
+            raise InputError(
+                "queue.size", f"a reversed queue needs a slot for each of {len(counts)} classes, not {size}"
+            )
         order = counts.argsort(stable=True)
         reversed_counts = torch.empty_like(counts)
         reversed_counts[order] = counts[order.flip(0)]
@@ -139,4 +144,5 @@ class FifoQueue(Queue):
         super().__init__(torch.tensor([size]), dim)
 
     def ring(self, labels: Tensor) -> Tensor:
+        """One ring for all classes: (B,) zeros."""
         return torch.zeros_like(labels)

@@ -19,8 +19,8 @@ def supcon(pairs: Pairs, temperature: float, weights: Tensor | None = None) -> T
 
     L_i = -(w_i / |P_i|) * sum over positives p of log( exp(s_ip / tau) / sum over valid pairs m of exp(s_im / tau) )
 
-    weights: (N,) the weight of each query's class, ones by default. Returns a scalar, the mean over all N queries.
-    P_i are the valid positives of query i; a query that has none adds 0 and gets no gradient.
+    weights: (N,) the weight of each query's class, ones by default. P_i are the valid positives of query i; a query
+    that has none adds 0 and gets no gradient. Returns a scalar, the mean over all N queries.
     """
     logits = at_least_float32(pairs.similarity) / temperature
     # The lowest finite number, not -inf: a row without any valid pair must give zeros, not NaN.
@@ -40,13 +40,13 @@ def chance_level(
     weights: Tensor,
     key_labels: Tensor | None = None,
 ) -> Tensor:
-    """The contrastive loss (paper eq. 5) of embeddings that tell nothing apart: the mean over queries of
-    w_y log(number of valid pairs), which a loss near it does not beat.
+    """Contrastive loss (paper eq. 5) of embeddings that are all equal, the level that training should go below.
+
+    The mean over queries of w_y log(number of valid pairs); a query without a positive pair adds 0, as in `supcon`.
 
     labels: (N,) of the queries. positives, negatives: Qp and Qn, None for all. weights: (K,) of the classes.
-    key_labels: (M,) of the batch's own keys, of which each query is one. A query without a positive pair adds 0, as in
-    `supcon`.
-    Returns a scalar without a gradient. No host synchronisation.
+    key_labels: (M,) of the batch's own keys, of which each query is one. Returns a scalar without a gradient. No host
+    synchronisation.
     """
     held = torch.zeros_like(weights).index_add_(0, queue.labels, queue.valid.to(weights.dtype))
     own, other = held[labels], held.sum() - held[labels]
@@ -59,7 +59,7 @@ def chance_level(
 
 
 def chance_of_pairs(pairs: Pairs) -> Tensor:
-    """`chance_level` of pairs (N, M) that are there, with weights of one: for losses that are `supcon` of them."""
+    """`chance_level` of given pairs (N, M) with weights of one, for losses that are `supcon` of them."""
     number = pairs.valid.sum(dim=1).clamp(min=1).to(pairs.similarity.dtype)
     return number.log().where((pairs.positive & pairs.valid).any(dim=1), 0).mean()
 
@@ -67,13 +67,14 @@ def chance_of_pairs(pairs: Pairs) -> Tensor:
 def paco(
     centres: Tensor, labels: Tensor, pairs: Pairs, temperature: float, alpha: float, smoothing: float = 0.0
 ) -> Tensor:
-    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, with its rebalanced centres): one softmax
-    over the K class centres and all valid pairs,
+    """Parametric contrastive loss (PaCo, Cui et al. 2021, arXiv 2107.12028, with its rebalanced centres).
 
-    L_i = - sum_t w_t log p_it / sum_t w_t,   w = 1 for the own centre, alpha for every positive pair
+    One softmax over the K class centres and all valid pairs:
 
-    centres: (N, K) logits of the centres, with log pi_k added. pairs: (N, M). smoothing: of the centres' targets
-    (GPaCo, arXiv 2209.12400). The division is the authors' training. Returns a scalar, the mean over N.
+    L_i = - sum_t w_t log p_it / sum_t w_t, w = 1 for the own centre, alpha for every positive pair
+
+    centres: (N, K) logits of the centres, with log pi_k added. labels: (N,). pairs: (N, M). smoothing: of the centres'
+    targets (GPaCo, arXiv 2209.12400). The division is in the authors' code. Returns a scalar, the mean over N.
     """
     centres = at_least_float32(centres)
     logits = (at_least_float32(pairs.similarity) / temperature).to(centres.dtype)

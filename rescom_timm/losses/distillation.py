@@ -12,11 +12,12 @@ from rescom_timm.losses.weights import at_least_float32
 
 
 def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
-    """How far experts are from their mean: sum over experts of T^2 KL(mean || expert), the mean over N, T the mean
-    temperature (the diversity loss of RIDE, Wang et al. 2021, arXiv 2010.01809, against the mean expert as its authors
-    train).
+    """Distance of experts from their mean: sum over experts of T^2 KL(mean || expert), the mean over N.
 
-    logits: (E, N, K) of E experts; the mean expert gets no gradient. temperature: (K,) of each class.
+    T is the mean temperature. The diversity loss of RIDE (Wang et al. 2021, arXiv 2010.01809), against the mean expert
+    as in the authors' code.
+
+    logits: (E, N, K) of E experts; the mean expert gets no gradient. temperature: (K,) of each class. Returns a scalar.
     """
     logits = at_least_float32(logits)
     temperature = temperature.to(logits.dtype)
@@ -27,10 +28,11 @@ def diversity(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float, power: float = 1.0) -> Tensor:
-    """tau^2 KL(p || softmax(s / tau)), the mean over N, p_k ~ softmax(t / tau)_k^power (Hinton et al. 2015, arXiv
-    1503.02531; the power: DiVE, He et al. 2021, arXiv 2103.15042).
+    """tau^2 KL(p || softmax(s / tau)), the mean over N, with p_k ~ softmax(t / tau)_k^power.
 
-    logits: (N, K) of the student, s. teacher: (N, K), t, which get no gradient. temperature: tau.
+    Hinton et al. 2015, arXiv 1503.02531; the power: DiVE, He et al. 2021, arXiv 2103.15042.
+
+    logits: (N, K) of the student, s. teacher: (N, K), t, which get no gradient. temperature: tau. Returns a scalar.
     """
     logits, teacher = at_least_float32(logits), at_least_float32(teacher.detach())
     p = (power / temperature * teacher).softmax(dim=1)

@@ -9,20 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rescom_timm.errors import InputError
 from rescom_timm.losses.weights import at_least_float32
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError for a temperature at which every softmax over similarities is one-hot or flat."""
+    """Raises InputError for a temperature at which every softmax over similarities is one-hot or uniform."""
     if not 1e-3 <= temperature <= 1e3:
-        raise ValueError(f"temperature must be in [0.001, 1000], not {temperature:g}")
+        raise InputError("method.value", f"temperature must be in [0.001, 1000], not {temperature:g}")
 
 
 def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Prototypical supervised contrastive loss (Hybrid-PSC, Wang et al. 2021, arXiv 2103.14267):
+    """Prototypical supervised contrastive loss (Hybrid-PSC, Wang et al. 2021, arXiv 2103.14267).
+
     -log( exp(z.p_y / tau) / sum over j != y of exp(z.p_j / tau) ), the mean over N.
 
-    embeddings: (N, D) and prototypes: (K, D), unit vectors.
+    embeddings: (N, D) and prototypes: (K, D), unit vectors. labels: (N,). Returns a scalar.
     """
     logits = at_least_float32(embeddings) @ prototypes.to(torch.promote_types(embeddings.dtype, torch.float32)).T
     logits = logits / temperature
@@ -34,14 +36,15 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
 def robust_centroids(
     features: Tensor, labels: Tensor, centroids: Tensor, known: Tensor, epsilon: Tensor, temperature: float
 ) -> Tensor:
-    """Distributional robustness loss (DRO-LT, Samuel & Chechik 2021, arXiv 2104.03066): for each
-    class c of the batch, against all N features,
+    """Distributional robustness loss (DRO-LT, Samuel & Chechik 2021, arXiv 2104.03066).
 
-    -mean over its z of log( exp(-(|mu_c - z| + eps_c) / tau) / sum_z' exp(-(|mu_c - z'| + eps_c [z' of c]) / tau) ),
+    For each class c of the batch, against all N features, then the mean over the classes:
 
-    the mean over the classes. features: (N, F). centroids: (K, F). known: (K,) bool, classes that have a centroid.
-    epsilon: (K,) radius of each class's ball of uncertainty. Zero where no class of the batch is known. The authors'
-    code hands unequal radii to the wrong images (in batch order to pairs in class order), which is not followed here.
+    -mean over its z of log( exp(-(|mu_c - z| + eps_c) / tau) / sum_z' exp(-(|mu_c - z'| + eps_c [z' of c]) / tau) )
+
+    features: (N, F). centroids: (K, F). known: (K,) bool, classes that have a centroid. epsilon: (K,) radius of each
+    class's ball of uncertainty. Returns a scalar, 0 if no class of the batch is known. The authors' code assigns
+    unequal radii to the wrong images (in batch order to pairs in class order); this does not.
     """
     features, centroids = at_least_float32(features), centroids.to(at_least_float32(features).dtype)
     squares = (centroids**2).sum(dim=1)[:, None] + (features**2).sum(dim=1) - 2 * centroids @ features.T

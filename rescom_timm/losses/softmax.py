@@ -17,11 +17,11 @@ from rescom_timm.losses.weights import at_least_float32, log_prior
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Balanced Softmax: cross-entropy of s + log N_k. Over the 2B stacked rows of two views it is Siamese Balanced
-    Softmax (paper eq. 6).
+    """Balanced Softmax: cross-entropy of s + log N_k.
 
-    logits: (N, K). labels: (N,). counts: (K,) training images. smoothing: share of the target spread evenly over
-    all classes. Returns a scalar, the mean.
+    logits: (N, K). labels: (N,). counts: (K,) training images. smoothing: share of the target spread evenly over all
+    classes. Returns a scalar, the mean over N; over the 2B rows of two views it is Siamese Balanced Softmax (paper eq.
+    6).
     """
     logits = at_least_float32(logits)
     return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels, label_smoothing=smoothing)
@@ -39,8 +39,10 @@ def focal(logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None =
 
 
 def logit_adjustment(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
-    """Logit-adjusted cross-entropy (Menon et al. 2021, arXiv 2007.07314, eq. 10): that of s + tau log pi_k,
-    pi_k = N_k / N. Returns a scalar, the mean over N."""
+    """Logit-adjusted cross-entropy (Menon et al. 2021, arXiv 2007.07314, eq. 10): of s + tau log pi_k, pi_k = N_k / N.
+
+    logits: (N, K). labels: (N,). counts: (K,). Returns a scalar, the mean over N.
+    """
     logits = at_least_float32(logits)
     return F.cross_entropy(logits + tau * log_prior(counts).to(logits.dtype), labels)
 
@@ -50,28 +52,31 @@ def ldam(
 ) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al. 2019, eq. 12): cross-entropy of s (z - Delta_y at the label).
 
-    cosines: (N, K) of features and class vectors. margins: (K,). weights: (K,), for deferred re-weighting; the loss
-    is then the weighted mean, as in the authors' training.
+    cosines: (N, K) of features and class vectors. labels: (N,). margins: (K,). scale: s. weights: (K,), for deferred
+    re-weighting; the loss is then the weighted mean, as in the authors' code. Returns a scalar.
     """
     logits = scale * less_margins(cosines, labels, margins)
     return F.cross_entropy(logits, labels) if weights is None else weighted_cross_entropy(logits, labels, weights)
 
 
 def less_margins(cosines: Tensor, labels: Tensor, margins: Tensor) -> Tensor:
-    """z - Delta_y at the label, z elsewhere, (N, K), of cosines (N, K), labels (N,) and margins (K,)."""
+    """Cosines z - Delta_y at the label, z elsewhere, (N, K). cosines: (N, K). labels: (N,). margins: (K,)."""
     cosines = at_least_float32(cosines)
     return cosines - F.one_hot(labels, cosines.shape[1]) * margins.to(cosines.dtype)
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """sum w_y CE / sum w_y, as `weighted_mean`. weights: (K,) of the classes."""
+    """Weighted mean sum w_y CE / sum w_y, as `weighted_mean`. weights: (K,) of the classes."""
     logits = at_least_float32(logits)
     return weighted_mean(F.cross_entropy(logits, labels, reduction="none"), weights.to(logits.dtype)[labels])
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """sum w v / sum w over the batch of all processes: each one's share, times their number, so that their mean (which
-    DistributedDataParallel takes) is that of one process with the whole batch. values, weights: of one shape."""
+    """Weighted mean sum w v / sum w over the batch of all processes. values, weights: of one shape.
+
+    Returns each process's share times their number, so that the mean over processes (which DistributedDataParallel
+    takes) is the value of one process with the whole batch.
+    """
     total = weights.sum()
     if processes()[1] > 1:
         dist.all_reduce(total)
@@ -79,13 +84,13 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float = 0.1) -> Tensor:
-    """The regulariser of LADE (LADER, Hong et al. 2021, arXiv 2012.00321, eqs. 15 and 16), of a balanced target:
+    """Regulariser of LADE (LADER, Hong et al. 2021, arXiv 2012.00321, eqs. 15 and 16), for a balanced target.
 
-    sum_k pi_k [ -mean of f_k over the class's images + D_k + regularization * D_k^2 ],
-    D_k = log( 1/N sum_i (1 / K) / pi_k * exp f_k(x_i) )
+    sum_k pi_k [ -mean of f_k over the class's images + D_k + regularization * D_k^2 ], D_k = log( 1/N sum_i (1 / K) /
+    pi_k * exp f_k(x_i) )
 
-    logits: (N, K), the f. A class without an image in the batch has no first term. D_k is that of the authors'
-    training, which shifts each class's scores by its own prior; importance weights of the images would have pi_(y_i).
+    logits: (N, K), the f. A class without an image in the batch has no first term. D_k is that of the authors' code,
+    which shifts each class's scores by its own prior; importance weights of the images would have pi_(y_i).
     """
     logits = at_least_float32(logits)
     prior = log_prior(counts).to(logits.dtype)
@@ -96,9 +101,11 @@ def lader(logits: Tensor, labels: Tensor, counts: Tensor, regularization: float 
 
 
 def label_aware_smoothing(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
-    """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466): cross-entropy with the target
-    eps_y / K of every class and 1 - eps_y more at the label. smoothing: (K,), the eps of each class. This is the
-    authors' training; their equation spreads eps_y over the K - 1 other classes."""
+    """Label-aware smoothing (MiSLAS, Zhong et al. 2021, arXiv 2104.00466), the mean over N.
+
+    Cross-entropy with the target eps_y / K of every class and 1 - eps_y more at the label. smoothing: (K,), the eps of
+    each class. This is the authors' code; their equation spreads eps_y over the K - 1 other classes.
+    """
     log_p = at_least_float32(logits).log_softmax(dim=1)
     eps = smoothing.to(log_p.dtype)[labels]
     own = log_p.gather(1, labels[:, None]).squeeze(1)

@@ -196,7 +196,7 @@ def test_classifiers_that_are_linear_in_evaluation_are_exported_and_the_others_r
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
+    ("config", "settings", "message"),
     [
         (FocalConfig, {"gamma": 0.5}, "gamma must be 0 or at least 1"),
         (FocalConfig, {"gamma": -1.0}, "gamma"),

@@ -37,7 +37,7 @@ def same(method, loss, expected, rtol=1e-9):
 # --------------------------------------------------------------------------------------------------------------- BBN
 
 
-@pytest.mark.parametrize("epoch, alpha", [(0, 1.0), (5, 0.75), (9, 0.19)])
+@pytest.mark.parametrize(("epoch", "alpha"), [(0, 1.0), (5, 0.75), (9, 0.19)])
 def test_bbn_mixes_features_and_losses_by_a_parabola(epoch, alpha):
     method = make(BbnConfig()).double()
     method.set_epoch(epoch, 10)
@@ -80,7 +80,7 @@ def test_bbn_shares_all_but_the_last_block():
 
 
 @pytest.mark.parametrize(
-    "name, block",
+    ("name", "block"),
     [
         ("resnet32_cifar", "layer3.4"),
         ("test_resnet", "layer4.0"),
@@ -164,7 +164,7 @@ def test_reslt_refuses_a_backbone_without_a_map_that_is_averaged():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"beta": 1.1}, r"beta must be in \[0, 1\]"),
         ({"medium": -0.1}, "medium must be"),

@@ -42,7 +42,7 @@ def check(method, expected, outputs):
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-12) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("tau, power", [(3.0, 0.5), (2.0, 1.0), (0.7, 1.5)])
+@pytest.mark.parametrize(("tau", "power"), [(3.0, 0.5), (2.0, 1.0), (0.7, 1.5)])
 def test_distillation_is_its_equation(tau, power):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (4 * torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -114,7 +114,7 @@ def test_a_teacher_stays_as_it_is_and_is_no_part_of_the_method():
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
+    ("config", "settings", "message"),
     [
         (DiveConfig, {"alpha": 1.1}, r"alpha must be in \[0, 1\]"),
         (DiveConfig, {"temperature": 0.0}, "temperature"),

@@ -16,7 +16,7 @@ def probability(row, y):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("epoch, reweighted", [(7, False), (8, True)])
+@pytest.mark.parametrize(("epoch", "reweighted"), [(7, False), (8, True)])
 def test_images_add_ldam_up_to_the_exit_by_which_they_leave(epoch, reweighted, views):
     config = ElfConfig(views=views, exits=2, threshold=0.4, scale=5.0, margin=0.3, beta=0.9)
     method = make(config).double()
@@ -72,7 +72,7 @@ def test_wrong_or_unsure_images_stay_and_those_that_left_never_come_back():
 
 
 @pytest.mark.parametrize(
-    "name, stages, widths",
+    ("name", "stages", "widths"),
     [
         ("resnet20_cifar", [1, 2], [16, 32]),
         ("resnet18", [2, 3], [128, 256]),

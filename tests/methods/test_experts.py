@@ -27,7 +27,7 @@ def batch(size=6):
 
 
 @pytest.mark.parametrize(
-    "name, branch", [("resnet20_cifar", "layer2"), ("test_resnet", "layer3"), ("test_convnext", "stages.2")]
+    ("name", "branch"), [("resnet20_cifar", "layer2"), ("test_resnet", "layer3"), ("test_convnext", "stages.2")]
 )
 def test_stem_and_tail_are_the_backbone(name, branch):
     encoder = timm.create_model(name, num_classes=0).eval()
@@ -45,7 +45,7 @@ def test_a_backbone_that_is_no_chain_is_refused_and_its_children_are_named():
         cut(timm.create_model("test_vit", num_classes=0), "blocks.3")
 
 
-@pytest.mark.parametrize("epoch, reweighted", [(7, False), (8, True)])
+@pytest.mark.parametrize(("epoch", "reweighted"), [(7, False), (8, True)])
 def test_loss_is_ldam_of_each_expert_less_their_diversity(epoch, reweighted):
     method = make(
         experts=2, scale=5.0, margin=0.3, diversity=0.4, beta=0.9, temperature_by_count=0.2, reweight_from=0.8
@@ -116,7 +116,7 @@ def test_experts_are_no_plain_timm_model():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"experts": 1}, "at least 2"),
         ({"diversity": -0.1}, "diversity"),

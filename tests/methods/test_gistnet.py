@@ -76,7 +76,7 @@ def test_a_constellation_is_no_plain_timm_model():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"structures": 0}, "structures must be from 1 to 1,000, not 0"),
         ({"scale": 0.0}, "scale must be above 0"),

@@ -141,7 +141,7 @@ def test_baselines_are_the_losses_of_their_names():
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"positives": 5}, "Qp = 5.*Q = 4"),
         ({"temperature": 0.0}, "temperature"),

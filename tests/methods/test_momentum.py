@@ -146,7 +146,7 @@ def test_an_empty_queue_gives_finite_losses():
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
+    ("config", "settings", "message"),
     [
         (MocoConfig, {"momentum": 1.0}, "momentum"),
         (MocoConfig, {"queue_size": 0}, "queue_size must be at least 1"),

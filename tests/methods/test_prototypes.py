@@ -20,7 +20,7 @@ def check(method, expected, data):
     return outputs
 
 
-@pytest.mark.parametrize("epoch, alpha", [(0, 1.0), (5, 0.75), (9, 0.19)])
+@pytest.mark.parametrize(("epoch", "alpha"), [(0, 1.0), (5, 0.75), (9, 0.19)])
 def test_hybrid_psc_goes_from_prototypes_to_the_classifier_on_a_parabola(epoch, alpha):
     method = make(HybridPscConfig(views=2, temperature=0.5))
     method.set_epoch(epoch, 10)
@@ -90,7 +90,7 @@ def test_an_image_on_its_centroid_and_a_batch_without_centroids_have_finite_grad
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
+    ("config", "settings", "message"),
     [
         (HybridPscConfig, {"temperature": 0.0}, "temperature"),
         (DroLtConfig, {"temperature": 0.0}, "temperature"),

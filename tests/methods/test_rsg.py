@@ -75,7 +75,7 @@ def test_before_it_generates_centres_and_pair_classifier_learn():
 
 
 @pytest.mark.parametrize(
-    "labels, strength, heads, tails",
+    ("labels", "strength", "heads", "tails"),
     [
         ([0, 2, 1, 0, 3, 1, 0], 1.0, [0, 2, 3, 5], [1, 4, 1, 4]),  # 5 head, 2 tail: two runs of two
         ([0, 2, 1, 0, 3, 1, 0], 0.5, [0, 2], [1, 4]),
@@ -130,7 +130,7 @@ def data():
     return {"image": images, "label": torch.tensor([0, 1, 2, 0, 3, 1])}
 
 
-@pytest.mark.parametrize("epoch, made", [(3, False), (4, True)])
+@pytest.mark.parametrize(("epoch", "made"), [(3, False), (4, True)])
 @pytest.mark.parametrize("kind", ["ldam", "cross_entropy"])
 def test_loss_is_that_of_all_rows_with_both_of_the_generator(epoch, made, kind):
     method = make_rsg(loss=kind, center_weight=0.3, vector_weight=0.2, generate_from=0.8, reweight_from=1.0).double()
@@ -164,7 +164,7 @@ def test_nothing_of_it_is_left_in_evaluation_and_export():
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    ("name", "expected"),
     [("resnet20_cifar", ("layer3", 32)), ("test_convnext", ("stages.3", 48)), ("test_efficientnet", ("blocks.4", 48))],
 )
 def test_it_stands_before_the_last_stage(name, expected):
@@ -201,7 +201,7 @@ def test_it_trains_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"centers": 0}, "centers must be from 1 to 1,000"),
         ({"head_classes": 1.2}, "head_classes"),

@@ -34,7 +34,7 @@ def changed(method, steps=3):
 
 
 @pytest.mark.parametrize(
-    "config, expected",
+    ("config", "expected"),
     [
         (CrtConfig(), {"classifier.weight", "classifier.bias"}),
         (LwsConfig(), {"classifier.class_scale"}),
@@ -185,7 +185,7 @@ def test_cross_entropy_is_the_loss_of_crt():
 
 
 @pytest.mark.parametrize(
-    "config, settings, message",
+    ("config", "settings", "message"),
     [
         (TauNormConfig, {"tau": -0.1}, "tau"),
         (LasConfig, {"head": 1.0}, "head"),

@@ -224,7 +224,7 @@ def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_
 
 
 @pytest.mark.parametrize(
-    "name, words, message",
+    ("name", "words", "message"),
     [
         ("digits_lt +lws", [], "lws is a second stage: name the run to start from, from=RUN"),
         ("digits_lt +lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
@@ -290,7 +290,7 @@ def test_two_processes_hold_the_same_state(tmp_path):
     assert "all equal" in result.stdout
 
 
-@pytest.mark.parametrize("name, again", [("cross_entropy", 0), ("bbn", 0), ("ldam", 2)])
+@pytest.mark.parametrize(("name", "again"), [("cross_entropy", 0), ("bbn", 0), ("ldam", 2)])
 def test_a_step_is_captured_again_where_the_method_changes_on_the_host_alone(name, again):
     """Not for hooks that do nothing, or change buffers in place."""
     method, forgotten = METHODS[name][1], []

@@ -10,7 +10,7 @@ from rescom_timm.models.net import ProjectorConfig, create_model
 QUICK = """
     test_byobnet test_convnext test_efficientnet test_mambaout test_maxvit test_nfnet test_resnet test_vit
     test_vit_relpos lcnet_035 ghostnet_050 starnet_s050 repghostnet_050
-""".split()
+"""
 
 SLOW = """
     beitv2_base_patch16_224 halonet26t cait_xxs24_224 coat_lite_tiny convit_tiny convmixer_1024_20_ks9_p14
@@ -24,7 +24,7 @@ SLOW = """
     skresnet18 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256
     tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224
     vitamin_small_224 volo_d1_224 ese_vovnet19b_dw legacy_xception xception41 xcit_nano_12_p8_224
-""".split()
+"""
 
 REFUSED = {"caformer_s18", "crossvit_tiny_240", "efficientvim_m1", "volo_d1_224"}
 """Trained like the others, but of these timm has no plain classifier that takes our weights."""
@@ -55,13 +55,13 @@ def check(name):
         net.to_timm()
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", QUICK.split())
 def test_families_quick(name):
     check(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", SLOW.split())
 @pytest.mark.filterwarnings("ignore")
 def test_families_all(name):
     check(name)
@@ -69,6 +69,6 @@ def test_families_all(name):
 
 @pytest.mark.slow
 def test_families_are_all_named():
-    tried = {timm.models.model_entrypoint(name).__module__.split(".")[-1] for name in QUICK + SLOW}
+    tried = {timm.models.model_entrypoint(name).__module__.split(".")[-1] for name in (QUICK + SLOW).split()}
     missing = set(timm.list_modules()) - tried - TOO_LARGE - {"cifar_resnet"}
     assert not missing, f"timm has new families: add one small model of each: {sorted(missing)}"

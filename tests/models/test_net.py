@@ -20,7 +20,9 @@ class Tiny(nn.Module):
         return self.linear(x.flatten(1))
 
 
-@pytest.mark.parametrize("depth, weights", [(8, 74_640), (20, 269_072), (32, 463_504), (44, 657_936), (56, 852_368)])
+@pytest.mark.parametrize(
+    ("depth", "weights"), [(8, 74_640), (20, 269_072), (32, 463_504), (44, 657_936), (56, 852_368)]
+)
 def test_cifar_resnets_are_in_timms_registry_with_the_literatures_size(depth, weights):
     encoder = timm.create_model(f"resnet{depth}_cifar", num_classes=0)
     assert sum(p.numel() for p in encoder.parameters()) == weights
