@@ -10,6 +10,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from unicodedata import normalize
 
+from rescom_timm.errors import InputError
+
 log = logging.getLogger(__name__)
 
 
@@ -44,27 +46,31 @@ def numbers_in(
         return None
     if lacking and unknown:
         known = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-        raise ValueError(
+        raise InputError(
+            "data.classes",
             f"{there} has classes that {here} lacks: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}; {here} has "
-            f"{known}: give both the same class names"
+            f"{known}: give both the same class names",
         )
     if unknown or missing:
         only = [f"it lacks {first_names(missing)}"] if missing else []
         only += [f"only it has {first_names(unknown)}"] if unknown else []
-        raise ValueError(
+        raise InputError(
+            "data.classes",
             f"{there} has other classes than {here}: {'; '.join(only)}; {here} has {first_names(names)}: give both the "
-            "same class names"
+            "same class names",
         )
     if len(place) < len(own) or len(found) < len(other):
         twice = next(name for name in (*own, *other) if own.count(name) > 1 or other.count(name) > 1)
-        raise ValueError(
-            f"{there} and {here} have their classes in another order, and one of them names one twice: rename {twice!r}"
+        raise InputError(
+            "data.classes",
+            f"{there} and {here} order their classes differently, and one of them has a name twice: rename {twice!r}",
         )
     if ordered:
         k = next(k for k, (one, two) in enumerate(zip(own, other, strict=False)) if one != two)
-        raise ValueError(
+        raise InputError(
+            "data.classes",
             f"{there} was trained on the classes of {here}, but on these in another order: its class {theirs[k]!r} is "
-            f"{names[k]!r} here"
+            f"{names[k]!r} here",
         )
     log.warning("%s has the classes of %s in another order: they are matched by class name", there, here)
     return [place[name] for name in other]
@@ -91,9 +97,10 @@ def refuse_two_forms(names: Sequence[str], where: str) -> None:
         for name in names:
             forms.setdefault(nfc(name), set()).add(name)
         both = next(sorted(found) for found in forms.values() if len(found) > 1)
-        raise ValueError(
+        raise InputError(
+            "data.classes",
             f"{where} has two classes of one name, {both[0]!r}, in two Unicode forms ({', '.join(map(ascii, both))}): "
-            "merge them, or rename one"
+            "merge them, or rename one",
         )
 
 

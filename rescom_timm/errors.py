@@ -36,7 +36,7 @@ CODES = {
     "data.rule": "a rule of rows, such as exponential(100) or holdout(0.1), that cannot be read",
     "data.overlap": "images that are in two splits",
     "data.outside": "a file outside of the folder or repository that was named",
-    "data.bounds": "a file that decodes to more than is read for its size",
+    "data.bounds": "a file, or a text in it, that is larger than what is read",
     "data.damaged": "a file of a data set that cannot be read",
     "data.memory": "a data set in memory that is missing or of an unsupported type",
     "data.corrupted": "a corruption, its severity or a folder of corrupted images that is not known",
@@ -50,9 +50,13 @@ CODES = {
     "get.unreachable": "a server does not answer or refuses",
     # lists and index files
     "index.format": "rows or a header of a list that are malformed, repeated or too long",
+    "index.missing": "a folder of images that needs a list",
     "index.kind": "row numbers where paths are needed, or the reverse",
     "index.data": "a list that does not fit its data set",
     "index.images": "images of a list that are not in data.source",
+    # the Hub
+    "hub.unreachable": "the Hub cannot be reached",
+    "hub.not_found": "a repository that does not exist on the Hub or asks for consent",
     # images
     "image.unreadable": "an image that cannot be decoded",
     "image.size": "images too small for the views, or of different sizes after them",

@@ -33,6 +33,7 @@ from rescom_timm.data.draws import Draws, Size, Step, first_words, next_words
 from rescom_timm.data.near_views import Jitter, NearRandAugment
 from rescom_timm.data.pixels import change, gather, gray, paint, to_device
 from rescom_timm.data.transforms import Cutout, Policy, seed_all
+from rescom_timm.errors import InputError
 
 LARGEST = 128 * 128
 """Pixels of an image up to which a CPU gains: of the time that Pillow takes image by image, a batch of 64 with CIFAR's
@@ -160,7 +161,9 @@ class _Crop(Step):
 
     def size(self, size: Size) -> Size:
         if min(size) + 2 * self.pad < self.side:
-            raise ValueError(f"images of {size[1]} x {size[0]} pixels are too small for a crop of {self.side}")
+            raise InputError(
+                "image.size", f"images of {size[1]} x {size[0]} pixels are too small for a crop of {self.side}"
+            )
         return self.side, self.side
 
     def words(self, size: Size) -> int:

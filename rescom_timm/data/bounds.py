@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rescom_timm.errors import InputError
 from rescom_timm.io import regular_size
 from rescom_timm.text import escape_controls
 
@@ -73,7 +74,7 @@ def limit(size: int) -> int:
 def check_size(path: str | Path) -> int:
     """Bytes of a text file of rows. Raises ValueError above MAX_LIST, and for what is no regular file."""
     if (size := regular_size(path)) > MAX_LIST:
-        raise ValueError(f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
+        raise InputError("data.bounds", f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
     return size
 
 
@@ -85,12 +86,14 @@ def check_lines(path: str | Path, columns: int = 1) -> None:
         while block := file.read(MAX_LINE):
             found = block.count(b"\n") or block.count(b"\r")
             if not found and len(block) == MAX_LINE:
-                raise ValueError(f"line {lines + 1} is longer than {MAX_LINE:,} bytes")
+                raise InputError("data.bounds", f"line {lines + 1} is longer than {MAX_LINE:,} bytes")
             lines += found
     if columns > MAX_COLUMNS:
-        raise ValueError(f"has {columns:,} columns; at most {MAX_COLUMNS:,} are read")
+        raise InputError("data.bounds", f"has {columns:,} columns; at most {MAX_COLUMNS:,} are read")
     if 16 * lines * columns > limit(size):
-        raise ValueError(f"has {lines:,} lines of {columns:,} columns in {size:,} bytes: most of its cells are empty")
+        raise InputError(
+            "data.bounds", f"has {lines:,} lines of {columns:,} columns in {size:,} bytes: most of its cells are empty"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
@@ -103,7 +106,7 @@ def check_parquet(path: str | Path) -> int:
     with pq.ParquetFile(path) as file:
         about = file.metadata
         if about.num_rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
-            raise ValueError(f"it says {about.num_rows:,} rows; at most {MAX_ROWS:,} are read")
+            raise InputError("data.bounds", f"it says {about.num_rows:,} rows; at most {MAX_ROWS:,} are read")
         decoded = 0
         for group, number, chunk in _chunks(about):
             column = file.schema.column(number)
@@ -115,7 +118,7 @@ def check_parquet(path: str | Path) -> int:
             elif text:
                 largest[group] += _longest(chunk)  # one row holds a value of every column
             if decoded > most:
-                raise ValueError(_decodes(decoded, path))
+                raise InputError("data.bounds", _decodes(decoded, path))
     return max(1, min(1000, MAX_BATCH // max(1, *largest.values(), 1)))
 
 
@@ -171,11 +174,11 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
             fields[name] = f"{name}.path"  # an image of `datasets`
             texts.append(fields[name])
         elif pa.types.is_nested(kind):
-            raise ValueError(f"column {name!r} holds several values of an image, which is not supported")
+            raise InputError("data.column", f"column {name!r} holds several values of an image, which is not supported")
         elif any(holds(kind) for holds in _TEXTS):
             texts.append(name)
         elif not (pa.types.is_primitive(kind) or pa.types.is_null(kind) or pa.types.is_dictionary(kind)):
-            raise ValueError(f"column {name!r} is of type {kind}: save it as plain text or numbers")
+            raise InputError("data.column", f"column {name!r} is of type {kind}: save it as plain text or numbers")
     with pq.ParquetFile(path, read_dictionary=texts) as file:
         for batch in file.iter_batches(65_536, columns=list(fields.values())):
             plain = {
@@ -188,10 +191,12 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
                 if isinstance(values, pa.DictionaryArray):
                     longest = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
                     if longest > MAX_TEXT:
-                        raise ValueError(f"column {name!r} holds a text of {longest:,} bytes; at most {MAX_TEXT:,}")
+                        raise InputError(
+                            "data.bounds", f"column {name!r} holds a text of {longest:,} bytes; at most {MAX_TEXT:,}"
+                        )
                     total += text_bytes(values)
             if total > most:
-                raise ValueError(_decodes(total, path))
+                raise InputError("data.bounds", _decodes(total, path))
             tables.append(pa.Table.from_batches([batch]))
     return pa.concat_tables(tables).unify_dictionaries() if tables else schema.empty_table().select(list(columns))
 
@@ -220,7 +225,7 @@ def check_arrow(path: str | Path) -> None:
         for message in pa.ipc.MessageReader.open_stream(source):
             decoded += _uncompressed(message)
             if decoded > most:
-                raise ValueError(_decodes(decoded, path))
+                raise InputError("data.bounds", _decodes(decoded, path))
         source.seek(start)
         reader = pa.ipc.open_stream(source)
         for field in reader.schema:
@@ -228,14 +233,14 @@ def check_arrow(path: str | Path) -> None:
         for batch in reader:
             rows += batch.num_rows  # rows of nulls take no bytes
             if rows > MAX_ROWS:
-                raise ValueError(f"it says more than {MAX_ROWS:,} rows")
+                raise InputError("data.bounds", f"it says more than {MAX_ROWS:,} rows")
             batch.validate(full=True)
 
 
 def _refuse_shared(name: str, kind: pa.DataType) -> None:
     shared = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_string_view, pa.types.is_binary_view)
     if any(holds(kind) for holds in shared) or "list_view" in str(kind):
-        raise ValueError(f"column {name!r} is of type {kind}: save it as plain values")
+        raise InputError("data.column", f"column {name!r} is of type {kind}: save it as plain values")
     for number in range(kind.num_fields):
         _refuse_shared(name, kind.field(number).type)
 
@@ -291,7 +296,7 @@ class _Bounded(io.RawIOBase):
         block = self.stream.read(min(size, self.left) if size >= 0 else self.left)
         self.left -= len(block)
         if self.left <= 0:
-            raise ValueError("it decodes to more than is read for its size")
+            raise InputError("data.bounds", "it decodes to more than is read for its size")
         return block
 
 
@@ -308,7 +313,9 @@ def check_tar(path: str | Path) -> None:
             with tarfile.open(fileobj=members, mode="r|" if opened else "r:") as archive:
                 for member in archive:
                     if member.issparse() or member.name.lower().endswith(_PACKED_MEMBERS):
-                        raise ValueError(f"its member {shown(member.name)} is compressed: save it as it is")
+                        raise InputError(
+                            "data.bounds", f"its member {shown(member.name)} is compressed: save it as it is"
+                        )
                     archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
-            raise ValueError(f"is no archive of a web data set ({error})") from None
+            raise InputError("data.damaged", f"is no archive of a web data set ({error})") from None

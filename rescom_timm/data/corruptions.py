@@ -35,6 +35,7 @@ from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, ViewsConfig
+from rescom_timm.errors import InputError, MissingFileError, MissingPackageError
 from rescom_timm.io import regular_size
 
 COMMON = (
@@ -56,7 +57,9 @@ def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
         from difflib import get_close_matches
 
         near = get_close_matches(kind, known, n=1, cutoff=0)
-        raise ValueError(f"unknown corruption {kind!r}: did you mean {near[0]}? There are: {', '.join(known)}")
+        raise InputError(
+            "data.corrupted", f"unknown corruption {kind!r}: did you mean {near[0]}? There are: {', '.join(known)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class Corrupt:
     def __post_init__(self) -> None:
         check_kind(self.kind)
         if self.severity not in SEVERITIES:
-            raise ValueError(f"severity must be one of 1, 2, 3, 4, 5, not {self.severity}")
+            raise InputError("data.corrupted", f"severity must be one of 1, 2, 3, 4, 5, not {self.severity}")
         if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, not {self.seed}")
+            raise InputError("data.corrupted", f"seed must be at least 0, not {self.seed}")
 
     def __call__(self, image: Pillow.Image) -> Pillow.Image:
         words = [self.seed, KINDS.index(self.kind), self.severity, int(np.random.randint(2**31))]
@@ -129,8 +132,9 @@ def _package() -> Any:
         hint = "pip install 'rescom-timm[robustness]'"
         if ".so" in str(error):
             hint = "OpenCV lacks a system library, such as that of apt-get install libgl1"
-        raise ImportError(
-            f"corrupting images needs the package imagecorruptions-imaug ({error}): {hint}; or give a prepared folder"
+        raise MissingPackageError(
+            "system.package",
+            f"corrupting images needs the package imagecorruptions-imaug ({error}): {hint}; or give a prepared folder",
         ) from error
     return imagecorruptions
 
@@ -167,32 +171,45 @@ class Prepared:
     def _array(self, place: Path, severity: int, name: str) -> Split:
         pixels, labels = _read_array(place), _read_array(self.folder / "labels.npy")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"{self.folder}/labels.npy holds {labels.dtype} {labels.shape}, not whole numbers (N,)")
+            raise InputError(
+                "data.corrupted",
+                f"{self.folder}/labels.npy holds {labels.dtype} {labels.shape}, not whole numbers (N,)",
+            )
         labels = labels.astype(np.int64)
         each = len(pixels) // len(SEVERITIES)
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or each * len(SEVERITIES) != len(pixels):
-            raise ValueError(f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3) by severity")
+            raise InputError(
+                "data.corrupted", f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3) by severity"
+            )
         if len(labels) not in (each, len(pixels)):
-            raise ValueError(f"{self.folder}/labels.npy has {len(labels)} labels, {place.name} {len(pixels)} images")
+            raise InputError(
+                "data.corrupted",
+                f"{self.folder}/labels.npy has {len(labels)} labels, {place.name} {len(pixels)} images",
+            )
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             known = len(self.class_names)
-            raise ValueError(f"{self.folder}/labels.npy goes up to {labels.max()}, and the run has {known} classes")
+            raise InputError(
+                "data.corrupted", f"{self.folder}/labels.npy goes up to {labels.max()}, and the run has {known} classes"
+            )
         rows = np.arange((severity - 1) * each, severity * each)
         return Split(name, _Pixels(pixels, rows), labels[rows % len(labels)], rows)  # type: ignore[arg-type]
 
     def _images(self, place: Path, severity: int, name: str) -> Split:
         root = place / str(severity)
         if not root.is_dir():
-            raise FileNotFoundError(f"no folder {root}: {self.folder} lacks severity {severity} of {place.name}")
+            raise MissingFileError(
+                "file.missing", f"no folder {root}: {self.folder} lacks severity {severity} of {place.name}"
+            )
         index, _ = class_folders(root)
         labels, folders = index.labels, list(index.class_names or [])
         if set(as_spelled(folders, self.class_names)) & set(self.class_names):
             numbers = numbers_in(self.class_names, folders, "the run", str(root), lacking=True)
             labels = labels if numbers is None else np.array(numbers)[labels]
         elif len(folders) != len(self.class_names):
-            raise ValueError(
+            raise InputError(
+                "data.corrupted",
                 f"{root} holds {len(folders)} class folders ({folders[0]}, ...), and the run has "
-                f"{len(self.class_names)} classes of other names: they cannot be matched"
+                f"{len(self.class_names)} classes of other names: they cannot be matched",
             )
         features = Features(image=Image(decode=False), label=Value("int64"))
         images = [{"bytes": None, "path": str(root / str(key))} for key in index.keys]
@@ -205,16 +222,17 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
     ValueError where it is neither an ImageNet-C nor a CIFAR-10-C."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} of corrupted images")
+        raise MissingFileError("file.missing", f"no folder {folder} of corrupted images")
     places = {path.stem: path for path in folder.glob("*.npy") if path.stem in KINDS}
     if places and not (folder / "labels.npy").is_file():
-        raise FileNotFoundError(f"{folder} holds {len(places)} kinds of CIFAR-10-C but no labels.npy")
+        raise MissingFileError("file.missing", f"{folder} holds {len(places)} kinds of CIFAR-10-C but no labels.npy")
     if not places:
         places = {path.name: path for path in [*folder.glob("*/*"), *folder.glob("*")] if path.name in KINDS}
     if not places:
-        raise ValueError(
+        raise InputError(
+            "data.corrupted",
             f"{folder} is neither ImageNet-C (kind/severity/class/image) nor CIFAR-10-C (kind.npy, labels.npy): it "
-            f"holds no {COMMON[0]} nor another of the {len(KINDS)} kinds"
+            f"holds no {COMMON[0]} nor another of the {len(KINDS)} kinds",
         )
     return Prepared(folder, class_names, places)
 
@@ -224,7 +242,7 @@ def _read_array(path: Path) -> np.ndarray:
     regular_size(path)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one array")
+        raise InputError("data.corrupted", f"{path} is an archive of arrays, not one array")
     return array
 
 

@@ -9,6 +9,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
+from rescom_timm.errors import InputError
+
 
 class RisingCrop(torch.nn.Module):
     """A square crop of a part of the area that is uniform from `least` to 1, as far as the image has so large a square;
@@ -39,7 +41,9 @@ class CornerCrop:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if min(image.size) < self.size:
-            raise ValueError(f"an image of {image.width} x {image.height} pixels has no crop of {self.size}")
+            raise InputError(
+                "image.size", f"an image of {image.width} x {image.height} pixels has no crop of {self.size}"
+            )
         x = (image.width - self.size) * (self.corner % 2)
         y = (image.height - self.size) * (self.corner // 2)
         return image.crop((x, y, x + self.size, y + self.size))

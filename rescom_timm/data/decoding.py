@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rescom_timm.errors import InputError
 from rescom_timm.io import regular_size
 
 FORMATS = (
@@ -39,8 +40,12 @@ _SCALED = ("ppm", "ppm_plain", "jpeg2k")
 """Pillow's decoders that scale gray to 16 bits by the depth that the file names."""
 
 
-class BrokenImage(ValueError):
-    """An image that cannot be read. The message names its row and, where known, its path."""
+class BrokenImage(InputError):
+    """An image that cannot be decoded (image.unreadable). The message names its row and its path, if known."""
+
+    def __init__(self, *message: str) -> None:
+        """message: its last item; pickling gives the code too, torch raises a worker's error anew by text alone."""
+        super().__init__("image.unreadable", message[-1])
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,11 @@ class ReadConfig:
 
     def __post_init__(self) -> None:
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
-            raise ValueError(f"white_level must be from 1 to 65535, such as 4095 for 12 bits, not {self.white_level}")
+            raise InputError(
+                "recipe.value", f"white_level must be from 1 to 65535, such as 4095 for 12 bits, not {self.white_level}"
+            )
         if self.max_pixels is not None and not 1 <= self.max_pixels <= 2**33:
-            raise ValueError(f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
+            raise InputError("recipe.value", f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
 
     def record(self) -> dict[str, bool | int | None]:
         """What decides the pixels, as plain JSON. max_pixels is not among it: it bounds the reader's own memory."""
@@ -70,7 +77,10 @@ class ReadConfig:
         """The opposite of `record`. Raises ValueError for anything else."""
         kinds = {"exif": (bool,), "white_level": (int, type(None))}
         if not isinstance(record, dict) or not all(type(record[key]) in kinds.get(key, ()) for key in record):
-            raise ValueError(f"reading must be exif (true or false) and white_level (a number or null), not {record!r}")
+            raise InputError(
+                "recipe.value",
+                f"reading must be exif (true or false) and white_level (a number or null), not {record!r}",
+            )
         return cls(**record)
 
 

@@ -5,6 +5,8 @@ import io
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
+from rescom_timm.errors import InputError
+
 
 def digits(split: str) -> Dataset:
     """scikit-learn's digits, 1,797 grey 8 x 8 images, as PNG.
@@ -16,7 +18,7 @@ def digits(split: str) -> Dataset:
     from sklearn.datasets import load_digits  # imported here: it takes a second
 
     if split not in ("train", "test"):
-        raise ValueError(f"digits has no split {split!r}, only 'train' and 'test'")
+        raise InputError("data.split", f"digits has no split {split!r}, only 'train' and 'test'")
     digits = load_digits()
     labels = digits.target.astype(np.int64)
     rank = np.empty_like(labels)  # the how-manieth image of its class

@@ -20,6 +20,7 @@ from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import AT_ONCE
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, inspect, name_of
 from rescom_timm.data.splits import Split
+from rescom_timm.errors import MissingPackageError
 
 BITS = 4
 """Hashes of near duplicates differ in at most so many of 64 bits."""
@@ -99,7 +100,9 @@ def examine(
     try:
         from imagehash import phash
     except ImportError as error:
-        raise ImportError("finding duplicates needs a package: pip install 'rescom-timm[doctor]'") from error
+        raise MissingPackageError(
+            "system.package", "finding duplicates needs a package: pip install 'rescom-timm[doctor]'"
+        ) from error
 
     def seen(row: int, value: Any) -> Any:
         try:

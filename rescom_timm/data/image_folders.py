@@ -22,6 +22,7 @@ from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import is_table
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, index_path
+from rescom_timm.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
@@ -100,31 +101,37 @@ def folder_part(
         path, classes, allow_empty or like is not None, columns=config.columns, split=split, class_names=names
     )
     if not isinstance(index.keys, list):
-        raise ValueError(f"{path} holds row numbers, and {root} is a folder of images: it needs a list of paths")
+        raise InputError(
+            "index.kind", f"{path} holds row numbers, and {root} is a folder of images: it needs a list of paths"
+        )
     if like is not None and spec == "all" and not lead and "split" not in index.info:
-        raise ValueError(
+        raise InputError(
+            "index.missing",
             f"{path} has no column of splits, so test images are not known: set data.test_index to a list of them, or "
-            "data.test=holdout(0.2)"
+            "data.test=holdout(0.2)",
         )
     keys = [f"{lead}{key}" for key in below(root, index.keys)]
     disk = Disk(root)
     layout, paths = fit_layout(root, keys, disk)
     if out := [key for key in paths if key.startswith("/") or ".." in key and ".." in key.split("/")]:
-        raise ValueError(
+        raise InputError(
+            "data.outside",
             f"{path} names images outside {root}, the first: {first_few(out, 3)}; nothing outside of it is read: name "
-            "a folder that holds them all as data.source"
+            "a folder that holds them all as data.source",
         )
     there = [disk.spelled(path) for path in paths]
     if missing := missing_files(root, there):
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "index.images",
             f"{len(missing):,} of {len(paths):,} images of {path} are not under {root} (paths {layout}), the first: "
-            f"{first_few(missing, 3)}"
+            f"{first_few(missing, 3)}",
         )
     if len(set(there)) < len(there):
         double = [key for key, number in Counter(there).items() if number > 1]
-        raise ValueError(
+        raise InputError(
+            "index.data",
             f"{path}: several rows mean one image under {root} (paths {layout}), the first: {first_few(double, 3)}; "
-            "remove all but one, or name another folder as data.source"
+            "remove all but one, or name another folder as data.source",
         )
     if layout != LAYOUTS[0][0]:
         log.info("%s: paths are read %s", path, layout)
@@ -173,9 +180,10 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part |
     if spec == "all" and like is not None and is_table(config.index) and Path(config.index).expanduser().is_file():
         return index_path(config.index), ""  # one list of all splits
     key = "index" if like is None else "test_index"
-    raise ValueError(
+    raise InputError(
+        "index.missing",
         f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list of 'path label' lines, or make "
-        f"one with  rescom-timm init {root}"
+        f"one with  rescom-timm init {root}",
     )
 
 
@@ -321,7 +329,10 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
     kinds = [first.setdefault(nfc(name), name) for name in names]  # of each folder its class
     classes = list(dict.fromkeys(kinds))
     if len(classes) < 2:
-        raise ValueError(f"{root} holds {len(classes)} class folders: put each class's images in a folder of its own")
+        raise InputError(
+            "data.class_folders",
+            f"{root} holds {len(classes)} class folders: put each class's images in a folder of its own",
+        )
     paths: list[str] = []
     labels: list[int] = []
     others: list[str] = []
@@ -337,7 +348,7 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
                 left("are no images", path)
         labels += [k] * (len(paths) - before)
         if len(paths) == before:
-            raise ValueError(f"the class folder {root / name} holds no image: fill or remove it")
+            raise InputError("data.class_folders", f"the class folder {root / name} holds no image: fill or remove it")
     if double := [name for name, kind in zip(names, kinds, strict=True) if name != kind]:
         say(f"{root}: class folders of the same name in another Unicode form are one class: {first_few(double, 3)}")
     left.say(root, say)
@@ -354,15 +365,17 @@ def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
             if entry.name.startswith((".", "__")):
                 left_out("are hidden" if entry.name[0] == "." else "are named with a leading __", entry.path)
             elif is_dangling(entry):
-                raise ValueError(
+                raise InputError(
+                    "data.class_folders",
                     f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there: mount its disk, or "
-                    "remove the link"
+                    "remove the link",
                 )
             elif entry.is_dir():
                 names.append(entry.name)
                 if (first := real.setdefault(os.path.realpath(entry.path), entry.name)) != entry.name:
-                    raise ValueError(
-                        f"{root} has one folder under two names, {first} and {entry.name}: remove the link"
+                    raise InputError(
+                        "data.class_folders",
+                        f"{root} has one folder under two names, {first} and {entry.name}: remove the link",
                     )
             else:
                 left_out("are in no class folder", entry.path)
@@ -376,9 +389,10 @@ def _utf8(path: str, root: Path) -> str:
         path.encode()
     except UnicodeEncodeError:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(
+        raise InputError(
+            "data.class_folders",
             f"{root}: the name of {shown} is not UTF-8: rename it (convmv -r -f latin1 -t utf8 --notest does it for a "
-            "whole folder)"
+            "whole folder)",
         ) from None
     return path
 
@@ -397,7 +411,9 @@ def _by_name(index: Index, like: Part, path: str) -> Index:
     elif not like.from_folders or not {*map(nfc, names or ())}.isdisjoint(map(nfc, index.class_names)):
         index = index.numbered_as(names, like.name, path)
     if index.num_classes != like.index.num_classes:
-        raise ValueError(f"{path} is of {index.num_classes} classes where {like.index.num_classes} are expected")
+        raise InputError(
+            "index.data", f"{path} is of {index.num_classes} classes where {like.index.num_classes} are expected"
+        )
     return replace(index, class_names=names or index.class_names)
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from rescom_timm.errors import InputError
+
 MEMORY = "memory"
 """The source's name in a recipe."""
 InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
@@ -57,7 +59,7 @@ class Pairs:
             given = [self.source[i][1] for i in range(len(self.source))]
         found = np.asarray(given)
         if found.ndim != 1 or len(found) != len(self.source) or found.dtype.kind not in "iu":
-            raise ValueError("the data set's labels must be whole numbers, one of each image")
+            raise InputError("data.labels", "the data set's labels must be whole numbers, one of each image")
         self._labels = found.astype(np.int64)
         return self._labels
 
@@ -75,7 +77,7 @@ def in_memory(dataset: InMemory | None) -> Iterator[None]:
         return
     splits = dataset if isinstance(dataset, Mapping) else {"train": dataset}
     if not splits:
-        raise ValueError(f"{_WANTED}, not an empty one")
+        raise InputError("data.memory", f"{_WANTED}, not an empty one")
     token = _there.set({str(name): _split(part) for name, part in splits.items()})
     try:
         yield
@@ -92,7 +94,7 @@ def _split(part: Any) -> Dataset | Pairs:
     if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")) or isinstance(
         part, str | list | tuple | np.ndarray
     ):
-        raise ValueError(f"{_WANTED}, not {type(part).__name__}")
+        raise InputError("data.memory", f"{_WANTED}, not {type(part).__name__}")
     if getattr(part, "transform", None) is not None or getattr(part, "transforms", None) is not None:
         warnings.warn(
             "the data set has a transform of its own, which is done before the recipe's views; where it is random, a "
@@ -106,10 +108,13 @@ def memory_split(name: str) -> Dataset | Pairs:
     """A split of the data set in memory. Raises ValueError where there is none, or not of that name."""
     splits = _there.get()
     if splits is None:
-        raise ValueError(
+        raise InputError(
+            "data.memory",
             "data.source is memory: the images were a data set in memory. Give it again in Python, "
-            "rescom_timm.Run(folder, dataset=...), or name the same data elsewhere: data.source=PATH"
+            "rescom_timm.Run(folder, dataset=...), or name the same data elsewhere: data.source=PATH",
         )
     if name not in splits:
-        raise ValueError(f"the data set in memory has no split {name!r}, only {', '.join(splits)}: say data.test=NAME")
+        raise InputError(
+            "data.split", f"the data set in memory has no split {name!r}, only {', '.join(splits)}: say data.test=NAME"
+        )
     return splits[name]

@@ -32,6 +32,7 @@ import numpy as np
 from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
 from rescom_timm.data.named_columns import Columns, is_table, read_table
+from rescom_timm.errors import InputError
 from rescom_timm.io import write_text
 from rescom_timm.metrics import GROUPS, groups
 from rescom_timm.text import check_name
@@ -61,13 +62,16 @@ class Index:
         if not (isinstance(self.keys, list) and isinstance(next(iter(self.keys), ""), str)):
             set_(self, "keys", np.asarray(self.keys, dtype=np.int64).reshape(-1))
         if len(self.keys) != len(self.labels):
-            raise ValueError(f"an index needs a label for each key: {len(self.keys)} keys, {len(self.labels)} labels")
+            raise InputError(
+                "index.format", f"an index needs a label for each key: {len(self.keys)} keys, {len(self.labels)} labels"
+            )
         if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < self.num_classes):
-            raise ValueError(
-                f"labels from {self.labels.min()} to {self.labels.max()} do not fit {self.num_classes} classes"
+            raise InputError(
+                "index.format",
+                f"labels from {self.labels.min()} to {self.labels.max()} do not fit {self.num_classes} classes",
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+            raise InputError("index.format", f"{len(self.class_names)} class names for {self.num_classes} classes")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,11 +147,15 @@ class Index:
             header[f"class {k}"] = f"{count} {name}".rstrip()
         for key, value in header.items():
             if "\n" in key + value or "\r" in key + value or ":" in key:
-                raise ValueError(f"an index header cannot hold {key!r}: {value!r} (a line break, or ':' in the key)")
+                raise InputError(
+                    "index.format", f"an index header cannot hold {key!r}: {value!r} (a line break, or ':' in the key)"
+                )
         if taken := [key for key in self.info if RESERVED.fullmatch(key)]:
-            raise ValueError(f"the index header writes {', '.join(taken)} itself: choose other keys for info")
+            raise InputError(
+                "index.format", f"the index header writes {', '.join(taken)} itself: choose other keys for info"
+            )
         if isinstance(self.keys, list) and (bad := next((k for k in self.keys if "\n" in k or "\r" in k), None)):
-            raise ValueError(f"an index cannot hold the path {bad!r}: it has a line break")
+            raise InputError("index.format", f"an index cannot hold the path {bad!r}: it has a line break")
         top = [FORMAT + VERSION, *(f"# {key}: {value}" for key, value in header.items())]
         top.append("# path label" if self.by_path else "# row label")
         write_text(path, chain((line + "\n" for line in top), self._lines(0, len(self))))
@@ -163,7 +171,7 @@ class Index:
         index, problems = read(path, num_classes, allow_empty, **reading)
         if index is None:
             more = f"; and {len(problems) - 5:,} more problems" if len(problems) > 5 else ""
-            raise ValueError(f"{path}: {'; '.join(problems[:5])}{more}")
+            raise InputError("index.format", f"{path}: {'; '.join(problems[:5])}{more}")
         return index
 
 
@@ -220,7 +228,7 @@ def overlap(first: Index, second: Index) -> list[Any]:
     Row numbers of different splits name different rows. Raises ValueError for rows against paths.
     """
     if first.by_path != second.by_path:
-        raise ValueError("row numbers and paths cannot be compared: both indexes must be of one kind")
+        raise InputError("index.kind", "row numbers and paths cannot be compared: both indexes must be of one kind")
     if not first.by_path and first.info.get("split") != second.info.get("split"):
         return []
     if isinstance(first.keys, list) and isinstance(second.keys, list):

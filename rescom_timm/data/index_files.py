@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rescom_timm.data.bounds import Problems, check_lines, check_size, length_problem, shown
+from rescom_timm.errors import MissingFileError
 
 FORMAT = "# rescom_timm index: "
 VERSION = "1"
@@ -47,7 +48,7 @@ def read_rows(
     """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``. ``table``
     reads one of named columns. by_name: where it names its classes, their number is its own."""
     if not path.is_file():
-        raise FileNotFoundError(f"no index file {path}")
+        raise MissingFileError("file.missing", f"no index file {path}")
     problems = Problems()
     try:
         rows = (table or (_read_json if path.suffix.lower() == ".json" else _read_lines))(path, problems)

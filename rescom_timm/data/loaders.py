@@ -22,6 +22,7 @@ from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsData
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.transforms import ViewsConfig, parse
+from rescom_timm.errors import InputError
 
 if TYPE_CHECKING:
     from rescom_timm.data.splits import Split
@@ -49,18 +50,22 @@ def train_loader(
     policy are none for speed.resident.
     """
     if num_views < 1:
-        raise ValueError(f"an image needs at least 1 view, not {num_views}")
+        raise InputError("recipe.value", f"an image needs at least 1 view, not {num_views}")
     if not 1 <= batch_size <= len(split.labels):
-        raise ValueError(
+        raise InputError(
+            "recipe.value",
             f"a batch of {batch_size} images cannot be drawn from the {len(split.labels)} images of {split.name}: "
-            f"choose a batch size from 1 to {len(split.labels)}"
+            f"choose a batch size from 1 to {len(split.labels)}",
         )
     policy = parse(views.train, views.mean)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
-        raise ValueError(f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off")
+        raise InputError(
+            "recipe.conflict",
+            f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off",
+        )
     dataset = ViewsDataset(split, policy, num_views, config.broken, config.reading, speed, config.device_views)
     if policy.moves and epochs is None:
-        raise ValueError(f"{policy.text!r} moves over the whole run: give the number of epochs")
+        raise InputError("recipe.value", f"{policy.text!r} moves over the whole run: give the number of epochs")
     progress = policy.set_progress if policy.moves else None
     order = Order(split.labels, config.sampler, seed, epochs, second, progress)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
@@ -78,7 +83,7 @@ def eval_loader(
     together: how many such loaders run at the same time. With several processes accelerate fills up the last batch, and
     its `gather_for_metrics` drops the filling."""
     if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, not {batch_size}")
+        raise InputError("recipe.value", f"the batch size must be at least 1, not {batch_size}")
     speed = dataclasses.replace(speed, cache=0, resident=False)
     policy = parse(views.eval, views.mean)
     dataset = ViewsDataset(split, policy, None, "stop", config.reading, speed)

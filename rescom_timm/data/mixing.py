@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.data.samples import Batch
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class MixConfig:
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, where it is off")
+                raise InputError("recipe.value", f"{name} must be at least 0, where it is off")
         for name in ("probability", "switch_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1]")
+                raise InputError("recipe.value", f"{name} must be in [0, 1]")
 
     @property
     def on(self) -> bool:

@@ -26,6 +26,7 @@ from pyarrow import ArrowException
 from rescom_timm.class_names import as_spelled, distinct, nfc
 from rescom_timm.data.bounds import MAX_COLUMNS, check_lines, length_problem, read_columns
 from rescom_timm.data.index_files import Rows, first_few, is_label
+from rescom_timm.errors import InputError
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 """Endings of files that hold named columns."""
@@ -149,14 +150,16 @@ def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: b
     if asked is not None:
         asked = as_spelled([asked], there)[0]
         if asked not in there:
-            raise ValueError(f"has no column {asked!r}: it has {', '.join(there)}; set data.{key}")
+            raise InputError("data.column", f"has no column {asked!r}: it has {', '.join(there)}; set data.{key}")
         return asked
     try:
         found = called(kind, there)
     except ValueError as error:
-        raise ValueError(f"{error}; set data.{key}") from None
+        raise InputError("data.column", f"{error}; set data.{key}") from None
     if found is None and needed:
-        raise ValueError(f"has no column that could be the {kind} among {', '.join(there)}; set data.{key}")
+        raise InputError(
+            "data.column", f"has no column that could be the {kind} among {', '.join(there)}; set data.{key}"
+        )
     return found
 
 
@@ -167,7 +170,7 @@ def called(kind: str, there: Sequence[str]) -> str | None:
     for names in NAMES[kind]:
         found = [own for name in names for words, own in plain if words == name]
         if len(found) > 1:
-            raise ValueError(f"has {len(found)} columns that could be the {kind}: {', '.join(found)}")
+            raise InputError("data.column", f"has {len(found)} columns that could be the {kind}: {', '.join(found)}")
         if found:
             return found[0]
     return None
@@ -179,7 +182,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8 text: save it as UTF-8") from None
+        raise InputError("index.format", "is not UTF-8 text: save it as UTF-8") from None
     except (
         ValueError,
         ArrowException,
@@ -191,7 +194,7 @@ def _readable(path: Path) -> Iterator[None]:
         TypeError,
     ) as error:
         what = str(error).strip() or type(error).__name__
-        raise ValueError(f"cannot be read as {path.suffix.lower()[1:]}: {what}") from None
+        raise InputError("index.format", f"cannot be read as {path.suffix.lower()[1:]}: {what}") from None
 
 
 def _names(path: Path) -> list[str]:
@@ -204,7 +207,7 @@ def _names(path: Path) -> list[str]:
             for row in _objects(path):
                 names |= dict.fromkeys(row)
                 if len(names) > MAX_COLUMNS:
-                    raise ValueError(f"its rows have more than {MAX_COLUMNS:,} different keys")
+                    raise InputError("index.format", f"its rows have more than {MAX_COLUMNS:,} different keys")
             return list(names)
         return list(_delimited(path, nrows=0).columns)
 
@@ -220,7 +223,9 @@ def _frame(path: Path, columns: list[str]) -> pd.DataFrame:
             return pd.DataFrame(rows, columns=columns, dtype=object)
         frame = _delimited(path)
         if not isinstance(frame.index, pd.RangeIndex):
-            raise ValueError("rows have more cells than the header; quote text that holds the separator")
+            raise InputError(
+                "index.format", "rows have more cells than the header; quote text that holds the separator"
+            )
         return frame[columns]
 
 
@@ -261,9 +266,9 @@ def _object(line: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
+        raise InputError("index.format", f"line {number}: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f'line {number} is no object, such as {{"path": "1.jpg", "label": "cat"}}')
+        raise InputError("index.format", f'line {number} is no object, such as {{"path": "1.jpg", "label": "cat"}}')
     return row
 
 

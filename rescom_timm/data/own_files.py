@@ -26,6 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, check_tar, limit, shown
 from rescom_timm.data.index_files import first_few
+from rescom_timm.errors import CodedError, InputError
 from rescom_timm.io import read_json, regular_size
 
 BUILDERS = ("parquet", "arrow", "webdataset", "cache")
@@ -47,16 +48,17 @@ def within(folder: str | Path, path: str | Path) -> None:
         if parent.name == "snapshots":
             roots.append(str(parent.parent / "blobs"))
     if not any(real == one or real.startswith(os.path.join(one, "")) for one in roots):
-        raise ValueError(
+        raise InputError(
+            "data.outside",
             f"{path} leads out of {folder}, and nothing outside of it is read: put the file itself into the folder, or "
-            "name the folder that holds it as data.source"
+            "name the folder that holds it as data.source",
         )
 
 
 def plain_name(name: Any, file: Path) -> str:
     """The name of a file or folder that stands in another file. Raises ValueError for one with a folder in it."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
-        raise ValueError(f"{file} names {name!r}, which is no plain name of a file in its folder")
+        raise InputError("data.outside", f"{file} names {name!r}, which is no plain name of a file in its folder")
     return name
 
 
@@ -67,7 +69,7 @@ def saved_splits(folder: Path) -> list[str] | None:
         return None
     names = read_json(path).get("splits")
     if not isinstance(names, list):
-        raise ValueError(f"{path} has no list of splits")
+        raise InputError("data.damaged", f"{path} has no list of splits")
     return [plain_name(name, path) for name in names]
 
 
@@ -80,12 +82,12 @@ def load_saved(folder: Path, root: Path | None = None) -> Dataset:
     for name in ("state.json", "dataset_info.json"):
         within(root, folder / name)
     if not re.fullmatch(r"[\w-]{1,100}", str(state.get("_fingerprint", ""))):
-        raise ValueError(f"{folder}/state.json: _fingerprint must be letters and digits")
+        raise InputError("data.damaged", f"{folder}/state.json: _fingerprint must be letters and digits")
     files = state.get("_data_files")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
-        raise ValueError(f"{folder}/state.json has no list _data_files")
+        raise InputError("data.damaged", f"{folder}/state.json has no list _data_files")
     if len({str(file.get("filename")) for file in files}) < len(files):
-        raise ValueError(f"{folder}/state.json names a file of _data_files twice")
+        raise InputError("data.damaged", f"{folder}/state.json names a file of _data_files twice")
     for file in files:
         path = folder / plain_name(file.get("filename"), folder / "state.json")
         within(root, path)
@@ -108,7 +110,7 @@ def load_files(source: str, local: bool, subset: str | None, split: str, revisio
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            raise ValueError(f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
+            raise InputError(_code(cause), f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def _readable(source: str) -> Iterator[None]:
         pa.ArrowNotImplementedError,
     ) as error:
         what = shown(" ".join(str(error).split()))
-        raise ValueError(f"{source} cannot be read: {type(error).__name__}: {what}") from error
+        raise InputError("data.damaged", f"{source} cannot be read: {type(error).__name__}: {what}") from error
 
 
 @contextmanager
@@ -182,18 +184,24 @@ def _builders_checked(source: str, local: bool) -> Iterator[None]:
 def _check_builder(builder: Any, source: str, local: bool) -> None:
     kind = type(builder).__module__.rpartition(".")[2]
     if kind == "imagefolder":
-        raise ValueError(LOOSE.format(source))
+        raise InputError("data.source", LOOSE.format(source))
     if kind not in BUILDERS:
-        raise ValueError(f"{source} holds {kind} files, not images: {', '.join(BUILDERS[:3])} files are read")
+        raise InputError(
+            "data.source", f"{source} holds {kind} files, not images: {', '.join(BUILDERS[:3])} files are read"
+        )
     for path in (path for paths in (builder.config.data_files or {}).values() for path in paths):
         if local and ("://" in str(path) or "::" in str(path)):
-            raise ValueError(
-                f"the card of {source} names {shown(path)}, which is no file of that folder and is not read"
+            raise InputError(
+                "data.outside",
+                f"the card of {source} names {shown(path)}, which is no file of that folder and is not read",
             )
         if local:
             within(source, path)
         elif not str(path).startswith(f"hf://datasets/{source}@"):
-            raise ValueError(f"the card of {source} names {path}, which is no file of that repository and is not read")
+            raise InputError(
+                "data.outside",
+                f"the card of {source} names {path}, which is no file of that repository and is not read",
+            )
     if kind in ("parquet", "arrow"):
         _bound(builder, kind)
     if kind == "webdataset":
@@ -216,7 +224,9 @@ def _bound(builder: Any, kind: str) -> None:
         for key, table in generate(files=files, **others):
             left -= table.nbytes
             if left < 0:
-                raise ValueError(f"{first_few(sorted(set(paths)), 1)} decodes to more than {RATIO} times its size")
+                raise InputError(
+                    "data.bounds", f"{first_few(sorted(set(paths)), 1)} decodes to more than {RATIO} times its size"
+                )
             yield key, table
 
     builder._generate_tables = bounded
@@ -246,7 +256,11 @@ def _checked(path: str | Path, check: Any) -> Any:
         regular_size(path)
         return check(path)
     except (pa.ArrowException, OSError, ValueError, IndexError, struct.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise InputError(_code(error), f"{path} cannot be read: {error}") from None
+
+
+def _code(error: BaseException) -> str:
+    return error.code if isinstance(error, CodedError) else "data.damaged"
 
 
 def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, name: str) -> Dataset:
@@ -261,9 +275,10 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
     if not own.null_count or not (number := pc.sum(named).as_py() or 0):
         return dataset
     if folder is None:
-        raise ValueError(
+        raise InputError(
+            "data.outside",
             f"{name}: {number:,} rows have no image but the path of one, which is not followed: it would be a file of "
-            "this machine; download the data set and name its folder as data.source"
+            "this machine; download the data set and name its folder as data.source",
         )
     roots = {os.path.abspath(folder), os.path.realpath(folder)}
     written = paths.to_pylist()
@@ -275,9 +290,10 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
             continue
         full = os.path.normpath(os.path.abspath(os.path.join(base, path)))
         if not any(full.startswith(os.path.join(root, "")) for root in roots):
-            raise ValueError(
+            raise InputError(
+                "data.outside",
                 f"{name}: row {row} names an image outside {folder}, {shown(path)}; nothing outside of it is read: "
-                "name the folder of images as data.source and this table's .parquet file as data.index"
+                "name the folder of images as data.source and this table's .parquet file as data.index",
             )
         written[row] = full
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})

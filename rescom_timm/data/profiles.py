@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from rescom_timm.errors import InputError
+
 
 def exponential(
     labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0, by_count: bool = False
@@ -53,9 +55,11 @@ def parse_rule(rule: str) -> tuple[str, float, int]:
     try:
         factor, seed = float(match[1]), int(match[2] or 0)  # type: ignore[index]
     except (TypeError, ValueError):
-        raise ValueError(f"{rule!r} is no long-tail rule: write exponential(100) or step(100)") from None
+        raise InputError("data.rule", f"{rule!r} is no long-tail rule: write exponential(100) or step(100)") from None
     if not 1 <= factor < float("inf"):
-        raise ValueError(f"{rule!r}: the imbalance is the largest class over the smallest, a number from 1")
+        raise InputError(
+            "data.rule", f"{rule!r}: the imbalance is the largest class over the smallest, a number from 1"
+        )
     return name, factor, seed
 
 
@@ -71,15 +75,17 @@ def parse_call(text: str, names: Iterable[str]) -> tuple[str, str] | None:
     if match[1] not in names:
         near = difflib.get_close_matches(match[1], names, 1)
         hint = f"did you mean {near[0]}({match[2]})?" if near else f"there are {', '.join(n + '(...)' for n in names)}"
-        raise ValueError(f"there is no rule {text!r}: {hint}")
+        raise InputError("data.rule", f"there is no rule {text!r}: {hint}")
     return match[1], match[2].strip()
 
 
 def _counts(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarray:
     if num_classes < 2:
-        raise ValueError("a long-tail profile needs at least two classes")
+        raise InputError("data.rule", "a long-tail profile needs at least two classes")
     if not imbalance >= 1:
-        raise ValueError(f"an imbalance of {imbalance} is none: it is the largest class over the smallest, from 1")
+        raise InputError(
+            "data.rule", f"an imbalance of {imbalance} is none: it is the largest class over the smallest, from 1"
+        )
     return np.bincount(labels, minlength=num_classes)
 
 
@@ -90,7 +96,9 @@ def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> 
         rows = np.flatnonzero(labels == k).astype(np.int64)
         if size < 1 or not rows.size:
             reason = "it has none to draw from" if not rows.size else f"{max(sizes)} rows at most, over {imbalance:g}"
-            raise ValueError(f"an imbalance of {imbalance:g} leaves class {k} without a row ({reason})")
+            raise InputError(
+                "data.empty_class", f"an imbalance of {imbalance:g} leaves class {k} without a row ({reason})"
+            )
         random.shuffle(rows)
         kept.append(rows[:size])
     return np.sort(np.concatenate(kept))
@@ -124,8 +132,9 @@ def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndar
             held, left = held + row, left - row
             chosen.append(group)
     if not chosen:
-        raise ValueError(
-            f"holdout({fraction:g}) by group holds nothing: each group is too large a part of a class, or all of it"
+        raise InputError(
+            "data.empty_class",
+            f"holdout({fraction:g}) by group holds nothing: each group is too large a part of a class, or all of it",
         )
     return np.flatnonzero(np.isin(code, chosen)).astype(np.int64)
 
@@ -141,5 +150,7 @@ def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: 
     by_class = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     chosen = np.sort(np.concatenate([random.permutation(rows)[: size(len(rows))] for rows in by_class]))
     if not chosen.size:
-        raise ValueError(f"{rule} takes no row: the classes are too small; take a larger part, or none")
+        raise InputError(
+            "data.empty_class", f"{rule} takes no row: the classes are too small; take a larger part, or none"
+        )
     return chosen.astype(np.int64)

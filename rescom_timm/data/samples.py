@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rescom_timm.data.sampling import SamplerName
+from rescom_timm.errors import InputError
 
 if TYPE_CHECKING:
     from rescom_timm.data.splits import Split
@@ -58,9 +59,11 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
-            raise ValueError(f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}")
+            raise InputError(
+                "recipe.value", f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}"
+            )
         if self.broken not in ("stop", "skip"):
-            raise ValueError(f"broken must be stop or skip, not {self.broken!r}")
+            raise InputError("recipe.value", f"broken must be stop or skip, not {self.broken!r}")
         self.reading  # noqa: B018 (it checks its values)
 
     @property
@@ -97,13 +100,13 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, not {self.workers}")
+            raise InputError("recipe.value", f"workers must be 0 or more, not {self.workers}")
         if not 1 <= self.prefetch <= 1000:
-            raise ValueError(f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
+            raise InputError("recipe.value", f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
         if not self.timeout > 0:
-            raise ValueError(f"timeout must be above 0 seconds, not {self.timeout}")
+            raise InputError("recipe.value", f"timeout must be above 0 seconds, not {self.timeout}")
         if self.cache < 0:
-            raise ValueError(f"cache must be 0 or more megabytes, not {self.cache}")
+            raise InputError("recipe.value", f"cache must be 0 or more megabytes, not {self.cache}")
 
 
 # ----------------------------------------------------------------------------------------------------------- samples
@@ -147,24 +150,29 @@ class ViewsDataset(Dataset[Batch]):
     def _refuse_residence(self, speed: SpeedConfig) -> Size:
         """The one size (H, W) of all images. Raises ValueError where they cannot stay on the device."""
         if self.cache is None:
-            raise ValueError(
+            raise InputError(
+                "recipe.conflict",
                 f"speed.resident is for training images of one size that fit into speed.cache ({speed.cache} MB), "
-                "which these do not; turn it off, or raise speed.cache"
+                "which these do not; turn it off, or raise speed.cache",
             )
         pixels, readable = self.cache
         if not readable.all():
             row = int(self.rows[np.flatnonzero(~readable)[0]])
-            raise ValueError(f"speed.resident: the image of row {row} cannot be read; leave it out of the index")
+            raise InputError(
+                "image.unreadable", f"speed.resident: the image of row {row} cannot be read; leave it out of the index"
+            )
         size = (pixels.shape[1], pixels.shape[2])
         if not self.device and (self.batched is None or not self.batched.serves(self.policy, size)):
-            raise ValueError(
+            raise InputError(
+                "recipe.conflict",
                 f"speed.resident: {self.policy.text!r} has a step that a device does not do as Pillow does; turn it "
-                "off, or let such steps come out a level or two away (loader.device_views=true)"
+                "off, or let such steps come out a level or two away (loader.device_views=true)",
             )
         assert self.batched is not None
         if self.batched.head:
-            raise ValueError(
-                f"speed.resident: {self.policy.text!r} begins with a step that a device cannot do; turn it off"
+            raise InputError(
+                "recipe.conflict",
+                f"speed.resident: {self.policy.text!r} begins with a step that a device cannot do; turn it off",
             )
         return size
 
@@ -350,9 +358,10 @@ def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
     sizes = {array.shape for array in arrays}
     if len(sizes) > 1:
         (h0, w0, _), (h1, w1, _) = sorted(sizes)[:2]
-        raise ValueError(
+        raise InputError(
+            "image.size",
             f"the images of a batch differ in size ({w0} x {h0} and {w1} x {h1}) after the policy {policy.text!r}: "
-            "let it end in one size, for instance with center_crop(224) or upscale(32)"
+            "let it end in one size, for instance with center_crop(224) or upscale(32)",
         )
     height, width, channels = arrays[0].shape
     stacked = np.empty((len(arrays), channels, height, width), np.uint8)

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import Sampler
 
+from rescom_timm.errors import InputError
+
 Item = tuple[int, int]
 SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive", "reversed"]
 
@@ -44,9 +46,11 @@ class Order(Sampler[Item | tuple[Item, Item]]):
     ) -> None:
         """progress: is told at the start of each epoch how far the run is, from 0 in the first to 1 in the last."""
         if "progressive" in (sampler, second) and epochs is None:
-            raise ValueError("the progressive sampler moves over the whole run: give the number of epochs")
+            raise InputError(
+                "recipe.value", "the progressive sampler moves over the whole run: give the number of epochs"
+            )
         if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
+            raise InputError("recipe.value", f"seed must be from 0 to 2**63 - 1, not {seed}")
         self.labels = np.asarray(labels)
         self.sampler: SamplerName = sampler
         self.second = second

@@ -12,6 +12,7 @@ from rescom_timm.data.crops import CornerCrop, RisingCrop
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, look
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy
+from rescom_timm.errors import InputError
 
 Size: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
@@ -54,7 +55,7 @@ def after(policy: Policy, size: Size) -> Size:
             side = step.size if isinstance(step, CornerCrop) else step.size[0]
             pad = 0 if isinstance(step, CornerCrop) else 2 * int(step.padding or 0)
             if min(size) + pad < side:
-                raise ValueError(f"an image of {width} x {height} pixels has no crop of {side}")
+                raise InputError("image.size", f"an image of {width} x {height} pixels has no crop of {side}")
             size = (side, side)
         elif isinstance(step, transforms.RandomResizedCrop | transforms.CenterCrop):
             size = (step.size[1], step.size[0])
@@ -88,11 +89,14 @@ def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = RE
         try:
             made.setdefault(after(policy, size), position)
         except ValueError as error:
-            raise ValueError(f"{key}: row {split.rows[position]} of {split.name}: {error} ({policy.text!r})") from None
+            raise InputError(
+                "image.size", f"{key}: row {split.rows[position]} of {split.name}: {error} ({policy.text!r})"
+            ) from None
         if len(made) > 1:
             (w0, h0), (w1, h1) = sorted(made)
-            raise ValueError(
+            raise InputError(
+                "image.size",
                 f"{key}: images of {split.name} differ in size ({w0} x {h0} and {w1} x {h1}) after {policy.text!r}: "
-                f"let it end in one size, such as {key}='resize(256) | center_crop(224)'"
+                f"let it end in one size, such as {key}='resize(256) | center_crop(224)'",
             )
     return next(iter(made), None)

@@ -25,6 +25,7 @@ from rescom_timm.data.index_files import first_few
 from rescom_timm.data.profiles import RULES, at_most, holdout, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, index_path, renumber, with_labels
 from rescom_timm.data.tables import cache_folder, open_table, table_part
+from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id, missing
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
             _refuse_overlap(a, parts[a], b, parts[b])
     index = parts["train"].index
     if (empty := np.flatnonzero(index.counts == 0)).size:
-        raise ValueError(
+        raise InputError(
+            "data.empty_class",
             f"{len(empty)} of {num_classes} classes have no training image in {train.name}: "
             f"{first_few(empty.tolist())}; "
-            "Balanced Softmax and the queue need at least one of each"
+            "Balanced Softmax and the queue need at least one of each",
         )
     return Data(
         train=parts["train"].split(),
@@ -206,12 +208,15 @@ def _held_out(train: Part, rule: str) -> tuple[Part, Part]:
 def _unused(train: Part, number: int, rule: str) -> Part:
     """Rows a class of the split that the index leaves out: as many as there are, at most ``number``."""
     if train.all_labels is None:
-        raise ValueError(
-            f"validation {rule}: a list over a folder of images has no unused rows; use holdout(0.1) or index(FILE)"
+        raise InputError(
+            "recipe.conflict",
+            f"validation {rule}: a list over a folder of images has no unused rows; use holdout(0.1) or index(FILE)",
         )
     rest = np.setdiff1d(np.arange(len(train.all_labels)), train.rows)
     if not rest.size:
-        raise ValueError(f"validation {rule}: the index leaves no row of {train.name} unused; use holdout(0.1)")
+        raise InputError(
+            "recipe.conflict", f"validation {rule}: the index leaves no row of {train.name} unused; use holdout(0.1)"
+        )
     rows = rest[at_most(train.all_labels[rest], number)]
     index = replace(train.index, keys=rows, labels=train.all_labels[rows])
     if (short := np.flatnonzero(index.counts < number)).size:
@@ -238,7 +243,8 @@ def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     elif first.split_name is not None and first.split_name == second.split_name:
         shared = np.intersect1d(first.rows, second.rows).tolist()
     if shared:
-        raise ValueError(
+        raise InputError(
+            "data.overlap",
             f"{len(shared):,} images stand both in {a} ({first.name}) and {b} ({second.name}), the first: "
-            f"{first_few(shared)}; an accuracy on images that were trained on would say nothing"
+            f"{first_few(shared)}; an accuracy on images that were trained on would say nothing",
         )

@@ -14,7 +14,7 @@ from rescom_timm.data.benchmarks import data_path, get_hint
 from rescom_timm.data.index import Index
 from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.profiles import RULES, parse_call, parse_rule
-from rescom_timm.errors import MissingFileError
+from rescom_timm.errors import InputError, MissingFileError
 
 VALIDATION = ("holdout", "unused", "split", "index")
 
@@ -50,29 +50,38 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError("data.source is empty: name a Hub data set, a local folder, or digits")
+            raise InputError("data.source", "data.source is empty: name a Hub data set, a local folder, or digits")
         other = self.validation.removeprefix("split(") if self.validation.startswith("split(") else ""
         for split in (self.train, self.test, other):
             if Path(split).is_absolute() or ".." in re.split(r"[/\\]", split):
-                raise ValueError(f"split {split!r} leads out of data.source: name a split, or a folder in it")
+                raise InputError(
+                    "data.outside", f"split {split!r} leads out of data.source: name a split, or a folder in it"
+                )
         for rule in (self.index, self.test_index):
             if parse_call(rule, RULES):
                 parse_rule(rule)
         if call := parse_call(self.test, ("holdout",)):
             _check_part(self.test, call[1])
             if self.test_index != "all":
-                raise ValueError(f"test {self.test} takes training rows, and test_index names others: say one of them")
+                raise InputError(
+                    "recipe.conflict",
+                    f"test {self.test} takes training rows, and test_index names others: say one of them",
+                )
         if self.validation == "none":
             return
         name, argument = parse_call(self.validation, VALIDATION) or ("", "")
         if not name:
-            raise ValueError(f"validation {self.validation!r} is neither none nor one of {', '.join(VALIDATION)} (...)")
+            raise InputError(
+                "data.rule", f"validation {self.validation!r} is neither none nor one of {', '.join(VALIDATION)} (...)"
+            )
         if name == "holdout":
             _check_part(self.validation, argument)
         if name == "unused" and not (argument.isdigit() and int(argument) > 0):
-            raise ValueError(f"{self.validation}: a whole number of rows a class is taken, such as unused(50)")
+            raise InputError(
+                "data.rule", f"{self.validation}: a whole number of rows a class is taken, such as unused(50)"
+            )
         if not argument:
-            raise ValueError(f"{self.validation}: nothing is named between the brackets")
+            raise InputError("data.rule", f"{self.validation}: nothing is named between the brackets")
 
     @property
     def columns(self) -> Columns:
@@ -136,9 +145,10 @@ def check_range(labels: np.ndarray, classes: int, name: str) -> None:
     """Raises ValueError where a label is outside 0 .. classes - 1."""
     if (bad := np.flatnonzero((labels < 0) | (labels >= classes))).size:
         hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
-        raise ValueError(
+        raise InputError(
+            "data.labels",
             f"{name}: {len(bad):,} labels are outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
-            f"{bad[0]}{hint}"
+            f"{bad[0]}{hint}",
         )
 
 
@@ -162,13 +172,15 @@ def index_path(spec: str) -> Path:
     if not path.is_file() and (hint := get_hint(spec)):
         raise MissingFileError("data.missing", f"{spec} does not exist{hint}")
     if not path.is_file():
-        raise FileNotFoundError(f"no index {spec!r}: it is all, a rule such as exponential(100), or a file")
+        raise MissingFileError(
+            "file.missing", f"no index {spec!r}: it is all, a rule such as exponential(100), or a file"
+        )
     return path
 
 
 def _check_part(rule: str, argument: str) -> None:
     if not (is_number(argument) and 0 < float(argument) < 1):
-        raise ValueError(f"{rule}: a part between 0 and 1 is held out, such as holdout(0.1)")
+        raise InputError("data.rule", f"{rule}: a part between 0 and 1 is held out, such as holdout(0.1)")
 
 
 def is_number(text: str) -> bool:

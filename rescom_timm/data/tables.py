@@ -27,6 +27,7 @@ from rescom_timm.data.named_columns import called
 from rescom_timm.data.own_files import LOOSE, load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
+from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.hub_client import hub_id, missing, online
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 # Tables: the Hub, parquet, arrow, save_to_disk, digits
 
 
-class NoSplit(ValueError):
+class NoSplit(InputError):
     """A data set without a split of that name."""
 
 
@@ -65,9 +66,10 @@ def table_part(
         numbers = numbers_in(known or like.index.names, None if texts else names, like.name, name, lacking=True)
         if names is None and labels is not None and other_numbers(known) and labels.min(initial=0) >= 0:
             if isinstance(getattr(like.dataset, "features", {}).get("label"), ClassLabel):
-                raise ValueError(
+                raise InputError(
+                    "data.classes",
                     f"{name} has plain numbers as labels, and the class names of {like.name} are other numbers "
-                    f"({first_names(known or ())}): cast its label column to the same ClassLabel"
+                    f"({first_names(known or ())}): cast its label column to the same ClassLabel",
                 )
             log.warning("%s has numbers as labels, which are taken as the class names of %s", name, like.name)
             texts = labels.astype(str).tolist()
@@ -100,10 +102,12 @@ def table_part(
         )  # fmt: skip
         index = _by_name(index, names, None if labels is not None or like is None else like, spec, name)
         if index.num_classes != (classes or index.num_classes):
-            raise ValueError(f"{spec} is of {index.num_classes} classes where {classes} are expected")
+            raise InputError("index.data", f"{spec} is of {index.num_classes} classes where {classes} are expected")
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
-            raise ValueError(f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
+            raise InputError(
+                "index.data", f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0"
+            )
         if labels is None:  # the list knows the labels, the data set only the files
             whole = np.full(len(dataset), -1)
             whole[rows] = index.labels
@@ -130,12 +134,12 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
         dataset = memory_split(split)
         if isinstance(dataset, Pairs):
             if config.group_column is not None:
-                raise ValueError("data.group_column: a data set of (image, label) has no columns")
+                raise InputError("data.column", "data.group_column: a data set of (image, label) has no columns")
             return _Table(dataset, dataset.labels(), dataset.class_names())  # type: ignore[arg-type]
     else:
         dataset = digits(split) if config.source == "digits" else _open(config, folder, split)
     if dataset.info.builder_name == "imagefolder":
-        raise ValueError(LOOSE.format(config.source))
+        raise InputError("data.source", LOOSE.format(config.source))
     image, label = _columns(dataset.features, config)
     groups = None
     if config.group_column is not None:
@@ -154,11 +158,11 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
         return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
     if column.null_count:
-        raise ValueError(f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
+        raise InputError("data.labels", f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
     feature = dataset.features["label"]
     names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
     if wrong := next(filter(None, (length_problem("a class name", name) for name in names or ())), ""):
-        raise ValueError(f"{config.source} {split} has {wrong}")
+        raise InputError("data.bounds", f"{config.source} {split} has {wrong}")
     if names is not None or "int" in feature.dtype:
         return _Table(dataset, column.to_numpy().astype(np.int64), names, groups=groups)
     _refuse_long(column, f"{config.source} {split}: column {label!r}")
@@ -172,7 +176,7 @@ def _refuse_long(column: pa.ChunkedArray, name: str) -> None:
     """Raises ValueError where a column of texts holds one above MAX_TEXT bytes."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         if (longest := pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT:
-            raise ValueError(f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
+            raise InputError("data.bounds", f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
 
 
 def _as_classes(texts: list[str], names: Sequence[str], there: str, here: str) -> np.ndarray:
@@ -180,9 +184,10 @@ def _as_classes(texts: list[str], names: Sequence[str], there: str, here: str) -
     values = sorted(set(texts))
     known = {nfc(text): k for k, text in enumerate(names)}
     if odd := [text for text in values if nfc(text) not in known]:
-        raise ValueError(
+        raise InputError(
+            "data.classes",
             f"{there} has labels that training lacks: {first_names(odd)}; training is {here}, which has "
-            f"{first_names(names)}"
+            f"{first_names(names)}",
         )
     numbers = {text: known[nfc(text)] for text in values}
     return np.array([numbers[text] for text in texts], dtype=np.int64)
@@ -202,7 +207,9 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
         if folder is not None and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
             splits = saved_splits(folder)
             if splits is None:
-                raise ValueError(f"{source} is one saved data set without splits: save a DatasetDict of train and test")
+                raise InputError(
+                    "data.split", f"{source} is one saved data set without splits: save a DatasetDict of train and test"
+                )
             if split not in splits:
                 raise ValueError(f"Unknown split {split!r}. Should be one of {splits}.")
             return load_saved(folder / split, folder)
@@ -214,25 +221,28 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
         with online():
             return load_files(name, False, config.subset, split, revision or None)
     except (ConnectionError, HfHubHTTPError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "hub.unreachable",
             f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it, nor is there such a "
             "folder here: set data.source to a local folder of its parquet files, or load it once with a network "
-            f"({first_line(error)})"
+            f"({first_line(error)})",
         ) from None
     except DatasetNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
+            "hub.not_found",
             f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms, and no "
-            f"such folder here; set data.source to its right name or to a local folder ({first_line(error)})"
+            f"such folder here; set data.source to its right name or to a local folder ({first_line(error)})",
         ) from None
     except RuntimeError as error:  # a script, which datasets no longer runs
-        raise ValueError(f"{source} is not read: {first_line(error)}") from None
+        raise InputError("data.source", f"{source} is not read: {first_line(error)}") from None
     except HFValidationError:
         raise missing(source) from None
     except ValueError as error:
         if "Unknown split" in str(error):
             has = str(error).partition("one of ")[2].rstrip(".")
             raise NoSplit(
-                f"{source} has no split {split!r}, only {has}: set data.train and data.test, or data.test=holdout(0.2)"
+                "data.split",
+                f"{source} has no split {split!r}, only {has}: set data.train and data.test, or data.test=holdout(0.2)",
             ) from None
         raise
 
@@ -242,7 +252,9 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
     images = [name for name, feature in features.items() if _is_image(feature)]
     image = _pick("image", config.image_column, images, features, config.source)
     if image is None:
-        raise ValueError(f"{config.source} has no column of images among {', '.join(features)}: set image_column=")
+        raise InputError(
+            "data.column", f"{config.source} has no column of images among {', '.join(features)}: set image_column="
+        )
     others = {name: feature for name, feature in features.items() if name != image}
     kinds = {name: getattr(feature, "dtype", "") for name, feature in others.items() if isinstance(feature, Value)}
     labels = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
@@ -258,11 +270,14 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
     ):
         return image, label
     if isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence"):
-        raise ValueError(
+        raise InputError(
+            "data.column",
             f"label column {label!r} of {config.source} holds several labels of an image, which is not supported: "
-            "choose a column with one class, label_column="
+            "choose a column with one class, label_column=",
         )
-    raise ValueError(f"label column {label!r} of {config.source} holds no classes: cast it to ClassLabel")
+    raise InputError(
+        "data.column", f"label column {label!r} of {config.source} holds no classes: cast it to ClassLabel"
+    )
 
 
 def _is_image(feature: Any) -> bool:
@@ -275,12 +290,13 @@ def _pick(kind: str, asked: str | None, found: list[str], features: Features, so
         if asked not in features:
             near = get_close_matches(asked, features, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(features)}"
-            raise ValueError(f"{source} has no column {asked!r}: {hint}")
+            raise InputError("data.column", f"{source} has no column {asked!r}: {hint}")
         return asked
     if len(found) > 1:
-        raise ValueError(
+        raise InputError(
+            "data.column",
             f"{source} has {len(found)} columns that could be the {kind}: {', '.join(found)}; "
-            f"choose one, such as {kind}_column={found[0]}"
+            f"choose one, such as {kind}_column={found[0]}",
         )
     return found[0] if found else None
 
@@ -293,7 +309,9 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
     """
     have = pc.struct_field(pa.chunked_array(_column(dataset, "image").chunks), "path").combine_chunks()
     if have.null_count == len(have):
-        raise ValueError(f"{spec} lists file names, but the rows of {name} have none: use an index of row numbers")
+        raise InputError(
+            "index.kind", f"{spec} lists file names, but the rows of {name} have none: use an index of row numbers"
+        )
     want = pa.array(paths, have.type)
     rows = pc.index_in(want, value_set=have)
     if rows.null_count and not (pc.all(pc.string_is_ascii(have)).as_py() and pc.all(pc.string_is_ascii(want)).as_py()):
@@ -311,11 +329,14 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
             rows, have = again, plain
     if rows.null_count:
         missing = [paths[i] for i in np.flatnonzero(rows.is_null())[:3]]
-        raise FileNotFoundError(
-            f"{rows.null_count:,} of {len(paths):,} files of {spec} are not in {name}, the first: {first_few(missing)}"
+        raise MissingFileError(
+            "index.images",
+            f"{rows.null_count:,} of {len(paths):,} files of {spec} are not in {name}, the first: {first_few(missing)}",
         )
     if pc.sum(pc.is_in(have, value_set=want)).as_py() > len(paths) or pc.count_distinct(rows).as_py() < len(paths):
-        raise ValueError(f"file names of {spec} stand for several rows of {name}: use a folder of images as source")
+        raise InputError(
+            "index.data", f"file names of {spec} stand for several rows of {name}: use a folder of images as source"
+        )
     return rows.to_numpy().astype(np.int64)
 
 
@@ -344,16 +365,19 @@ def _keep(index: Index, labels: np.ndarray, cache: Path) -> str | None:
 
 def _needed(labels: np.ndarray | None, name: str) -> np.ndarray:
     if labels is None:
-        raise ValueError(f"{name} has no column of labels: set label_column=, or index= to a list with labels")
+        raise InputError(
+            "data.column", f"{name} has no column of labels: set label_column=, or index= to a list with labels"
+        )
     return labels
 
 
 def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str, name: str) -> None:
     if (bad := np.flatnonzero(there != here)).size:
         i = bad[0]
-        raise ValueError(
+        raise InputError(
+            "index.data",
             f"{spec} and {name} disagree on {len(bad):,} of {len(here):,} labels, first in row {rows[i]}: {here[i]} in "
-            f"the index, {there[i]} in the data set; was it made for another data set, split or label column?"
+            f"the index, {there[i]} in the data set; was it made for another data set, split or label column?",
         )
 
 

@@ -28,6 +28,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from rescom_timm.data.crops import CornerCrop, RisingCrop
+from rescom_timm.errors import InputError
 
 Step = Callable[[Image.Image], Image.Image]
 Colour = tuple[int, int, int]
@@ -68,9 +69,11 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or not all(0 <= m <= 1 for m in self.mean):
-            raise ValueError(f"mean must be three numbers from 0 to 1 (channels scaled to 0..1), not {self.mean}")
+            raise InputError(
+                "recipe.value", f"mean must be three numbers from 0 to 1 (channels scaled to 0..1), not {self.mean}"
+            )
         if len(self.std) != 3 or not all(0 < s <= 1 for s in self.std):
-            raise ValueError(f"std must be three numbers above 0 and at most 1, not {self.std}")
+            raise InputError("recipe.value", f"std must be three numbers above 0 and at most 1, not {self.std}")
         for line in (self.train, self.eval):
             parse(line, self.mean)
 
@@ -131,7 +134,9 @@ def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
             arguments = _bind(name, tokens)
             steps.append(STEPS[name](*arguments, **_colour(name, colour)))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}({', '.join(tokens)}): {error}; it is written {usage(name)}") from error
+            raise InputError(
+                "recipe.views", f"{name}({', '.join(tokens)}): {error}; it is written {usage(name)}"
+            ) from error
         texts.append(f"{name}({','.join(map(str, arguments))})")
     return Policy(steps, " | ".join(texts))
 
@@ -151,7 +156,9 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
             continue
         match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", part)
         if match is None:
-            raise ValueError(f"cannot read {part!r} in the policy {line!r}: steps are name(arguments) joined by '|'")
+            raise InputError(
+                "recipe.views", f"cannot read {part!r} in the policy {line!r}: steps are name(arguments) joined by '|'"
+            )
         name, arguments = match.groups()
         if name in POLICIES and arguments is None:
             found += _split(POLICIES[name])
@@ -160,9 +167,10 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
         else:
             names = [*STEPS, *POLICIES]
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-            raise ValueError(
+            raise InputError(
+                "recipe.views",
                 f"unknown step {name!r} in the policy {line!r}: did you mean {nearest!r}? "
-                f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}."
+                f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}.",
             )
     return found
 
