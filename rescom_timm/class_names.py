@@ -1,7 +1,7 @@
-"""Class names of two things that meet: compared by name, after Unicode normalisation (NFC), never by number alone.
+"""Class names of two data sets, runs or checkpoints, matched by name after Unicode normalisation (NFC).
 
-Splits, lists, tables, runs, checkpoints, teachers and files of class features all ask `numbers_in`. Numbers in the
-place of names ("0", "1", ... in order) count as no names, unless they are the same set as the other side's.
+Splits, lists, tables, runs, checkpoints, teachers and files of class features all ask `numbers_in`. Names that are only
+the numbers 0, 1, ... in order count as no names, unless the other side has the same set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def nfc(text: str) -> str:
-    """The composed form, in which two spellings of one text are equal."""
+    """The composed Unicode form, in which two spellings of one text are equal."""
     return text if text.isascii() else normalize("NFC", text)
 
 
@@ -28,11 +28,11 @@ def numbers_in(
     lacking: bool = False,
     ordered: bool = False,
 ) -> list[int] | None:
-    """For each class of `theirs` its number in `names`, reported in one line; None where both are numbered alike, or
-    where one side has no names.
+    """The number in `names` of each class of `theirs`; None if both are numbered alike or one side has no names.
 
-    here, there: what has `names` and `theirs`, for messages. lacking: theirs may lack some of `names`. ordered: another
-    order is an error too. Raises ValueError, naming the first few of each side, where the names are others.
+    A different order is logged as a warning. here, there: what has `names` and `theirs`, for messages. lacking:
+    `theirs` may be a part of `names`. ordered: a different order is an error. Raises InputError (data.classes), naming
+    the first few of each side, if the names differ.
     """
     if not names or not theirs:
         return None
@@ -77,7 +77,7 @@ def numbers_in(
 
 
 def rows_of(names: Sequence[str] | None, theirs: Sequence[str] | None, here: str, there: str) -> list[int] | None:
-    """For each class of `names` its row in what has the classes `theirs`; None and errors as of `numbers_in`."""
+    """The position in `theirs` of each class of `names`; None and errors as in `numbers_in`."""
     numbers = numbers_in(names, theirs, here, there)
     return None if numbers is None else sorted(range(len(numbers)), key=numbers.__getitem__)
 
@@ -91,7 +91,7 @@ def distinct(names: Iterable[str]) -> list[str]:
 
 
 def refuse_two_forms(names: Sequence[str], where: str) -> None:
-    """Raises ValueError where two classes have one name in two Unicode forms."""
+    """Raise InputError (data.classes) if two classes have one name in two Unicode forms."""
     if len({nfc(name) for name in names}) < len(set(names)):
         forms: dict[str, set[str]] = {}
         for name in names:
@@ -105,19 +105,21 @@ def refuse_two_forms(names: Sequence[str], where: str) -> None:
 
 
 def as_spelled(names: Sequence[str], own: Sequence[str]) -> list[str]:
-    """The names, those that `own` has in its spelling."""
+    """The names, spelled as in `own` if they are there in another Unicode form."""
     spelled = {nfc(name): name for name in own}
     return [spelled.get(nfc(name), name) for name in names]
 
 
 def first_names(names: Sequence[str], n: int = 3) -> str:
-    """The first few, quoted."""
+    """The first n names, quoted, and how many more there are."""
     return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
 def other_numbers(names: Sequence[str] | None) -> bool:
-    """Whether all names are whole numbers, but not "0", "1", ... in order: labels that are numbers may then be meant as
-    names."""
+    """Whether all names are whole numbers other than 0, 1, ... in order.
+
+    Labels that are numbers may then mean names.
+    """
     return bool(names) and all(name.isdecimal() for name in names or ()) and not _numbers(names or ())
 
 

@@ -31,6 +31,7 @@ from rescom_timm.inference.predict import predict
 from rescom_timm.inference.teacher import first_weights
 from rescom_timm.methods.distillation import Teacher
 from tests.engine.child import Tiny
+from tests.raises import raises
 
 NAMES = ["cat", "dog", "emu", "fox"]
 TURNED = ["fox", "emu", "cat", "dog"]
@@ -149,19 +150,19 @@ def test_numbers_by_name(own, theirs, options, expected, caplog):
 
 
 @pytest.mark.parametrize(
-    ("own", "theirs", "options", "words"),
+    ("own", "theirs", "options", "naming"),
     [
-        (NAMES, ["cat", "dog", "elk", "fox"], {}, ["'emu'", "'elk'", "it lacks", "only it has"]),
-        (NAMES, ["cat", "elk"], {"lacking": True}, ["classes that here lacks: elk", "cat, dog, emu"]),
-        (NAMES, NAMES[:3], {}, ["it lacks 'fox'"]),
-        (NAMES, TURNED, {"ordered": True}, ["another order", "'fox' is 'cat'"]),
-        (["a", "a", "b"], ["a", "b", "a"], {}, ["names one twice"]),
+        (NAMES, ["cat", "dog", "elk", "fox"], {}, ["'emu'", "'elk'"]),
+        (NAMES, ["cat", "elk"], {"lacking": True}, [": elk", "cat, dog, emu"]),
+        (NAMES, NAMES[:3], {}, ["'fox'"]),
+        (NAMES, TURNED, {"ordered": True}, ["'fox'", "'cat'"]),
+        (["a", "a", "b"], ["a", "b", "a"], {}, ["'a'"]),
     ],
 )
-def test_other_names_are_refused(own, theirs, options, words):
-    with pytest.raises(ValueError, match=r"(?s)^there") as raised:
+def test_other_names_are_refused(own, theirs, options, naming):
+    with raises("data.classes", "there", *naming) as raised:
         numbers_in(own, theirs, "here", "there", **options)
-    assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+    assert str(raised.value).startswith("there") and "\n" not in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------------- splits
@@ -196,7 +197,7 @@ def test_a_split_of_other_classes_is_refused(which):
     made = parts()
     made[which] = split(NAMES, 2, 3, rename={"fox": "wolf"})
     config = DataConfig("memory", validation="split(validation)" if which == "validation" else "none")
-    with in_memory(made), pytest.raises(ValueError, match="wolf.*cat"):
+    with in_memory(made), raises("data.classes", "wolf", "cat"):
         load(config)
 
 
@@ -237,7 +238,7 @@ def test_lists_are_matched_by_the_names_in_their_headers_and_by_class_folders(tm
     turned = listed(tmp_path / "turned.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "ant"])
     other = listed(tmp_path / "other.txt", [("a/3.png", 1), ("b/4.png", 0)], ["bee", "asp"])
     assert load(DataConfig(str(root), index=own, test_index=turned)).test.labels.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="asp.*ant, bee"):
+    with raises("data.classes", "asp", "ant, bee"):
         load(DataConfig(str(root), index=own, test_index=other))
     plain = listed(tmp_path / "plain.txt", [("a/1.png", 0), ("b/2.png", 1)])
     mixed = listed(tmp_path / "mixed.txt", [("a/3.png", 1), ("b/4.png", 0)])
@@ -291,7 +292,7 @@ def test_folders_are_compared_only_where_they_are_classes(tmp_path):
     assert load(config).test.labels.tolist() == [0, 1]
     own = listed(tmp_path / "own.txt", [("0/0.png", 0), ("1/0.png", 1)])
     other = listed(tmp_path / "other.txt", [("0/1.png", 1), ("1/1.png", 0)], ["1", "2"])
-    with pytest.raises(ValueError, match="lacks: 2"):
+    with raises("data.classes", ": 2"):
         load(DataConfig(str(root), index=own, test_index=other))
 
 
@@ -318,11 +319,11 @@ def test_numbers_and_texts_of_numbers_are_the_same_classes(train_kind, test_kind
 
 def test_numbers_that_may_be_meant_either_way_are_refused():
     both = {"train": numbered(SORTED, datasets.ClassLabel(names=SORTED)), "test": numbered([3, 10], WHOLE)}
-    with in_memory(both), pytest.raises(ValueError, match="cast its label column to the same ClassLabel"):
+    with in_memory(both), raises("data.classes", "ClassLabel"):
         load(DataConfig("memory"))
-    with in_memory({"train": numbered(["5", "7"], TEXT), "test": numbered([0, 1], WHOLE)}):
-        with pytest.raises(ValueError, match="labels that training lacks: '0', '1'"):
-            load(DataConfig("memory"))
+    both = {"train": numbered(["5", "7"], TEXT), "test": numbered([0, 1], WHOLE)}
+    with in_memory(both), raises("data.classes", "'0', '1'"):
+        load(DataConfig("memory"))
 
 
 def test_a_list_of_a_data_set_is_matched_by_name(sources, tmp_path):
@@ -389,7 +390,7 @@ def test_one_image_in_two_forms_stands_in_both_lists(tmp_path):
     root = images(tmp_path / "root", [f"a/{COMPOSED}.png", "b/2.png"])
     own = listed(tmp_path / "a.txt", [(f"a/{COMPOSED}.png", 0), ("b/2.png", 1)])
     test = listed(tmp_path / "b.txt", [(f"a/{DECOMPOSED}.png", 0)])
-    with pytest.raises(ValueError, match="stand both in train"):
+    with raises("data.overlap", "1 images", "train", "test"):
         load(DataConfig(str(root), index=own, test_index=test))
 
 
@@ -397,7 +398,7 @@ def test_named_labels_of_two_forms_are_refused():
     made = parts(rename={})
     kinds = datasets.ClassLabel(names=[COMPOSED, DECOMPOSED, "emu", "fox"])
     made = datasets.DatasetDict({name: one.cast_column("label", kinds) for name, one in made.items()})
-    with in_memory(made), pytest.raises(ValueError, match=r"two Unicode forms .*u0301"):
+    with in_memory(made), raises("data.classes", "u0301"):
         load(DataConfig("memory"))
 
 
@@ -420,7 +421,7 @@ def test_another_source_is_evaluated_by_name_and_under_another_name(run, sources
 
 def test_another_source_of_other_classes_is_refused(run, sources):
     for which in ("odd", "renamed"):
-        with pytest.raises(ValueError, match="(?s)(ant|wolf).*cat"):
+        with raises("data.classes", "wolf" if which == "renamed" else "ant"):
             run.evaluate(overrides=[f"data.source={sources[which]}"])
 
 
@@ -435,7 +436,7 @@ def test_a_data_set_that_is_given_is_used(run, sources):
     assert turned._split("test")[1] == NAMES
     assert Run(run.folder, dataset=split(TURNED, 6, 1)).evaluate()["top1"] == own["top1"], "one split: all of it"
     assert run.evaluate(dataset={"test": split(TURNED, 6, 1)})["top1"] == own["top1"]
-    with pytest.raises(ValueError, match="wolf"):
+    with raises("data.classes", "wolf"):
         run.evaluate(dataset=split(NAMES, 2, 1, rename={"fox": "wolf"}))
     assert (run.folder / "evaluation/test-last.json").read_bytes() == before
     assert len({*others(run.folder)}) >= 3, "each data set has an evaluation of its own"
@@ -461,7 +462,7 @@ def test_splits_of_a_data_set_to_evaluate_on(run, sources):
     own = figures(run.folder)
     assert run.evaluate(dataset=given)["top1"] == own["top1"]
     assert run.evaluate(dataset=given, split="validation")["top1"] > 90
-    with pytest.raises(ValueError, match="wolf"):
+    with raises("data.classes", "wolf"):
         run.evaluate(dataset={**given, "validation": split(NAMES, 2, 1, rename={"fox": "wolf"})})
 
 
@@ -512,8 +513,9 @@ def test_a_run_starts_from_another_by_class_name(place, run, sources, tmp_path, 
 @pytest.mark.parametrize("source", ["{run}/checkpoints/{step}", "{run}/checkpoints/{step}/net.safetensors"])
 def test_weights_of_other_classes_are_refused(place, run, sources, tmp_path, source):
     step = checkpoint.newest(run.folder / "checkpoints")[0].name
-    with pytest.raises(RecipeError, match="(?s)from: .*'wolf'.*'cat'|from: .*'(ant|emu)'"):
+    with pytest.raises(RecipeError) as caught:
         started(place, sources["odd"], source.format(run=run.folder, step=step), tmp_path)
+    assert "from" in str(caught.value) and any(name in str(caught.value) for name in ("'wolf'", "'ant'", "'emu'"))
     folder = started(place, sources["both"], source.format(run=run.folder, step=step), tmp_path / "turned")
     assert figures(folder)["top1"] == figures(run.folder)["top1"]
 
@@ -544,8 +546,9 @@ def test_a_run_is_not_resumed_with_other_names(place, sources, tmp_path):
             {name: split(NAMES, 12 if name == "train" else 6, seed, rename={"fox": "wolf"}) for seed, name in
              enumerate(("train", "test"))}
         ).save_to_disk(tmp_path / "renamed")  # fmt: skip
-        with pytest.raises(RecipeError, match="'wolf'|another order"):
+        with pytest.raises(RecipeError) as caught:
             train(made, resume=True)
+        assert source == "both" or "'wolf'" in str(caught.value)
         assert (folder / "classes.json").read_bytes() == before
     _, net, state = checkpoint.newest(folder / "checkpoints")
     assert state.pop("class_names") == NAMES
@@ -553,8 +556,9 @@ def test_a_run_is_not_resumed_with_other_names(place, sources, tmp_path):
     for old in checkpoint.listed(folder / "checkpoints"):
         shutil.rmtree(old)
     checkpoint.save(folder / "checkpoints", state["progress"]["step"], net, state)  # as 0.2.0 has it
-    with pytest.raises(RecipeError, match="'wolf'"):
+    with pytest.raises(RecipeError) as caught:
         train(made, resume=True)
+    assert "'wolf'" in str(caught.value)
     made["data"]["source"] = str(tmp_path / "data")
     assert train(made, resume=True).folder == folder
 
@@ -563,8 +567,9 @@ def test_a_teacher_of_other_classes_is_refused(run, sources):
     made = load_dict(tree(sources["both"], "x", method={"name": "dive", "teacher": "t"}))
     net = run.pretrained().net
     for names in (NAMES, ["ant", *TURNED[1:]]):
-        with pytest.raises(RecipeError, match="method.teacher: t .*'(cat|ant)'"):
+        with pytest.raises(RecipeError) as caught:
             build_method(made, load(made.data), start=True, teacher=Teacher(net, names))
+        assert "method.teacher" in str(caught.value) and ("'cat'" if names == NAMES else "'ant'") in str(caught.value)
     build_method(made, load(made.data), start=True, teacher=Teacher(net, TURNED))
 
 
@@ -586,8 +591,9 @@ def test_weights_of_the_hub_are_taken_by_name(run, tmp_path, monkeypatch):
         load_weights(net, first[0], TURNED, first[1])
         rows = [pretrained.class_names.index(name) for name in TURNED]
         assert torch.equal(net.classifier.weight, pretrained.net.classifier.weight[rows]) and rows != [0, 1, 2, 3]
-        with pytest.raises(RecipeError, match="ant"):
+        with pytest.raises(RecipeError) as caught:
             load_weights(net, first[0], ["ant", *TURNED[1:]], first[1])
+        assert "'ant'" in str(caught.value)
 
 
 def test_predictions_are_scored_by_name_in_either_form(run):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional as VF
 
-from rescom_timm.data.draws import Draws, Size, Step
+from rescom_timm.data.draws import BatchedStep, Draws, Size
 from rescom_timm.data.pixels import (
     BLENDS,
     PLAIN,
@@ -101,8 +101,10 @@ def _tables(subpolicies: tuple[Any, ...], size: Size, device: torch.device) -> _
 
 
 def _source(name: str, value: float, size: Size) -> np.ndarray:
-    """(H, W) int64: the number of the pixel that each pixel comes from, -1 for outside. Found by warping an image whose
-    colours are the numbers of its pixels."""
+    """The number of the pixel that each pixel comes from, (H, W) int64; -1 from outside.
+
+    Found by warping an image whose colours are the numbers of its pixels.
+    """
     number = np.arange(size[0] * size[1]).reshape(size)
     colours = np.stack([number & 255, number >> 8 & 255, (number >> 16) + 1], axis=-1).astype(np.uint8)
     warped = _warped(Image.fromarray(colours), name, value)
@@ -132,18 +134,23 @@ def _blend_table(factor: float) -> np.ndarray:
     return np.asarray(Image.blend(row, column, factor))
 
 
-class BatchedAutoAugment(Step):
+class BatchedAutoAugment(BatchedStep):
+    """AutoAugment by precomputed tables of pixel sources and levels."""
+
     def __init__(self, step: transforms.AutoAugment) -> None:
         self.subpolicies, self.fill = tuple(step.policies), cast(int, step.fill)
 
     @staticmethod
     def takes(step: Any) -> bool:
+        """See `BatchedStep.takes`."""
         return type(step) is AutoAugment
 
     def words(self, size: Size) -> int:
+        """See `BatchedStep.words`."""
         return 5
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        """See `BatchedStep.__call__`."""
         tables = _tables(self.subpolicies, (views.shape[2], views.shape[3]), views.device)
         subpolicy = draws.below(len(tables.operation))
         chances, signs = [draws.uniform(), draws.uniform()], [draws.below(2), draws.below(2)]
@@ -153,7 +160,7 @@ class BatchedAutoAugment(Step):
         return views
 
     def apply(self, views: Tensor, operation: np.ndarray, tables: _Tables) -> None:
-        """Operation (N,) int64 of each view, -1 for none, in place."""
+        """Apply operation (N,) int64 to each view, -1 for none, in place."""
         kind, argument = tables.kind[operation], tables.argument[operation]
         size, fill = views.shape[2:], to_device(np.array(self.fill, np.uint8), views)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from rescom_timm.data.autoaugment import BatchedAutoAugment
-from rescom_timm.data.draws import Draws, Size, Step, first_words, next_words
+from rescom_timm.data.draws import BatchedStep, Draws, Size, first_words, next_words
 from rescom_timm.data.near_views import Jitter, NearRandAugment
 from rescom_timm.data.pixels import change, gather, gray, paint, to_device
 from rescom_timm.data.transforms import Cutout, Policy, seed_all
@@ -86,17 +86,18 @@ class BatchedPolicy:
         return next_words(self.count(size)), np.array(self.note(), dtype=np.float64)
 
     def note(self) -> list[float]:
+        """What a view draws from the generators of NumPy and random."""
         return [number for step in self.steps for number in step.note()]
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        """images (B, 3, H, W), with one view or more each, to views (N, 3, h, w), N the number of draws; those of an
-        image stand together."""
+        """Views (N, 3, h, w) of images (B, 3, H, W), for N draws; the views of an image are consecutive."""
         views = images.repeat_interleave(len(draws.words) // len(images), dim=0)
         for step in self.steps:
             views = step(views, draws)
         return views
 
     def two_views(self, images: np.ndarray) -> np.ndarray:
+        """See `FastPolicy.two_views`."""
         draws = self.draw(range(len(images)), 2, (images.shape[1], images.shape[2]))
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return self(batch, draws).permute(0, 2, 3, 1).numpy()
@@ -120,8 +121,10 @@ def two_views(augment: Callable[[Image.Image], Any], images: np.ndarray) -> np.n
 
 @functools.lru_cache(maxsize=64)
 def agrees(policy: FastPolicy, reference: Policy, size: Size) -> bool:
-    """Whether views of a few images of noise are Pillow's with the installed libraries: another torch may draw, and
-    another Pillow compute, in another way."""
+    """Whether the views of a few noise images equal Pillow's with the installed libraries.
+
+    Another torch may draw, and another Pillow compute, differently.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (16, *size, 3))
     images = (noise * np.arange(1, 17)[:, None, None, None] // 16).astype(np.uint8)  # of weak and strong contrast
     try:
@@ -139,19 +142,15 @@ def agrees(policy: FastPolicy, reference: Policy, size: Size) -> bool:
     return same
 
 
-def _batched(step: Any, near: bool) -> Step | None:
-    """The batched form of a step of views.py, where there is one."""
-    kinds: tuple[type[Step], ...] = (_Crop, _Flip, _Grayscale, BatchedAutoAugment, _Cutout, Jitter, NearRandAugment)
-    for kind in kinds:
-        if (near or kind.equal) and kind.takes(step):
-            return kind(step)
-    return None
+def _batched(step: Any, near: bool) -> BatchedStep | None:
+    """The batched form of a step of transforms.py; None without one."""
+    return next((kind(step) for kind in _KINDS if (near or kind.equal) and kind.takes(step)), None)
 
 
 # -------------------------------------------------------------------------------------------------------- equal steps
 
 
-class _Crop(Step):
+class _Crop(BatchedStep):
     def __init__(self, step: transforms.RandomCrop) -> None:
         self.side, self.pad = step.size[0], cast(int, step.padding or 0)
 
@@ -180,7 +179,7 @@ class _Crop(Step):
         return gather(views, source).unflatten(2, (self.side, self.side))
 
 
-class _Flip(Step):
+class _Flip(BatchedStep):
     def __init__(self, step: transforms.RandomHorizontalFlip) -> None:
         self.p = np.float32(step.p)
 
@@ -196,7 +195,7 @@ class _Flip(Step):
         return views
 
 
-class _Grayscale(Step):
+class _Grayscale(BatchedStep):
     def __init__(self, step: transforms.RandomGrayscale) -> None:
         self.p = np.float32(step.p)
 
@@ -212,7 +211,7 @@ class _Grayscale(Step):
         return views
 
 
-class _Cutout(Step):
+class _Cutout(BatchedStep):
     def __init__(self, step: Cutout) -> None:
         self.side, self.colour = step.size, step.colour
 
@@ -232,3 +231,7 @@ class _Cutout(Step):
     def _inside(self, centre: np.ndarray, side: int) -> np.ndarray:
         distance = np.arange(side) - (centre - self.side // 2)[:, None]
         return (distance >= 0) & (distance < self.side)
+
+
+_KINDS: tuple[type[BatchedStep], ...]
+_KINDS = (_Crop, _Flip, _Grayscale, BatchedAutoAugment, _Cutout, Jitter, NearRandAugment)

@@ -45,26 +45,27 @@ SHOWN = 300
 
 
 class Problems(list[str]):
-    """The first MAX_PROBLEMS of what is wrong with a file, each of them cut to a line that can be read."""
+    """The first MAX_PROBLEMS problems of a file, each shortened to a readable line."""
 
     def append(self, problem: str) -> None:
+        """Add a problem, shortened; ignored after MAX_PROBLEMS."""
         if len(self) < MAX_PROBLEMS:
             super().append(shown(problem))
 
 
 def shown(value: Any) -> str:
-    """A value for a message: control characters are escaped, and it is cut where it is long."""
+    """A value for a message: control characters escaped, long text cut."""
     text = escape_controls(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"
 
 
 def length_problem(what: str, text: str) -> str:
-    """What is wrong with a text of a row, or the empty string. what: a path, a label ..., with its article."""
+    """The problem of a text that is too long, or the empty string. what: a path, a label ..., with its article."""
     return f"{what} of {len(text):,} characters; at most {MAX_TEXT:,} are read" if len(text) > MAX_TEXT else ""
 
 
 def limit(size: int) -> int:
-    """Bytes that a file of `size` bytes may decode to."""
+    """How many bytes a file of `size` bytes may decode to."""
     return MAX_DECODED + RATIO * size
 
 
@@ -72,15 +73,18 @@ def limit(size: int) -> int:
 
 
 def check_size(path: str | Path) -> int:
-    """Bytes of a text file of rows. Raises ValueError above MAX_LIST, and for what is no regular file."""
+    """Bytes of a text file of rows. Raises InputError (data.bounds) above MAX_LIST and if it is not a regular file."""
     if (size := regular_size(path)) > MAX_LIST:
         raise InputError("data.bounds", f"has {size / 2**30:,.1f} GiB; at most {MAX_LIST / 2**30:,.0f} are read")
     return size
 
 
 def check_lines(path: str | Path, columns: int = 1) -> None:
-    """Raises ValueError for a text file that is too large, is no regular file, has a line above about MAX_LINE bytes,
-    or more cells (lines times `columns`) than its size allows."""
+    """Check that a text file of rows is within bounds.
+
+    Raises InputError (data.bounds) if it is too large, is not a regular file, has a line above about MAX_LINE bytes, or
+    more cells (lines times `columns`) than its size allows.
+    """
     size, lines = check_size(path), 0
     with open(path, "rb") as file:
         while block := file.read(MAX_LINE):
@@ -100,8 +104,11 @@ def check_lines(path: str | Path, columns: int = 1) -> None:
 
 
 def check_parquet(path: str | Path) -> int:
-    """Raises ValueError for a Parquet file that says more rows than MAX_ROWS, or decodes to more than `limit` allows by
-    its compression or its repeated values. Returns how many rows can be decoded at a time within MAX_BATCH."""
+    """How many rows of a Parquet file can be decoded at a time within MAX_BATCH.
+
+    Raises InputError (data.bounds) if it has more rows than MAX_ROWS, or decodes to more than `limit` allows by its
+    compression or its repeated values.
+    """
     most, largest = limit(regular_size(path)), Counter[int]()
     with pq.ParquetFile(path) as file:
         about = file.metadata
@@ -129,12 +136,12 @@ def _chunks(about: pq.FileMetaData) -> Iterator[tuple[int, int, pq.ColumnChunkMe
 
 
 def _longest(chunk: pq.ColumnChunkMetaData) -> int:
-    """Bytes that no value of a chunk of texts exceeds."""
+    """Bytes that no text of the chunk exceeds."""
     return int(chunk.total_uncompressed_size)
 
 
 def _nested_bytes(path: str | Path, group: int, column: str) -> int:
-    """Bytes of the texts in a chunk of lists, whose repeated values are kept once while they are counted."""
+    """Bytes of the texts in a chunk of lists; repeated values are kept once while they are counted."""
     with pq.ParquetFile(path, read_dictionary=[column]) as file:
         values = file.read_row_group(group, columns=[column]).column(0)
     total = 0
@@ -146,7 +153,7 @@ def _nested_bytes(path: str | Path, group: int, column: str) -> int:
 
 
 def text_bytes(values: pa.Array) -> int:
-    """Bytes that an array of texts, dictionary-encoded or not, has once every value is written out."""
+    """Bytes of an array of texts, dictionary-encoded or not, with every value written out."""
     if isinstance(values, pa.DictionaryArray):
         lengths = pc.cast(pc.binary_length(values.dictionary), pa.int64())
         return int(pc.sum(pc.take(lengths, values.indices)).as_py() or 0)
@@ -157,11 +164,11 @@ _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.t
 
 
 def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a Parquet file, one value of each row; of images as `datasets` stores them, their paths. Equal texts
-    share their memory: such columns are dictionary-encoded.
+    """Columns of a Parquet file, one value per row; of `datasets` images the paths.
 
-    Raises ValueError beyond the bounds, for a text above MAX_TEXT characters, and for columns of lists, of other
-    records and of other kinds of text."""
+    Text columns are dictionary-encoded, so equal texts share memory. Raises InputError: data.bounds beyond the bounds
+    and for a text above MAX_TEXT, data.column for columns of lists, other records and other kinds of text.
+    """
     check_parquet(path)
     most, total, tables = limit(regular_size(path)), 0, []
     with pq.ParquetFile(path) as file:
@@ -212,9 +219,12 @@ def _decodes(decoded: int, path: str | Path) -> str:
 
 
 def check_arrow(path: str | Path) -> None:
-    """Raises ValueError for an Arrow file (stream or file format) that decodes to more than `limit` allows, that says
-    more rows than MAX_ROWS, whose offsets lead out of its buffers, or that has columns whose rows can share their
-    values' memory, which `datasets` does not write."""
+    """Check an Arrow file (stream or file format).
+
+    Raises InputError: data.bounds if it decodes to more than `limit` allows or has more rows than MAX_ROWS, data.column
+    for columns whose rows can share memory, which `datasets` does not write. Raises pa.ArrowInvalid for offsets outside
+    its buffers.
+    """
     most, rows = limit(regular_size(path)), 0
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
@@ -246,8 +256,11 @@ def _refuse_shared(name: str, kind: pa.DataType) -> None:
 
 
 def _uncompressed(message: pa.ipc.Message) -> int:
-    """Bytes that a message's compressed buffers say they decode to; 0 where none is compressed. The layout is that of
-    Arrow's Message.fbs: a record batch is the header itself or, in a dictionary batch, its field 1."""
+    """The decoded bytes that a message's compressed buffers declare; 0 if none is compressed.
+
+    The layout is that of Arrow's Message.fbs: a record batch is the header itself or, in a dictionary batch, its field
+    1.
+    """
     metadata, body = memoryview(message.metadata), memoryview(message.body)
     root = struct.unpack_from("<I", metadata)[0]
     kind, header = _field(metadata, root, 1), _table(metadata, root, 2)
@@ -264,7 +277,7 @@ def _uncompressed(message: pa.ipc.Message) -> int:
 
 
 def _field(buffer: memoryview, table: int, number: int) -> int | None:
-    """Where a flatbuffers table has its field; None where it has none."""
+    """Where a flatbuffers table has its field; None if it has none."""
     vtable = table - struct.unpack_from("<i", buffer, table)[0]
     if 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
         return None
@@ -287,7 +300,7 @@ _PACKED_MEMBERS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".npz", ".pth")
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that raises ValueError once it has given more than `most` bytes, or is asked for as many at once."""
+    """A stream that raises InputError (data.bounds) after `most` bytes."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self.stream, self.left = stream, most
@@ -301,8 +314,11 @@ class _Bounded(io.RawIOBase):
 
 
 def check_tar(path: str | Path) -> None:
-    """Raises ValueError for what is no tar archive, for one, compressed or not, that decodes to more than `limit`
-    allows, and for one with sparse or compressed members."""
+    """Check a tar archive of a web data set.
+
+    Raises InputError: data.damaged if it is not a tar archive; data.bounds if it, compressed or not, decodes to more
+    than `limit` allows, or has sparse or compressed members.
+    """
     most = limit(regular_size(path))
     with open(path, "rb") as raw:
         opened = _PACKED.get(raw.read(2))

@@ -1,4 +1,4 @@
-"""Images that cannot be read, all of them in one pass."""
+"""Unreadable images, found in one pass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def unreadable(
     reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(position in the split, what is wrong) of each image that cannot be read.
+    """(position in the split, problem) of each image that cannot be read.
 
-    full: every image is decoded; else only its header is read, which finds files that are empty, no images or of a kind
-    that is not read, but not those that were cut off. progress: told how many images more were looked at.
+    full: decode every image; else only headers are read, which finds empty files, files that are not images and
+    unsupported formats, but not truncated images. progress: called with the number of images just checked.
     """
     read = decode if full else look
 

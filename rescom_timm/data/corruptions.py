@@ -52,7 +52,7 @@ _SEEDED = ("impulse_noise", "glass_blur")  # draw from generators of their own
 
 
 def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
-    """Raises ValueError, naming the nearest, for a kind that is none of the known."""
+    """Raise InputError (data.corrupted), naming the nearest, for an unknown corruption."""
     if kind not in known:
         from difflib import get_close_matches
 
@@ -64,8 +64,11 @@ def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
 
 @dataclass(frozen=True)
 class Corrupt:
-    """A step of a policy: an RGB image to a corrupted one of the same size. Draws from numpy's global generator, which
-    loaders seed for each image; `seed` gives other draws. Raises ValueError for an unknown kind or severity."""
+    """A step of a policy: an RGB image to a corrupted one of the same size.
+
+    Draws from numpy's global generator, which loaders seed for each image; `seed` gives other draws. Raises InputError
+    (data.corrupted) for an unknown kind or severity.
+    """
 
     kind: str
     severity: int
@@ -79,6 +82,7 @@ class Corrupt:
             raise InputError("data.corrupted", f"seed must be at least 0, not {self.seed}")
 
     def __call__(self, image: Pillow.Image) -> Pillow.Image:
+        """The corrupted image."""
         words = [self.seed, KINDS.index(self.kind), self.severity, int(np.random.randint(2**31))]
         own = int(np.random.SeedSequence(words).generate_state(1)[0])
         np.random.seed(own)
@@ -103,11 +107,14 @@ def corrupted_loader(
     severity: int,
     batch_size: int,
     seed: int = 0,
-    config: LoaderConfig = LoaderConfig(),  # noqa: B008 (frozen)
-    speed: SpeedConfig = SpeedConfig(),  # noqa: B008 (frozen)
+    config: LoaderConfig = LoaderConfig(),
+    speed: SpeedConfig = SpeedConfig(),
 ) -> DataLoader[Batch]:
-    """Every image of the split once, in order, corrupted after the evaluation policy. The pixels depend on (seed, kind,
-    severity, place in the split) alone. Raises ImportError, in words, where the package is not there."""
+    """Every image of the split once, in order, corrupted after the evaluation policy.
+
+    The pixels depend only on (seed, kind, severity, place in the split). Raises MissingPackageError without
+    imagecorruptions-imaug.
+    """
     _package()
     loader = eval_loader(split, views, batch_size, config, speed)
     dataset: ViewsDataset = loader.dataset  # type: ignore[assignment]
@@ -118,7 +125,7 @@ def corrupted_loader(
 
 
 def origin() -> str:
-    """Where corruptions made here come from, for a record."""
+    """The source of corruptions made here, for a record."""
     from importlib.metadata import version
 
     _package()
@@ -148,8 +155,11 @@ def _times(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder of corrupted images: ImageNet-C (kind/severity/class/image, also one folder deeper, as its archives
-    unpack) or CIFAR-10-C (kind.npy and labels.npy). `kinds` are in the benchmark's order."""
+    """A folder of corrupted images.
+
+    ImageNet-C (kind/severity/class/image, or one folder deeper, as its archives unpack) or CIFAR-10-C (kind.npy and
+    labels.npy). `kinds` are in the benchmark's order.
+    """
 
     folder: Path
     class_names: list[str]
@@ -158,11 +168,14 @@ class Prepared:
 
     @property
     def kinds(self) -> list[str]:
+        """The corruptions in the folder, in the benchmark's order."""
         return [*(kind for kind in KINDS if kind in self.places)]
 
     def split(self, kind: str, severity: int) -> Split:
-        """The images of a kind and a severity. Raises ValueError or FileNotFoundError where they are not as they should
-        be."""
+        """The images of a corruption and a severity, 1 to 5.
+
+        Raises InputError (data.corrupted) and MissingFileError for a malformed or incomplete folder.
+        """
         check_kind(kind, self.kinds)
         place = self.places[kind]
         name = f"{self.folder.name} {kind} {severity}"
@@ -218,8 +231,11 @@ class Prepared:
 
 
 def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
-    """Open a folder of corrupted images. class_names: the run's K. Raises FileNotFoundError where there is no folder,
-    ValueError where it is neither an ImageNet-C nor a CIFAR-10-C."""
+    """Open a folder of corrupted images. class_names: the run's K.
+
+    Raises MissingFileError without the folder or labels.npy, InputError (data.corrupted) if it is neither ImageNet-C
+    nor CIFAR-10-C.
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise MissingFileError("file.missing", f"no folder {folder} of corrupted images")
@@ -238,7 +254,7 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """Mapped into memory, which its file must fill as its header says. Raises ValueError for what is no such file."""
+    """An array mapped into memory; its file must be as large as its header says. Raises InputError."""
     regular_size(path)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
@@ -247,7 +263,7 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 class _Pixels:
-    """As much of a datasets.Dataset as loaders read, over an array (S, H, W, 3) that stays on the disk."""
+    """The methods of datasets.Dataset that loaders use, over an array (S, H, W, 3) on disk."""
 
     def __init__(self, pixels: np.ndarray, rows: np.ndarray) -> None:
         self.pixels = pixels
@@ -267,5 +283,5 @@ class _Pixels:
 
 
 def unprocessed(views: ViewsConfig) -> ViewsConfig:
-    """The views of prepared images: they were resized and cropped before they were corrupted, and stay as they are."""
+    """The views of prepared images, which were resized and cropped before they were corrupted: unchanged."""
     return replace(views, eval="none")

@@ -1,4 +1,4 @@
-"""Crops that torchvision does not have, for views.py."""
+"""Crops that torchvision does not have, for transforms.py."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from rescom_timm.errors import InputError
 
 
 class RisingCrop(torch.nn.Module):
-    """A square crop of a part of the area that is uniform from `least` to 1, as far as the image has so large a square;
-    `least` rises over the run."""
+    """A square crop whose area is uniform between `least` and 1 of the image's, as far as a square fits.
+
+    `least` rises over the run.
+    """
 
     def __init__(self, size: int, lo: float, interpolation: InterpolationMode) -> None:
         super().__init__()
@@ -23,9 +25,11 @@ class RisingCrop(torch.nn.Module):
 
     @property
     def least(self) -> float:
+        """Smallest fraction of the area at the current progress."""
         return self.lo + (1 - self.lo) * (1 - math.sqrt(1 - float(self.progress) ** 2))
 
     def forward(self, image: Image.Image) -> Image.Image:
+        """The crop, resized to `size` pixels."""
         area, most = image.width * image.height, min(image.size) ** 2
         lowest = min(self.least * area, most)
         side = round(math.sqrt(lowest + (most - lowest) * float(torch.rand(()))))
@@ -36,10 +40,13 @@ class RisingCrop(torch.nn.Module):
 
 @dataclass(frozen=True)
 class CornerCrop:
+    """The square of `size` pixels in a corner: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+
     size: int
     corner: int
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """The crop. Raises InputError (image.size) if the image is too small."""
         if min(image.size) < self.size:
             raise InputError(
                 "image.size", f"an image of {image.width} x {image.height} pixels has no crop of {self.size}"

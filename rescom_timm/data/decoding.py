@@ -1,4 +1,4 @@
-"""Images of any kind to RGB."""
+"""Decoding of images to 8-bit RGB."""
 
 import io
 import threading
@@ -50,8 +50,10 @@ class BrokenImage(InputError):
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """How a stored image becomes 8-bit RGB. One for training, evaluation, prediction and every picture of an image: the
-    recipe's (`LoaderConfig.reading`), which an export carries (`record`)."""
+    """How a stored image becomes 8-bit RGB, in training, evaluation, prediction and all plots.
+
+    From the recipe (`LoaderConfig.reading`); an export stores it (`record`).
+    """
 
     exif: bool = False
     """Turn an image as its EXIF orientation says."""
@@ -69,12 +71,12 @@ class ReadConfig:
             raise InputError("recipe.value", f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")
 
     def record(self) -> dict[str, bool | int | None]:
-        """What decides the pixels, as plain JSON. max_pixels is not among it: it bounds the reader's own memory."""
+        """What decides the pixels, as plain JSON; not max_pixels, which bounds the reader's memory."""
         return {"exif": self.exif, "white_level": self.white_level}
 
     @classmethod
     def of(cls, record: Any) -> "ReadConfig":
-        """The opposite of `record`. Raises ValueError for anything else."""
+        """The inverse of `record`. Raises InputError (recipe.value) for anything else."""
         kinds = {"exif": (bool,), "white_level": (int, type(None))}
         if not isinstance(record, dict) or not all(type(record[key]) in kinds.get(key, ()) for key in record):
             raise InputError(
@@ -85,7 +87,7 @@ class ReadConfig:
 
 
 class Decoded(NamedTuple):
-    """An image with what its file says of it."""
+    """An image with its file's orientation and levels."""
 
     image: Image.Image
     orientation: int
@@ -95,13 +97,13 @@ class Decoded(NamedTuple):
 
 
 def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Image.Image:
-    """The RGB image in `value`: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image
-    or an array (H, W) of 8 or 16 bits or (H, W, 3) of 8 bits.
+    """The RGB image in `value`.
 
-    Gray, palette, CMYK and the like become RGB as Pillow does it. Transparent images are laid on white (the colour that
-    hides under transparency is arbitrary). 16-bit gray is scaled to 8 bits, not clipped: 0..white_level to 0..255,
-    rounded. Of 16-bit colour Pillow reads the upper 8 bits. `reading`: orientation, white level, largest size.
-    Raises BrokenImage, naming `row` and the path.
+    value: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image or an array (H, W) of
+    8 or 16 bits or (H, W, 3) of 8 bits. Gray, palette, CMYK and similar modes are converted as by Pillow. Transparent
+    images are composited on white, because the colour under transparency is arbitrary. 16-bit gray is scaled to 8 bits,
+    not clipped: 0..white_level to 0..255, rounded. Of 16-bit colour Pillow reads the upper 8 bits. Raises BrokenImage,
+    naming `row` and the path.
     """
     return inspect(value, row, reading).image
 
@@ -113,8 +115,7 @@ def inspect(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig
 
 
 def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> tuple[int, int]:
-    """Width and height of an image as it is read, by its header alone; of a file no more is read. Arguments and what is
-    raised as in `decode`."""
+    """Width and height of an image as it is read, from its header alone. Arguments and errors as in `decode`."""
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
         image = _image(source, reading) if source is not value else _open(value, reading)
@@ -135,12 +136,12 @@ def _told(value: Any, row: int | None) -> Iterator[None]:
 
 
 def name_of(value: Any) -> str | None:
-    """The path of a stored image, where one is known."""
+    """The path of a stored image, if known."""
     return value.get("path") if isinstance(value, Mapping) else None
 
 
 def where(value: Any, row: int | None) -> str:
-    """For messages: row 7 (path), or what of the two is known."""
+    """For messages: row 7 (path), or what is known of the two."""
     path = name_of(value)
     if row is None:
         return path or "row unknown"
@@ -158,7 +159,7 @@ def _open(value: Any, reading: ReadConfig) -> Image.Image:
         return _image(io.BytesIO(value), reading)
     if isinstance(value, list):
         value = np.asarray(value)
-        if value.size and 0 <= value.min() and value.max() <= 255 and value.dtype.kind in "iu":
+        if value.size and value.min() >= 0 and value.max() <= 255 and value.dtype.kind in "iu":
             value = value.astype(np.uint8)
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)
@@ -176,7 +177,7 @@ _opening = threading.Lock()
 
 
 def _image(source: Any, reading: ReadConfig) -> Image.Image:
-    """The image, not decoded yet. Raises ValueError where it is larger than `reading` allows."""
+    """The image, not decoded yet. Raises ValueError if it is larger than `reading` allows."""
     with _opening:
         bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own check warns in its own words
         try:
@@ -227,14 +228,14 @@ def _rgb(image: Image.Image, reading: ReadConfig) -> Decoded:
 
 
 def _allow(pixels: int) -> None:
-    """No warning of Pillow's for crops of an image of so many pixels, which has been allowed."""
+    """Keep Pillow from warning about crops of an image of so many pixels, which has been allowed."""
     with _opening:
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = pixels
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 where the tag is missing, out of range or cannot be read: the image itself may be good."""
+    """The EXIF orientation, 1 to 8; 1 if the tag is missing, out of range or unreadable."""
     try:
         found = image.getexif().get(_ORIENTATION)
     except Exception:  # Pillow raises several kinds for damaged tags
@@ -243,7 +244,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """convert(image), an RGB image, of a few rows at a time."""
+    """convert(image), an RGB image, a few rows at a time."""
     rows = max(1, STRIP // image.width)
     if rows >= image.height:
         return convert(image)
@@ -259,8 +260,10 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, white: int, found: list[int]) -> Image.Image:
-    """0..white to 0..255, rounded, and what is above to 255. Pillow's own convert clips at 255. found: is given the
-    lowest and the highest level."""
+    """0..white to 0..255, rounded; higher levels to 255. Pillow's convert clips at 255.
+
+    found: the lowest and the highest level are appended.
+    """
     levels = np.asarray(image)
     lowest, highest = int(levels.min()), int(levels.max())
     if lowest < 0 or highest > 65535:

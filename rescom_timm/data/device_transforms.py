@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,21 +14,17 @@ from rescom_timm.data.draws import Draws
 from rescom_timm.data.samples import Batch, LoaderConfig, ViewsDataset
 from rescom_timm.data.transforms import ViewsConfig, parse
 
-if TYPE_CHECKING:
-    pass
-
 
 def complete(
     loader: DataLoader[Batch], views: ViewsConfig, config: LoaderConfig, device: torch.device
 ) -> Callable[[Iterable[Batch]], Iterable[Batch]]:
-    """What completes the batches of a training loader on the device that they were moved to."""
+    """The function that completes batches of a training loader on the device they were moved to."""
     dataset = cast(ViewsDataset, loader.dataset)
     return Resident(dataset, device) if dataset.resident else functools.partial(map, complete_views(views, config))
 
 
 def complete_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch], Batch]:
-    """What completes a training batch on the device that it was moved to: the rest of the policy with
-    config.device_views, else nothing."""
+    """The function that completes a training batch on its device: with config.device_views the rest of the policy."""
     if not config.device_views:
         return lambda batch: batch
     policy = BatchedPolicy(parse(views.train, views.mean), near=True)
@@ -44,11 +40,14 @@ def complete_views(views: ViewsConfig, config: LoaderConfig) -> Callable[[Batch]
 
 
 class Resident:
-    """The images of a training split on a device, and what makes views of them there: some batches at once, up to so
-    many `pixels`, for a policy's many small calls take as long for one."""
+    """The images of a training split on a device, and their views made there.
+
+    Several batches at once, up to `pixels` pixels, because the many small calls of a policy cost the same for one
+    batch.
+    """
 
     def __init__(self, dataset: ViewsDataset, device: torch.device, pixels: int = 2**24) -> None:
-        """dataset: with speed.resident; it gives its decoded images away."""
+        """dataset: with speed.resident; its decoded images are moved to the device."""
         assert dataset.num_views is not None
         assert dataset.cache is not None and dataset.batched is not None
         images, dataset.cache = dataset.cache[0], None
@@ -57,6 +56,7 @@ class Resident:
         self.at_once = pixels // (dataset.size[0] * dataset.size[1] * dataset.num_views)
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches with their views, image (B, V, 3, h, w)."""
         waiting = iter(batches)
         for first in waiting:
             more = itertools.islice(waiting, max(0, self.at_once // len(first["label"]) - 1))

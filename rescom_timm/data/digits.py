@@ -9,10 +9,10 @@ from rescom_timm.errors import InputError
 
 
 def digits(split: str) -> Dataset:
-    """scikit-learn's digits, 1,797 grey 8 x 8 images, as PNG.
+    """scikit-learn's digits, 1,797 gray 8 x 8 images, as PNG.
 
-    Of each class, in file order, the images number 0, 3, 6 ... 147 are the test split (50 a class, spread over all
-    writers) and the others the train split (124 to 133 a class).
+    Of each class, in file order, the images 0, 3, 6 ... 147 are the test split (50 per class, spread over all writers)
+    and the others the training split (124 to 133 per class).
     """
     import PIL.Image
     from sklearn.datasets import load_digits  # imported here: it takes a second

@@ -1,7 +1,7 @@
-"""What may be wrong with a data set: duplicates, leaks between splits, labels that disagree, odd images, small classes.
+"""Problems of a data set: duplicates, leaks between splits, label errors, odd images, small classes.
 
 Every image is decoded once. Exact duplicates have equal pixels. Near duplicates have perceptual hashes (pHash, 64 bits,
-by imagehash) that differ in at most four bits and thumbnails of gray that differ little; they are for eyes to judge.
+by imagehash) that differ in at most four bits and similar gray thumbnails; people must judge them.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ class Examined:
 
 @dataclass(frozen=True)
 class Finding:
+    """A kind of problem and the images that have it."""
+
     key: str
     title: str
     advice: str
@@ -87,6 +89,7 @@ class Finding:
 
     @property
     def count(self) -> int:
+        """Number of groups of images, or of lines."""
         return len(self.groups) or len(self.lines)
 
 
@@ -95,8 +98,10 @@ def examine(
     progress: Callable[[int], Any] | None = None,
     reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
 ) -> Examined:
-    """Look at every image of the splits, read as training reads it. progress: called with the number of images just
-    looked at. Raises ImportError, saying what to install, without imagehash."""
+    """Read every image of the splits as training reads it.
+
+    progress: called with the number of images just read. Raises MissingPackageError without imagehash.
+    """
     try:
         from imagehash import phash
     except ImportError as error:
@@ -143,7 +148,7 @@ def examine(
 
 
 def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -> list[Finding]:
-    """What may be wrong, what matters most first. counts: (K,) training images of each class."""
+    """Problems, the most important first. counts: (K,) training images of each class."""
     exact = exact_duplicates(images)
     near = near_duplicates(images, exact)
     found = [
@@ -159,7 +164,7 @@ def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -
 
 
 def exact_duplicates(images: Examined) -> list[list[int]]:
-    """Groups of images with equal pixels. Dim 16-bit images are left out: they may differ before."""
+    """Groups of images with equal pixels, without dim 16-bit images, whose levels may differ."""
     alike: dict[bytes, list[int]] = defaultdict(list)
     dim = set(np.flatnonzero(_dim(images)[0]).tolist())
     for i, digest in enumerate(images.digest):
@@ -169,7 +174,7 @@ def exact_duplicates(images: Examined) -> list[list[int]]:
 
 
 def near_duplicates(images: Examined, exact: Sequence[Sequence[int]] = ()) -> list[list[int]]:
-    """Groups of images that look nearly alike, each exact duplicate counted once. Images of one level are left out."""
+    """Groups of similar images, each exact duplicate counted once, without single-coloured images."""
     twice = {i for group in exact for i in group[1:]}
     out = twice | set(images.broken) | set(np.flatnonzero(images.flat).tolist())
     usable = np.array([i for i in range(len(images)) if i not in out], dtype=np.int64)
@@ -250,8 +255,10 @@ def _odd_images(images: Examined) -> Iterator[Finding]:
 
 
 def _dim(images: Examined) -> tuple[np.ndarray, int]:
-    """(which images (N,) of 16 bits hold fewer, the highest level of that many bits): as many as the brightest needs;
-    12 where some images use all 16. Images of one level are left out."""
+    """16-bit images that hold fewer bits: (mask (N,), highest level of those bits).
+
+    As many bits as the brightest image needs, 12 if some images use all 16. Single-coloured images are left out.
+    """
     lowest, highest = images.levels.T
     several = (highest >= 0) & (lowest < highest)
     top = int(highest[several].max()) if several.any() else 0
@@ -290,12 +297,11 @@ HELD_OUT = 10
 
 
 def disputed(labels: np.ndarray, probabilities: np.ndarray, least: int = HELD_OUT) -> list[tuple[int, int]]:
-    """(image, its more probable class) of labels that the net disagrees with, the surest first, by confident learning
-    (Northcutt et al. 2021, arXiv 1911.00068): some other class j reaches the mean probability that the
-    net gives j on images labelled j, and the label's class does not reach its own. A class of fewer than `least` images
-    is never j, as a mean over so few says little.
+    """(image, its more probable class) of labels that the net disagrees with, the surest first.
 
-    labels: (N,). probabilities: (N, K), of images that the net was not trained on.
+    Confident learning (Northcutt et al. 2021, arXiv 1911.00068): another class j reaches the mean probability that the
+    net gives j on images labelled j, and the label's class does not reach its own. A class of fewer than `least` images
+    is never j. labels: (N,). probabilities: (N, K), of images that the net was not trained on.
     """
     classes = probabilities.shape[1]
     own = probabilities[np.arange(len(labels)), labels]

@@ -1,4 +1,4 @@
-"""What views draw, read in bulk from torch's generator."""
+"""The random draws of views, read in bulk from torch's generator."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,10 @@ Size = tuple[int, int]
 
 
 class Draws:
-    """What N views draw, read from left to right: `words` (N, k), words of torch's generator, and `notes` (N, m), the
-    numbers that timm drew."""
+    """The draws of N views, read from left to right.
+
+    `words` (N, k): words of torch's generator. `notes` (N, m): the numbers that timm drew.
+    """
 
     def __init__(self, words: np.ndarray, notes: np.ndarray) -> None:
         self.words, self.notes = words, notes
@@ -27,7 +29,7 @@ class Draws:
         return (next(self._words) & np.uint64(0xFFFFFF)).astype(np.float32) * np.float32(2**-24)
 
     def note(self) -> np.ndarray:
-        """(N,) float64."""
+        """The next number that timm drew, (N,) float64."""
         return next(self._notes)
 
 
@@ -57,7 +59,7 @@ def next_words(count: int) -> np.ndarray:
     return _split(torch.empty(1, -(-count // 2), dtype=torch.int64).random_(-(2**63), None, generator=ahead))[0, :count]
 
 
-class Step:
+class BatchedStep:
     """One step over N views, which it may change in place."""
 
     equal = True
@@ -69,11 +71,11 @@ class Step:
 
     @staticmethod
     def takes(step: Any) -> bool:
-        """Whether it does the same as this step of views.py."""
+        """Whether this is the batched form of a step of transforms.py."""
         raise NotImplementedError
 
     def size(self, size: Size) -> Size:
-        """(H, W) after the step. Raises ValueError for images too small for it."""
+        """(H, W) after the step. Raises InputError (image.size) for images that are too small."""
         return size
 
     def words(self, size: Size) -> int:
@@ -81,8 +83,9 @@ class Step:
         return 0
 
     def note(self) -> list[float]:
-        """What a view draws from the other generators as they stand."""
+        """What a view draws from the generators of NumPy and random."""
         return []
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        """Views (N, 3, h, w) of views (N, 3, H, W)."""
         raise NotImplementedError

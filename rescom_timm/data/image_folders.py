@@ -1,4 +1,4 @@
-"""Folders of image files, and lists of paths under them."""
+"""Folders of image files, and lists of paths in them."""
 
 import logging
 import os
@@ -26,7 +26,25 @@ from rescom_timm.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm .avif .jp2".split())
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".avif",
+        ".jp2",
+    ]
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,31 +52,31 @@ IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .web
 
 
 def holds_tables(folder: Path) -> bool:
-    """True for a folder of parquet, arrow or save_to_disk. Looks at no more than the first thousand files."""
+    """Whether a folder holds parquet, arrow or save_to_disk files, by its first thousand files."""
     return any(path.endswith((".parquet", ".arrow")) for path in islice(files_under(folder), 1000))
 
 
 class LeftOut:
-    """Files and folders that are left out: called with (why, path) for each."""
+    """Collects files and folders that are left out: called with (why, path) for each."""
 
     def __init__(self) -> None:
         self.paths: dict[str, list[str]] = {}
 
     def __call__(self, why: str, path: str) -> None:
+        """Add a path and the reason, such as "are hidden"."""
         self.paths.setdefault(why, []).append(path)
 
     def say(self, root: Path, say: Callable[[str], object]) -> None:
-        """A line for each reason, with the first few paths below the root."""
+        """Call `say` with a line for each reason, with the first few paths below the root."""
         for why, paths in self.paths.items():
             shown = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths[:4]]
             say(f"{len(paths):,} files or folders under {root} {why} and left out: {first_few(shown, 3)}")
 
 
 def files_under(folder: str | Path, left_out: Callable[[str, str], object] = lambda why, path: None) -> Iterator[str]:
-    """Paths of the files in and below a folder, but for hidden ones, whose names begin with a dot. Links to folders are
-    followed, after all else, each real folder once.
+    """Paths of the files in and below a folder, without hidden ones, whose names begin with a dot.
 
-    Raises OSError for a folder that cannot be listed.
+    Links to folders are followed last, each real folder once. Raises OSError for a folder that cannot be listed.
     """
     seen: set[str] = set()
     todo, links = [str(folder)], list[str]()
@@ -84,15 +102,18 @@ def files_under(folder: str | Path, left_out: Callable[[str, str], object] = lam
 
 
 def is_dangling(entry: os.DirEntry[str]) -> bool:
-    """Whether the entry is a link to what is not there, such as a disk that is not mounted, or to itself."""
+    """Whether the entry is a link whose target does not exist, such as an unmounted disk, or a link to itself."""
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def folder_part(
     config: DataConfig, root: Path, split: str, spec: str, like: Part | None = None, allow_empty: bool = False
 ) -> Part:
-    """A list over an image root. One with a column of splits gives the rows of ``split``; others are a split of their
-    own. ``like``: the training part, whose classes a test list must be of."""
+    """The images of a list over a folder.
+
+    A list with a column of splits gives the rows of `split`; any other is a split of its own. like: the training part,
+    whose classes a test list must have. Raises as `sources.load`.
+    """
     path, lead = _list_of(config, root, split, spec, like)
     classes, names = (None, None) if like is None else (like.index.num_classes, like.index.class_names)
     if like is not None and like.from_folders and any(map(str.isdigit, names or ())):
@@ -113,7 +134,7 @@ def folder_part(
     keys = [f"{lead}{key}" for key in below(root, index.keys)]
     disk = Disk(root)
     layout, paths = fit_layout(root, keys, disk)
-    if out := [key for key in paths if key.startswith("/") or ".." in key and ".." in key.split("/")]:
+    if out := [key for key in paths if key.startswith("/") or (".." in key and ".." in key.split("/"))]:
         raise InputError(
             "data.outside",
             f"{path} names images outside {root}, the first: {first_few(out, 3)}; nothing outside of it is read: name "
@@ -157,13 +178,15 @@ METADATA = tuple(f"metadata{ending}" for ending in (".csv", ".tsv", ".jsonl"))
 
 
 def metadata_in(folder: Path) -> Path | None:
-    """The list that a folder of images has of itself; None where there is none."""
+    """The metadata file of a folder of images; None without one."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def list_within(root: Path, split: str) -> tuple[Path, str] | None:
-    """The list that a split's subfolder of images, or the folder itself, has within, and where its paths start: the
-    subfolder, ending in /, or nothing; None where there is no list."""
+    """The metadata file of a split's subfolder or of the folder itself, and the prefix of its paths.
+
+    The prefix is the subfolder, ending in /, or empty. None without a metadata file.
+    """
     for folder, lead in ((root / split, f"{split}/"), (root, "")):
         if path := metadata_in(folder):
             return path, lead
@@ -171,7 +194,7 @@ def list_within(root: Path, split: str) -> tuple[Path, str] | None:
 
 
 def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part | None) -> tuple[Path, str]:
-    """The list that a spec means, and the folder, ending in /, that its paths start from."""
+    """The list that `spec` means, and the prefix of its paths, ending in /."""
     drawn = spec == "all" or parse_call(spec, RULES) is not None
     if not drawn:
         return index_path(spec), ""
@@ -188,7 +211,7 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part |
 
 
 def below(root: Path, paths: Sequence[str]) -> list[str]:
-    """Paths as they stand below the root: absolute ones without it, and with / for a backslash."""
+    """Paths relative to the root, with / for a backslash."""
     leads = tuple({os.path.join(place, "") for place in (str(root), str(root.resolve()), os.path.abspath(root))})
     plain = [path.replace("\\", "/") if "\\" in path else path for path in paths]
     if plain != list(paths) and os.path.isfile(root / paths[0]):
@@ -205,8 +228,7 @@ def below(root: Path, paths: Sequence[str]) -> list[str]:
 
 
 class Disk:
-    """Paths below a folder, in the Unicode form that the disk has them in. Lists a folder at most once, and stats no
-    file."""
+    """Paths below a folder in the Unicode form of the disk. Lists each folder at most once, and stats no file."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
@@ -214,7 +236,7 @@ class Disk:
         self.names: dict[str, tuple[set[str], dict[str, str]]] = {}
 
     def spelled(self, path: str) -> str:
-        """The path as the disk spells it; as it is where it is plain ASCII, is there so, or is there in no form."""
+        """The path as the disk spells it; unchanged if it is ASCII, or is not there in any form."""
         if path.isascii() or path.startswith("/") or ".." in path.split("/"):
             return path
         return self._below(*path.rpartition("/")[::2])
@@ -234,7 +256,7 @@ class Disk:
 
 
 def _files_dataset(root: Path, paths: list[str], labels: np.ndarray) -> Dataset:
-    """Paths and labels as a data set, in pieces and without a detour over Python objects: 437,513 rows in 30 MB."""
+    """Paths and labels as a data set, in pieces and without Python objects: 437,513 rows in 30 MB."""
     image = Image(decode=False)
     pieces = []
     for start in range(0, len(paths), 65536):
@@ -283,9 +305,9 @@ def _layouts(depth: int) -> Iterator[tuple[str, Callable[[str], str]]]:
 
 
 def fit_layout(root: str | Path, paths: list[str], disk: Disk | None = None) -> tuple[str, list[str]]:
-    """Decide, once for a list, how its paths are found under ``root``: the way that finds most of a sample of 64.
+    """How the paths of a list are found under `root`: (description, paths under `root`).
 
-    Returns the way in words, and the paths as they stand under ``root``.
+    Decided once for a list, by the rule that finds most of a sample of 64.
     """
     disk = disk or Disk(root)
     sample = paths[:: max(len(paths) // 64, 1)]
@@ -300,7 +322,7 @@ def fit_layout(root: str | Path, paths: list[str], disk: Disk | None = None) -> 
 
 
 def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
-    """Which of the paths are not under ``root``, in their order. Lists each folder once, and stats no file."""
+    """Which of the paths are not under `root`, in their order. Lists each folder once, and stats no file."""
     folders: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
         folders.setdefault(path.rpartition("/")[0], []).append(i)
@@ -315,13 +337,11 @@ def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
 
 
 def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) -> tuple[Index, list[str]]:
-    """An index of a folder of class folders, and the files in these that are no images. What is left out is named to
-    `say`, a line for each reason.
+    """An index of a folder of class folders, and the files in these that are not images.
 
-    Classes are numbered by sorted folder name, by value where all names are whole numbers (2 before 10). Folders whose
-    names are the same after NFC are one class.
-    Raises ValueError where there are fewer than two class folders, one without an image, or one that is a link to what
-    is not there.
+    Classes are numbered by sorted folder name, by value if all names are whole numbers (2 before 10). Folders whose
+    names are equal after NFC are one class. say: called with a line for each reason why something is left out. Raises
+    InputError (data.class_folders) for fewer than two class folders, an empty one or a dangling link.
     """
     root, left = Path(root), LeftOut()
     names = class_names_in(root, left)
@@ -356,9 +376,11 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
 
 
 def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
-    """Names of the class folders in a folder, in the order of their numbers; not hidden ones, and none that begins with
-    two underscores. Raises ValueError for a link to what is not there, which may be a class, and for a folder that is
-    there under two names."""
+    """Names of the class folders in a folder, in the order of their class numbers.
+
+    Without hidden folders and those that begin with two underscores. Raises InputError (data.class_folders) for a
+    dangling link, which may be a class, and for one folder under two names.
+    """
     names, real = [], dict[str, str]()
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -384,7 +406,7 @@ def class_names_in(root: Path, left_out: LeftOut) -> list[str]:
 
 
 def _utf8(path: str, root: Path) -> str:
-    """The path. Raises ValueError where its bytes are no UTF-8, which no list and no table can hold."""
+    """The path. Raises InputError (data.class_folders) if it is not UTF-8, which no list or table can hold."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -398,9 +420,12 @@ def _utf8(path: str, root: Path) -> str:
 
 
 def _by_name(index: Index, like: Part, path: str) -> Index:
-    """A list with its classes numbered as in training: by the names that it has, else by its class folders where both
-    lists have each class in a folder of its own and one folder stands for two numbers. Names that training has from its
-    folders and others in the list may name the same classes. Raises ValueError where the classes are others."""
+    """A list with its classes numbered as in training.
+
+    By its own class names, else by class folders if both lists have each class in a folder of its own. Names that
+    training takes from its folders and other names in the list may be the same classes. Raises InputError
+    (data.classes).
+    """
     names = like.index.class_names
     if index.class_names is None:
         own = _class_folders(like.index) if len(like.index) else names  # of a run only the names are known
@@ -418,7 +443,7 @@ def _by_name(index: Index, like: Part, path: str) -> Index:
 
 
 def _class_folders(index: Index) -> list[str] | None:
-    """The folder of each class, "" of one without images; None where one has images in several, or two in the same."""
+    """The folder of each class, "" of one without images; None unless each class has a folder of its own."""
     parents = (str(key).rpartition("/")[0].rpartition("/")[2] for key in index.keys)
     pairs = set(zip(index.labels.tolist(), parents, strict=True))
     names = dict(pairs)
@@ -428,7 +453,7 @@ def _class_folders(index: Index) -> list[str] | None:
 
 
 def _folder_names(index: Index) -> list[str] | None:
-    """Names of the classes by the folder of each one's first image, where they tell the classes apart."""
+    """Class names from the folder of each class's first image; None if they are not distinct."""
     _, first = np.unique(index.labels, return_index=True)
     names = [str(index.keys[i]).rpartition("/")[0].rpartition("/")[2] for i in first]
     return names if all(names) and len(set(names)) == index.num_classes else None

@@ -1,4 +1,4 @@
-"""Data sets in memory, as a source: `data.source: memory` while a block of `in_memory` runs."""
+"""Data sets in memory: `data.source: memory` inside an `in_memory` block."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ _there: ContextVar[Mapping[str, Any] | None] = ContextVar("in_memory", default=N
 
 
 class Pairs:
-    """A map-style data set of (image, label), as torch and torchvision have them, with what is needed of datasets'
-    interface: rows are {"image": image}. Images are PIL's or arrays of eight bits, before any transform to tensors."""
+    """A map-style data set of (image, label), with the methods of datasets.Dataset that are used.
+
+    Rows are {"image": image}; images are PIL images or 8-bit arrays, before any transform to tensors.
+    """
 
     def __init__(self, source: Any, rows: np.ndarray | None = None) -> None:
         self.source = source
@@ -44,14 +46,18 @@ class Pairs:
         return (self[i] for i in range(len(self)))
 
     def select(self, positions: Any) -> Pairs:
+        """The rows at these positions."""
         return Pairs(self.source, self.rows[np.asarray(positions)])
 
     def select_columns(self, name: str) -> Pairs:
+        """Itself: a row has only an image."""
         return self
 
     def labels(self) -> np.ndarray:
-        """(N,) int64: of an attribute `targets` or `labels`, else of every item. Raises ValueError for labels that are
-        no whole numbers."""
+        """Labels (N,) int64, from the attribute `targets` or `labels`, else from every item.
+
+        Raises InputError (data.labels) unless they are whole numbers.
+        """
         if self._labels is not None:
             return self._labels
         given = next((getattr(self.source, name) for name in ("targets", "labels") if hasattr(self.source, name)), None)
@@ -64,14 +70,17 @@ class Pairs:
         return self._labels
 
     def class_names(self) -> list[str] | None:
+        """The attribute `classes`, if it is a list of names."""
         names = getattr(self.source, "classes", None)
         return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 
 @contextmanager
 def in_memory(dataset: InMemory | None) -> Iterator[None]:
-    """While the block runs, the source "memory" is this data set, or one of several splits; a single one is the split
-    "train". None changes nothing. Raises ValueError for anything else, and for a split without a length."""
+    """While the block runs, the source "memory" is this data set, or mapping of splits; a single one is "train".
+
+    None changes nothing. Raises InputError (data.memory) for anything else, and for a split without a length.
+    """
     if dataset is None:
         yield
         return
@@ -105,7 +114,7 @@ def _split(part: Any) -> Dataset | Pairs:
 
 
 def memory_split(name: str) -> Dataset | Pairs:
-    """A split of the data set in memory. Raises ValueError where there is none, or not of that name."""
+    """A split of the data set in memory. Raises InputError: data.memory without one, data.split without that split."""
     splits = _there.get()
     if splits is None:
         raise InputError(

@@ -42,7 +42,8 @@ from rescom_timm.text import check_name
 class Index:
     """Rows of a data set and their labels.
 
-    Raises ValueError where the parts disagree (lengths, labels outside 0 .. num_classes - 1, number of names).
+    Raises InputError (index.format) if the parts disagree: lengths, labels outside 0 .. num_classes - 1, number of
+    names.
     """
 
     keys: np.ndarray | list[str]
@@ -83,7 +84,7 @@ class Index:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, (K,): their numbers where they have no others."""
+        """Class names (K,); their numbers without names."""
         return self.class_names or [str(k) for k in range(self.num_classes)]
 
     @property
@@ -108,7 +109,7 @@ class Index:
         return digest.hexdigest()
 
     def take(self, positions: np.ndarray, rule: str = "") -> "Index":
-        """The rows at these positions (M,) of the index. ``rule`` is added to what the header says of its making."""
+        """The rows at these positions (M,). rule: added to the rule in the header."""
         keys = self.keys
         info = {**self.info, "rule": ", ".join(filter(None, [self.info.get("rule"), rule]))} if rule else self.info
         chosen = [keys[i] for i in positions] if isinstance(keys, list) else keys[positions]
@@ -116,9 +117,11 @@ class Index:
         return replace(self, keys=chosen, labels=self.labels[positions], info=info, groups=groups)
 
     def numbered_as(self, names: Sequence[str] | None, here: str, there: str) -> "Index":
-        """The index with its classes numbered as in `names` (of `here`; it is `there`), of which it may lack some; a
-        class without a name, "", is one that it lacks. Without names of its own, or where `names` are none, as it is.
-        Raises ValueError where its classes are others."""
+        """The index with its classes numbered as in `names`; unchanged if it or `names` has none.
+
+        The index (`there`) may lack some of `names` (of `here`); a class without a name, "", is one that it lacks.
+        Raises InputError (data.classes) if the names differ.
+        """
         if not names or not self.class_names:
             return self
         own = [k for k, name in enumerate(self.class_names) if name or "" in names]
@@ -135,10 +138,10 @@ class Index:
         return (f"{key} {label}\n" for key, label in pairs)
 
     def save(self, path: str | Path) -> None:
-        """Write the text file, aside and then renamed: a reader sees the old file or the whole new one.
+        """Write the text file atomically.
 
-        Raises ValueError for what could not be read back (line breaks, or a header key that the format uses itself),
-        and for a class name with control or direction characters.
+        Raises InputError (index.format) for text that could not be read back (line breaks, reserved header keys) and
+        for a class name with control or direction characters.
         """
         names = self.class_names or [""] * self.num_classes
         header = {**self.info, "rows": str(len(self)), "classes": str(self.num_classes)}
@@ -164,9 +167,9 @@ class Index:
     def load(
         cls, path: str | Path, num_classes: int | None = None, allow_empty: bool = False, **reading: Any
     ) -> "Index":
-        """Read an index file, an official list, an iNaturalist JSON or a table; strict. Arguments as for ``read``.
+        """Read an index file, an official list, iNaturalist JSON or a table; strict. Arguments as in `read`.
 
-        Raises FileNotFoundError, or ValueError that lists what is wrong and in which lines.
+        Raises MissingFileError (file.missing), or InputError (index.format) with the problems and their lines.
         """
         index, problems = read(path, num_classes, allow_empty, **reading)
         if index is None:
@@ -183,15 +186,13 @@ def read(
     split: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Index | None, list[str]]:
-    """Read a file and say everything that is wrong with it.
+    """Read a file and list all its problems: (index, no problems) or (None, problems).
 
-    ``num_classes`` is the number of classes that the labels must fit (None: the header's, or largest label + 1).
-    ``allow_empty`` lets classes be without images, as test and validation lists may be. ``class_names``: of the classes
-    that the labels must be of; a list with names of its own may then lack some, for ``Index.numbered_as``. Of a table
-    with named columns (CSV, TSV, JSON lines, Parquet): ``columns`` says which are used, ``split`` which of its splits,
-    where it has a column of them.
-    Returns the index and no problems, or None and the problems, each a sentence that begins with its line.
-    Raises FileNotFoundError where there is no such file.
+    num_classes: the number of classes (None: the header's, or largest label + 1). allow_empty: classes may be without
+    images, as in test and validation lists. class_names: the allowed classes; a list with names of its own may lack
+    some, for `Index.numbered_as`. columns, split: of a table with named columns (CSV, TSV, JSON lines, Parquet), which
+    columns and which of its splits are used. A problem is a sentence that begins with its line. Raises
+    MissingFileError.
     """
     table: Callable[[Path, list[str]], Rows] | None = None
     if is_table(path):
@@ -217,15 +218,15 @@ def imbalance(counts: np.ndarray) -> float:
 
 
 def common_paths(first: Sequence[str], second: Sequence[str]) -> set[str]:
-    """Those of the first that are in the second too, in whatever Unicode form."""
+    """Paths of the first that are also in the second, in any Unicode form."""
     there = set(map(nfc, second))
     return {path for path in first if nfc(path) in there}
 
 
 def overlap(first: Index, second: Index) -> list[Any]:
-    """Keys that stand in both indexes, ascending: a test set that was trained on.
+    """Keys that are in both indexes, ascending: test images that were trained on.
 
-    Row numbers of different splits name different rows. Raises ValueError for rows against paths.
+    Row numbers of different splits name different rows. Raises InputError (index.kind) for rows against paths.
     """
     if first.by_path != second.by_path:
         raise InputError("index.kind", "row numbers and paths cannot be compared: both indexes must be of one kind")
@@ -237,9 +238,9 @@ def overlap(first: Index, second: Index) -> list[Any]:
 
 
 def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
-    """Counts, groups and the long tail as text. ``counts`` (K,).
+    """Counts (K,), groups and the long tail as text.
 
-    A bar is the mean count, on a logarithmic scale, of one of at most ``lines`` runs of classes, largest first.
+    A bar is the mean count, on a logarithmic scale, of one of at most `lines` runs of classes, largest first.
     """
     ordered = np.sort(counts)[::-1]
     told = [

@@ -1,4 +1,4 @@
-"""Reading index files, official lists and iNaturalist JSON: every mistake in them is told at once."""
+"""Reading index files, official lists and iNaturalist JSON; all problems of a file are reported at once."""
 
 import json
 import re
@@ -22,7 +22,7 @@ MAX_CLASSES = 10_000_000  # a label above this is a typing mistake, and would as
 
 @dataclass
 class Rows:
-    """What a file holds, and then what it is judged to be. ``places``: line (or annotation) number of each row."""
+    """The rows of a file. `places`: line (or annotation) number of each row."""
 
     unit: str
     keys: "list[str] | array[int]" = field(default_factory=list)
@@ -45,8 +45,10 @@ def read_rows(
     table: Callable[[Path, list[str]], Rows] | None = None,
     by_name: bool = False,
 ) -> tuple[Rows | None, list[str]]:
-    """The rows of a file and no problems, or None and everything that is wrong with it; see ``index.read``. ``table``
-    reads one of named columns. by_name: where it names its classes, their number is its own."""
+    """(rows, no problems) of a file, or (None, its problems); see `index.read`.
+
+    table: reads a table of named columns. by_name: a file with class names has its own number of classes.
+    """
     if not path.is_file():
         raise MissingFileError("file.missing", f"no index file {path}")
     problems = Problems()
@@ -100,7 +102,7 @@ def _read_lines(path: Path, problems: list[str]) -> Rows:
 
 
 def _wrong(key: str, label: str, by_path: bool) -> str:
-    """What is wrong with one line, or the empty string."""
+    """The problem of a line, or the empty string."""
     if not is_label(label):
         return f"label {label!r} is not a whole number from 0"
     if by_path and (wrong := length_problem("a path", key)):
@@ -117,15 +119,17 @@ def _wrong(key: str, label: str, by_path: bool) -> str:
 
 
 def is_count(text: str, digits: int = 18) -> bool:
+    """Whether a text is a whole number from 0 in ASCII digits."""
     return text.isascii() and text.isdigit() and len(text) <= digits
 
 
 def is_label(text: str) -> bool:
+    """Whether a text is a label below MAX_CLASSES."""
     return is_count(text, len(str(MAX_CLASSES)) - 1)
 
 
 def _read_header(lines: Iterator[tuple[int, str]], rows: Rows, problems: list[str]) -> bool | None:
-    """Read up to the line that names the columns; returns whether the keys are paths, None where it is spoilt."""
+    """Read up to the line that names the columns: whether the keys are paths, None if it is malformed."""
     for number, line in lines:
         line = line.rstrip("\n")
         if line in COLUMNS:
@@ -149,7 +153,7 @@ def _read_header(lines: Iterator[tuple[int, str]], rows: Rows, problems: list[st
 
 
 def _read_class_lines(rows: Rows, problems: list[str]) -> None:
-    """Take number and names of the classes from the header."""
+    """Read number and names of the classes from the header."""
     header = rows.header
     for key in ("rows", "classes"):
         if not is_count(header.get(key, "")):
@@ -169,7 +173,7 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
 
 
 def _read_json(path: Path, problems: list[str]) -> Rows:
-    """iNaturalist's (and COCO's) annotations: images, annotations and, where given, categories."""
+    """INaturalist's (and COCO's) annotations: images, annotations and, where given, categories."""
     rows = Rows("annotation")
     try:
         check_size(path)
@@ -227,7 +231,7 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
 
 
 def _slim(node: dict[str, Any]) -> Any:
-    """Keep of each JSON object the two fields in use, as it is parsed: iNat18's file has 437,513 of each kind."""
+    """Keep the two used fields of each JSON object while parsing: iNat18's file has 437,513 of each kind."""
     for key, value in (("id", "file_name"), ("image_id", "category_id"), ("id", "name")):
         if key in node and value in node:
             return node[key], node[value]
@@ -235,7 +239,7 @@ def _slim(node: dict[str, Any]) -> Any:
 
 
 def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, Any], int]:
-    """The nodes as id -> name, and how many are none: ids are numbers or text, names text."""
+    """The nodes as id -> name, and the number of malformed ones: ids are numbers or text, names text."""
     pairs = [node for node in nodes if isinstance(node, tuple)]
     good = {key: name for key, name in pairs if isinstance(key, int | str) and isinstance(name, str)}
     return good, len(nodes) - sum(isinstance(key, int | str) and isinstance(name, str) for key, name in pairs)
@@ -244,7 +248,7 @@ def _pairs(nodes: Sequence[Any]) -> tuple[dict[Any, Any], int]:
 def _judge_classes(
     rows: Rows, labels: np.ndarray, num_classes: int | None, allow_empty: bool, problems: list[str]
 ) -> int:
-    """Labels against the number of classes, header against the rows. Returns the number of classes."""
+    """Check labels against the number of classes, and the header against the rows. Returns that number."""
     header = rows.header
     if num_classes is not None and rows.num_classes not in (None, num_classes):
         problems.append(f"is of {rows.num_classes} classes where {num_classes} are expected")
@@ -280,5 +284,5 @@ def _judge_duplicates(rows: Rows, problems: list[str]) -> None:
 
 
 def first_few(things: Sequence[Any], n: int = 5) -> str:
-    """The first n of these for a message, each cut where it is long."""
+    """The first n things for a message, each shortened."""
     return ", ".join(map(shown, things[:n])) + (" ..." if len(things) > n else "")

@@ -11,7 +11,7 @@ image is (B, 3, H, W). `row` is the row of the source.
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from rescom_timm.data.batched_transforms import BatchedPolicy
 from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
+from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import ViewsConfig, parse
 from rescom_timm.errors import InputError
 
-if TYPE_CHECKING:
-    from rescom_timm.data.splits import Split
-
 
 def train_loader(
-    split: "Split",
+    split: Split,
     views: ViewsConfig,
     num_views: int,
     batch_size: int,
@@ -39,15 +37,15 @@ def train_loader(
     speed: SpeedConfig = SpeedConfig(),
     second: SamplerName | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of `num_views` views each; the last incomplete batch of an epoch is dropped.
+    """Batches of `num_views` views per image; the last incomplete batch of an epoch is dropped.
 
-    With a `second` sampler each batch has twice the rows: those that config.sampler draws, and below them as many that
-    the second one draws; each of several processes gets both halves of its part. `batch_size` counts the images of all
-    processes together, without the second draw. `epochs`, the length of the run, is needed by the progressive sampler.
-    Call `set_epoch(loader, epoch)` before each epoch, on the loader as accelerate prepared it and before
-    `skip_first_batches`. `finish` completes the batches, on their device. Raises ValueError if the split has fewer
-    images than one batch, no step of the policy can be done on the device (config.device_views), or its images and
-    policy are none for speed.resident.
+    With a `second` sampler each batch has twice the rows: those drawn by config.sampler, then as many drawn by the
+    second; each of several processes gets both halves of its part. `batch_size` counts the images of all processes
+    together, without the second draw. `epochs`, the length of the run, is needed by the progressive sampler. Call
+    `set_epoch(loader, epoch)` before each epoch, on the loader that accelerate prepared and before
+    `skip_first_batches`. `device_transforms.complete` completes the batches on their device. Raises InputError:
+    recipe.value for a batch larger than the split, recipe.conflict if config.device_views or speed.resident do not fit
+    images and policy.
     """
     if num_views < 1:
         raise InputError("recipe.value", f"an image needs at least 1 view, not {num_views}")
@@ -72,16 +70,18 @@ def train_loader(
 
 
 def eval_loader(
-    split: "Split",
+    split: Split,
     views: ViewsConfig,
     batch_size: int,
     config: LoaderConfig = LoaderConfig(),
     speed: SpeedConfig = SpeedConfig(),
     together: int = 1,
 ) -> DataLoader[Batch]:
-    """Every image of the split once, in order; an unreadable one raises BrokenImage whatever `config.broken` says.
-    together: how many such loaders run at the same time. With several processes accelerate fills up the last batch, and
-    its `gather_for_metrics` drops the filling."""
+    """Every image of the split once, in order; an unreadable image raises BrokenImage in any case.
+
+    together: how many such loaders run at the same time. With several processes accelerate pads the last batch, and its
+    `gather_for_metrics` drops the padding.
+    """
     if batch_size < 1:
         raise InputError("recipe.value", f"the batch size must be at least 1, not {batch_size}")
     speed = dataclasses.replace(speed, cache=0, resident=False)
@@ -93,7 +93,7 @@ def eval_loader(
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a training loader, plain or prepared by accelerate, which epoch comes next."""
+    """Set the next epoch of a training loader, plain or prepared by accelerate."""
     if hasattr(loader, "set_epoch"):  # accelerate's wrapper, which otherwise sets the epoch by its own count
         loader.set_epoch(epoch)
     else:
@@ -101,7 +101,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _loader(
-    dataset: "ViewsDataset", sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool,
+    dataset: ViewsDataset, sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool,
     together: int = 1,
 ) -> DataLoader[Batch]:  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -121,8 +121,8 @@ def _loader(
     )
 
 
-def _sample_bytes(dataset: "ViewsDataset") -> int:
-    """Of one sample that a worker hands over; 0 where the first image cannot be read, which shows when it is drawn."""
+def _sample_bytes(dataset: ViewsDataset) -> int:
+    """Bytes of one sample; 0 if the first image cannot be read, which is reported when it is drawn."""
     replaced, dataset.replaced = dataset.replaced, None  # no other image takes its place here
     try:
         sample = dataset[0, 0]

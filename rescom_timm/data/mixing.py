@@ -1,8 +1,8 @@
-"""Mixup and CutMix: the images of a completed batch mixed with those of partners, on their device.
+"""Mixup and CutMix: the images of a completed batch are mixed with those of partners, on their device.
 
-timm.data.Mixup and torchvision's MixUp draw from the global generators, so that a resumed run would be another, and
-give soft targets, which losses that look up the label (its margin, weight or smoothing) do not take. Here the draws are
-the caller's, and labels stay labels: the loss is share * L(label) + (1 - share) * L(partner).
+timm.data.Mixup and torchvision's MixUp draw from the global generators, so a resumed run would differ, and give soft
+targets, which losses with a margin, weight or smoothing per label do not take. Here the caller draws, and labels stay
+labels: the loss is share * L(label) + (1 - share) * L(partner).
 """
 
 import math
@@ -19,8 +19,11 @@ from rescom_timm.errors import InputError
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Whether training images are mixed. Every pass has one share, drawn from Beta(alpha, alpha), and each process
-    mixes its part of the batch; both views of an image have the same partner."""
+    """Mixing of training images.
+
+    Each pass draws one share from Beta(alpha, alpha), and each process mixes its part of the batch; both views of an
+    image have the same partner.
+    """
 
     mixup: float = 0.0
     """alpha of mixup (Zhang et al. 2018, arXiv 1710.09412); 0: off."""
@@ -41,14 +44,15 @@ class MixConfig:
 
     @property
     def on(self) -> bool:
+        """Whether anything is mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def mix(batch: Batch, config: MixConfig, draws: np.random.Generator, normalize: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with mixed images, the labels of their `partner` (B,) and the `share` (scalar) of their own; as it is
-    where the draw says so.
+    """The batch with mixed images, the labels of their `partner` (B,) and the `share` (scalar) of their own.
 
-    batch: image (B, V, 3, H, W), label (B,). normalize: eight-bit images to floats.
+    Unchanged with probability 1 - config.probability. batch: image (B, V, 3, H, W), label (B,). normalize: 8-bit images
+    to floats.
     """
     if draws.random() >= config.probability:
         return batch
@@ -70,8 +74,10 @@ def mix(batch: Batch, config: MixConfig, draws: np.random.Generator, normalize: 
 
 
 def box(height: int, width: int, share: float, draws: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns that CutMix takes from the partner: 1 - share of the area, around a pixel of the image and cut
-    off at its edges (eq. 2)."""
+    """Rows and columns that CutMix takes from the partner (eq. 2).
+
+    1 - share of the area, around a uniform pixel, cut off at the edges.
+    """
     ratio = math.sqrt(1 - share)
     ends = []
     for size in (height, width):

@@ -1,7 +1,7 @@
-"""Lists as people write them: CSV, TSV, JSON lines and Parquet with named columns, and text as labels.
+"""Tables of images: CSV, TSV, JSON lines and Parquet with named columns, and text labels.
 
-Columns are found by their names, or said. Whole numbers that are exactly 0 .. K - 1 are class numbers; anything else is
-text, and the classes are its values in sorted order (by value where all are numbers).
+Columns are found by their names, or set. Whole numbers that are exactly 0 .. K - 1 are class numbers; anything else is
+text, and the classes are its values in sorted order (by value if all are numbers).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Columns:
 
 
 def is_table(path: str | Path) -> bool:
+    """Whether a file is a table of named columns, by its ending."""
     return Path(path).suffix.lower() in TABLES
 
 
@@ -72,9 +73,9 @@ def read_table(
     class_names: Sequence[str] | None,
     num_classes: int | None,
 ) -> Rows:
-    """The rows of a table, those of its `split` where it has a column of splits. What is wrong is added to problems.
+    """The rows of a table, those of `split` if it has a column of splits; problems are appended to `problems`.
 
-    class_names: the classes that text labels must be of. num_classes without names: the labels are class numbers.
+    class_names: the allowed classes of text labels. num_classes without names: the labels are class numbers.
     """
     rows = Rows("row")
     try:
@@ -128,7 +129,7 @@ def read_table(
 
 
 def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str, int]:
-    """Rows of each split that a table has beside those; empty where it has no column of splits."""
+    """Rows of each split of a table except `without`; empty without a column of splits."""
     if not is_table(path):
         return {}
     part = pick("split", columns.split, _names(path), "split_column", needed=False)
@@ -137,7 +138,7 @@ def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str
 
 
 def class_values(texts: Iterable[str]) -> list[str] | None:
-    """Names of the classes that text labels stand for, in order; None where they are class numbers 0 .. K - 1."""
+    """Class names of text labels, in order; None if they are class numbers 0 .. K - 1."""
     values = {text for text in texts if text}
     if all(re.fullmatch(r"-?\d{1,15}", value) for value in values):
         numbers = sorted(values, key=int)
@@ -146,7 +147,7 @@ def class_values(texts: Iterable[str]) -> list[str] | None:
 
 
 def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: bool = True) -> Any:
-    """The column of that kind. Raises ValueError where it is not there, or several could be it."""
+    """The column of that kind. Raises InputError (data.column) if it is missing or ambiguous."""
     if asked is not None:
         asked = as_spelled([asked], there)[0]
         if asked not in there:
@@ -164,8 +165,10 @@ def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: b
 
 
 def called(kind: str, there: Sequence[str]) -> str | None:
-    """The column whose name says that it is the image, the label or the split; None where none does. Raises ValueError
-    where several do alike."""
+    """The column whose name means image, label or split; None without one.
+
+    Raises InputError (data.column) if it is ambiguous.
+    """
     plain = [(re.sub(r"[\s-]+", "_", str(name).strip().lower()), name) for name in there]
     for names in NAMES[kind]:
         found = [own for name in names for words, own in plain if words == name]
@@ -178,7 +181,7 @@ def called(kind: str, there: Sequence[str]) -> str | None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever a reader raises becomes a ValueError in one line."""
+    """Whatever a reader raises becomes an InputError (index.format) in one line."""
     try:
         yield
     except UnicodeDecodeError:
@@ -198,7 +201,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _names(path: Path) -> list[str]:
-    """Names of the columns. Raises ValueError."""
+    """Names of the columns."""
     with _readable(path):
         if path.suffix.lower() == ".parquet":
             return list(pq.read_schema(path).names)
@@ -213,7 +216,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _frame(path: Path, columns: list[str]) -> pd.DataFrame:
-    """These columns, all of them text or as they are stored. Raises ValueError."""
+    """These columns, as text or as they are stored."""
     with _readable(path):
         if path.suffix.lower() == ".parquet":
             table = read_columns(path, columns)
@@ -230,7 +233,7 @@ def _frame(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _values(column: pa.ChunkedArray) -> Any:
-    """A column as pandas has it; of texts, equal ones are one object."""
+    """A column for pandas; equal texts are one object."""
     values = column.to_pandas()
     return values.astype(object) if pa.types.is_dictionary(column.type) else values
 
@@ -273,7 +276,7 @@ def _object(line: str, number: int) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A label as text; empty where there is none. Whole numbers that are stored as 3.0 are 3."""
+    """A label as text; empty without one. A whole number stored as 3.0 is 3."""
     if isinstance(value, list | tuple | set | dict | np.ndarray):
         return "\0several"
     if value is None or value != value:

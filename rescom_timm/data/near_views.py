@@ -1,10 +1,10 @@
-"""Jitter and RandAugment over batches of views: what is drawn is the same, some pixels differ by a level or two."""
+"""Jitter and RandAugment over batches of views: the same draws, but some pixels differ by a level or two."""
 
 import copy
 import functools
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from timm.data.auto_augment import RandAugment as TimmRandAugment
 from torch import Tensor
 from torchvision import transforms
 
-from rescom_timm.data.draws import Draws, Size, Step
+from rescom_timm.data.draws import BatchedStep, Draws, Size
 from rescom_timm.data.pixels import (
     BLENDS,
     PLAIN,
@@ -32,7 +32,9 @@ from rescom_timm.data.pixels import (
 # --------------------------------------------------------------------------------------------------------- near steps
 
 
-class Jitter(Step):
+class Jitter(BatchedStep):
+    """torchvision's ColorJitter without hue."""
+
     equal = False
 
     def __init__(self, step: transforms.ColorJitter) -> None:
@@ -40,12 +42,15 @@ class Jitter(Step):
 
     @staticmethod
     def takes(step: Any) -> bool:
+        """See `BatchedStep.takes`."""
         return type(step) is transforms.ColorJitter and step.hue is None
 
     def words(self, size: Size) -> int:
+        """See `BatchedStep.words`."""
         return 3 + sum(bounds is not None for bounds in self.ranges)
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        """See `BatchedStep.__call__`."""
         factors: dict[int, tuple[str, np.ndarray]] = {}
         order = np.tile(np.arange(4), (len(views), 1))  # torch.randperm(4)
         row = np.arange(len(views))
@@ -62,7 +67,7 @@ class Jitter(Step):
 
 
 def _enhance(name: str, factors: np.ndarray, views: Tensor, rows: np.ndarray) -> Tensor:
-    """ImageEnhance: the views blended with black, their mean gray, their gray or their smoothed selves."""
+    """ImageEnhance: the views blended with black, their mean gray, their gray or their smoothed form."""
     factor = to_device(factors[rows].astype(np.float32), views)
     if name == "Brightness":
         other = torch.zeros_like(views[:, :1])
@@ -73,18 +78,18 @@ def _enhance(name: str, factors: np.ndarray, views: Tensor, rows: np.ndarray) ->
     return blend(views, other, factor)
 
 
-class NearRandAugment(Step):
-    """timm's RandAugment. timm itself draws: its operations are made to note what they are asked to do."""
+class NearRandAugment(BatchedStep):
+    """timm's RandAugment: timm draws, and its operations record their arguments."""
 
     equal = False
-    MATRICES: dict[str, Callable[[np.ndarray, Size], list[np.ndarray | float]]] = {
+    MATRICES: ClassVar[dict[str, Callable[[np.ndarray, Size], list[np.ndarray | float]]]] = {
         "ShearX": lambda value, size: [1, value, 0, 0, 1, 0],
         "ShearY": lambda value, size: [1, 0, 0, value, 1, 0],
         "TranslateXRel": lambda value, size: [1, 0, value * size[1], 0, 1, 0],
         "TranslateYRel": lambda value, size: [1, 0, 0, 0, 1, value * size[0]],
         "Rotate": lambda value, size: _rotation(value, size),
     }
-    LEVELS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    LEVELS: ClassVar[dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
         "Posterize": lambda level, bits: level & ~(2 ** (8 - np.minimum(bits, 8)) - 1),
         "Solarize": lambda level, limit: np.where(level < limit, level, 255 - level),
         "SolarizeAdd": lambda level, more: np.where(level < 128, np.minimum(level + more, 255), level),
@@ -101,21 +106,24 @@ class NearRandAugment(Step):
 
     @staticmethod
     def takes(step: Any) -> bool:
+        """See `BatchedStep.takes`."""
         names = NearRandAugment.NAMES
         return type(step) is TimmRandAugment and all(op.name.removesuffix("Increasing") in names for op in step.ops)
 
     def note(self) -> list[float]:
+        """See `BatchedStep.note`."""
         noted: list[float] = self.recorder([])
         return noted + [-1.0] * (self.notes - len(noted))
 
     @classmethod
     def _note(cls, name: str, noted: list[float], value: float = 0.0, *, resample: Any, **_: Any) -> list[float]:
-        """In the place of timm's function of image and value: notes operation, value and interpolation."""
+        """Replaces timm's function of image and value: records operation, value and interpolation."""
         if name in cls.MATRICES:
             resample = random.choice(resample)  # as timm does at this point
         return [*noted, cls.NAMES.index(name), value, float(resample == Image.Resampling.BICUBIC)]
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        """See `BatchedStep.__call__`."""
         for _ in range(self.notes // 3):
             operation, value, cubic = draws.note(), draws.note(), draws.note() == 1
             matrices = np.zeros((len(views), 6))

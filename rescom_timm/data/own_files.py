@@ -1,7 +1,7 @@
-"""Tables of a folder or of the Hub, read from their own files alone and within bounds.
+"""Tables of a folder or of the Hub, read only from their own files and within bounds.
 
-A saved data set, the card of a data set and a table name files. Whoever wrote them may name any file of this machine:
-every name has to stay within the folder, or the repository, that was asked for.
+A saved data set, the card of a data set and a table name files. Their author may name any file of this machine, so
+every name must stay within the folder, or the repository, that was asked for.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ LOOSE = (
 
 
 def within(folder: str | Path, path: str | Path) -> None:
-    """Raises ValueError where a path, with all links followed, leads out of a folder. Links of the Hub's cache, whose
-    snapshots link to files beside them, stay inside."""
+    """Raise InputError (data.outside) if a path, with links resolved, leads out of a folder.
+
+    Links of the Hub's cache, whose snapshots link to blobs beside them, are allowed.
+    """
     root, real = os.path.realpath(folder), os.path.realpath(path)
     roots = [root]
     for parent in (Path(root), *Path(root).parents):
@@ -56,14 +58,14 @@ def within(folder: str | Path, path: str | Path) -> None:
 
 
 def plain_name(name: Any, file: Path) -> str:
-    """The name of a file or folder that stands in another file. Raises ValueError for one with a folder in it."""
+    """A file name that another file contains. Raises InputError (data.outside) if it has a folder in it."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
         raise InputError("data.outside", f"{file} names {name!r}, which is no plain name of a file in its folder")
     return name
 
 
 def saved_splits(folder: Path) -> list[str] | None:
-    """Names of the splits of a saved DatasetDict; None where a folder is none. Raises ValueError for other names."""
+    """Names of the splits of a saved DatasetDict; None if the folder is not one."""
     path = folder / "dataset_dict.json"
     if not path.is_file():
         return None
@@ -74,8 +76,10 @@ def saved_splits(folder: Path) -> list[str] | None:
 
 
 def load_saved(folder: Path, root: Path | None = None) -> Dataset:
-    """A split that Dataset.save_to_disk wrote. root: the folder that was asked for, which it must lie in. Raises
-    ValueError where its files name or link to others, or decode to more than is read."""
+    """A split that Dataset.save_to_disk wrote. root: the folder that was asked for, which must contain it.
+
+    Raises InputError: data.outside if its files name or link to others, data.damaged, data.bounds.
+    """
     root = root or folder
     state = read_json(folder / "state.json")
     read_json(folder / "dataset_info.json")
@@ -97,11 +101,10 @@ def load_saved(folder: Path, root: Path | None = None) -> Dataset:
 
 
 def load_files(source: str, local: bool, subset: str | None, split: str, revision: str | None = None) -> Dataset:
-    """As datasets.load_dataset(source, subset, split=split, revision=revision): of a folder where `local`, else of the
-    Hub.
+    """As datasets.load_dataset(source, subset, split=split, revision=revision): a folder if `local`, else the Hub.
 
-    Raises what that raises, and ValueError where the card of the data set names files elsewhere, or files decode to
-    more than is read.
+    Raises what that raises, and InputError: data.outside if the card of the data set names other files, data.damaged,
+    data.bounds.
     """
     with _readable(source), _builders_checked(source, local), _cards_bounded():
         try:
@@ -115,7 +118,7 @@ def load_files(source: str, local: bool, subset: str | None, split: str, revisio
 
 @contextmanager
 def _readable(source: str) -> Iterator[None]:
-    """Whatever `datasets` raises for a file with other contents than it expects is a ValueError in one line."""
+    """Whatever `datasets` raises for unexpected contents becomes an InputError (data.damaged) in one line."""
     try:
         yield
     except (
@@ -137,7 +140,7 @@ def _readable(source: str) -> Iterator[None]:
 
 @contextmanager
 def _cards_bounded() -> Iterator[None]:
-    """Within the block, YAML that aliases make longer than MAX_NODES values raises yaml.YAMLError before it is made."""
+    """Within the block, YAML whose aliases expand to more than MAX_NODES values raises yaml.YAMLError early."""
     original = yaml.SafeLoader.get_single_node
 
     def bounded(self: Any) -> Any:
@@ -154,7 +157,7 @@ def _cards_bounded() -> Iterator[None]:
 
 
 def _nodes(node: Any, known: dict[int, int]) -> int:
-    """Of a tree of YAML, each as often as it stands there."""
+    """Nodes of a YAML tree with aliases expanded."""
     if id(node) not in known:
         known[id(node)] = MAX_NODES + 1  # of one that holds itself
         inner = node.value if isinstance(node, yaml.CollectionNode) else ()
@@ -165,8 +168,10 @@ def _nodes(node: Any, known: dict[int, int]) -> int:
 
 @contextmanager
 def _builders_checked(source: str, local: bool) -> Iterator[None]:
-    """Within the block, load_dataset checks the files that it has found before it reads them, which is between two
-    steps of that function."""
+    """Within the block, load_dataset checks the files that it has found before it reads them.
+
+    This is between two steps of that function.
+    """
     original = datasets.load.load_dataset_builder
 
     def checked(*arguments: Any, **named: Any) -> Any:
@@ -209,7 +214,7 @@ def _check_builder(builder: Any, source: str, local: bool) -> None:
 
 
 def _bound(builder: Any, kind: str) -> None:
-    """Check a builder's files before they are decoded, and count what they decode to."""
+    """Check a builder's files before they are decoded, and count their decoded bytes."""
     generate = builder._generate_tables
 
     def bounded(files: Sequence[Any], **others: Any) -> Iterator[tuple[Any, pa.Table]]:
@@ -233,7 +238,7 @@ def _bound(builder: Any, kind: str) -> None:
 
 
 def _bound_archives(builder: Any) -> None:
-    """Check a builder's archives as soon as they are here, before any is opened."""
+    """Check a builder's archives after the download, before any is opened."""
     generators = builder._split_generators
 
     def bounded(downloads: Any) -> Any:
@@ -264,11 +269,11 @@ def _code(error: BaseException) -> str:
 
 
 def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, name: str) -> Dataset:
-    """The data set with the paths of its images below `folder`. images: its column "image", records of bytes and path.
+    """The data set with the paths of its images below `folder`. images: its column "image", {"bytes", "path"}.
 
     Rows without bytes name an image file, absolute or relative to the folder (or to the working directory). Raises
-    ValueError for one outside of the folder, and, for a table of the Hub (folder None), for any: it would be a file of
-    this machine.
+    InputError (data.outside) for a file outside of the folder and, for a table of the Hub (folder None), for any: it
+    would be a file of this machine.
     """
     own, paths = pc.struct_field(images, "bytes"), pc.struct_field(images, "path")
     named = pc.fill_null(pc.and_(pc.is_null(own), pc.is_valid(paths)), False)

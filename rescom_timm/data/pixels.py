@@ -28,11 +28,12 @@ def change(views: Tensor, chosen: np.ndarray, function: Callable[[Tensor, np.nda
 
 
 def paint(views: Tensor, area: Tensor, colour: Tensor) -> Tensor:
-    """The colour where `area` is 1, uint8. On a CPU a tenth of the time of torch.where."""
+    """Set the colour where `area` is 1, uint8. On a CPU this takes a tenth of the time of torch.where."""
     return views.mul_(1 - area).add_(area * colour)
 
 
 def to_device(array: np.ndarray, like: Tensor) -> Tensor:
+    """The array as a tensor on the device of `like`."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if like.device.type == "cuda" and tensor.nbytes > 2**16:
         tensor = tensor.pin_memory()  # so much of memory that can be swapped is only sent when the device is idle
@@ -67,8 +68,10 @@ def mean_gray(views: Tensor) -> Tensor:
 
 
 def smooth(views: Tensor) -> Tensor:
-    """filter(SMOOTH): int32, the mean over 3 x 3 pixels, the middle one counted five times, rounded; the border stays.
-    In thirteenths no mean lies halfway between two levels, so whole numbers round as Pillow's floats do."""
+    """filter(SMOOTH), int32: the mean over 3 x 3 pixels, the middle one counted five times, rounded.
+
+    The border stays. In thirteenths no mean lies halfway between two levels, so integers round as Pillow's floats do.
+    """
     out = views.int()
     if min(views.shape[2:]) < 3:
         return out
@@ -104,10 +107,12 @@ def equalize_table(views: Tensor) -> Tensor:
 
 
 def autocontrast(views: Tensor, _: Any) -> Tensor:
+    """ImageOps.autocontrast."""
     return lookup(views, autocontrast_table(views))
 
 
 def equalize(views: Tensor, _: Any) -> Tensor:
+    """ImageOps.equalize."""
     return lookup(views, equalize_table(views))
 
 
@@ -118,8 +123,10 @@ def blend(views: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def warp(views: Tensor, matrices: np.ndarray, taps: int, fill: Sequence[int]) -> Tensor:
-    """Image.transform(AFFINE): the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), matrices (N, 6), between
-    2 x 2 (bilinear) or 4 x 4 (bicubic) pixels; what comes from outside has the colour `fill`."""
+    """Image.transform(AFFINE) between 2 x 2 (bilinear) or 4 x 4 (bicubic) pixels.
+
+    The pixel at (x, y) comes from (a x + b y + c, d x + e y + f), matrices (N, 6); outside the colour is `fill`.
+    """
     height, width = views.shape[2:]
     a, b, c, d, e, f = to_device(matrices.T, views)[..., None, None].unbind(0)
     x = torch.arange(width, device=views.device) + 0.5

@@ -1,11 +1,9 @@
-"""The steps of views.py over *planes*: one view (3, H, W) in NumPy, for a CPU and images larger than batched_views.py's
-batches gain from.
+"""The steps of transforms.py over *planes*: one view (3, H, W) in NumPy, for a CPU and large images.
 
-Jitter, grayscale and randaugment have Pillow's arithmetic and so its pixels, bit for bit, and draw from the same
-generators; what gains nothing is left to Pillow. loaders.py takes them where it cannot take batches and a step of the
-policy gains; speed.batched switches that off, and nothing but the time changes. The arithmetic of pixels.py stands here
-a second time, in float32 and in place: one blend of a 224 x 224 view takes 0.15 ms so, and 0.33 ms by pixels.py.
-
+Jitter, grayscale and randaugment use Pillow's arithmetic and the same generators, so the pixels are Pillow's, bit for
+bit; steps that are not faster are left to Pillow. samples.py uses them where it cannot use batches and a step of the
+policy is faster; speed.batched switches that off without changing any pixel. pixels.py's arithmetic is repeated here in
+float32 and in place: a blend of a 224 x 224 view takes 0.15 ms, with pixels.py 0.33 ms.
 """
 
 import copy
@@ -30,8 +28,10 @@ View = Image.Image | np.ndarray
 
 
 class PlanePolicy:
-    """A policy that gives the pixels and makes the draws of `policy.augment`, which it is in the place of: an array
-    (H, W, 3), whose memory is planes. Steps and operations that gain nothing are left to Pillow."""
+    """A policy with the pixels and draws of `policy.augment`: an array (H, W, 3) whose memory is planes.
+
+    Steps and operations that are not faster are left to Pillow.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.steps = [_over_planes(step) for step in policy.steps]
@@ -43,12 +43,14 @@ class PlanePolicy:
         return self.gains and agrees(self, reference, (256, 256))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
+        """One view, an array (H, W, 3)."""
         view: View = image
         for step in self.steps:
             view = step(view)
         return _planes(view).transpose(1, 2, 0)
 
     def two_views(self, images: np.ndarray) -> np.ndarray:
+        """See `FastPolicy.two_views`."""
         return two_views(self, images)
 
 
@@ -125,7 +127,7 @@ def _enhanced(name: str, view: View, factor: float, **_: Any) -> View:
 
 
 def _blend_in(levels: np.ndarray, other: np.ndarray | np.float32 | None, factor: float) -> None:
-    """Image.blend(other, levels, factor) in the place of levels, float32 (3, H, W) here and below; None is black."""
+    """Image.blend(other, levels, factor) in place, levels float32 (3, H, W) here and below; None is black."""
     if other is not None:
         levels -= other
     levels *= np.float32(factor)
@@ -153,7 +155,7 @@ def _mean_gray(levels: np.ndarray) -> np.float32:
 
 
 def _smooth(levels: np.ndarray) -> np.ndarray:
-    """filter(SMOOTH), see fast_views.smooth."""
+    """filter(SMOOTH), see pixels.smooth."""
     out = levels.copy()
     if min(levels.shape[1:]) >= 3:
         rows = levels[:, :-2] + levels[:, 1:-1] + levels[:, 2:]
@@ -178,7 +180,7 @@ SLIDES = ("ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 class _Slider:
-    """In the place of the image that timm's functions for those transform."""
+    """Replaces the image that timm's shear and translation transform."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -200,9 +202,11 @@ def _slid(function: Callable[..., View], view: View, *arguments: Any, **settings
 
 
 def slide(planes: np.ndarray, slope: float, offset: float, cubic: bool, fill: Sequence[int]) -> np.ndarray | None:
-    """Image.transform where the pixel at (x, y) comes from (x + slope y + offset, y), between 2 or 4 pixels of its row;
-    what comes from outside has the colour `fill`. In float64, and in Pillow's order of operations, for pixels are cut
-    off to whole levels. None where the pixels to take may differ by rounding from place to place in a row."""
+    """Image.transform if the pixel at (x, y) comes from (x + slope y + offset, y), between 2 or 4 pixels of its row.
+
+    Outside the colour is `fill`. In float64 and in Pillow's order of operations, because levels are truncated. None if
+    rounding may select other pixels in parts of a row.
+    """
     height, width = planes.shape[1:]
     y = np.arange(height if slope else 1)[:, None] + 0.5  # without slope all rows are alike
     t = (np.arange(width) + 0.5) + slope * y

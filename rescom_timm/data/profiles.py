@@ -1,4 +1,4 @@
-"""Which rows of a split are kept: long-tail profiles, and what is held out for validation."""
+"""Which rows of a split are kept: long-tailed profiles and hold-outs."""
 
 import difflib
 import re
@@ -14,13 +14,12 @@ def exponential(
 ) -> np.ndarray:
     """The literature's long-tailed draw (Cui et al. 2019, Cao et al. 2019): class k keeps n_max * IF^(-k / (K-1)) rows.
 
-    ``labels`` (N,) of the whole split; ``imbalance`` is IF, the largest class over the smallest. n_max is the size of
-    the largest class; where a class has fewer rows than its place in the profile asks for, all of them are taken.
-    ``by_count``: k is the class's place by count, the most frequent first, instead of its number, for classes of
-    different sizes; equal ones keep their order.
-    Returns the rows kept, ascending, (M,) int64. One random stream, RandomState(seed), shuffles the classes one after
-    another, so that draws of different IF are nested, and those of CIFAR with seed 0 are the literature's own.
-    Raises ValueError where a class would be left without a row.
+    labels: (N,) of the whole split. imbalance: IF, largest over smallest class. n_max: size of the largest class; a
+    class with fewer rows than its profile keeps all. by_count: k is the class's rank by count, largest first, instead
+    of its number; ties keep their order. Returns the kept rows, ascending, (M,) int64. One random stream,
+    RandomState(seed), shuffles the classes one after another, so draws of different IF are nested, and those of CIFAR
+    with seed 0 are the literature's. Raises InputError: data.rule for fewer than 2 classes or IF < 1, data.empty_class
+    for a class without a row.
     """
     counts = _counts(labels, num_classes, imbalance)
     places = np.argsort(np.argsort(-counts, kind="stable")).tolist() if by_count else range(num_classes)
@@ -31,7 +30,7 @@ def exponential(
 def step(labels: np.ndarray, num_classes: int, imbalance: float, seed: int = 0) -> np.ndarray:
     """The step profile (Cao et al. 2019): the first half of the classes keep n_max rows, the others n_max / IF.
 
-    Arguments, result and errors as for ``exponential``.
+    Arguments, result and errors as in `exponential`.
     """
     counts = _counts(labels, num_classes, imbalance)
     head = num_classes // 2
@@ -49,7 +48,7 @@ def draw(rule: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def parse_rule(rule: str) -> tuple[str, float, int]:
-    """Name, imbalance and seed of a rule. Raises ValueError for what is no rule."""
+    """Name, imbalance and seed of a rule. Raises InputError (data.rule)."""
     name, argument = parse_call(rule, RULES) or ("", "")
     match = re.fullmatch(r"([\d.eE+]+)(?:,\s*(?:seed\s*=\s*)?(\d+))?", argument.strip())
     try:
@@ -64,9 +63,9 @@ def parse_rule(rule: str) -> tuple[str, float, int]:
 
 
 def parse_call(text: str, names: Iterable[str]) -> tuple[str, str] | None:
-    """("holdout", "0.1") of "holdout(0.1)"; None where the text has no such form.
+    """("holdout", "0.1") of "holdout(0.1)"; None if the text has no such form.
 
-    Raises ValueError, with the nearest right name, where the name is none of ``names``.
+    Raises InputError (data.rule), with the nearest name, if the name is not one of `names`.
     """
     match = re.fullmatch(r"\s*(\w+)\((.*)\)\s*", text)
     if not match:
@@ -105,11 +104,11 @@ def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> 
 
 
 def holdout(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
-    """Positions to hold out, ascending: of each class the nearest whole number to its fraction, never its last row.
+    """Positions to hold out, ascending: of each class its fraction, rounded, but never its last row.
 
-    ``labels`` (N,) of the training rows, 0 < fraction < 1. Drawn with RandomState(seed), classes in ascending order.
-    With ``groups`` (N,) int64 whole groups are held out, never all that have a class, as near to the fraction of each
-    class as they allow. Raises ValueError where nothing would be held out.
+    labels: (N,) of the training rows; 0 < fraction < 1. Drawn with RandomState(seed), classes in ascending order.
+    groups: (N,) int64; whole groups are held out, as near to the fraction of each class as they allow, never all that
+    have a class. Raises InputError (data.empty_class) if nothing would be held out.
     """
     if groups is not None:
         return _hold_groups(labels, fraction, seed, groups)
@@ -117,8 +116,10 @@ def holdout(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarr
 
 
 def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> np.ndarray:
-    """Groups in random order: each is held out if that brings the classes' numbers nearer to their fractions and leaves
-    every class a row."""
+    """Groups in random order, each held out if the classes' numbers get nearer to their fractions.
+
+    Every class keeps a row.
+    """
     classes = int(labels.max()) + 1
     kinds, code = np.unique(groups, return_inverse=True)
     table = np.zeros((len(kinds), classes), dtype=np.int64)
@@ -140,7 +141,7 @@ def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndar
 
 
 def at_most(labels: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
-    """Positions of ``number`` rows of each class, or of all it has, ascending. Drawn as in ``holdout``."""
+    """Positions of at most `number` rows of each class, ascending. Drawn as in `holdout`."""
     return _per_class(labels, lambda n: min(number, n), seed, f"{number} rows a class")
 
 

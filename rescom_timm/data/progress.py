@@ -1,4 +1,4 @@
-"""A progress bar for every loop over images: on a terminal that was not asked to be quiet."""
+"""Progress bars for loops over images, on a terminal and unless output is suppressed."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def quiet() -> Iterator[None]:
 
 
 def bars_shown() -> bool:
-    """Whether a progress bar is of use: on a terminal that was not asked to be quiet. A file gets lines instead."""
+    """Whether progress bars are shown: on a terminal without `quiet`; a file gets lines instead."""
     return sys.stderr.isatty() and not _quiet
 
 
 def first_process() -> bool:
-    """Whether this is the only process of a launch or its first, which alone speaks."""
+    """Whether this is the only process of a launch or its first, which alone prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def image_bar(total: int, about: str) -> Any:
-    """A bar that counts images, gone at its end, of the first process alone: update(n) after n more."""
+    """A bar that counts images, in the first process only, removed at its end: update(n) after n more."""
     return tqdm(total=total, desc=about, unit="img", leave=False, disable=not (first_process() and bars_shown()))
 
 
 def progress(batches: Iterable[T], about: str, total: int, images: Callable[[T], int]) -> Iterator[T]:
-    """The batches, with a bar of `total` images. images: how many a batch has."""
+    """The batches, with a bar of `total` images. images: the number of images in a batch."""
     with image_bar(total, about) as bar:
         for batch in batches:
             yield batch

@@ -5,7 +5,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,20 +17,11 @@ from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, where
 from rescom_timm.data.draws import Draws, Size
 from rescom_timm.data.plane_transforms import PlanePolicy
 from rescom_timm.data.progress import image_bar
-from rescom_timm.data.sampling import Item
+from rescom_timm.data.sampling import Item, SamplerName
 from rescom_timm.data.shared_memory import TIMEOUT
+from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, seed_all
-
-if TYPE_CHECKING:
-    from rescom_timm.data.splits import Split
-
-from typing import TYPE_CHECKING, Literal, get_args
-
-from rescom_timm.data.sampling import SamplerName
 from rescom_timm.errors import InputError
-
-if TYPE_CHECKING:
-    from rescom_timm.data.splits import Split
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class LoaderConfig:
 
     @property
     def reading(self) -> ReadConfig:
-        """The part of this that every reader of the recipe's images and of the trained model's shares."""
+        """How images are decoded, also by the trained model."""
         return ReadConfig(self.exif, self.white_level, self.max_pixels)
 
 
@@ -113,19 +104,19 @@ class SpeedConfig:
 
 
 class ViewsDataset(Dataset[Batch]):
-    """Reads items of a split in batches: decodes each image once and draws its views. Of B pairs of items it makes a
-    batch of 2B rows: the pairs' first ones, then their second ones.
+    """Reads items of a split in batches: decodes each image once and draws its views.
 
-    `replaced` (N,) int32, shared by all workers, counts how often the image at each position could not be read and gave
-    its place to another (None with broken="stop"). With device=True a batch holds, for `complete_views`, the images
-    (B, V, 3, H, W) as they are after the policy's first steps (V = 1 where it has none) and the draws of the rest as
-    NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m). With speed.resident it
-    holds, for `Resident`, the draws alone. Raises ValueError where images and policy are none for that.
+    B pairs of items give a batch of 2B rows: the first items of the pairs, then the second. `replaced` (N,) int32,
+    shared by all workers, counts how often an unreadable image was replaced (None with broken="stop"). With device=True
+    a batch holds, for `complete_views`, the images (B, V, 3, H, W) after the policy's first steps (V = 1 without any)
+    and the draws of the rest as NumPy arrays, which stay on the host: words (B, num_views, k), notes (B, num_views, m).
+    With speed.resident it holds, for `Resident`, only the draws. Raises InputError (recipe.conflict) if images and
+    policy do not allow that.
     """
 
     def __init__(
         self,
-        split: "Split",
+        split: Split,
         policy: Policy,
         num_views: int | None,
         broken: str = "stop",
@@ -148,7 +139,7 @@ class ViewsDataset(Dataset[Batch]):
             self.size = self._refuse_residence(speed)
 
     def _refuse_residence(self, speed: SpeedConfig) -> Size:
-        """The one size (H, W) of all images. Raises ValueError where they cannot stay on the device."""
+        """The one size (H, W) of all images. Raises InputError if they cannot stay on the device."""
         if self.cache is None:
             raise InputError(
                 "recipe.conflict",
@@ -178,6 +169,7 @@ class ViewsDataset(Dataset[Batch]):
 
     @property
     def policy(self) -> Policy:
+        """The policy; setting it makes its fast forms."""
         return self._policy
 
     @policy.setter
@@ -220,7 +212,7 @@ class ViewsDataset(Dataset[Batch]):
             return _drawn(self.batched.draw(seeds, self.num_views, self.size), self.num_views)
 
     def _augment(self, images: Iterable[Any], seeds: list[int]) -> Batch:
-        """`images` are read one by one where each can be forgotten before the next: memory is used again while warm."""
+        """Read `images` one by one if each can be freed before the next, which reuses cached memory."""
         num_views, size = self.num_views or 1, None
         if self.batched is not None and not self.batched.head:
             images = list(images)
@@ -278,8 +270,10 @@ class ViewsDataset(Dataset[Batch]):
                 yield self._decode(position, seed, self.images.__getitems__([position])[0]["image"])
 
     def _decode_all(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The images (N, H, W, 3) and which of them could be read (N,), if they have one size and fit into `limit`
-        bytes. Plain memory, which forked workers share; shared memory is often limited to 64 MB in containers."""
+        """The images (N, H, W, 3) and which are readable (N,); None if sizes differ or exceed `limit` bytes.
+
+        Plain memory, which forked workers share; shared memory is often limited to 64 MB in containers.
+        """
         if not limit:
             return None
         with image_bar(len(self.labels), "decoding") as bar:
@@ -306,7 +300,7 @@ class ViewsDataset(Dataset[Batch]):
         return (pixels, readable) if readable.any() else None
 
     def _decode(self, position: int, seed: int, value: Any) -> tuple[int, Any]:
-        """The image at `position`, or, broken images being skipped, another of its class: (its position, the image)."""
+        """(position, image); with broken="skip" an unreadable image is replaced by another of its class."""
         try:
             return position, self._rgb(value, position)
         except BrokenImage as error:
@@ -334,7 +328,7 @@ class ViewsDataset(Dataset[Batch]):
 
 
 def unpaired(items: list[Item] | list[tuple[Item, Item]]) -> list[Item]:
-    """Pairs of items as a list of all their first ones and then all their second ones; items as they are."""
+    """Pairs of items as a list: all first items, then all second ones. Items are returned as they are."""
     if items and isinstance(items[0][0], tuple):
         return [item for drawn in zip(*items, strict=True) for item in cast(tuple[Item, ...], drawn)]
     return cast(list[Item], items)
@@ -347,7 +341,7 @@ def _drawn(draws: Draws, num_views: int) -> Batch:
 
 
 def _one_size(images: list[Any]) -> tuple[int, int] | None:
-    """(H, W), if it is that of all images."""
+    """(H, W), if all images have it."""
     sizes = {i.shape[:2] if isinstance(i, np.ndarray) else (i.height, i.width) for i in images}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -371,7 +365,7 @@ def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Without workers a batch is made in the training process, whose own draws (dropout ...) must not depend on it."""
+    """Without workers a batch is made in the training process, whose own draws (dropout ...) must not change."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield

@@ -19,7 +19,7 @@ AT_ONCE = 2**14
 
 
 class InOrder(Sampler[Item]):
-    """Every position once, from the first to the last, each with itself for a seed."""
+    """Every position once, ascending; its seed is the position."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -32,8 +32,11 @@ class InOrder(Sampler[Item]):
 
 
 class Order(Sampler[Item | tuple[Item, Item]]):
-    """The items (position, seed) of an epoch, a pure function of (seed, epoch); with a `second` sampler, pairs of an
-    item and another that is drawn by it."""
+    """The items (position, seed) of an epoch, a pure function of (seed, epoch).
+
+    With a `second` sampler: pairs of an item and one that the second sampler draws. progress: called at the start of
+    each epoch with the progress of the run, from 0 in the first epoch to 1 in the last.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Order(Sampler[Item | tuple[Item, Item]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the next epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -74,7 +78,7 @@ class Order(Sampler[Item | tuple[Item, Item]]):
             yield from zip(self._items(self.sampler, stream=0), self._items(self.second, stream=2), strict=True)
 
     def positions(self) -> np.ndarray:
-        """The positions (N,) int64 that this epoch visits, in order."""
+        """The positions (N,) int64 of this epoch, in order."""
         return self._positions(self.sampler, stream=0)
 
     def _items(self, sampler: SamplerName, stream: int) -> Iterator[Item]:
@@ -96,17 +100,19 @@ class Order(Sampler[Item | tuple[Item, Item]]):
 
 
 def run_progress(epoch: int, epochs: int | None) -> float:
-    """t / T of an epoch, from 0 in the first to 1 in the last."""
+    """Progress t / T of an epoch, from 0 in the first to 1 in the last."""
     return min(epoch / max((epochs or 1) - 1, 1), 1.0)
 
 
 def class_probabilities(
     counts: np.ndarray, sampler: SamplerName, epoch: int = 0, epochs: int | None = None
 ) -> np.ndarray:
-    """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1) with
-    q = 1 uniform, 1/2 square root, 0 class-balanced; progressive mixes q = 1 and q = 0 by 1 - t/T and t/T (eq. 2),
-    t/T from 0 in the first epoch to 1 in the last; reversed is q = -1 (Zhou et al. 2020, arXiv 1912.02413, eq. 4).
-    Classes without images get 0."""
+    """Probability (K,) that a draw comes from each class: p_k ~ N_k^q (Kang et al. 2020, arXiv 1910.09217, eq. 1).
+
+    uniform: q = 1. square_root: q = 1/2. class_balanced: q = 0. progressive mixes q = 1 and q = 0 by 1 - t/T and t/T
+    (eq. 2), t/T from 0 in the first epoch to 1 in the last. reversed: q = -1 (Zhou et al. 2020, arXiv 1912.02413, eq.
+    4). Classes without images get 0.
+    """
     if sampler == "progressive":
         t = run_progress(epoch, epochs)
         return (1 - t) * class_probabilities(counts, "uniform") + t * class_probabilities(counts, "class_balanced")

@@ -1,7 +1,7 @@
-"""How many worker processes the machine's shared memory has space for.
+"""How many worker processes fit into the machine's shared memory.
 
-Workers hand batches over in /dev/shm, of which a container has 64 MB by default. Where it is full, a worker loses its
-batch, for which the loader then waits for ever.
+Workers pass batches through /dev/shm, which has 64 MB by default in a container. If it is full, a worker loses its
+batch and the loader waits for it forever.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPARE = 2
 
 
 def free_bytes() -> int | None:
-    """Of shared memory; None where the system has no such bound (macOS, Windows)."""
+    """Free shared memory; None if the system has no such limit (macOS, Windows)."""
     try:
         about = os.statvfs(PLACE)
     except (OSError, AttributeError):
@@ -29,8 +29,7 @@ def free_bytes() -> int | None:
 def worker_options(
     workers: int, prefetch: int, batch_bytes: int, together: int = 1, timeout: float = TIMEOUT
 ) -> dict[str, Any]:
-    """num_workers, prefetch_factor and timeout of a torch DataLoader: at most what is asked for, as `fitting` finds.
-    timeout: seconds that a batch is waited for."""
+    """num_workers, prefetch_factor and timeout (seconds per batch) of a torch DataLoader, limited by `fitting`."""
     workers, prefetch = fitting(workers, prefetch, batch_bytes, together)
     if not workers:
         return {"num_workers": 0}
@@ -38,10 +37,10 @@ def worker_options(
 
 
 def fitting(workers: int, prefetch: int, batch_bytes: int, together: int = 1) -> tuple[int, int]:
-    """(workers, prefetch) at most as asked for, such that all batches ahead fit the free shared memory: first fewer
-    batches ahead, then fewer workers, down to 0, which needs none. One warning where that is less.
+    """The largest (workers, prefetch) whose batches fit into free shared memory.
 
-    batch_bytes: of one batch. together: loaders that run at the same time.
+    First fewer batches ahead, then fewer workers, down to 0, which needs none; a warning if that is less than asked
+    for. batch_bytes: of one batch. together: loaders that run at the same time.
     """
     free = free_bytes()
     if not workers or free is None:

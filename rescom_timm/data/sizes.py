@@ -22,8 +22,7 @@ SAMPLE = 256
 
 
 def sample(labels: np.ndarray, number: int = SAMPLE) -> np.ndarray:
-    """At most `number` positions of labels (N,), ascending: one of each class in turn, until there are enough. Always
-    the same ones."""
+    """At most `number` positions of labels (N,), ascending: one of each class in turn. Deterministic."""
     random = np.random.RandomState(0)
     order = random.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # class by class, mixed within each
@@ -34,8 +33,7 @@ def sample(labels: np.ndarray, number: int = SAMPLE) -> np.ndarray:
 
 
 def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> list[tuple[Size, int]]:
-    """(size, position) of the images at these positions that can be read, by their headers; reading:
-    upright or not."""
+    """(size, position) of the readable images at these positions, by their headers. reading: EXIF orientation."""
     found = []
     for start in range(0, len(positions), AT_ONCE):
         some = positions[start : start + AT_ONCE].tolist()
@@ -48,7 +46,7 @@ def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> li
 
 
 def after(policy: Policy, size: Size) -> Size:
-    """The size of an image of that size after the policy. Raises ValueError where it is too small for a crop."""
+    """The size of an image after the policy. Raises InputError (image.size) if it is too small for a crop."""
     for step in policy.steps:
         width, height = size
         if isinstance(step, transforms.RandomCrop | CornerCrop):
@@ -70,7 +68,7 @@ def after(policy: Policy, size: Size) -> Size:
 
 
 def one_size(policy: Policy) -> bool:
-    """Whether images of any size have one and the same after the policy."""
+    """Whether images of any size have the same size after the policy."""
     try:
         return after(policy, (9000, 9000)) == after(policy, (18000, 9000))  # larger than any step makes them
     except ValueError:  # a crop of more than an earlier step leaves, of any image
@@ -78,10 +76,10 @@ def one_size(policy: Policy) -> bool:
 
 
 def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = READ) -> Size | None:
-    """The one size of a split's images after the policy of the recipe's `key`; None where no image can be read. A
-    sample of images is looked at, all of them where the policy does not end in one size.
+    """The size of a split's images after the policy of the recipe's `key`; None if no image can be read.
 
-    Raises ValueError, naming key and image, where an image is too small, or the images differ in size.
+    Checks a sample of images, or all if the policy does not end in one size. Raises InputError (image.size), naming key
+    and image, if an image is too small or the sizes differ.
     """
     ends = one_size(policy)
     made: dict[Size, int] = {}

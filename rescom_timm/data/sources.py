@@ -1,8 +1,8 @@
-"""Where images and labels come from: one ``load(config)`` for every kind of source.
+"""Where images and labels come from: one `load(config)` for every kind of source.
 
-A source is "digits" (embedded, no network), a Hub id, a local folder of parquet or arrow files or of ``save_to_disk``,
-or a folder of images whose rows a list names. Each becomes a ``datasets.Dataset`` with the columns "image" (undecoded:
-{"bytes", "path"}) and "label". Images are decoded later, and never by the slow ``imagefolder``.
+A source is "digits" (embedded, no network), a Hub id, a local folder of parquet or arrow files or of `save_to_disk`, or
+a folder of images whose rows a list names. Each becomes a `datasets.Dataset` with the columns "image" (undecoded:
+{"bytes", "path"}) and "label". Images are decoded later, and never by the slow `imagefolder`.
 """
 
 import functools
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Everything that a run needs to know of its images."""
+    """Images, labels and classes of a run."""
 
     train: Split
     test: Split
@@ -45,17 +45,17 @@ class Data:
     """Plain JSON: source, and of each split its rule, rows, imbalance, sha256 of its index ..."""
 
     def summary(self) -> str:
-        """Of the training images, for people."""
+        """Number of training images and class sizes, for people."""
         counts = self.counts
         images = f"{len(self.train.labels)} images, {len(counts)} classes of {counts.max()} to {counts.min()}"
         return f"{self.train.name}: {images}"
 
 
 def load(config: DataConfig, cache: str | Path | None = None) -> Data:
-    """Open a source. ``cache``: folder where drawn indexes are kept as text (None: the user's cache folder).
+    """Open a source. cache: folder where drawn indexes are kept as text (None: the user's cache folder).
 
-    Raises FileNotFoundError for files, folders and data sets that are not there or cannot be reached, and ValueError
-    for anything that disagrees: labels with the index, columns, splits, training with test.
+    Raises MissingFileError for missing files, folders and data sets, and InputError (areas data, index, recipe) if
+    labels, index, columns, splits or classes disagree.
     """
     opened = _opener(config, cache)
     train = opened(config.train, config.index)
@@ -90,8 +90,10 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
 
 
 def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
-    """The data with its classes numbered as in `names`, those of `here`, such as a run; as it is where one side has no
-    names. Raises ValueError where the classes are others."""
+    """The data with its classes numbered as in `names`, those of `here`; unchanged if one side has no names.
+
+    Raises InputError (data.classes) if the names differ.
+    """
     numbers = numbers_in(names, data.class_names, here, data.train.name)
     if numbers is None:
         return data
@@ -112,9 +114,11 @@ def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
 def test_alone(
     config: DataConfig, class_names: Sequence[str], counts: np.ndarray, cache: str | Path | None = None
 ) -> Data:
-    """The whole of ``config.test``, and the split that ``config.validation`` names, without training images, in the
-    classes (K,) of a trained run, which had `counts` (K,) images of each. The test split stands for the
-    training split too. Raises as ``load`` does."""
+    """The whole of `config.test`, and the split that `config.validation` names, without training images.
+
+    In the classes (K,) of a trained run, which had `counts` (K,) images of each. The test split also takes the place of
+    the training split. Raises as `load`.
+    """
     nothing = Index(np.arange(0), np.arange(0), len(counts), class_names=list(class_names))
     like = Part("the run", None, Dataset.from_dict({}), np.arange(0), nothing, {})
     opened = _opener(config, cache)
@@ -129,9 +133,9 @@ def test_alone(
 
 
 def training_index(config: DataConfig, cache: str | Path | None = None, allow_empty: bool = False) -> Index:
-    """The index that ``config.index`` asks for, checked against its source, before validation rows are taken.
+    """The index of `config.index`, checked against its source, before validation rows are taken.
 
-    ``allow_empty`` lets classes be without rows, as in test lists. Raises as ``load`` does.
+    allow_empty: classes may be without rows, as in test lists. Raises as `load`.
     """
     return _opener(config, cache)(config.train, config.index, allow_empty=allow_empty).index
 
@@ -142,8 +146,10 @@ def training_split(config: DataConfig, cache: str | Path | None = None, allow_em
 
 
 def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split, list[str] | None]:
-    """The rows of ``training_index`` and their classes' names, None where they have numbers alone: to score predictions
-    by. Of a folder without a list, the images of its class folders, or of those of its subfolder ``config.train``."""
+    """The rows of `training_index` and their class names (None if only numbers), to score predictions.
+
+    Of a folder without a list: the images of its class folders, or of those of its subfolder `config.train`.
+    """
     root = data_path(config.source)  # no folder where it is an id of the Hub
     with TemporaryDirectory() as place:
         if (
@@ -160,7 +166,7 @@ def labelled(config: DataConfig, cache: str | Path | None = None) -> tuple[Split
 
 
 def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
-    """How this source opens a split or a list: tables of rows, or a root of image files."""
+    """The function that opens a split or list of this source: tables of rows, or a folder of image files."""
     folder = data_path(config.source)
     named = config.source in ("digits", MEMORY)
     repo = None if named else hub_id(config.source, alone=True)
@@ -177,7 +183,7 @@ def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
 
 
 def _refuse_missing_lists(config: DataConfig) -> None:
-    """Raises FileNotFoundError where a list that the data section names is not there."""
+    """Raise MissingFileError if a list in the data section does not exist."""
     call = parse_call(config.validation, VALIDATION) if config.validation != "none" else None
     for spec in (config.index, config.test_index, *(call[1:] if call and call[0] == "index" else ())):
         if spec != "all" and not parse_call(spec, RULES):
@@ -198,7 +204,7 @@ def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, 
 
 
 def _held_out(train: Part, rule: str) -> tuple[Part, Part]:
-    """(the part of each class that holdout(...) takes, training without it)."""
+    """(the hold-out of each class, training without it)."""
     _, fraction = parse_call(rule, ("holdout",)) or ("", "")
     held = holdout(train.index.labels, float(fraction), groups=train.index.groups)
     kept = np.delete(np.arange(len(train.rows)), held)
@@ -206,7 +212,7 @@ def _held_out(train: Part, rule: str) -> tuple[Part, Part]:
 
 
 def _unused(train: Part, number: int, rule: str) -> Part:
-    """Rows a class of the split that the index leaves out: as many as there are, at most ``number``."""
+    """At most `number` rows per class of the split that the index leaves out."""
     if train.all_labels is None:
         raise InputError(
             "recipe.conflict",
@@ -229,7 +235,7 @@ def _unused(train: Part, number: int, rule: str) -> Part:
 
 
 def _files(part: Part) -> set[str]:
-    """Paths of the images of a part as they are on this disk."""
+    """Paths of the images of a part on this disk."""
     paths = part.dataset.data.column("image").combine_chunks().field("path")
     return set(paths.take(part.rows).to_pylist())
 

@@ -21,7 +21,7 @@ VALIDATION = ("holdout", "unused", "split", "index")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train and test on. Raises ValueError for a rule that cannot be."""
+    """Training, validation and test data. Raises InputError (data.rule, data.outside, recipe.conflict)."""
 
     source: str
     """"digits", a Hub id, a folder of parquet, arrow or save_to_disk, or an image root where index lists paths.
@@ -51,7 +51,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise InputError("data.source", "data.source is empty: name a Hub data set, a local folder, or digits")
-        other = self.validation.removeprefix("split(") if self.validation.startswith("split(") else ""
+        other = self.validation[6:-1] if self.validation.startswith("split(") else ""
         for split in (self.train, self.test, other):
             if Path(split).is_absolute() or ".." in re.split(r"[/\\]", split):
                 raise InputError(
@@ -85,6 +85,7 @@ class DataConfig:
 
     @property
     def columns(self) -> Columns:
+        """Names of the columns of a table."""
         return Columns(self.image_column, self.label_column, self.split_column, self.group_column)
 
 
@@ -117,15 +118,17 @@ class Part:
     from_folders: bool = False  # the class names are those of the first images' folders, for want of others
 
     def take(self, positions: np.ndarray, rule: str) -> "Part":
-        """The rows at these positions of the part; ``rule`` tells how they were chosen."""
+        """The rows at these positions of the part. rule: how they were chosen."""
         notes = {**self.notes, "taken": "; ".join(filter(None, [self.notes.get("taken"), rule]))}
         return replace(self, rows=self.rows[positions], index=self.index.take(positions), notes=notes)
 
     def split(self) -> Split:
+        """The rows, with their images."""
         whole = np.array_equal(self.rows, np.arange(len(self.dataset)))
         return Split(self.name, self.dataset if whole else self.dataset.select(self.rows), self.index.labels, self.rows)
 
     def provenance(self) -> dict[str, Any]:
+        """Name, rule, rows, imbalance and sha256 of the index, as plain JSON."""
         finite = self.index.counts.min() > 0
         return {
             "name": self.name,
@@ -142,7 +145,7 @@ Opened = Callable[..., Part]
 
 
 def check_range(labels: np.ndarray, classes: int, name: str) -> None:
-    """Raises ValueError where a label is outside 0 .. classes - 1."""
+    """Raise InputError (data.labels) if a label is outside 0 .. classes - 1."""
     if (bad := np.flatnonzero((labels < 0) | (labels >= classes))).size:
         hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
         raise InputError(
@@ -153,14 +156,16 @@ def check_range(labels: np.ndarray, classes: int, name: str) -> None:
 
 
 def renumber(labels: np.ndarray, numbers: Sequence[int], name: str) -> np.ndarray:
-    """Labels (N,), of which each k becomes numbers[k]; negative ones, which are hidden, stay. Raises ValueError where
-    one is no place in `numbers`."""
+    """Labels (N,) with each k replaced by numbers[k]; negative (hidden) labels stay.
+
+    Raises InputError (data.labels) for a label without an entry in `numbers`.
+    """
     check_range(np.maximum(labels, 0), len(numbers), name)
     return np.where(labels < 0, labels, np.asarray(numbers, dtype=np.int64)[np.maximum(labels, 0)])
 
 
 def with_labels(dataset: Any, labels: np.ndarray) -> Any:
-    """A data set with these labels (N,) as its column "label"; one of pairs, which has no columns, as it is."""
+    """The data set with labels (N,) as its column "label"; one of pairs, which has no columns, unchanged."""
     if not isinstance(dataset, Dataset):
         return dataset
     dataset = dataset.remove_columns("label") if "label" in dataset.column_names else dataset
@@ -168,6 +173,7 @@ def with_labels(dataset: Any, labels: np.ndarray) -> Any:
 
 
 def index_path(spec: str) -> Path:
+    """The path of an index file. Raises MissingFileError."""
     path = data_path(spec)
     if not path.is_file() and (hint := get_hint(spec)):
         raise MissingFileError("data.missing", f"{spec} does not exist{hint}")
@@ -184,6 +190,7 @@ def _check_part(rule: str, argument: str) -> None:
 
 
 def is_number(text: str) -> bool:
+    """Whether a text is a number other than NaN."""
     try:
         return float(text) == float(text)
     except ValueError:
@@ -191,5 +198,5 @@ def is_number(text: str) -> bool:
 
 
 def short_name(text: str) -> str:
-    """The last part of a path on this disk; a Hub id or a rule as it is."""
+    """The last part of a path on this disk; a Hub id or a rule unchanged."""
     return Path(text).expanduser().resolve().name if Path(text).expanduser().exists() else text

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class NoSplit(InputError):
-    """A data set without a split of that name."""
+    """The data set has no split of that name (data.split)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,10 @@ def table_part(
     like: Part | None = None,
     allow_empty: bool = False,
 ) -> Part:
+    """A split of a table, or the rows of it that an index names.
+
+    like: the training part, whose classes the rows must have. Raises as `sources.load`.
+    """
     table = tables(split)
     labels, names, dataset = table.labels, table.class_names, table.dataset
     name = f"{short_name(config.source)} {split}"
@@ -120,8 +124,11 @@ def table_part(
 
 
 def _by_name(index: Index, names: list[str] | None, like: Part | None, spec: str, name: str) -> Index:
-    """A list with its classes numbered as in `names`, those of its data set `name`. Where the names are others, each
-    label is compared with the data set's later. like: where the data set has no labels, the training part."""
+    """A list with its classes numbered as in `names`, those of its data set `name`.
+
+    If the names differ, each label is compared with the data set's later. like: the training part, if the data set has
+    no labels.
+    """
     if like is not None:
         return index.numbered_as(like.index.class_names, like.name, spec)
     known = {*map(nfc, names or ())}
@@ -129,7 +136,7 @@ def _by_name(index: Index, names: list[str] | None, like: Part | None, spec: str
 
 
 def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
-    """A split of a source. folder: where it is a local one, None for the Hub."""
+    """A split of a source. folder: of a local source; None for the Hub."""
     if config.source == MEMORY:
         dataset = memory_split(split)
         if isinstance(dataset, Pairs):
@@ -173,14 +180,14 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
 
 
 def _refuse_long(column: pa.ChunkedArray, name: str) -> None:
-    """Raises ValueError where a column of texts holds one above MAX_TEXT bytes."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        if (longest := pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT:
-            raise InputError("data.bounds", f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
+    """Raise InputError (data.bounds) for a text above MAX_TEXT bytes in a column."""
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text and (longest := pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT:
+        raise InputError("data.bounds", f"{name} holds a text of {longest:,} bytes; at most {MAX_TEXT:,} are read")
 
 
 def _as_classes(texts: list[str], names: Sequence[str], there: str, here: str) -> np.ndarray:
-    """Text labels of `there` as numbers of the classes `names` of `here`. Raises ValueError for those that are none."""
+    """Text labels of `there` as numbers of the classes `names` of `here`. Raises InputError (data.classes)."""
     values = sorted(set(texts))
     known = {nfc(text): k for k, text in enumerate(names)}
     if odd := [text for text in values if nfc(text) not in known]:
@@ -201,7 +208,7 @@ def _column(dataset: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
-    """A split of a Hub data set or, with its place, of a local folder."""
+    """A split of a Hub data set or of a local folder."""
     source = config.source
     try:
         if folder is not None and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
@@ -248,7 +255,7 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
 
 
 def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
-    """Names of the image column and of the label column, None where there is no label."""
+    """Names of the image column and of the label column, None without labels."""
     images = [name for name, feature in features.items() if _is_image(feature)]
     image = _pick("image", config.image_column, images, features, config.source)
     if image is None:
@@ -302,9 +309,9 @@ def _pick(kind: str, asked: str | None, found: list[str], features: Features, so
 
 
 def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarray:
-    """Rows of a data set whose images' file names are these paths; (N,) int64.
+    """Rows (N,) int64 of a data set whose images have these file names.
 
-    Compared are whole paths, else base names, else base names as ImageNet has them on the Hub, where
+    Whole paths are compared, else base names, else base names as ImageNet has them on the Hub, where
     n01440764_10026.JPEG is called n01440764_10026_n01440764.JPEG.
     """
     have = pc.struct_field(pa.chunked_array(_column(dataset, "image").chunks), "path").combine_chunks()
@@ -346,9 +353,9 @@ def cache_folder() -> Path:
 
 
 def _keep(index: Index, labels: np.ndarray, cache: Path) -> str | None:
-    """Save a drawn index, once, for people to read; it is drawn anew each time, so a stale file cannot mislead.
+    """Save a drawn index once, for people to read; each run draws anew, so an old file cannot mislead.
 
-    The name holds a digest of the labels that it was drawn from.
+    The name contains a digest of the labels that it was drawn from.
     """
     digest = hashlib.sha256(labels.tobytes()).hexdigest()[:12]
     stem = "-".join(index.info[key] for key in ("source", "split", "rule"))
@@ -382,4 +389,5 @@ def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

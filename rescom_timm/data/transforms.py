@@ -1,13 +1,12 @@
-"""Views: from the bytes of an image to one augmented 8-bit crop. A policy is one line, applied left to right:
+"""Views: from an image to one augmented 8-bit crop. A policy is one line, applied from left to right.
 
     crop(32,4) | flip | autoaugment(cifar10) | cutout(16)
 
-Steps take an RGB PIL image and give one; they are torchvision's and timm's own, over Pillow. `STEPS` lists them,
-`POLICIES` names whole lines, and a name may stand inside a line ("places | blur"). Arguments may be given by name:
-crop(32, pad=4). Evaluation images take the same road with a policy that draws nothing.
-Every random draw comes from the global generators of torch, numpy and random, which loaders.py seeds for each sample.
-What a policy means is what is written here; batched_views.py does some of its steps over whole batches.
-Colours stay 8-bit: the mean and the standard deviation of `ViewsConfig` are applied on the device.
+Steps take and give an RGB PIL image; they are torchvision's and timm's own, over Pillow. `STEPS` lists them, `POLICIES`
+names whole lines, and a name may be part of a line ("places | blur"). Arguments may be given by name: crop(32, pad=4).
+Evaluation uses a policy without random steps. Random draws come from the global generators of torch, numpy and random,
+which samples.py seeds for each sample. This module defines a policy; batched_transforms.py has fast forms of some
+steps. Pixels stay 8-bit: mean and standard deviation of `ViewsConfig` are applied on the device.
 """
 
 import difflib
@@ -82,9 +81,9 @@ class ViewsConfig:
 
 
 class Policy:
-    """A parsed policy. `text` is the line with every name and every default written out, for a run to record.
+    """A parsed policy. `text` is the line with every name and default written out, for a run to record.
 
-    `policy(image)` gives uint8 (3, H, W); `policy.augment(image)` the same as a PIL image. Draws anew at every call.
+    `policy(image)` gives uint8 (3, H, W); `policy.augment(image)` the same as a PIL image. Each call draws anew.
     """
 
     def __init__(self, steps: list[Step], text: str) -> None:
@@ -93,21 +92,23 @@ class Policy:
 
     @property
     def moves(self) -> bool:
-        """Whether a step changes over a run, and so needs `set_progress`."""
+        """Whether a step changes over a run and needs `set_progress`."""
         return any(isinstance(step, RisingCrop) for step in self.steps)
 
     def set_progress(self, t: float) -> None:
-        """How far the run is, from 0 in its first epoch to 1 in its last. Workers that have the policy see it too."""
+        """Set the progress of the run, from 0 in its first epoch to 1 in its last; workers see it too."""
         for step in self.steps:
             if isinstance(step, RisingCrop):
                 step.progress.fill_(t)
 
     def augment(self, image: Image.Image) -> Image.Image:
+        """The image after all steps."""
         for step in self.steps:
             image = step(image)
         return image
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
+        """One view, uint8 (3, H, W)."""
         return torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1).contiguous()
 
     def __repr__(self) -> str:
@@ -122,10 +123,10 @@ def seed_all(seed: int) -> None:
 
 
 def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
-    """Make a policy from its line. `mean` (0..1, RGB) is the colour, rounded, of what cutout and randaugment uncover.
+    """The policy of a line. mean: (0..1, RGB) colour, rounded, of what cutout and randaugment uncover.
 
-    Raises ValueError for an unknown step or name (with the nearest one) and for arguments that a step does not take
-    (with how it is written).
+    Raises InputError (recipe.views) for an unknown step or name, with the nearest one, and for wrong arguments, with
+    the step's signature.
     """
     colour = cast(Colour, tuple(round(255 * m) for m in mean))
     steps, texts = [], []
@@ -185,8 +186,10 @@ def _colour(name: str, colour: Colour) -> dict[str, Any]:
 
 
 def _bind(name: str, tokens: list[str]) -> list[Any]:
-    """The step's arguments in order, defaults included, from texts given by place or by name; read as the types that
-    the parameters are annotated with."""
+    """The step's arguments in order, with defaults, from texts given by position or by name.
+
+    They are converted to the annotated types.
+    """
     if name == "randaugment":
         return _randaugment_settings(tokens)  # timm's own notation
     args: list[str] = []
@@ -264,8 +267,10 @@ def random_resized_crop(
 
 
 def rising_crop(size: int, lo: float = 0.08, interpolation: Interpolation = "bicubic") -> Step:
-    """LIFT+'s crop (arXiv 2504.13282): a square of `least` to all of the area, resized to `size` pixels, where `least`
-    rises over the epochs t = 0 .. 1 from `lo` to 1 as lo + (1 - lo)(1 - sqrt(1 - t^2))."""
+    """LIFT+'s crop (arXiv 2504.13282): a square of `least` to all of the area, resized to `size` pixels.
+
+    `least` rises over the epochs t = 0 .. 1 from `lo` to 1 as lo + (1 - lo)(1 - sqrt(1 - t^2)).
+    """
     _positive(size=size)
     if not 0 < lo <= 1:
         raise ValueError(f"the least fraction of the area must satisfy 0 < lo <= 1, not {lo}")
@@ -273,13 +278,13 @@ def rising_crop(size: int, lo: float = 0.08, interpolation: Interpolation = "bic
 
 
 def flip(p: float = 0.5) -> Step:
-    """Left and right exchanged with probability `p`."""
+    """Horizontal flip with probability `p`."""
     _probability(p)
     return transforms.RandomHorizontalFlip(p)
 
 
 def rotate(degrees: float) -> Step:
-    """Turned by an angle uniform in [-degrees, degrees]; corners black."""
+    """Rotation by an angle uniform in [-degrees, degrees]; corners black."""
     if not 0 <= degrees <= 180:
         raise ValueError(f"degrees must lie between 0 and 180, not {degrees}")
     return transforms.RandomRotation(degrees, interpolation=InterpolationMode.BILINEAR)
@@ -292,15 +297,18 @@ def magnitudes(num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[to
 
 
 class AutoAugment(transforms.AutoAugment):
-    """torchvision's, but its table of magnitudes is made once for each image size, not once for each image."""
+    """AutoAugment of torchvision, with its table of magnitudes made once per image size instead of once per image."""
 
     def _augmentation_space(self, num_bins: int, image_size: tuple[int, int]) -> dict[str, tuple[torch.Tensor, bool]]:
         return magnitudes(num_bins, tuple(image_size))
 
 
 def autoaugment(policy: Literal["cifar10", "imagenet", "svhn"], fill: int = 128) -> Step:
-    """AutoAugment (arXiv 1805.09501), torchvision's tables. What a warp uncovers is grey, near the mean, as in the
-    paper's code and the CIFAR long-tail pipelines (torchvision's own default is black: fill=0)."""
+    """AutoAugment (arXiv 1805.09501), torchvision's tables.
+
+    Uncovered pixels are gray, near the mean, as in the paper's code and the CIFAR long-tail pipelines (torchvision's
+    default is black: fill=0).
+    """
     _level(fill)
     return AutoAugment(transforms.AutoAugmentPolicy(policy), fill=cast(Any, fill))  # a number is allowed, see its doc
 
@@ -329,8 +337,10 @@ def _randaugment_settings(settings: Iterable[str]) -> list[str]:
 
 
 def randaugment(*settings: str, colour: Colour = (128, 128, 128)) -> Step:
-    """timm's RandAugment (arXiv 1909.13719), settings as timm writes them: randaugment(n2,m10,mstd0.5). What a warp
-    uncovers has the mean colour. timm applies each drawn operation with probability p0.5 unless told otherwise."""
+    """RandAugment of timm (arXiv 1909.13719), in timm's notation: n2,m10,mstd0.5.
+
+    Uncovered pixels have the mean colour. timm applies each drawn operation with probability 0.5 unless p is given.
+    """
     text = "-".join(["rand", *_randaugment_settings(settings)])
     step = rand_augment_transform(text, {"img_mean": colour})
     for operation in step.ops:
@@ -340,12 +350,12 @@ def randaugment(*settings: str, colour: Colour = (128, 128, 128)) -> Step:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which asks for 0 bits at an extreme magnitude: black before Pillow 13, which refuses it."""
+    """timm's, for 0 bits too: black before Pillow 13, which refuses it."""
     return timm_posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def jitter(brightness: float, contrast: float, saturation: float, hue: float, p: float = 1.0) -> Step:
-    """With probability `p`, colours change by factors uniform in 1 +- value (hue shifts by up to 0.5), in any order."""
+    """With probability `p`, colours change by factors uniform in 1 +- value (hue: by up to 0.5), in random order."""
     _probability(p)
     for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
         if not 0 <= value <= 100:
@@ -355,7 +365,7 @@ def jitter(brightness: float, contrast: float, saturation: float, hue: float, p:
 
 
 def grayscale(p: float) -> Step:
-    """Colour removed with probability `p` (three equal channels stay)."""
+    """Grayscale with probability `p` (three equal channels)."""
     _probability(p)
     return transforms.RandomGrayscale(p)
 
@@ -383,10 +393,13 @@ def blur(p: float = 0.5, lo: float = 0.1, hi: float = 2.0) -> Step:
 
 @dataclass(frozen=True)
 class Cutout:
+    """The step of `cutout`."""
+
     size: int
     colour: Colour
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        """The image with the square painted."""
         x, y = (int(torch.randint(side, ())) - self.size // 2 for side in image.size)
         image = image.copy()  # the decoded image is shared by all views of a sample
         right, bottom = min(x + self.size, image.width), min(y + self.size, image.height)
@@ -396,7 +409,9 @@ class Cutout:
 
 def cutout(size: int, colour: Colour = (0, 0, 0)) -> Step:
     """Cutout (arXiv 1708.04552): one square of `size` pixels, its centre uniform over the pixels, cut at the border.
-    The paper writes 0 after normalisation, which is the mean colour; here the mean is written, rounded to 8 bits."""
+
+    The paper writes 0 after normalisation, which is the mean colour; here the mean is written, rounded to 8 bits.
+    """
     _positive(size=size)
     return Cutout(size, colour)
 

@@ -16,6 +16,7 @@ from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.metrics import ALEXNET_IMAGENET_C
+from tests.raises import raises
 
 INLINE = SpeedConfig(workers=0)
 
@@ -106,20 +107,20 @@ def test_spatter_without_a_drop_leaves_the_image(package: None) -> None:
 
 
 def test_impossible_corruptions_are_refused() -> None:
-    with pytest.raises(ValueError, match="did you mean defocus_blur"):
+    with raises("data.corrupted", "'defocus'", "defocus_blur?"):
         Corrupt("defocus", 1)
-    with pytest.raises(ValueError, match="severity must be one of"):
+    with raises("data.corrupted", "severity", "not 0"):
         Corrupt("fog", 0)
-    with pytest.raises(ValueError, match="seed"):
+    with raises("data.corrupted", "seed", "-1"):
         Corrupt("fog", 1, -1)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-    with pytest.raises(ImportError, match=r"pip install 'rescom-timm\[robustness\]'"):
+    with raises("system.package", "pip install 'rescom-timm[robustness]'"):
         corruptions.origin()
     np.random.seed(0)
-    with pytest.raises(ImportError, match="prepared folder"):
+    with raises("system.package", "folder"):
         Corrupt("fog", 1)(photo(32))
 
 
@@ -164,22 +165,22 @@ def test_cifar_c_is_read_as_it_is(tmp_path: Path) -> None:
     assert split.labels.tolist() == [0, 1, 2, 3] and split.rows.tolist() == [4, 5, 6, 7]
     (batch,) = eval_loader(split, corruptions.unprocessed(ViewsConfig(eval="resize(8)")), 8, speed=INLINE)
     np.testing.assert_array_equal(batch["image"].permute(0, 2, 3, 1).numpy(), pixels[4:8])
-    with pytest.raises(ValueError, match="unknown corruption 'frost': did you mean fog"):
+    with raises("data.corrupted", "'frost'", "fog"):
         found.split("frost", 1)
 
 
 def test_cifar_c_that_is_not_as_it_should_be(tmp_path: Path) -> None:
     cifar_c(tmp_path)
-    with pytest.raises(ValueError, match="goes up to 3, and the run has 2 classes"):
+    with raises("data.corrupted", "labels.npy", "3", "2 classes"):
         prepared(tmp_path, ["a", "b"]).split("fog", 1)
     np.save(tmp_path / "fog.npy", np.zeros((7, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match="by severity"):
+    with raises("data.corrupted", "fog.npy", "(7, 32, 32, 3)"):
         prepared(tmp_path, list("abcd")).split("fog", 1)
     np.save(tmp_path / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
-    with pytest.raises(ValueError, match="20 labels, fog.npy 10 images"):
+    with raises("data.corrupted", "20 labels", "fog.npy", "10 images"):
         prepared(tmp_path, list("abcd")).split("fog", 1)
     (tmp_path / "labels.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="no labels.npy"):
+    with raises("file.missing", "labels.npy"):
         prepared(tmp_path, list("abcd"))
 
 
@@ -202,14 +203,14 @@ def test_imagenet_c_is_read_as_it_is_and_matched_by_class(tmp_path: Path, inside
     assert batch["image"].shape == (2, 3, 24, 24) and batch["image"][:, 0, 0, 0].tolist() == [12, 42]
     # A run that calls its classes otherwise: the folders in their order.
     assert prepared(tmp_path, ["tench", "shark"]).split("fog", 1).labels.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="cannot be matched"):
+    with raises("data.corrupted", "2 class folders", "3 classes"):
         prepared(tmp_path, ["tench", "shark", "ray"]).split("fog", 1)
-    with pytest.raises(FileNotFoundError, match="lacks severity 5"):
+    with raises("file.missing", "severity 5", "fog"):
         found.split("fog", 5)
 
 
 def test_a_folder_of_neither(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="neither ImageNet-C"):
+    with raises("data.corrupted", str(tmp_path)):
         prepared(tmp_path, ["a"])
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with raises("file.missing", "absent"):
         prepared(tmp_path / "absent", ["a"])

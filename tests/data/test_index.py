@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.index import Index
+from tests.raises import raises
 
 
 def write(path: Path, text: str) -> Path:
@@ -72,7 +73,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     an_index().save(tmp_path / "i.txt")
     before = (tmp_path / "i.txt").read_bytes()
 
-    def lines(*_: object):  # noqa: ANN202
+    def lines(*_: object):
         yield "half a file"
         raise OSError("disk full")
 
@@ -83,32 +84,32 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "index, said",
+    ("index", "naming"),
     [
-        (Index(["a\nb"], np.array([0]), 1), "line break"),
-        (Index(["a", "a\rb"], np.array([0, 0]), 1), r"the path 'a\\rb'"),
-        (Index([0], np.array([0]), 1, {"a": "b\nc"}), "line break"),  # type: ignore[arg-type]
-        (Index([0], np.array([0]), 1, {"a:b": "c"}), "':' in the key"),  # type: ignore[arg-type]
-        (Index([0], np.array([0]), 1, {"rows": "2"}), "choose other keys"),  # type: ignore[arg-type]
+        (Index(["a\nb"], np.array([0]), 1), [r"'a\nb'"]),
+        (Index(["a", "a\rb"], np.array([0, 0]), 1), [r"'a\rb'"]),
+        (Index([0], np.array([0]), 1, {"a": "b\nc"}), [r"'b\nc'"]),  # type: ignore[arg-type]
+        (Index([0], np.array([0]), 1, {"a:b": "c"}), ["'a:b'"]),  # type: ignore[arg-type]
+        (Index([0], np.array([0]), 1, {"rows": "2"}), ["rows"]),  # type: ignore[arg-type]
     ],
 )
-def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, index: Index, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, index: Index, naming: list[str]) -> None:
+    with raises("index.format", *naming):
         index.save(tmp_path / "i.txt")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "parts, said",
+    ("parts", "naming"),
     [
-        (([1, 2], [0], 1), "a label for each key"),
-        (([1], [3], 2), "do not fit 2 classes"),
-        (([1], [-1], 2), "do not fit"),
-        (([1], [0], 2, {}, ["a"]), "1 class names for 2"),
+        (([1, 2], [0], 1), ["2 keys", "1 labels"]),
+        (([1], [3], 2), ["3", "2 classes"]),
+        (([1], [-1], 2), ["-1", "2 classes"]),
+        (([1], [0], 2, {}, ["a"]), ["1 class names", "2 classes"]),
     ],
 )
-def test_parts_that_disagree(parts: tuple, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_parts_that_disagree(parts: tuple, naming: list[str]) -> None:
+    with raises("index.format", *naming):
         Index(np.array(parts[0]), np.array(parts[1]), *parts[2:])
 
 
@@ -122,7 +123,7 @@ def test_official_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    ("text", "said"),
     [
         ("a.jpg 0\nb.jpg x\n", ["line 2: label 'x' is not a whole number"]),
         ("a.jpg 0\nb.jpg -1\n", ["line 2: label '-1'"]),
@@ -146,7 +147,7 @@ def test_bad_lists_say_line_and_reason(tmp_path: Path, text: str, said: list[str
     assert index is None and len(problems) == len(said)
     for problem, words in zip(sorted(problems), sorted(said), strict=True):
         assert words in problem
-    with pytest.raises(ValueError, match="l.txt: "):
+    with raises("index.format", "l.txt"):
         Index.load(tmp_path / "l.txt")
 
 
@@ -154,7 +155,7 @@ HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1\n# class
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    ("text", "said"),
     [
         (HEADER + "5 0\n", "the header says 2 rows, the file has 1"),
         (HEADER + "5 0\n6 0\n", "the header says 1 rows of class 0, the file has 2"),
@@ -173,13 +174,13 @@ HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1\n# class
 def test_header_must_agree_with_the_rows(tmp_path: Path, text: str, said: str | None) -> None:
     index, problems = rows.read(write(tmp_path / "i.txt", text))
     if said is None:  # an absurd number asks for no memory
-        assert index is not None and index.num_classes == 2 or problems
+        assert (index is not None and index.num_classes == 2) or problems
         return
     assert index is None and any(said in problem for problem in problems)
 
 
 def test_many_problems_are_counted_not_all_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="and 95 more problems") as error:
+    with raises("index.format", "95") as error:
         Index.load(write(tmp_path / "l.txt", "".join(f"{i}.jpg x\n" for i in range(100))))
     assert len(str(error.value)) < 1000
 
@@ -187,22 +188,22 @@ def test_many_problems_are_counted_not_all_told(tmp_path: Path) -> None:
 def test_classes_asked_for(tmp_path: Path) -> None:
     file = write(tmp_path / "l.txt", "a 0\nb 1\n")
     assert Index.load(file, num_classes=3, allow_empty=True).counts.tolist() == [1, 1, 0]
-    with pytest.raises(ValueError, match="1 of 3 classes have no image: 2"):
+    with raises("index.format", "1 of 3", ": 2"):
         Index.load(file, num_classes=3)
-    with pytest.raises(ValueError, match="line 2: label 1 is outside 0 .. 0"):
+    with raises("index.format", "line 2", "label 1", "0 .. 0"):
         Index.load(file, num_classes=1)
     an_index().save(tmp_path / "i.txt")
-    with pytest.raises(ValueError, match="is of 2 classes where 5 are expected"):
+    with raises("index.format", "2 classes", "5 "):
         Index.load(tmp_path / "i.txt", num_classes=5)
 
 
 def test_no_file_and_no_text(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no index file"):
+    with raises("file.missing", "none.txt"):
         Index.load(tmp_path / "none.txt")
     with pytest.raises(FileNotFoundError):
         Index.load(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00a 0\n")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with raises("index.format", "binary", "UTF-8"):
         Index.load(tmp_path / "binary")
 
 
@@ -222,7 +223,7 @@ def test_inaturalist_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    ("change", "said"),
     [
         (lambda a: a.pop("annotations"), "without 'images' and 'annotations'"),
         (lambda a: a["annotations"].pop(), "1 images have no annotation: x/a.jpg"),
@@ -249,7 +250,7 @@ def test_inaturalist_json(tmp_path: Path) -> None:
         (lambda a: a["categories"].append({"id": 2, "name": "Canis"}), "1 of 3 classes have no image: 2"),
     ],
 )
-def test_bad_inaturalist_json(tmp_path: Path, change, said: str) -> None:  # noqa: ANN001
+def test_bad_inaturalist_json(tmp_path: Path, change, said: str) -> None:
     content = annotations()
     change(content)
     index, problems = rows.read(write(tmp_path / "a.json", json.dumps(content)))
@@ -300,7 +301,7 @@ def reference_draw(labels: np.ndarray, factor: float) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "classes, per_class, sizes", [(10, 5000, (12_406, 13_996, 20_431)), (100, 500, (10_847, 12_608, 19_573))]
+    ("classes", "per_class", "sizes"), [(10, 5000, (12_406, 13_996, 20_431)), (100, 500, (10_847, 12_608, 19_573))]
 )
 def test_exponential_is_the_literatures_draw(classes: int, per_class: int, sizes: tuple[int, ...]) -> None:
     labels = np.random.RandomState(5).permutation(np.repeat(np.arange(classes), per_class))
@@ -344,31 +345,27 @@ def test_another_seed_draws_others() -> None:
 
 def test_a_draw_leaves_no_class_empty() -> None:
     labels = np.repeat([0, 1], 50)
-    with pytest.raises(ValueError, match="leaves class 1 without a row"):
+    with raises("data.empty_class", "class 1", "100"):
         profiles.exponential(labels, 2, 100)
-    with pytest.raises(ValueError, match="leaves class 2 without a row .it has none"):
+    with raises("data.empty_class", "class 2"):
         profiles.step(labels, 3, 2)
-    with pytest.raises(ValueError, match="at least two classes"):
+    with raises("data.rule"):
         profiles.exponential(np.zeros(3, int), 1, 2)
-    with pytest.raises(ValueError, match="largest class over the smallest"):
+    with raises("data.rule", "0.5"):
         profiles.exponential(labels, 2, 0.5)
 
 
 @pytest.mark.parametrize(
-    "rule, said",
+    ("rule", "naming"),
     [
-        ("exponental(100)", r"did you mean exponential\(100\)\?"),
-        ("linear(3)", r"there are exponential\(...\), step\(...\)"),
-        ("exponential()", "no long-tail rule"),
-        ("exponential(a)", "no long-tail rule"),
-        ("exponential(1.2.3)", "no long-tail rule"),
-        ("exponential(0.5)", "from 1"),
-        ("exponential(1e999)", "from 1"),
-        ("all", "no long-tail rule"),
+        ("exponental(100)", ["exponential(100)?"]),
+        ("linear(3)", ["exponential(...), step(...)"]),
+        *((rule, [repr(rule), "exponential(100)"]) for rule in ("exponential()", "exponential(1.2.3)", "all")),
+        *((rule, [repr(rule), "1"]) for rule in ("exponential(0.5)", "exponential(1e999)")),
     ],
 )
-def test_bad_rules(rule: str, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_bad_rules(rule: str, naming: list[str]) -> None:
+    with raises("data.rule", *naming):
         profiles.parse_rule(rule)
 
 
@@ -379,7 +376,7 @@ def test_holdout(labels: list[int], fraction: float) -> None:
     counts = np.bincount(array, minlength=7)
     expected = np.minimum((fraction * counts + 0.5).astype(int), np.maximum(counts - 1, 0))
     if not expected.sum():
-        with pytest.raises(ValueError, match="takes no row"):
+        with raises("data.empty_class", "holdout("):
             profiles.holdout(array, fraction)
         return
     held = profiles.holdout(array, fraction)
@@ -414,7 +411,7 @@ def test_overlap() -> None:
     for info in ({"split": "test"}, {"split": "train"}, {}):  # a path is the same file whatever split it stands in
         named = Index(["y", "z"], np.zeros(2), 1, info)  # type: ignore[arg-type]
         assert rows.overlap(Index(["x", "y"], np.zeros(2), 1, {"split": "train"}), named) == ["y"]
-    with pytest.raises(ValueError, match="cannot be compared"):
+    with raises("index.kind"):
         rows.overlap(a, train)
 
 
@@ -443,11 +440,9 @@ def test_take() -> None:
     assert Index(["a", "b"], np.array([0, 1]), 2).take(np.array([1])).keys == ["b"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("[" * 100_000, "nested too deep|is not JSON"), ("9" * 5000, "is not JSON")]
-)
-def test_json_of_a_stranger_is_told_in_a_line(tmp_path: Path, text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=expected):
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000])
+def test_malformed_json_is_one_error(tmp_path: Path, text: str) -> None:
+    with raises("index.format", "train2018.json", "JSON"):
         Index.load(write(tmp_path / "train2018.json", text))
 
 

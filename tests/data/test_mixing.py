@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rescom_timm.data.mixing import MixConfig, box, mix
+from tests.raises import raises
 
 
 def batch(size=6, views=2, height=5, width=7):
@@ -95,13 +96,8 @@ def test_equal_draws_give_equal_batches_and_nothing_global_is_drawn():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"mixup": -0.1}, "mixup must be at least 0"),
-        ({"cutmix": -1.0}, "cutmix must be at least 0"),
-        ({"probability": 1.5}, r"probability must be in \[0, 1\]"),
-    ],
+    "settings", [{"mixup": -0.1}, {"cutmix": -1.0}, {"probability": 1.5}, {"switch_probability": -0.5}]
 )
-def test_what_is_no_setting_is_refused(words, message):
-    with pytest.raises(ValueError, match=message):
-        MixConfig(**words)
+def test_values_out_of_range_are_refused(settings):
+    with raises("recipe.value", *settings):
+        MixConfig(**settings)
