@@ -3,7 +3,8 @@
 The packages. A package imports only from those below it; tests/test_architecture.py checks this:
 
     cli/            one subcommand a file: rescom-timm SUBCOMMAND, python -m rescom_timm (with __main__)
-    api             from Python: train(...) -> Run
+    api             from Python: train(...) -> Run, fit(...) -> Run
+    fitting/        the best model in a time budget: features, heads, training, soups, choice
     analysis/       plots and reports of runs: measure -> arrays, draw -> figure
     hub/            push, model card, Spaces
     inference/      predict, conformal sets, nearest images, reading and writing exports (timm, transformers, ONNX)
@@ -31,20 +32,21 @@ from typing import TYPE_CHECKING, Any
 from rescom_timm import models as models  # registers the CIFAR ResNets with timm, now or when timm is imported
 
 if TYPE_CHECKING:
-    from rescom_timm.api import Run, train
+    from rescom_timm.api import Run, fit, train
     from rescom_timm.inference.predict import predict
     from rescom_timm.inference.pretrained import from_pretrained
     from rescom_timm.models.net import Net, ProjectorConfig, create_model
 
     __version__: str
 
-__all__ = ["Net", "ProjectorConfig", "Run", "create_model", "from_pretrained", "predict", "train"]
+__all__ = ["Net", "ProjectorConfig", "Run", "create_model", "fit", "from_pretrained", "predict", "train"]
 
 LATER = {
     "Net": "rescom_timm.models.net",
     "ProjectorConfig": "rescom_timm.models.net",
     "create_model": "rescom_timm.models.net",
     "Run": "rescom_timm.api",
+    "fit": "rescom_timm.api",
     "train": "rescom_timm.api",
     "predict": "rescom_timm.inference.predict",
     "from_pretrained": "rescom_timm.inference.pretrained",

@@ -20,6 +20,7 @@ from rescom_timm.text import escape_output, escaped_output
 
 VERBS = {
     "train": ("train", "train a recipe, or resume a run"),
+    "fit": ("fit", "the best model for your images in a time budget"),
     "recipes": ("recipes", "list the recipes of this package, or print one"),
     "get": ("get", "get the data of a shipped recipe: images, annotations, lists"),
     "init": ("index", "write a recipe for your own images"),
@@ -46,7 +47,6 @@ MOVED = {"benchmark": "tools/benchmark.py PART", "inference": "tools/benchmark.p
 MEANT = {
     "export": "push RUN --onnx FILE.onnx (a trained run holds its plain timm model in RUN/model)",
     "onnx": "push RUN --onnx FILE.onnx",
-    "fit": "train RECIPE",
     "finetune": "train RECIPE",
     "run": "train RECIPE",
     "resume": "train RECIPE --resume",

@@ -33,6 +33,9 @@ from rescom_timm.engine.build import Weights
 from rescom_timm.engine.evaluate import data_of, evaluate_run
 from rescom_timm.engine.run_folder import Resume, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
+from rescom_timm.fitting.fit import Interrupted
+from rescom_timm.fitting.fit import fit as fit_images
+from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.hub.publish import Publisher
 from rescom_timm.hub.push import push_run
 from rescom_timm.inference.conformal import PredictionSets
@@ -87,6 +90,52 @@ def train(
         else:
             resolved = load(recipe, words)
         return Run(train_recipe(resolved, resume), dataset)
+
+
+def fit(
+    source: str | Path | InMemory,
+    minutes: float = 20.0,
+    *,
+    backbone: str | Sequence[str] = (),
+    size: int | None = None,
+    device: str | None = None,
+    weights_file: str | Path | None = None,
+    use_validation: bool = False,
+    seed: int = 0,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    **images: Any,
+) -> Run:
+    """The best model for images in a time budget, as `rescom-timm fit`; returns its run.
+
+    source: a folder, a list, a recipe or a Hub id, or a data set as of `train`. minutes: wall clock, without downloads.
+    backbone: timm names, of which the best by its head goes on; by device and minutes by default. size: pixels of a
+    side that the net sees. weights_file: of the backbone; "none" trains from scratch. use_validation: fit on the
+    validation images too, at the end. output: the run's folder; runs/NAME by default. overrides: key=value over a
+    recipe. images: list, split, test_split, subset, validation and the columns, as the options of the command.
+
+    After Ctrl-C the run is the best so far, and the same call goes on. Raises ValueError with a code of
+    rescom_timm.errors (fit.minutes, fit.weights ...), KeyboardInterrupt before there is a head, and what reading the
+    data raises.
+    """
+    memory = not isinstance(source, str | Path)
+    if memory:
+        words = dict(word.removeprefix("data.").split("=") for word in _splits(source, []))
+        images = {"split": words.get("train", "train"), "test_split": words.get("train", "test"), **images}
+    names, file = (backbone,) if isinstance(backbone, str) else tuple(backbone), weights_file and str(weights_file)
+    options = FitOptions(
+        MEMORY if memory else str(source), float(minutes), names, size, device, file, use_validation, seed,
+        tuple(overrides), images,
+    )  # fmt: skip
+    dataset = source if memory else None
+    try:
+        folder = fit_images(options, output, dataset)
+    except Interrupted as error:
+        if error.folder is None:
+            raise KeyboardInterrupt from error
+        print(error)
+        folder = error.folder
+    return Run(folder, dataset)
 
 
 def _proposed(dataset: InMemory, words: Sequence[str]) -> Recipe:

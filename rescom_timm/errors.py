@@ -11,6 +11,12 @@ A code names what the user has to mend, not the place that noticed it: two check
 from __future__ import annotations
 
 CODES = {
+    # fit
+    "fit.argument": "arguments of fit that do not go together",
+    "fit.changed": "the images changed while a fit was interrupted",
+    "fit.minutes": "the budget is too small for one pass over the images",
+    "fit.other_run": "the folder holds the fit of another command",
+    "fit.weights": "pretrained weights cannot be had",
     # the command line and the system
     "usage.arguments": "arguments that a subcommand does not take",
     "file.missing": "a file or folder does not exist",

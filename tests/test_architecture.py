@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 ORDER = (
     "errors", "io", "hub_client", "text", "class_names", "metrics", "distributed", "losses", "contrastive", "data",
-    "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "api", "cli", "__main__",
+    "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "fitting", "api", "cli",
+    "__main__",
 )  # fmt: skip
 """Packages and modules of rescom_timm, the lowest first; rescom_timm/__init__.py lists them from the top."""
 BOTTOM = {"errors", "io", "hub_client", "text", "class_names"}

@@ -17,6 +17,9 @@ class Follower:
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
         """The run has its folder."""
 
+    def evaluated(self, epoch: int, figures: dict[str, dict[str, float]]) -> None:
+        """An evaluation within the training is done. figures: of each split, percent by name."""
+
     def saved(self, newest: str, best: str | None) -> None:
         """A checkpoint was written. newest, best: names of checkpoints; best is None where none was selected yet."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,17 +60,21 @@ from rescom_timm.metrics import QUICK_DRAWS, Meter
 from rescom_timm.models.classifiers import start_from_means
 from rescom_timm.models.trainable import count_weights
 
+SPLITS = ("test", "validation")
+"""What a training evaluates on, where there is such a split."""
+
 
 def train(
     recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Follower | None = None,
-    teacher: Teacher | None = None, first: First | None = None,
+    teacher: Teacher | None = None, first: First | None = None, splits: Sequence[str] = SPLITS,
 ) -> Path:  # fmt: skip
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
     name; start where there is none. A run elsewhere is brought here first.
     dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
-    first: as build_method's. Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
+    first: as build_method's. splits: of the data, those that are evaluated. Raises RecipeError, CheckpointError,
+    NonFiniteLoss, Stopped, and what fetching a run does.
     """
     refuse_secrets(recipe)
     with with_advice():
@@ -80,7 +84,7 @@ def train(
         recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
         method = build_method(recipe, data, start=True, teacher=teacher, first=first)
         set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
-        trainer = Trainer(recipe, accelerator, data, method, follower)
+        trainer = Trainer(recipe, accelerator, data, method, follower, splits)
         if dry_run:
             trainer.dry_run()
             return trainer.folder
@@ -97,8 +101,9 @@ def train(
 
 class Trainer:
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None
-    ) -> None:
+        self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None,
+        splits: Sequence[str] = SPLITS,
+    ) -> None:  # fmt: skip
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
         self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
         self.log: Log | None = None
@@ -107,8 +112,8 @@ class Trainer:
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         check_selection(recipe, data)
-        splits = {"test": data.test, "validation": data.validation}
-        self.splits = {name: split for name, split in splits.items() if split is not None}
+        found = {"test": data.test, "validation": data.validation}
+        self.splits = {name: split for name, split in found.items() if name in splits and split is not None}
         check_images(accelerator, recipe, data.train, self.splits)
         loader = training_loader(recipe, data, method)
         self.completed = complete(loader, recipe.views, recipe.loader, accelerator.device)
@@ -292,6 +297,8 @@ class Trainer:
         progress.unevaluated = False
         if "validation" in figures:
             progress.scored(figures["validation"][self.recipe.evaluation.select])
+        if self.main:
+            self.follower.evaluated(progress.epoch, figures)
         if self.main and bar.disable:
             intervals = {name: meter.intervals(draws=QUICK_DRAWS) for name, meter in meters.items()}
             bar.write(evaluation_line(progress.epoch, figures, intervals))

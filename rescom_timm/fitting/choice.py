@@ -1,0 +1,135 @@
+"""Comparing candidates on validation images: cross-validation of heads, scores with their errors, and the rule.
+
+Shapes: N scored images, K classes, S settings of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rescom_timm.fitting.features import Features
+from rescom_timm.fitting.heads import Fitted, standard, temperature
+from rescom_timm.metrics import bootstrap
+
+ENOUGH = 5
+"""Validation images that every class needs for a choice among methods: with one a class such choices lost up to five
+points against always taking the probe, with five up to three, and the probe at most 1.5."""
+FOLDS = 5
+SMALL, LARGE = 2e7, 1e9
+"""Products of images, classes and features: cross-validation is done twice below the first, not at all above the
+second, where it takes minutes and validation parts are large."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Logits (N, K) of validation images, or of training images by heads that were fitted without them, and their
+    labels (N,)."""
+
+    logits: Tensor
+    labels: Tensor
+    repeats: int = 1
+    """How often each image stands there, as by repeated cross-validation; errors count it once."""
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) whether each image is right."""
+        return (self.logits.argmax(dim=1) == self.labels).numpy()
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(N,) by which a mean over images is the mean over classes; they sum to 1."""
+        counts = np.bincount(self.labels.numpy())
+        return (1 / counts[self.labels.numpy()]) / np.count_nonzero(counts)
+
+    @property
+    def mean_class(self) -> float:
+        """Percent, the mean over classes."""
+        return 100 * float(self.weights @ self.correct)
+
+    def interval(self) -> tuple[float, float]:
+        """95% of `mean_class`, over other images of these classes."""
+        labels, classes = self.labels.numpy(), self.logits.shape[1]
+        right = np.bincount(labels, self.correct, classes)
+        total = np.bincount(labels, minlength=classes)
+        return bootstrap(np.round(right / self.repeats), total / self.repeats, classes=False)["classes"]
+
+    def loss(self) -> float:
+        """Mean over classes of the negative log-likelihood."""
+        own = self.logits.double().log_softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
+        return -float(torch.from_numpy(self.weights) @ own)
+
+
+def error_of_difference(a: Scored, b: Scored) -> float:
+    """Standard error, in points, of a.mean_class - b.mean_class over the same images: that of a stratified mean of
+    paired differences, whose variance within classes is pooled, for a class of one image has none."""
+    labels, difference = a.labels.numpy(), a.correct.astype(float) - b.correct
+    counts = np.bincount(labels)
+    means = np.bincount(labels, difference) / np.maximum(counts, 1)
+    free = len(labels) - np.count_nonzero(counts)
+    spread = np.square(difference - means[labels]).sum() / free if free else np.square(difference).mean()
+    return 100 * float(np.sqrt(a.repeats * spread * np.square(a.weights).sum()))
+
+
+def decides(labels: np.ndarray, classes: int) -> bool:
+    """Whether validation labels (N,) have ENOUGH images of every class to choose among methods."""
+    return int(np.bincount(labels, minlength=classes).min()) >= ENOUGH
+
+
+def choose(candidates: Sequence[Scored]) -> tuple[int, int]:
+    """(chosen, best) of candidates, the simplest first: the best by the mean over classes, and the simplest that is
+    within one standard error of it."""
+    best = int(np.argmax([one.mean_class for one in candidates]))
+    top = candidates[best]
+    near = (top.mean_class - one.mean_class <= error_of_difference(top, one) for one in candidates)
+    return next(i for i, close in enumerate(near) if close), best
+
+
+def temperature_of(scored: Scored) -> float:
+    """T by which the logits are divided so that the loss, a mean over classes, is least."""
+    return temperature(scored.logits, scored.labels, torch.from_numpy(scored.weights))
+
+
+def folds(labels: np.ndarray, parts: int, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(training, scored) positions of repeated stratified cross-validation. The only image of a class always trains and
+    is never scored; of every other class each fold leaves an image or more to train on."""
+    for repeat in range(repeats):
+        random = np.random.default_rng((seed, repeat))
+        fold = np.full(len(labels), -1)
+        for label in np.unique(labels):
+            rows = random.permutation(np.flatnonzero(labels == label))
+            if len(rows) > 1:
+                fold[rows] = (np.arange(len(rows)) + random.integers(parts)) % parts
+        for part in range(parts):
+            if (fold == part).any():
+                yield np.flatnonzero(fold != part), np.flatnonzero(fold == part)
+
+
+def repetitions(features: Features, classes: int) -> int:
+    """How often cross-validation is repeated, 0 where it takes too long."""
+    images, _, width = features.values.shape
+    size = images * classes * width
+    return 2 if size <= SMALL else 1 if size <= LARGE else 0
+
+
+def cross_validated(
+    features: Features, fit: Fitted, classes: int, repeats: int = 1, seed: int = 0, parts: int = FOLDS
+) -> list[Scored]:
+    """Of each of the S settings, every image of a class of two or more `repeats` times by heads fitted without it."""
+    logits: list[list[Tensor]] = []
+    labels = []
+    for trained, scored in folds(features.labels, parts, repeats, seed):
+        rows = features.rows(trained)
+        scale = standard(rows)
+        counts = torch.from_numpy(np.bincount(features.labels[trained], minlength=classes))
+        heads = fit(rows, counts, scale)
+        logits = logits or [[] for _ in heads]
+        values, own = (torch.cat(part) for part in zip(*features.rows(scored, 1), strict=True))
+        labels.append(own)
+        for found, head in zip(logits, heads, strict=True):
+            found.append(head(scale(values)))
+    return [Scored(torch.cat(found), torch.cat(labels), repeats) for found in logits]

@@ -1,0 +1,49 @@
+"""What a fit found, for a terminal and as an HTML page that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rescom_timm.engine.evaluate import table
+from rescom_timm.fitting.record import FOLDER
+from rescom_timm.io import read_json, write_text
+from rescom_timm.text.pages import render
+
+PAGE = "report.html"
+"""In RUN/fit."""
+
+
+def evaluations(run: Path) -> dict[str, dict[str, float]]:
+    """The figures of the run's own evaluations by split, test first."""
+    files = {split: run / "evaluation" / f"{split}-last.json" for split in ("test", "validation")}
+    return {split: read_json(path)["numbers"] for split, path in files.items() if path.is_file()}
+
+
+def text(run: Path, record: Mapping[str, Any]) -> str:
+    """The table, what was chosen and why, the test figures, and what more time would do."""
+    width = max(len(one["name"]) for one in record["table"])
+    lines = [f"{'candidate':<{width}}  mean over classes, %   by"]
+    for one in record["table"]:
+        figures = (
+            "   -" if one["mean_class"] is None else f"{one['mean_class']:5.1f} ({one['low']:.1f} to {one['high']:.1f})"
+        )
+        lines.append(f"{one['name']:<{width}}  {figures}  {one['by']}")
+    lines.append(f"chosen: {record['chosen']} ({record['why']})")
+    if found := evaluations(run):
+        lines.append(table(found))
+    used = f"{record['seconds'] / 60:.1f} of {record['command']['minutes']:g} minutes used; {run / FOLDER / PAGE}"
+    return "\n".join([*lines, *_more(record), used, f"run folder: {run}"])
+
+
+def _more(record: Mapping[str, Any]) -> list[str]:
+    minutes = record["command"]["minutes"]
+    return [f"--minutes {10 * minutes:g} would hold {record['more']}"] if record.get("more") else []
+
+
+def write(run: Path, record: Mapping[str, Any], data: str) -> None:
+    """RUN/fit/report.html. data: of the images, for people."""
+    found = {split: sorted(numbers.items()) for split, numbers in evaluations(run).items()}
+    page = render("fit.html", title=f"fit: {run.name}", data=data, record=record, found=found, more=_more(record))
+    write_text(run / FOLDER / PAGE, page)

@@ -1,0 +1,71 @@
+"""The images that `fit` is given, as the data section of a recipe whose lists stand in the run's folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from rescom_timm.config.loading import find, load, load_dict, shipped
+from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.in_memory import MEMORY
+from rescom_timm.data.samples import LoaderConfig
+from rescom_timm.data.splits import DataConfig
+from rescom_timm.errors import InputError
+from rescom_timm.fitting.plan import FitOptions
+from rescom_timm.hub_client import hub_id, missing
+
+PHOTOGRAPHS = LoaderConfig(exif=True)
+"""Photographs are turned upright by their EXIF orientation."""
+
+
+def name_of(source: str) -> str:
+    """The name of a run on this source, which its folder gets: that of the folder, the file or the data set."""
+    stem = Path(os.path.abspath(os.path.expanduser(source))).name
+    return stem.rpartition(".")[0] if stem.endswith((".yaml", ".csv", ".txt", ".jsonl", ".parquet")) else stem
+
+
+def is_recipe(source: str) -> bool:
+    """Whether the source is a recipe: a YAML file, or the name of a shipped one that no path here has."""
+    path = Path(source).expanduser()
+    if os.path.lexists(path):
+        return path.is_file() and path.suffix in (".yaml", ".yml")
+    return path.suffix == ".yaml" or source in {file.stem for file in shipped()}
+
+
+def read(options: FitOptions, folder: Path) -> Recipe:
+    """The recipe of a source: its data, loader and, of a recipe, mean and deviation; lists are written into `folder`.
+
+    Where a source has no validation images, a tenth of each class's training images becomes them.
+    Raises InputError, FileNotFoundError and what reading the data does.
+    """
+    if is_recipe(options.source):
+        recipe = load(find(options.source), options.overrides)
+        data = recipe.data
+        if data.validation == "none":
+            data = replace(data, validation="holdout(0.1)")
+        return replace(recipe, data=data)
+    if options.overrides:
+        raise InputError("fit.argument", f"{options.overrides[0]}: keys are of recipes, and {options.source} is none")
+    data = _own(options, folder)
+    return replace(load_dict({"data": {"source": "digits"}}), data=data, loader=PHOTOGRAPHS)
+
+
+def _own(options: FitOptions, folder: Path) -> DataConfig:
+    images = OwnImages(options.source, **options.images)
+    path = Path(options.source).expanduser()
+    if path.is_file():
+        if images.list:
+            raise InputError("fit.argument", f"{path} is a list itself: leave out --list, or name the folder of images")
+        images = replace(images, source=place(path.parent), list=place(path))
+    elif path.is_dir():
+        images = replace(images, source=place(path))
+    elif options.source not in ("digits", MEMORY) and hub_id(options.source, alone=True) is None:
+        raise missing(options.source)
+    indexes, config = parts(images)
+    written = {}
+    for part, index in indexes.items():
+        index.save(folder / f"{part}.txt")
+        written[part] = place(folder / f"{part}.txt")
+    return with_lists(config, written)

@@ -1,0 +1,180 @@
+"""All weights trained from a fitted head, as an ordinary run, and what a step of it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from rescom_timm.config.recipe import (
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    SpeedConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from rescom_timm.data.loaders import train_loader
+from rescom_timm.data.sources import Data
+from rescom_timm.engine import checkpoint
+from rescom_timm.engine.errors import RunError
+from rescom_timm.engine.follower import Follower
+from rescom_timm.engine.nonfinite import copy_buffers, put_back
+from rescom_timm.engine.trainer import train
+from rescom_timm.fitting.choice import Scored
+from rescom_timm.fitting.features import loader_of
+from rescom_timm.methods.baselines import BalancedSoftmaxConfig
+from rescom_timm.models.classifiers import ClassifierConfig
+from rescom_timm.models.net import Net
+
+Kind = Literal["linear", "cosine"]
+RATES: dict[Kind, float] = {"linear": 0.01, "cosine": 0.02}
+"""Learning rate of the head; the backbone has BACKBONE of it."""
+BACKBONE = 0.3
+BATCH = 32
+PATIENCE = 5
+"""Epochs without a better mean over classes on validation after which a training ends."""
+FALL = 10.0
+"""Points of the mean over classes below its start at which a training has diverged."""
+
+
+class Diverged(RunError):
+    """A training fell far below its start."""
+
+
+class Watcher(Follower):
+    """Ends a training that has diverged."""
+
+    def __init__(self, floor: float | None) -> None:
+        """floor: of the mean over classes on validation; None: none."""
+        self.floor = floor
+
+    def evaluated(self, epoch: int, figures: dict[str, dict[str, float]]) -> None:
+        """Raises Diverged."""
+        now = figures.get("validation", {}).get("mean_class")
+        if self.floor is not None and now is not None and now < self.floor:
+            raise Diverged(f"epoch {epoch}: {now:.1f} on validation, below {self.floor:.1f}")
+
+
+def floor_of(start: Scored | None) -> float | None:
+    """The mean over classes on validation below which a training from `start` has diverged."""
+    if start is None:
+        return None
+    return start.mean_class - max(FALL, start.mean_class - start.interval()[0])
+
+
+def size_of(recipe: Recipe) -> int:
+    """The side of the images that the net sees."""
+    return int(recipe.views.eval.rpartition("center_crop(")[2].rstrip(") "))
+
+
+def training_recipe(base: Recipe, kind: Kind, epochs: int, images: int, start: Path, validated: bool) -> Recipe:
+    """The recipe of a candidate's run, in a folder beside `start`, the weights that it starts from.
+
+    base: its data, views of evaluation, net and loader. images: training images. validated: whether its best epoch is
+    chosen on validation."""
+    size = size_of(base)
+    return replace(
+        base,
+        name=kind,
+        output=str(start.parent),
+        init_from=str(start),
+        views=replace(base.views, train=f"random_resized_crop({size},0.35,1,bicubic) | flip"),
+        net=replace(base.net.untrained(), classifier=ClassifierConfig(kind)),
+        method=BalancedSoftmaxConfig(),
+        optimizer=OptimizerConfig(lr=RATES[kind], weight_decay=1e-4, encoder_lr_scale=BACKBONE),
+        schedule=ScheduleConfig(by="update", final=0.01),
+        train=TrainConfig(epochs=epochs, batch_size=min(BATCH, 2 ** int(math.log2(images)))),
+        evaluation=EvaluationConfig(
+            every=1,
+            batch_size=base.evaluation.batch_size,
+            select="mean_class",
+            patience=PATIENCE if validated else None,
+        ),
+        checkpoint=CheckpointConfig(keep=1),
+        track=TrackConfig(log_with=()),
+    )
+
+
+def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None) -> dict[str, Tensor]:
+    """Train a candidate, or go on with it; returns its best weights on validation, or its last.
+
+    floor: of the mean over classes on validation. Raises Diverged, NonFiniteLoss, and Stopped after
+    saving, where a signal asked for it.
+    """
+    first = (Path(str(recipe.init_from)), class_names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train(recipe, True, follower=Watcher(floor), first=first, splits=("validation",))
+    newest = checkpoint.newest(run / "checkpoints")
+    assert newest is not None
+    best = newest[2]["progress"]["best_checkpoint"]
+    if not recipe.evaluation.patience or best in (None, newest[0].name):
+        return newest[1]
+    return checkpoint.load(run / "checkpoints" / best)[0]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds an image takes, reading and decoding included."""
+
+    forward: float
+    """To classify."""
+    step: float
+    """Forward, backward and update of one view."""
+
+
+def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, batches: int = 3) -> Pace:
+    """The pace on this machine, from a few batches after one to warm up. net: on its device; its weights stay."""
+    reading = SpeedConfig(workers=0, cache=0)  # what workers do beside this process cannot be measured in a few batches
+    batch = recipe.train.batch_size
+    loader = accelerator.prepare(train_loader(data.train, recipe.views, 1, batch, config=recipe.loader, speed=reading))
+    evaluation = loader_of(accelerator, replace(recipe, speed=reading), data.train)
+
+    def forward(images: Tensor) -> None:
+        with torch.no_grad():
+            net.eval().classify(images)
+
+    def step(images: Tensor) -> None:
+        labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        F.cross_entropy(net.train()(images[:, 0]).logits, labels).backward()
+        net.zero_grad(set_to_none=True)
+
+    before = copy_buffers(net)
+    try:
+        return Pace(_timed(evaluation, forward, batches, recipe), _timed(loader, step, batches, recipe))
+    finally:
+        put_back(net, before)
+        net.eval()
+
+
+def _timed(loader: Iterable[dict[str, Tensor]], work: Callable[[Tensor], None], batches: int, recipe: Recipe) -> float:
+    """Seconds an image of some batches after the first, or of that where there is no other. Workers share the reading;
+    beside a GPU it costs no time of its own unless it takes longer."""
+    images, read, worked = 0, 0.0, 0.0
+    started = time.monotonic()
+    for number, batch in enumerate(islice(loader, batches + 1)):
+        there = time.monotonic()
+        work(batch["image"])
+        if cuda := batch["image"].is_cuda:
+            torch.cuda.synchronize()
+        done = time.monotonic()
+        if number == 1:
+            images, read, worked = 0, 0.0, 0.0
+        images, read, worked = images + len(batch["image"]), read + there - started, worked + done - there
+        started = done
+    read /= max(1, min(recipe.speed.workers, os.cpu_count() or 1))
+    return (max(read, worked) if cuda else read + worked) / images

@@ -1,0 +1,183 @@
+"""`fit` as a whole, on photographs that a random net tells apart."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+import rescom_timm
+from rescom_timm.__main__ import main
+from rescom_timm.fitting import fit as fitting
+from rescom_timm.fitting import plan, source
+from rescom_timm.fitting.plan import FitOptions, Pace, Training
+from tests.fitting.made_up import NET, photographs
+from tests.raises import raises
+
+HOW = {"backbone": NET, "weights_file": "none", "size": 16, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, alone):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return photographs(tmp_path_factory.mktemp("photos"), [20, 12, 8, 3])
+
+
+def planned(monkeypatch, *trainings):
+    monkeypatch.setattr(plan, "trainings", lambda *_: list(trainings))
+
+
+def record(run):
+    return json.loads((run.folder / "fit/fit.json").read_text())
+
+
+def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
+    planned(monkeypatch)
+    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    found = record(run)
+    assert found["finished"] and found["chosen"] == "probe" and found["plan"] == []
+    assert [row["by"] for row in found["table"]] == ["validation"] * 3
+    assert json.loads((run.folder / "evaluation/test-last.json").read_text())["images"] == 16
+    assert run.evaluate()["mean_class"] > 60
+    image = photos / "test/a/0.png"
+    (told,) = run.predict([image])
+    model = timm.create_model(f"local-dir:{run.folder / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    logits = model(transform(Image.open(image))[None])
+    assert rescom_timm.from_pretrained(run.folder).class_names[int(logits.argmax())] == told.labels[0]
+    assert run.figures("confusion", "report")
+    assert "probe" in (run.folder / "fit/report.html").read_text()
+    again = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    assert again.folder == run.folder, "a finished fit is left as it is"
+
+
+def test_training_gives_soups_and_a_refitted_head(photos, tmp_path, monkeypatch, capsys):
+    planned(monkeypatch, Training("linear", 2), Training("cosine", 1))
+    monkeypatch.setattr("rescom_timm.fitting.training.FALL", 100.0)
+    words = [
+        "--backbone",
+        NET,
+        "--weights-file",
+        "none",
+        "--size",
+        "16",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "run"),
+    ]
+    assert main(["fit", str(photos), *words]) == 0
+    out = capsys.readouterr().out
+    names = [row["name"] for row in record(rescom_timm.Run(tmp_path / "run"))["table"]]
+    for start in ("the probe", "class means"):
+        soups = [f"soup {share} from {start}" for share in ("0.5", "0.25", "0.75")]
+        assert {*soups, f"trained from {start}"} < set(names) and all(name in out for name in names)
+    assert sum(name.startswith("re-fitted") for name in names) == 2
+    assert (tmp_path / "run/fit/linear/recipe.yaml").is_file()
+
+
+def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
+    """Heads are cross-validated, and the soup of probe and trained net is taken unless it fell far."""
+    photos = photographs(tmp_path / "photos", [12, 6, 3], validation=2)
+    planned(monkeypatch, Training("linear", 1))
+    monkeypatch.setattr("rescom_timm.fitting.training.FALL", 100.0)
+    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    found = record(run)
+    assert found["chosen"] == "soup 0.5 from the probe" and "fewer than 5" in found["why"]
+    assert [row["by"] for row in found["table"]] == ["cross-validation"] * 3 + ["validation"]
+    assert not any("re-fitted" in row["name"] for row in found["table"])
+
+
+def test_a_diverging_candidate_is_left_out(photos, tmp_path, monkeypatch):
+    planned(monkeypatch, Training("linear", 3))
+    monkeypatch.setitem(fitting.training_recipe.__globals__["RATES"], "linear", 50.0)
+    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    found = record(run)
+    assert "diverged" in found["trained"]["linear"] and found["chosen"] in (
+        "probe",
+        "class means",
+        "logistic regression",
+    )
+    assert json.loads((run.folder / "fit/linear/metrics.jsonl").read_text().splitlines()[-1])["epoch"] < 3
+
+
+def test_what_a_budget_holds():
+    pace, images = Pace(forward=0.01, step=0.03), {"train": 1000, "validation": 200, "test": 500}
+    epoch = 1000 * 0.03 + 200 * 0.01
+    assert plan.trainings(0.9 * epoch, pace, images) == []
+    assert plan.trainings(3.2 * epoch, pace, images) == [Training("linear", 3)]
+    assert plan.trainings(20 * epoch, pace, images) == [Training("linear", 10), Training("cosine", 10)]
+    assert plan.trainings(999 * epoch, pace, images) == [Training("linear", 20), Training("cosine", 30)]
+    assert plan.reserve(pace, images, False) == plan.SECONDS + (500 + 600) * 0.01
+    assert plan.reserve(pace, images, True) == plan.SECONDS + (500 + 600 + 2200) * 0.01
+
+
+def test_default_backbones_by_device_and_minutes():
+    names = [row.name for row in plan.default_backbones("cpu", 20)]
+    assert names[0] == "tf_efficientnet_lite0.in1k" and len(names) == 2
+    assert [row.name.split("_")[1].split(".")[0] for row in plan.default_backbones("cuda", 30)] == [
+        "small",
+        "tiny",
+        "base",
+    ]
+
+
+def test_bad_input(photos, tmp_path, monkeypatch):
+    with raises("fit.minutes", "--minutes", "--size"):
+        rescom_timm.fit(photos, 1e-6, **HOW, output=tmp_path / "a")
+    with raises("fit.weights", "nowhere.safetensors"):
+        rescom_timm.fit(photos, 1, **{**HOW, "weights_file": tmp_path / "nowhere.safetensors"}, output=tmp_path / "b")
+    with raises("fit.argument", "data.source"):
+        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "c", overrides=["data.source=x"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with raises("file.exists", "full"):
+        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "full")
+
+
+def test_another_command_or_other_images_are_refused(tmp_path, monkeypatch):
+    photos = photographs(tmp_path / "photos", [8, 6])
+    planned(monkeypatch)
+    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    with raises("fit.other_run", "minutes"):
+        rescom_timm.fit(photos, 2, **HOW, output=tmp_path / "run")
+    state = record(run)
+    (run.folder / "fit/fit.json").write_text(json.dumps(state | {"finished": False}))
+    shutil.copy(photos / "train/a/0.png", photos / "train/b/0.png")
+    with raises("fit.changed", "photos"):
+        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+
+
+def test_a_data_set_in_memory(tmp_path, monkeypatch):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    monkeypatch.chdir(tmp_path)
+    planned(monkeypatch)
+    images = [Image.fromarray(np.full((18, 18, 3), 60 * k + i % 30, np.uint8)) for k in range(3) for i in range(15)]
+    dataset = Dataset.from_dict(
+        {"image": images, "label": [k for k in range(3) for _ in range(15)]},
+        features=Features({"image": ImageFeature(), "label": Value("int64")}),
+    )
+    run = rescom_timm.fit(dataset, 1, **HOW)
+    assert run.folder.name == "memory" and run.evaluate()["top1"] > 50
+
+
+def test_sources(photos, tmp_path):
+    """A recipe keeps its data, mean and loader; a list is read beside its images."""
+    recipe = source.read(FitOptions("digits_lt", overrides=("data.index=step(10)",)), tmp_path)
+    assert recipe.data.index == "step(10)" and recipe.data.validation == "holdout(0.1)"
+    assert source.is_recipe("digits_lt") and not source.is_recipe(str(photos))
+    (tmp_path / "list.csv").write_text("image,label\n" + "".join(f"{k}.png,{k % 2}\n" for k in range(8)))
+    for k in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+    own = source.read(FitOptions(str(tmp_path / "list.csv")), tmp_path)
+    assert own.data.source == str(tmp_path) and own.loader.exif and own.data.index == str(tmp_path / "train.txt")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        source.read(FitOptions("./nowhere"), tmp_path)
