@@ -122,7 +122,10 @@ def fit(
     if memory:
         words = dict(word.removeprefix("data.").split("=") for word in _splits(source, []))
         images = {"split": words.get("train", "train"), "test_split": words.get("train", "test"), **images}
-    names, file = (backbone,) if isinstance(backbone, str) else tuple(backbone), weights_file and str(weights_file)
+    names, file = (
+        (backbone,) if isinstance(backbone, str) else tuple(backbone),
+        None if weights_file is None else str(weights_file),
+    )
     options = FitOptions(
         MEMORY if memory else str(source), float(minutes), names, size, device, file, use_validation, seed,
         tuple(overrides), images,

@@ -213,7 +213,7 @@ def _unpack(archive: Path, folder: Path, work: Path, makes: str) -> None:
     with open(archive, "rb") as raw, _bar(f"unpacking {archive.name}", archive.stat().st_size) as bar:
         mode = "r|gz" if archive.name.endswith(".gz") else "r|"
         try:
-            with tarfile.open(fileobj=CallbackIOWrapper(bar.update, raw), mode=mode) as tar:
+            with tarfile.open(fileobj=CallbackIOWrapper(bar.update, raw), mode=mode) as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if not (member.isfile() and _size(work / member.name) == member.size):
                         tar.extract(member, work, filter="data")

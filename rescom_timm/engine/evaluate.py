@@ -122,8 +122,8 @@ def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     texts = [text for lines in beside.values() for line in lines.values() for text in line.values()]
     widths = {name: max(9, *(2 + len(text) for text in (name, *texts))) for name in names}
-    longest, label = max(map(len, rows)), max((2 + len(name) for lines in beside.values() for name in lines), default=0)
-    first, above = (max(longest, label) + 2, "") if longest <= 24 else (label + 2, "\n")
+    longest, below = max(map(len, rows)), max((2 + len(name) for lines in beside.values() for name in lines), default=0)
+    first, above = (max(longest, below) + 2, "") if longest <= 24 else (below + 2, "\n")
     lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
     for row, figures in rows.items():
         told = {row if not above else "": {name: f"{value:.2f}" for name, value in figures.items()}}
