@@ -23,6 +23,7 @@ VERBS = {
     "fit": ("fit", "the best model for your images in a time budget"),
     "recipes": ("recipes", "list the recipes of this package, or print one"),
     "get": ("get", "get the data of a shipped recipe: images, annotations, lists"),
+    "pack": ("pack", "write a copy of a data set with smaller images in a few large files"),
     "init": ("index", "write a recipe for your own images"),
     "make": ("index", "draw a long-tailed index from a data set"),
     "convert": ("index", "bring an official list into this package's format"),

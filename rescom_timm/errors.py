@@ -54,6 +54,9 @@ CODES = {
     "get.list": "a training list has other numbers than the published one",
     "get.terms": "the terms of a data set were not accepted",
     "get.unreachable": "a server does not answer or refuses",
+    # rescom-timm pack
+    "pack.value": "a size, quality or format that a packed copy does not take",
+    "pack.other": "a folder that holds something else than this packed copy",
     # lists and index files
     "index.format": "rows or a header of a list that are malformed, repeated or too long",
     "index.missing": "a folder of images that needs a list",
