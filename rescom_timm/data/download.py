@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import get_session
 from huggingface_hub.file_download import http_get
@@ -211,7 +212,7 @@ def _is_verified(path: Path, file: Download) -> bool:
 def _unpack(archive: Path, folder: Path, work: Path, makes: str) -> None:
     """Members that are there already, in full, are passed over: an interrupted unpacking goes on."""
     with open(archive, "rb") as raw, _bar(f"unpacking {archive.name}", archive.stat().st_size) as bar:
-        mode = "r|gz" if archive.name.endswith(".gz") else "r|"
+        mode: Literal["r|gz", "r|"] = "r|gz" if archive.name.endswith(".gz") else "r|"
         try:
             with tarfile.open(fileobj=CallbackIOWrapper(bar.update, raw), mode=mode) as tar:  # type: ignore[call-overload]
                 for member in tar:

@@ -67,8 +67,8 @@ def pack(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    splits = {name: split for name, split in splits.items() if split is not None}
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {name: split for name, split in parts.items() if split is not None}
     settings = {
         **{"size": config.size, "quality": config.quality, "format": config.format, "per_shard": config.per_shard},
         **{"reading": reading.record(), "classes": data.class_names},
@@ -147,9 +147,9 @@ def _write_split(
     if arrow:
         DatasetInfo(features=features).write_to_directory(str(root))
         fingerprint = hashlib.sha256("".join(file["sha256"] for file in found).encode()).hexdigest()[:16]
-        state = {"_data_files": [{"filename": file["filename"]} for file in found], "_fingerprint": fingerprint}
-        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-        write_json(root / "state.json", {**state, "_split": name})
+        state: dict[str, Any] = {"_data_files": [{"filename": file["filename"]} for file in found]}
+        state |= {"_fingerprint": fingerprint, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+        write_json(root / "state.json", {**state, "_output_all_columns": False, "_split": name})
     return found
 
 
