@@ -26,10 +26,21 @@ CODES = {
     "system.memory": "the memory is full",
     "system.package": "an optional package is not installed",
     "system.failed": "an error without a code of its own",
-    # the recipe
+    # the recipe; a check of a section may use the code of another area
     "recipe.value": "a value that a recipe key does not take",
     "recipe.views": "a views policy that cannot be read",
     "recipe.conflict": "recipe keys or data that exclude each other",
+    "recipe.missing": "no recipe of that name or path",
+    "recipe.file": "a recipe that is not a whole YAML file of keys and plain values",
+    "recipe.base": "a `base` that cannot be followed",
+    "recipe.override": "an argument that is not key=value or +preset",
+    "recipe.unknown_key": "a key that a recipe does not have",
+    "recipe.unknown_method": "a method that does not exist",
+    "recipe.unknown_preset": "a preset that does not exist",
+    "recipe.missing_key": "a key that every recipe needs",
+    "recipe.removed_key": "a key of an earlier release that changed results",
+    "recipe.secret": "a token or a password in a recipe",
+    "recipe.local_file": "a recipe from the Hub that names files of another machine",
     # data sets
     "data.missing": "data of a recipe that is not on this machine",
     "data.source": "data.source is not a data set of images that is read",

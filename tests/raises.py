@@ -1,4 +1,4 @@
-"""pytest.raises for errors with codes."""
+"""pytest.raises for errors with codes, pytest.warns for warnings that name values."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,3 +19,12 @@ def raises(
     assert code_of(caught.value) == code, caught.value
     missing = [str(part) for part in naming if str(part) not in str(caught.value)]
     assert not missing, f"{missing} not in: {caught.value}"
+
+
+@contextmanager
+def warns(*naming: object, kind: type[Warning] = UserWarning) -> Iterator[pytest.WarningsRecorder]:
+    """The block warns, and one warning of `kind` names each of `naming`."""
+    with pytest.warns(kind) as caught:
+        yield caught
+    messages = [str(warning.message) for warning in caught if issubclass(warning.category, kind)]
+    assert any(all(str(part) in message for part in naming) for message in messages), messages

@@ -7,14 +7,15 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 
 from rescom_timm.config import synonyms
-from rescom_timm.config.recipe import Recipe
+from rescom_timm.config.recipe import Recipe, RecipeError
+from rescom_timm.errors import CodedError
 from rescom_timm.methods import METHODS
 
 
@@ -93,19 +94,22 @@ def suggestion(key: str, value: object = None) -> str:
     return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def explain(problems: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The lines of pydantic's errors, one a key: of a key that may be of several types, what each of them must be."""
+def explain(error: pydantic.ValidationError, source: str) -> RecipeError:
+    """pydantic's errors as one: a line a key; where a key may be of several types, what each of them must be. The code
+    is that of the first line: a coded error that a section raised keeps its own."""
     lines: dict[str, str] = {}
-    for problem in problems:
-        line = _line(dict(problem))
+    codes = []
+    for problem in error.errors():
+        code, line = _line(problem)
         where, must, rest = line.partition(": must be ")
         key = where if must else line
         lines[key] = f"{lines[key].rpartition(', not ')[0]}, or {rest}" if must and key in lines else line
-    return list(lines.values())
+        codes.append(code)
+    return RecipeError(codes[0], f"{source}: " + "\n  ".join(lines.values()))
 
 
-def _line(problem: dict[str, Any]) -> str:
-    """The line of one of pydantic's errors, by its location, type, message and input."""
+def _line(problem: Mapping[str, Any]) -> tuple[str, str]:
+    """Code and line of one of pydantic's errors, by its location, type, message and input."""
     # A tagged union puts its tag into the location: method.rescom.beta. So does a union of types: speed.compile.bool.
     loc = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS)]
     known = set(keys())
@@ -113,21 +117,23 @@ def _line(problem: dict[str, Any]) -> str:
         loc.pop()
     where, given = ".".join(map(str, loc)), problem["input"]
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {where}; {_instead(where, given, sorted(known))}"
+        return "recipe.unknown_key", f"unknown key {where}; {_instead(where, given, sorted(known))}"
     if problem["type"] == "union_tag_invalid":
-        return f"{where}.name: {_unknown_method(str(given.get('name')))}"
+        return "recipe.unknown_method", f"{where}.name: {_unknown_method(str(given.get('name')))}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
-        return f"{where.rpartition('.')[0]}: has too few values: {given!r}"
+        return "recipe.value", f"{where.rpartition('.')[0]}: has too few values: {given!r}"
     if problem["type"].startswith("dataclass"):
         key = f"; did you mean {WHOLE[where]}={given}?" if isinstance(given, str) and where in WHOLE else ""
-        return f"{where}: a section of keys, not {_shown(given)}{key}"
+        return "recipe.value", f"{where}: a section of keys, not {_shown(given)}{key}"
     if problem["type"] == "missing":
-        return f"{where} is missing: every recipe names it"
+        return "recipe.missing_key", f"{where} is missing: every recipe names it"
     message = _TYPES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").replace(
         "Input should be", "must be"
     )
+    cause = problem.get("ctx", {}).get("error")
+    code = cause.code if isinstance(cause, CodedError) else "recipe.value"
     shown = "" if isinstance(given, dict) else f", not {_shown(given)}"
-    return f"{where}: {message}{shown}" if where else message
+    return code, f"{where}: {message}{shown}" if where else message
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import pydantic
 
 from rescom_timm.config.explain import explain, lists
 from rescom_timm.config.recipe import MAX_SEED, Recipe, RecipeError
-from rescom_timm.config.secrets import secret_in, without_secrets
+from rescom_timm.config.secrets import secret_in
 from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.splits import VALIDATION, DataConfig
 from rescom_timm.hub_client import hub_id
@@ -65,13 +65,14 @@ def find(name: str | Path) -> Path:
     if path.is_dir():
         within = path / "recipe.yaml"
         todo = f": write {within}, with --resume to go on with that run" if within.is_file() else ""
-        raise RecipeError(f"no recipe {name}: it is a folder{todo}")
+        raise RecipeError("recipe.missing", f"no recipe {name}: it is a folder{todo}")
     if name in presets():
-        raise RecipeError(f"no recipe {name}: it is a preset, written +{name} after a recipe")
+        raise RecipeError("recipe.missing", f"no recipe {name}: it is a preset; write it as +{name} after a recipe")
     beside = {found.name: found for found in path.parent.glob("*.yaml")}
     near = get_close_matches(file, known | beside, n=1)
     meant = near and (str(beside[near[0]]) if near[0] in beside else known[near[0]].stem)
-    raise RecipeError(f"no recipe {name}" + (f"; did you mean {meant}?" if meant else "; all: rescom-timm recipes"))
+    todo = f"did you mean {meant}?" if meant else "`rescom-timm recipes` lists them"
+    raise RecipeError("recipe.missing", f"no recipe {name}; {todo}")
 
 
 def current_name(name: str | Path) -> tuple[str, str] | None:
@@ -117,10 +118,11 @@ def _preset_name(word: str) -> str:
     """ldam of +ldam. Raises RecipeError, naming the nearest, where there is no such preset."""
     name = word.removeprefix("+")
     if "=" in name:
-        raise RecipeError(f"{word}: a key is set without the plus sign: {name}")
+        raise RecipeError("recipe.override", f"{word}: set a key without the plus sign: {name}")
     if name not in presets():
         near = get_close_matches(name, presets(), n=1)
-        raise RecipeError(f"no preset {word}; " + (f"did you mean +{near[0]}?" if near else "all: rescom-timm recipes"))
+        todo = f"did you mean +{near[0]}?" if near else "`rescom-timm recipes` lists them"
+        raise RecipeError("recipe.unknown_preset", f"no preset {word}; {todo}")
     return name
 
 
@@ -139,7 +141,7 @@ def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     where it names files of a machine that `overrides` do not name."""
     tree = _yaml(Path(path))
     if "base" in tree:
-        raise RecipeError(f"{path}: a recipe from the Hub must be whole: base: {tree['base']!r} is not followed")
+        raise RecipeError("recipe.base", f"{path}: base: {tree['base']!r} of a recipe from the Hub is not followed")
     said = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
     usual = flat(Recipe(data=DataConfig("digits")).to_dict())
     ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
@@ -156,8 +158,9 @@ def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ]
     if own:
         raise RecipeError(
-            f"{path}: files of a machine that a recipe from the Hub names are not read: {' '.join(own)}. Say each on "
-            "the command line, as it is here"
+            "recipe.local_file",
+            f"{path}: a recipe from the Hub names local files, which are not read: {' '.join(own)}; "
+            "set each on the command line",
         )
     refuse_secrets(made)
     return made
@@ -191,15 +194,16 @@ def refuse_secrets(recipe: Recipe) -> None:
     for key, text in said.items():
         if kind := secret_in(text):
             raise RecipeError(
-                f"{without_secrets(key)} holds {kind}, which would stand in the run's files, its card and its "
-                "trackers: take it out; the Hub's token comes from  hf auth login  or HF_TOKEN"
+                "recipe.secret",
+                f"{key} holds {kind}, which the run's files, card and trackers would show; remove it "
+                "(the Hub's token comes from `hf auth login` or HF_TOKEN)",
             )
 
 
 def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
     if not isinstance(tree, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
+        raise RecipeError("recipe.file", f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
     tree = _in_full(tree)
     before, said = tree, [word.partition("=")[0].strip() for word in overrides]
     for word in overrides:
@@ -214,13 +218,15 @@ def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[
     if isinstance(method, dict):
         tree = {**tree, "method": {"name": "rescom", **method}}
     if odd := [f"{key}: {wrong}" for key, value in _numbers(tree) if (wrong := _absurd(value))]:
-        raise RecipeError(f"{source}: " + "\n  ".join(odd))
+        raise RecipeError("recipe.value", f"{source}: " + "\n  ".join(odd))
     try:
         return _ADAPTER.validate_json(json.dumps(tree), strict=True)
     except pydantic.ValidationError as error:
-        raise RecipeError(f"{source}: " + "\n  ".join(explain(error.errors()))) from None
+        raise explain(error, source) from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists") from None
+        raise RecipeError(
+            "recipe.file", f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists"
+        ) from None
 
 
 REMOVED = {
@@ -238,7 +244,7 @@ def _without_removed(tree: dict[str, Any], source: str) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if isinstance(old := tree.get(section), dict) and name in old:
             if old[name] is not harmless:
-                raise RecipeError(f"{source}: {key} was removed: {why}; leave it out")
+                raise RecipeError("recipe.removed_key", f"{source}: {key} was removed: {why}; leave it out")
             tree = {**tree, section: {k: v for k, v in old.items() if k != name}}
     return tree
 
@@ -289,11 +295,11 @@ _ADAPTER = pydantic.TypeAdapter(Recipe)
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
     """A file and its bases with what each of them says, the lowest first."""
     if path in seen:
-        raise RecipeError(f"{path}: is its own base ({' -> '.join(map(str, (*seen, path)))})")
+        raise RecipeError("recipe.base", f"{path} is its own base ({' -> '.join(map(str, (*seen, path)))})")
     tree = _in_full(_yaml(path))
     base = tree.pop("base", None)
     if not isinstance(base, str | None):
-        raise RecipeError(f"{path}: base: the name of one other recipe, not {base!r}")
+        raise RecipeError("recipe.base", f"{path}: base must be the name of one other recipe, not {base!r}")
     below = [] if base is None else _with_bases(path.parent / base, (*seen, path))
     return [*below, (path, tree)]
 
@@ -302,24 +308,24 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         return read_yaml(path)
     except FileNotFoundError:
-        raise RecipeError(f"no recipe {path}") from None
+        raise RecipeError("recipe.missing", f"no recipe {path}") from None
     except (ValueError, OSError) as error:
-        raise RecipeError(str(error)) from None
+        raise RecipeError("recipe.file", str(error)) from None
 
 
 def _override(word: str) -> dict[str, Any]:
     key, equals, value = word.partition("=")
     if word.startswith("+"):
-        raise RecipeError(f"{word}: a preset goes over a recipe's file; this recipe is already complete: set its keys")
+        raise RecipeError("recipe.override", f"{word}: this recipe is complete and takes no preset; set its keys")
     if not equals or not key:
-        raise RecipeError(f"{word!r} is not key=value, such as train.epochs=10")
+        raise RecipeError("recipe.override", f"{word!r} is not key=value, such as train.epochs=10")
     try:
         tree: Any = parse_yaml(value)
     except ValueError as error:
-        raise RecipeError(f"{word!r}: the value is not YAML: {error}") from None
+        raise RecipeError("recipe.override", f"{word!r}: the value is not YAML: {error}") from None
     parts = key.strip().split(".")
     if len(parts) > MAX_DEPTH:
-        raise RecipeError(f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
+        raise RecipeError("recipe.override", f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
     for part in reversed(parts):
         tree = {part: tree}
     return _in_full(tree)

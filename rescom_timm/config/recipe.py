@@ -66,19 +66,21 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ValueError("lr must be above 0")
+            raise InputError("recipe.value", "lr must be above 0")
         if self.weight_decay < 0:
-            raise ValueError("weight_decay must be at least 0")
+            raise InputError("recipe.value", "weight_decay must be at least 0")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), not {self.momentum:g}")
+            raise InputError("recipe.value", f"momentum must be in [0, 1), not {self.momentum:g}")
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
+            raise InputError("recipe.conflict", "nesterov needs a momentum above 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError("clip_norm must be above 0, or null for none")
+            raise InputError("recipe.value", "clip_norm must be above 0, or null for none")
         if self.encoder_lr_scale <= 0:
-            raise ValueError("encoder_lr_scale must be above 0; net.trainable: [none] freezes the backbone")
+            raise InputError(
+                "recipe.value", "encoder_lr_scale must be above 0; net.trainable: [none] freezes the backbone"
+            )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ValueError("layer_decay must be in (0, 1]")
+            raise InputError("recipe.value", "layer_decay must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,19 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_epochs < 0:
-            raise ValueError("warmup_epochs must be at least 0")
+            raise InputError("recipe.value", "warmup_epochs must be at least 0")
         if (self.name == "steps") != bool(self.milestones):
-            raise ValueError(
+            raise InputError(
+                "recipe.conflict",
                 "milestones belong to schedule.name: steps, which needs at least one; "
-                "for another schedule say milestones: []"
+                "for another schedule say milestones: []",
             )
         if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
-            raise ValueError("milestones must rise, from epoch 1 on")
+            raise InputError("recipe.value", "milestones must rise, from epoch 1 on")
         if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be in (0, 1], not {self.gamma:g}")
+            raise InputError("recipe.value", f"gamma must be in (0, 1], not {self.gamma:g}")
         if not 0 <= self.final <= 1:
-            raise ValueError(f"final must be in [0, 1], as a fraction of lr, not {self.final:g}")
+            raise InputError("recipe.value", f"final must be in [0, 1], as a fraction of lr, not {self.final:g}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {self.decay:g}")
+            raise InputError("recipe.value", f"decay must be in [0, 1), not {self.decay:g}")
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}")
+                raise InputError("recipe.value", f"{name} must be at least {least}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+            raise InputError(
+                "recipe.conflict", f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}"
+            )
 
 
 @dataclass(frozen=True)
@@ -175,9 +180,9 @@ class EvaluationConfig:
         if not 1 <= self.group_limits[0] <= self.group_limits[1]:
             raise ValueError(f"group_limits must be two rising numbers from 1 on, not {list(self.group_limits)}")
         if self.every < 1 or self.batch_size < 1:
-            raise ValueError("every and batch_size must be at least 1")
+            raise InputError("recipe.value", "every and batch_size must be at least 1")
         if self.patience is not None and self.patience < 1:
-            raise ValueError("patience must be at least 1, or null for none")
+            raise InputError("recipe.value", "patience must be at least 1, or null for none")
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
-            raise ValueError("every and keep must be at least 1")
+            raise InputError("recipe.value", "every and keep must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -231,15 +236,17 @@ class HubConfig:
         if self.repo is not None:
             object.__setattr__(self, "repo", target(self.repo))
             if self.repo.count("/") != 1:
-                raise ValueError(f"repo must be owner/name, not {self.repo!r}")
+                raise InputError("recipe.value", f"repo must be owner/name, not {self.repo!r}")
             try:
                 validate_repo_id(self.repo)
             except ValueError as error:
-                raise ValueError(f"repo {self.repo!r} is no name of the Hub: {str(error).splitlines()[0]}") from None
+                raise InputError(
+                    "recipe.value", f"repo {self.repo!r} is no name of the Hub: {str(error).splitlines()[0]}"
+                ) from None
         if self.benchmark is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+#[\w.-]+", self.benchmark):
-            raise ValueError(f"benchmark must be owner/dataset#task, not {self.benchmark!r}")
+            raise InputError("recipe.value", f"benchmark must be owner/dataset#task, not {self.benchmark!r}")
         if self.timeout_minutes <= 0:
-            raise ValueError("timeout_minutes must be above 0")
+            raise InputError("recipe.value", "timeout_minutes must be above 0")
 
 
 @dataclass(frozen=True)
@@ -260,11 +267,11 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.log_with)) != len(self.log_with):
-            raise ValueError("log_with names a tracker twice")
+            raise InputError("recipe.value", "log_with names a tracker twice")
         if not self.project or self.name == "" or "" in self.tags:
-            raise ValueError("project, name and tags must not be empty text")
+            raise InputError("recipe.value", "project, name and tags must not be empty text")
         if "'" in self.project:
-            raise ValueError(f"project must be without quotes, not {self.project!r}")
+            raise InputError("recipe.value", f"project must be without quotes, not {self.project!r}")
 
 
 @dataclass(frozen=True)
@@ -296,36 +303,45 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.name in (".", "..") or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f\x7f]*", self.name):
-            raise ValueError(f"name must be the name of one folder, without / and not hidden, not {self.name!r}")
+            raise InputError(
+                "recipe.value", f"name must be the name of one folder, without / and not hidden, not {self.name!r}"
+            )
         check_name(self.name, "name")
         if DEVICES.fullmatch(self.name):
-            raise ValueError(f"name must be the name of a folder, and {self.name!r} is a device or a drive on Windows")
+            raise InputError(
+                "recipe.value",
+                f"name must be the name of a folder, and {self.name!r} is a device or a drive on Windows",
+            )
         if len(os.fsencode(self.name)) > MAX_NAME:
-            raise ValueError(f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
+            raise InputError("recipe.value", f"name is longer than the {MAX_NAME} bytes that a folder's name may have")
         if not self.output or "\0" in self.output:
-            raise ValueError(f"output must be a folder, not {self.output!r}")
+            raise InputError("recipe.value", f"output must be a folder, not {self.output!r}")
         if not 0 <= self.seed < MAX_SEED:
-            raise ValueError(f"seed must be from 0 to {MAX_SEED - 1:,}, not {self.seed}")
+            raise InputError("recipe.value", f"seed must be from 0 to {MAX_SEED - 1:,}, not {self.seed}")
         for name, epoch in (
             ("schedule.warmup_epochs", self.schedule.warmup_epochs),
             ("the last of schedule.milestones", max(self.schedule.milestones, default=0)),
         ):
             if epoch >= self.train.epochs > 0:
-                raise ValueError(
-                    f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both"
+                raise InputError(
+                    "recipe.conflict",
+                    f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both",
                 )
         compiled = bool(self.speed.capture or self.speed.compile)
         check_method(self.method, mix=self.mix.on, fit_batch=self.train.fit_batch, compiled=compiled)
         parts = self.train.accumulate > 1 or self.train.fit_batch
         if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
-            raise ValueError(
+            raise InputError(
+                "recipe.conflict",
                 f"speed.compile: {self.speed.compile} captures CUDA graphs, each of which overwrites the gradients of "
-                "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs"
+                "the one before: with train.accumulate above 1 say true or max-autotune-no-cudagraphs",
             )
         if self.net.frozen_precision == "bf16" and self.train.precision != "bf16":
-            raise ValueError("net.frozen_precision: bf16 needs train.precision: bf16")
+            raise InputError("recipe.conflict", "net.frozen_precision: bf16 needs train.precision: bf16")
         if self.speed.grad_checkpointing and (self.speed.capture or self.speed.compile):
-            raise ValueError("speed.grad_checkpointing does not go together with speed.capture or speed.compile")
+            raise InputError(
+                "recipe.conflict", "speed.grad_checkpointing does not go together with speed.capture or speed.compile"
+            )
         if self.speed.capture:
             for key, odd in (
                 ("train.accumulate", self.train.accumulate > 1),
@@ -337,11 +353,17 @@ class Recipe:
                 (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
             ):
                 if odd:
-                    raise ValueError(f"speed.capture does not go together with {key}: turn one of them off")
+                    raise InputError(
+                        "recipe.conflict", f"speed.capture does not go together with {key}: turn one of them off"
+                    )
         if self.evaluation.patience is not None and self.data.validation == "none":
-            raise ValueError("evaluation.patience needs data.validation, where the best epoch is chosen")
+            raise InputError(
+                "recipe.conflict", "evaluation.patience needs data.validation, where the best epoch is chosen"
+            )
         if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
-            raise ValueError("hub.strategy: best needs data.validation, where the best checkpoint is chosen")
+            raise InputError(
+                "recipe.conflict", "hub.strategy: best needs data.validation, where the best checkpoint is chosen"
+            )
 
     @property
     def folder(self) -> Path:

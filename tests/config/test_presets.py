@@ -6,6 +6,7 @@ from rescom_timm.__main__ import main
 from rescom_timm.config.loading import load, load_dict, presets, shipped
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.io import read_yaml
+from tests.raises import warns
 
 
 def test_a_preset_goes_over_the_file_and_below_the_keys():
@@ -59,24 +60,24 @@ def test_every_preset_makes_a_recipe_of_every_file(recipe):
 
 
 def test_names_of_020_load_with_a_notice():
-    with pytest.warns(FutureWarning, match=r"digits_lt \+ldam"):
+    with warns("digits_lt +ldam", kind=FutureWarning):
         assert load("digits_lt_ldam") == load("digits_lt", ["+ldam"])
-    with pytest.warns(FutureWarning, match=r"imagenet_lt_clip_b16 \+lift_plus"):
+    with warns("imagenet_lt_clip_b16 +lift_plus", kind=FutureWarning):
         assert load("recipes/imagenet_lt_clip_b16_lift_plus.yaml").method.name == "balanced_softmax"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "code", "named"),
     [
-        (["digits_lt", "+ldma"], "did you mean +ldam?"),
-        (["digits_lt", "+train.epochs=3"], "without the plus sign: train.epochs=3"),
-        (["digits_lt", "+"], "no preset +"),
+        (["digits_lt", "+ldma"], "recipe.unknown_preset", "+ldam?"),
+        (["digits_lt", "+train.epochs=3"], "recipe.override", ": train.epochs=3"),
+        (["digits_lt", "+"], "recipe.unknown_preset", "+;"),
     ],
 )
-def test_a_wrong_preset_is_one_line(words, message, capsys):
-    assert main(["train", *words, "--print"]) == 1
+def test_a_wrong_preset_is_one_line(arguments, code, named, capsys):
+    assert main(["train", *arguments, "--print"]) == 1
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert error.startswith(f"error[{code}]: ") and named in error and error.count("\n") == 1
 
 
 def test_the_resolved_recipe_is_printed(capsys):

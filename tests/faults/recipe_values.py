@@ -189,7 +189,7 @@ FILES = [
     file("data without a source", "data: {index: all}\n", "data.source is missing"),
     file("recipe that is its own base", "base: x.yaml\n", "is its own base"),
     file("base that is not there", "base: nothing.yaml\n", "no recipe"),
-    file("base of two names", "base: [a, b]\n", "base: the name of one other recipe"),
+    file("base of two names", "base: [a, b]\n", "[recipe.base]...base...['a', 'b']"),
     file("date for a number", "data: {source: digits}\nseed: 2020-01-01\n", "a recipe holds text, numbers"),
     file("aliases that grow", "a: &a [x, x]\nb: [*a, *a]\n", "line 2: aliases (*a) are not read: write the value out"),
     file("3,000 levels", "a: " + "[" * 3000 + "]" * 3000, "nested deeper than 50 levels"),
