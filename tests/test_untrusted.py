@@ -557,7 +557,7 @@ def test_no_message_and_no_record_tells_a_token(monkeypatch):
         load_dict({"data": {"source": "digits"}}, "recipe", [f"hub.private={TOKEN}"])
     for text in (
         str(told.value),
-        str(RunError(f"x {TOKEN}")),
+        str(RunError("run.missing", f"x {TOKEN}")),
         str(HubError(f"x {TOKEN}")),
         one_line(OSError(f"https://me:0123456789abcdef@host {TOKEN}")),
     ):

@@ -23,6 +23,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.errors import code_of
 from rescom_timm.methods import Method, create_method, method_class
 from rescom_timm.methods.distillation import Teacher
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features, start_from_means
@@ -34,7 +35,7 @@ from rescom_timm.models.tuning import added
 def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     """The net of a recipe. Raises RecipeError where it cannot be made or its pretrained weights cannot be read."""
     if config.weights_file is not None and not Path(config.weights_file).expanduser().is_file():
-        raise RecipeError(f"net.weights_file: no file {config.weights_file}")
+        raise RecipeError("net.weights", f"net.weights_file: no file {config.weights_file}")
     try:
         net = create_model(
             config.backbone,
@@ -49,21 +50,23 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
             **config.options,
         )
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"net: {error}") from error
+        raise RecipeError(code_of(error), f"net: {error}") from error
     except Exception as error:  # of timm, its downloads and its readers of weights, whatever they raise
         told = " ".join(str(error).split()) or type(error).__name__
         if not config.pretrained:
-            raise RecipeError(f"net: timm cannot make {config.backbone}: {told[:300]}") from error
+            raise RecipeError("net.backbone", f"net: timm cannot make {config.backbone}: {told[:300]}") from error
         where = config.weights_file or "the Hub (or its cache here)"
         raise RecipeError(
+            "net.weights",
             f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {told[:300]}. Name a file of "
-            "them in net.weights_file, or say net.pretrained=false"
+            "them in net.weights_file, or say net.pretrained=false",
         ) from error
     channels = config.options.get("in_chans", net.encoder.pretrained_cfg["input_size"][0])  # type: ignore[index]
     if channels != 3:
         raise RecipeError(
-            f"net.options.in_chans: {config.backbone} would take images of {channels} channels, and images are always "
-            "read in 3 (RGB), grey ones too: leave in_chans out, or choose a backbone of 3 channels"
+            "net.backbone",
+            f"net.options.in_chans: {config.backbone} takes images of {channels} channels, and images are always "
+            "read in 3 (RGB), grey ones too: leave in_chans out, or choose a backbone of 3 channels",
         )
     try:
         if config.tuning.name == "full":
@@ -73,7 +76,7 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
             for parameter in added(net.encoder):
                 parameter.requires_grad_(True)
     except ValueError as error:
-        raise RecipeError(f"net.trainable: {error}") from error
+        raise RecipeError(code_of(error), f"net.trainable: {error}") from error
     net.frozen_statistics = config.frozen_statistics
     if config.frozen_precision == "bf16":
         keep_frozen_in_bfloat16(net.encoder)
@@ -96,8 +99,9 @@ def build_method(
     classes = len(data.counts)
     if classes < 2:
         raise RecipeError(
-            f"data.index: {data.train.name} has one class ({data.class_names[0]}), and training needs at least "
-            "two: add images of other classes"
+            "data.one_class",
+            f"data.index: {data.train.name} has one class ({data.class_names[0]}); training needs at least two: "
+            "add images of other classes",
         )
     refuse_queue(recipe, classes)
     kind = method_class(recipe.method)
@@ -109,21 +113,24 @@ def build_method(
         anew = kind.new_classifier or recipe.net.classifier.init != "random"
         load_weights(net, source, data.class_names, names, classifier=not anew, projector=not kind.new_classifier)
     elif start and kind.second_stage:
-        raise RecipeError(f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN")
+        raise RecipeError(
+            "recipe.missing_key", f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN"
+        )
     if start and recipe.net.classifier.file is not None:
         try:
             features = read_class_features(recipe.net.classifier.file, data.class_names, net.classifier.in_features)
         except (ValueError, OSError) as error:
-            raise RecipeError(f"net.classifier.file: {error}") from error
+            raise RecipeError(code_of(error), f"net.classifier.file: {error}") from error
         start_from_means(net.classifier, features)
     head = net.classifier
     try:
         method = create_method(net, torch.as_tensor(data.counts), recipe.method)
     except ValueError as error:
-        raise RecipeError(f"method: {error}") from error
+        raise RecipeError(code_of(error), f"method: {error}") from error
     if method.net.classifier is not head and recipe.net.classifier != ClassifierConfig():
         raise RecipeError(
-            f"net.classifier: method {recipe.method.name} has a classifier of its own; leave net.classifier as it is"
+            "recipe.conflict",
+            f"net.classifier: method {recipe.method.name} has a classifier of its own; leave net.classifier as it is",
         )
     if start:
         check_teacher(recipe, data, teacher)
@@ -137,18 +144,23 @@ def check_teacher(recipe: Recipe, data: Data, teacher: Teacher | None) -> None:
     name, source = recipe.method.name, recipe.method.teacher
     if teacher is None:
         if method_class(recipe.method).needs_teacher:
-            raise RecipeError(f"method {name} learns from a teacher: name its run or export, method.teacher=RUN")
+            raise RecipeError(
+                "recipe.missing_key", f"method {name} learns from a teacher: name its run or export, method.teacher=RUN"
+            )
         return
     known = teacher.net.classifier.out_features
     if known != len(data.counts):
         raise RecipeError(
-            f"method.teacher: {source} tells {known} classes apart and data.index has {len(data.counts)}: "
-            "a teacher must have been trained on the same classes"
+            "data.classes",
+            f"method.teacher: {source} has {known} classes and data.index has {len(data.counts)}: "
+            "a teacher must have been trained on the same classes",
         )
     try:
         numbers_in(data.class_names, teacher.class_names, data.train.name, str(source), ordered=True)
     except ValueError as error:
-        raise RecipeError(f"method.teacher: {error}; a teacher must have been trained on the same classes") from None
+        raise RecipeError(
+            code_of(error), f"method.teacher: {error}; a teacher must have been trained on the same classes"
+        ) from None
 
 
 def refuse_queue(recipe: Recipe, classes: int) -> int:
@@ -164,8 +176,8 @@ def refuse_size(key: str, numbers: int) -> None:
     memory, needed = psutil.virtual_memory().total, 4 * numbers
     if needed > memory / 2:
         raise RecipeError(
-            f"{key}: the queue's keys would take {needed / 2**30:,.0f} GiB of this machine's {memory / 2**30:,.0f}: "
-            "lower it"
+            "train.memory",
+            f"{key}: the queue's keys need {needed / 2**30:,.0f} GiB of this machine's {memory / 2**30:,.0f}: lower it",
         )
 
 
@@ -184,13 +196,14 @@ def load_weights(
     if run.is_dir():
         newest = checkpoint.newest(run)
         if newest is None:
-            raise RecipeError(f"from: {source} holds no checkpoint; train it first")
+            raise RecipeError("train.from", f"from: {source} holds no checkpoint; train it first")
         source, weights = newest[0], whole_weights(net, newest[1], newest[2], newest[0])
         names = checkpoint.class_names(newest[0], newest[2])
     elif (source / "rescom.json").is_file():
         raise RecipeError(
-            f"from: {source} is an exported model: name the run's folder, or, for other classes too, start from its "
-            f"backbone: net.backbone=local-dir:{source} net.pretrained=true"
+            "train.from",
+            f"from: {source} is an exported model: name the run's folder, or start from its backbone "
+            f"(also for other classes): net.backbone=local-dir:{source} net.pretrained=true",
         )
     elif source.is_dir():
         found = checkpoint.load(source)
@@ -201,12 +214,12 @@ def load_weights(
             if source.name == checkpoint.FILES[0] and (source.parent / checkpoint.FILES[2]).is_file():
                 names = checkpoint.class_names(source.parent, checkpoint.load(source.parent)[1])
         except (SafetensorError, OSError) as error:
-            raise RecipeError(f"from: {source} is no file of weights in safetensors: {error}") from error
+            raise RecipeError("train.from", f"from: {source} is no file of weights in safetensors: {error}") from error
     else:
-        raise RecipeError(f"from: no run, checkpoint or file of weights {source}")
+        raise RecipeError("train.from", f"from: no run, checkpoint or file of weights {source}")
     broken = [k for k, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
-        raise RecipeError(f"from: {source} holds weights that are not finite: {', '.join(broken[:3])}")
+        raise RecipeError("train.from", f"from: {source} holds weights that are not finite: {', '.join(broken[:3])}")
     kinds = [{name for name in one if name.startswith(HEAD)} for one in (weights, net.state_dict())]
     if classifier and kinds[0] != kinds[1] and {frozenset(kind) for kind in kinds} == set(LINEAR_OR_COSINE):
         theirs, ours = ("cosine" if kind == LINEAR_OR_COSINE[1] else "linear" for kind in kinds)
@@ -220,7 +233,8 @@ def load_weights(
             rows = rows_of(class_names, names, "data.source", str(source))
         except ValueError as error:
             raise RecipeError(
-                f"from: {error}, or take the encoder alone: net.backbone=local-dir:RUN/model net.pretrained=true"
+                code_of(error),
+                f"from: {error}, or take the encoder alone: net.backbone=local-dir:RUN/model net.pretrained=true",
             ) from None
         if rows is not None:
             weights = {
@@ -231,9 +245,10 @@ def load_weights(
     wrong += [name for name in weights if name not in own and name.startswith(taken[: 1 + classifier])]
     if wrong:
         raise RecipeError(
-            f"from: {source} is of another net (different: {', '.join(wrong[:3])}): start with the same net and "
-            "data.index, from a run whose classifier is one linear layer; for other classes start from its export: "
-            "net.backbone=local-dir:RUN/model net.pretrained=true"
+            "train.from",
+            f"from: {source} holds the weights of another net (different: {', '.join(wrong[:3])}): start with the same "
+            "net and data.index, from a run whose classifier is one linear layer; for other classes start from its export: "
+            "net.backbone=local-dir:RUN/model net.pretrained=true",
         )
     net.load_state_dict({name: weights[name] for name in own}, strict=False)
 
@@ -250,15 +265,16 @@ def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:
 
 
 def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights with the frozen ones, which it need not hold, from the net. Raises CheckpointError where
-    those are not what it was trained over."""
+    """A checkpoint's weights completed by the net's frozen ones. Raises CheckpointError where those are not
+    what it was trained over."""
     if not state.get("frozen"):
         return dict(weights)
     frozen = {name: value for name, value in net.named_parameters() if name not in weights}
     if digest(frozen) != state["frozen"]:
         raise CheckpointError(
+            "checkpoint.differs",
             f"{path} was tuned over other pretrained weights than {net.recreate and net.recreate['model_name']} has "
-            "here: put them back (net.weights_file, or timm's cache)"
+            "here: put them back (net.weights_file, or timm's cache)",
         )
     return {**{name: value.detach() for name, value in frozen.items()}, **weights}
 
@@ -274,7 +290,9 @@ def chosen_weights(
     if which == "raw":
         return weights
     if not state.get("average"):
-        raise CheckpointError(f"{path} holds no average of the weights: it was trained without train.ema")
+        raise CheckpointError(
+            "checkpoint.average", f"{path} holds no average of the weights: it was trained without train.ema"
+        )
     return state["average"]
 
 
@@ -288,7 +306,9 @@ def speed_up(net: Net, config: SpeedConfig) -> None:
         try:
             net.encoder.set_grad_checkpointing(True)  # type: ignore[operator]
         except (AssertionError, AttributeError) as error:
-            raise RecipeError("speed.grad_checkpointing: timm has none for this backbone; turn it off") from error
+            raise RecipeError(
+                "recipe.conflict", "speed.grad_checkpointing: timm has none for this backbone; turn it off"
+            ) from error
     if config.channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.compile:
@@ -303,7 +323,9 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
     """
     if config.name not in timm.optim.list_optimizers():
         near = ", ".join(get_close_matches(config.name, timm.optim.list_optimizers(), n=3)) or "sgd, adamw, lamb"
-        raise RecipeError(f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others")
+        raise RecipeError(
+            "recipe.value", f"optimizer.name: timm has no optimizer {config.name!r}; there are {near} and others"
+        )
     spared: set[str] = getattr(net.encoder, "no_weight_decay", set)() if not config.decay_norm_and_bias else set()
     kept = {"weight_decay_exclude_1d": not config.decay_norm_and_bias, "no_weight_decay_list": spared}
     heads = nn.ModuleList(module for name, module in net.named_children() if name not in ("encoder", "experts"))
@@ -311,7 +333,10 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
     if config.layer_decay is None:
         groups = [group for part in backbone for group in param_groups_weight_decay(part, config.weight_decay, **kept)]
     elif len(backbone) > 1:
-        raise RecipeError("optimizer.layer_decay is not for experts, which cut the backbone and so its order of layers")
+        raise RecipeError(
+            "recipe.conflict",
+            "optimizer.layer_decay does not support experts, which split the backbone; set it to null",
+        )
     else:
         groups = param_groups_layer_decay(net.encoder, config.weight_decay, layer_decay=config.layer_decay, **kept)
     for group in groups:

@@ -24,8 +24,9 @@ class CapturedStep:
         that a schedule sets, are passed on as tensors. Raises RecipeError for an optimizer that cannot be captured."""
         if not all("fused" in group for group in optimizer.param_groups):
             raise RecipeError(
+                "recipe.conflict",
                 "speed.capture: the step of this optimizer cannot be captured; use sgd, momentum, adam or adamw "
-                "(optimizer.name), or turn it off"
+                "(optimizer.name), or turn it off",
             )
         self.step, self.optimizer, self.device = step, optimizer, device
         self.rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]

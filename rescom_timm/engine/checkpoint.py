@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON only, written aside, hashed, renamed into place; nothing is ever unpickled.
+"""Checkpoints: safetensors and JSON only, hashed, written to a temporary folder and renamed; nothing is unpickled.
 
 A checkpoint is a folder `step-00000123`: net.safetensors (the net alone, plain names), state.safetensors (every other
 tensor), state.json (everything that is not a tensor, with the tensors' names in their places), hashes.json.
@@ -59,7 +59,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What pack was given."""
+    """Inverse of pack."""
     if isinstance(tree, list):
         return [unpack(value, tensors) for value in tree]
     if isinstance(tree, dict):
@@ -84,7 +84,7 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
     if final.exists():
         try:
             if load(final)[1].get("progress") == state.get("progress"):
-                return final  # the same step of the same run: the same bits
+                return final  # same step of the same run: bit-identical
         except CheckpointError:
             shutil.rmtree(final)
     old = folder / f".partial-old-{step:08d}"
@@ -118,40 +118,41 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(net, state) of a checkpoint folder. Raises CheckpointError, naming the file, where it is damaged."""
     if not path.is_dir():
-        raise CheckpointError(f"no checkpoint {path}")
+        raise CheckpointError("checkpoint.missing", f"no checkpoint {path}")
     try:
         hashes = read_json(path / "hashes.json")
         for name in FILES:
             if hashes.get(name) != sha256(path / name):
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what was written")
+                raise CheckpointError(
+                    "checkpoint.damaged", f"checkpoint {path} is damaged: {name} has changed since it was written"
+                )
         state = unpack(read_json(path / FILES[2]), load_file(path / FILES[1]))
         if not isinstance(state, dict):
-            raise CheckpointError(f"checkpoint {path} is damaged: {FILES[2]} holds no state")
+            raise CheckpointError("checkpoint.damaged", f"checkpoint {path} is damaged: {FILES[2]} holds no dict")
         _check(state)
         return load_file(path / FILES[0]), state
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+        raise CheckpointError("checkpoint.damaged", f"checkpoint {path} is damaged: {error}") from error
 
 
 def _check(state: dict[str, Any]) -> None:
-    """Raises ValueError where a run's state is none: its hashes may have been made to fit. What stands there names
-    folders and is looked up by many readers."""
+    """Raises ValueError for a state of the wrong types, which hashes cannot show: they may have been forged."""
     for name in ("progress", "recipe", "method"):
         if not isinstance(state.get(name, {}), dict):
-            raise ValueError(f"{FILES[2]} holds no {name} but {type(state[name]).__name__}")
+            raise ValueError(f"{name} in {FILES[2]} is {type(state[name]).__name__}, not dict")
     progress = state.get("progress", {})
     for name in ("epoch", "step"):
         if type(progress.get(name, 0)) is not int or progress.get(name, 0) < 0:
             raise ValueError(f"{FILES[2]} says {name} {progress[name]!r}")
     best = progress.get("best_checkpoint")
     if best is not None and not (isinstance(best, str) and NAME.fullmatch(best)):
-        raise ValueError(f"{FILES[2]} says best_checkpoint {best!r}, which is no name of one")
+        raise ValueError(f"{FILES[2]} says best_checkpoint {best!r}, which is not the name of a checkpoint")
     names = state.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{FILES[2]} holds class_names that are no list of names")
+        raise ValueError(f"{FILES[2]} holds class_names that are not a list of text")
     for name in ("method", "average"):
         if not all(isinstance(value, Tensor) for value in (state.get(name) or {}).values()):
-            raise ValueError(f"{FILES[2]} holds something else than tensors in {name}")
+            raise ValueError(f"{FILES[2]} holds values other than tensors in {name}")
 
 
 def class_names(path: Path, state: Mapping[str, Any]) -> list[str] | None:
@@ -165,23 +166,24 @@ def class_names(path: Path, state: Mapping[str, Any]) -> list[str] | None:
     try:
         names = read_json(beside).get("class_names")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{beside} is damaged: {error}") from error
+        raise CheckpointError("checkpoint.damaged", f"{beside} is damaged: {error}") from error
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise CheckpointError(f"{beside} is damaged: its class_names are no list of names")
+        raise CheckpointError("checkpoint.damaged", f"{beside} is damaged: its class_names are not a list of text")
     return names
 
 
 @contextmanager
 def consistent(path: Path) -> Iterator[None]:
-    """The block takes what it needs out of a checkpoint's state. Raises CheckpointError where that is not there or not
-    what it must be, though the hashes fit."""
+    """The block reads a checkpoint's state; errors in it become CheckpointError, as the hashes may have been forged."""
     try:
         yield
     except (CheckpointError, RecipeError, torch.OutOfMemoryError):
         raise
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
-        raise CheckpointError(f"checkpoint {path} cannot be gone on from: its state is not whole ({told})") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            "checkpoint.damaged", f"checkpoint {path} cannot be resumed: its state is incomplete ({reason})"
+        ) from error
 
 
 def listed(folder: Path) -> list[Path]:
@@ -190,8 +192,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def repair(folder: Path) -> None:
-    """Put back what a process that was killed between the two renames of `save` left. For the owner of the run's lock
-    alone: of a run that trains it would undo a rename."""
+    """Undo the first of the two renames of `save` after a crash between them. Needs the run's lock."""
     for old in folder.glob(".partial-old-*"):
         place = folder / old.name.replace(".partial-old", "step")
         with suppress(OSError):
@@ -200,8 +201,7 @@ def repair(folder: Path) -> None:
 
 
 def whole_read(folder: Path, read: Callable[[], T]) -> T:
-    """What `read` takes from a folder of checkpoints, of a run that may be training: where it fails and the checkpoints
-    are others than before, such as after pruning, it is done again."""
+    """read(), repeated if it fails because a training run changed the folder's checkpoints meanwhile."""
     for _ in range(ATTEMPTS - 1):
         before = _there(folder)
         try:
@@ -213,7 +213,7 @@ def whole_read(folder: Path, read: Callable[[], T]) -> T:
 
 
 ATTEMPTS = 10
-"""How often checkpoints that change are read anew."""
+"""Reads of checkpoints that change."""
 T = TypeVar("T")
 
 
@@ -227,7 +227,10 @@ def _there(folder: Path) -> list[tuple[str, int]]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """(path, net, state) of the last valid checkpoint; warns about damaged ones; None if there is none."""
+    """(path, net, state) of the last valid checkpoint; warns about damaged ones; None if there is none.
+
+    Raises CheckpointError if every checkpoint is damaged.
+    """
 
     def read() -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         path = listed(folder)[-1]
@@ -248,13 +251,15 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | Non
         except CheckpointError as error:
             warnings.warn(f"{error}; using the one before it", stacklevel=2)
     if found:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged; start a new run without --resume")
+        raise CheckpointError(
+            "checkpoint.damaged", f"every checkpoint in {folder} is damaged; start a new run without --resume"
+        )
     return None
 
 
 def prune(written: Path, keep: int, spare: str | None = None) -> None:
-    """After a checkpoint is safely written: remove all but the last `keep` and the one named `spare`, those of later
-    steps (damaged, for the run went on from before them), and what crashes left over."""
+    """After writing a checkpoint: keep the last `keep` and the one named `spare`; remove the others, those of later
+    steps (the run resumed from before them: they are damaged) and temporary folders."""
     folder = written.parent
     later = [path for path in listed(folder) if path.name > written.name]
     older = [path for path in listed(folder) if path.name <= written.name]
@@ -272,7 +277,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: dict[str, Any]) -> None:
-    """Undo: what random_state returned becomes the state of this process."""
+    """Restore what random_state returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -1,4 +1,4 @@
-"""What a run may fail with, and how an error is told."""
+"""Errors of a run, and how the command line prints them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.config.secrets import without_secrets
-from rescom_timm.errors import CodedError
+from rescom_timm.errors import CodedError, code_of
 
 
 class RunError(CodedError, RuntimeError):
@@ -40,32 +40,32 @@ class Stopped(RuntimeError):
 
 
 FAILURES = (RunError, ValueError, OSError)
-"""What a run may fail with whose message is enough: recipe, data, disk, network or numbers."""
+"""Errors of a run that need no traceback: recipe, data, disk, network or numbers."""
 
 AGAIN = "then continue with --resume, from the last checkpoint"
 FULL = "free disk space (or name a folder on another disk)"
-_RIGHTS = "see that this user may read and write there, or name another place"
-_DISK = "the disk or its connection fails: mend it, or name a folder on another disk"
+_RIGHTS = "give this user read and write permission there, or name another folder"
+_DISK = "the disk or its connection fails: repair it, or name a folder on another disk"
 ADVICE = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: f"the quota is used up: {FULL}",
-    errno.EFBIG: "files may not be so large here (ulimit -f, or the kind of disk): raise that, or name another folder",
-    errno.EROFS: "the disk may only be read: make it writable, or name a folder on another disk",
+    errno.EFBIG: "the file is too large for ulimit -f or the file system: raise the limit, or name another folder",
+    errno.EROFS: "the disk is read-only: make it writable, or name a folder on another disk",
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EIO: _DISK,
     errno.ESTALE: _DISK,
     errno.ENOTCONN: _DISK,
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n 65536)",
-    errno.ENFILE: "too many files are open on this machine: end what is not needed",
+    errno.ENFILE: "too many files are open on this machine: close other programs",
 }
-"""What to do where the machine refuses a file, by the system's number of the error."""
+"""What to do when the system refuses a file, by errno."""
 
 
 def advice(error: BaseException | None) -> str:
-    """What to do about what the machine refuses, of an error or of the one that it was raised from; else empty."""
+    """What to do about an OSError, or one that the error was raised from; empty if unknown."""
     while error is not None:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors tells it
+        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
         if known := ADVICE.get(int(number[1]) if number else getattr(error, "errno", None) or 0):
             return known
         error = error.__cause__
@@ -73,15 +73,17 @@ def advice(error: BaseException | None) -> str:
 
 
 def unwritten(what: str, error: BaseException, more: str = "") -> MachineError:
-    """What is raised where the machine did not take a file of a run."""
-    said = re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error))  # of safetensors
-    todo = advice(error) or "see that the run's folder is there (was it moved or removed?) and may be written to"
-    return MachineError(f"{what} could not be written: {said}.{more} {todo[0].upper()}{todo[1:]}, {AGAIN}")
+    """The error for a file of a run that could not be written."""
+    reason = re.sub(r"^Error while serializing: (I/O error: )?| \(os error \d+\)$", "", str(error))  # of safetensors
+    todo = advice(error) or "check that the run's folder exists (was it moved or removed?) and is writable"
+    return MachineError(
+        "file.failed", f"{what} could not be written: {reason}.{more} {todo[0].upper()}{todo[1:]}, {AGAIN}"
+    )
 
 
 @contextmanager
 def with_advice(again: str = f"; {AGAIN}") -> Iterator[None]:
-    """What the machine lacks, as an error that says what to do. again: what it says last.
+    """Re-raise errors of the machine with what to do. again: the end of the message.
 
     Raises RecipeError where a GPU's memory is full, MachineError for a disk that refuses a file, a lost worker of a
     loader, or a lost process of several.
@@ -92,30 +94,31 @@ def with_advice(again: str = f"; {AGAIN}") -> Iterator[None]:
         raise
     except Exception as error:
         try:
-            told = _told(error, again)
-        except RuntimeError as late:  # torch tells a lost worker wherever the process just is, also here
-            told = _told(late, again)
-        if told is None:
+            advised = _advised(error, again)
+        except RuntimeError as late:  # torch reports a lost worker at any point of the process, also here
+            advised = _advised(late, again)
+        if advised is None:
             raise
-        raise told from error
+        raise advised from error
 
 
-def _told(error: Exception, again: str) -> RunError | RecipeError | None:
-    """The error that says what to do; None where there is nothing to say."""
+def _advised(error: Exception, again: str) -> RunError | RecipeError | None:
+    """The error with what to do; None if there is no advice."""
     if isinstance(error, torch.OutOfMemoryError):
         return RecipeError(
-            f"the GPU's memory is full ({str(error).partition('. ')[0]}): raise train.accumulate, which cuts the same "
-            f"batch into parts (train.fit_batch finds how many), or lower evaluation.batch_size{again}"
+            "train.memory",
+            f"GPU out of memory ({str(error).partition('. ')[0]}): increase train.accumulate to split the batch "
+            f"(train.fit_batch finds the value), or lower evaluation.batch_size{again}",
         )
     if worker_was_lost(error) or process_was_lost(error) or loader_timed_out(error):
-        return MachineError(f"{one_line(error).partition(': ')[2]}{again}")
+        return MachineError("system.process", f"{one_line(error).partition(': ')[2]}{again}")
     if isinstance(error, OSError) and advice(error):
-        return MachineError(f"{error}: {advice(error)}{again}")
+        return MachineError(code_of(error), f"{error}: {advice(error)}{again}")
     return None
 
 
 def raise_everywhere(trouble: Exception | None) -> None:
-    """Raises the main process's trouble in every process, so that none waits for one that has left."""
+    """Raise the main process's error in every process, so that none waits for it."""
     trouble = broadcast_object_list([trouble])[0]
     if trouble is not None:
         raise trouble

@@ -33,6 +33,7 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, whole_weights
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import CHANGED, run_recipe
+from rescom_timm.errors import InputError
 from rescom_timm.io import read_json, refuse_links, write_json, write_tensors
 from rescom_timm.metrics import DRAWS, LIMITS, Limits, Meter, span
 from rescom_timm.models.net import Net, check_weights
@@ -81,7 +82,9 @@ def five_crops(policy: str) -> list[str]:
     text = parse(policy).text
     end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
     if end is None:
-        raise ValueError(f"five crops are made where views.eval ends in center_crop(R), not of {text or 'none'!r}")
+        raise InputError(
+            "recipe.conflict", f"--five-crops needs views.eval to end in center_crop(R), not {text or 'none'!r}"
+        )
     size, resized = int(end[1]), re.search(r"resize\(\d+,(\w+)\)", text)
     first = f"resize({size + max(1, round(size * 24 / 224))},{resized[1] if resized else 'bilinear'})"
     crops = [f"corner_crop({size},{corner})" for corner in range(4)]
@@ -188,7 +191,10 @@ def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str
     if which != "best":
         return *found, f"after epoch {epoch}, not selected"
     if best_name is None:
-        raise ValueError(f"{run} has no best checkpoint: its recipe names no data.validation on which one is chosen")
+        raise InputError(
+            "checkpoint.missing",
+            f"{run} has no best checkpoint: its recipe sets no data.validation",
+        )
     best = folder / best_name
     return best, *checkpoint.load(best), f"epoch {best_epoch}, best {select} on validation"
 
@@ -256,7 +262,10 @@ def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] |
         return data if counts is None else replace(data, counts=counts)
     counts = _trained_counts(run, class_names)
     if counts is None:
-        raise ValueError(f"{run / 'classes.json'} is not there or of other classes: data.train must name another split")
+        raise InputError(
+            "data.classes",
+            f"{run / 'classes.json'} is missing or has other classes: data.train must name another split",
+        )
     return test_alone(recipe.data, class_names or [str(k) for k in range(len(counts))], counts)
 
 
@@ -293,7 +302,9 @@ def evaluate_run(
     data = data_of(run, own, recipe, checkpoint.class_names(path, state))
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
-        raise ValueError(f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})")
+        raise InputError(
+            "data.split", f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})"
+        )
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
     load_net(method.net, whole_weights(method.net, taken, state, path), path)

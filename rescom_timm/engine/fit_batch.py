@@ -31,9 +31,15 @@ def fitted(recipe: Recipe, accelerator: Accelerator, data: Data, resume: Resume)
     if not recipe.train.fit_batch:
         return recipe
     if accelerator.is_fsdp2:
-        raise RecipeError("train.fit_batch tries the whole net on one device, which FSDP shards: set train.accumulate")
+        raise RecipeError(
+            "train.distributed",
+            "train.fit_batch does not support FSDP: set train.accumulate",
+        )
     if isinstance(resume, RunElsewhere):
-        raise RecipeError(f"train.fit_batch: set train.accumulate to that of {resume} instead, which goes on with it")
+        raise RecipeError(
+            "recipe.conflict",
+            f"train.fit_batch: set train.accumulate to the value of {resume}, which is resumed",
+        )
     run = resumed(recipe, resume) if accelerator.is_main_process else None
     accumulate = broadcast_object_list([run.train.accumulate if run else None])[0]
     if accumulate is None:
@@ -68,7 +74,9 @@ def _tried(recipe: Recipe, accelerator: Accelerator, data: Data) -> int:
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
-        raise RecipeError("train.fit_batch: not even one image fits the device's memory: take a smaller net") from error
+        raise RecipeError(
+            "train.memory", "train.fit_batch: one image does not fit the device's memory: use a smaller net"
+        ) from error
     accumulate = step // size
     if accelerator.is_main_process:
         seen = f", and BatchNorm sees {size} images at once" if batchnorm and accumulate > 1 else ""

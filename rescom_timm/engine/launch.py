@@ -39,14 +39,15 @@ def launch(recipe: Recipe) -> Accelerator:
     name, started = max(((name, int(os.environ.get(name) or 1)) for name in STARTED), key=lambda pair: pair[1])
     if started > processes:
         raise RecipeError(
+            "train.distributed",
             f"{started} processes were started ({name}), but each would train alone ({processes} seen by accelerate). "
             f"Start them with: torchrun --nproc_per_node {started} -m rescom_timm train RECIPE "
-            "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)"
+            "(ACCELERATE_USE_CPU=1 torchrun ... on a machine without GPUs)",
         )
     if recipe.speed.capture and (processes > 1 or accelerator.is_fsdp2):
-        raise RecipeError("speed.capture is for one process that is not sharded; turn it off")
+        raise RecipeError("recipe.conflict", "speed.capture needs a single process without FSDP; turn it off")
     if train.precision == "fp16" and accelerator.device.type == "cpu":
-        raise RecipeError("train.precision: fp16 does nothing on a CPU; use bf16 or no")
+        raise RecipeError("train.device", "train.precision: fp16 is not supported on a CPU; use bf16 or no")
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # all training batches have one shape
         if train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -55,8 +56,9 @@ def launch(recipe: Recipe) -> Accelerator:
     if train.batch_size % per_step:
         lower = train.batch_size // per_step * per_step
         raise RecipeError(
+            "recipe.conflict",
             f"train.batch_size {train.batch_size} is for all processes together and is not divisible by {processes} "
-            f"processes x {train.accumulate} accumulated: the nearest that are: {lower or per_step}, {lower + per_step}"
+            f"processes x {train.accumulate} accumulated; the nearest are {lower or per_step}, {lower + per_step}",
         )
     return accelerator
 
@@ -77,7 +79,8 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         way == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
         raise RecipeError(
-            f"{way.value} is not supported; use several processes (the default) or FSDP2 (--fsdp_version 2)"
+            "train.distributed",
+            f"{way.value} is not supported; use several processes (the default) or FSDP2 (--fsdp_version 2)",
         )
     if way == DistributedType.FSDP:
         outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
@@ -87,9 +90,9 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside += ["train.ema"] if recipe.train.ema is not None else []
         outside += ["net.frozen_precision: bf16"] if recipe.net.frozen_precision == "bf16" else []
         if outside:
-            raise RecipeError(f"FSDP2 shards only the net, so it does not work with {outside[0]}")
+            raise RecipeError("train.distributed", f"FSDP2 shards only the net and does not support {outside[0]}")
         if recipe.net.classifier.init == "class_means":
-            raise RecipeError("net.classifier.init: class_means does not work with FSDP; start from random")
+            raise RecipeError("train.distributed", "net.classifier.init: class_means does not support FSDP; use random")
 
 
 def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:

@@ -28,8 +28,9 @@ def report(metrics: StepMetrics, lr: float, folder: Path, process: int, skip: bo
     )
     if not skip:
         raise NonFiniteLoss(
+            "train.nonfinite",
             f"{what}; nothing was saved after it. Lower optimizer.lr, set optimizer.clip_norm or raise "
-            "schedule.warmup_epochs and start again, or leave such batches out: train.nonfinite=skip --resume"
+            "schedule.warmup_epochs and start again, or leave such batches out: train.nonfinite=skip --resume",
         )
     warnings.warn(f"{what}; the batch is left out (train.nonfinite: skip)", RuntimeWarning, stacklevel=2)
 

@@ -28,6 +28,7 @@ from rescom_timm.engine.launch import prepare_to_shard
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
 from rescom_timm.engine.run_folder import Resume, RunElsewhere, resumed
 from rescom_timm.engine.stop_signals import in_own_process_group
+from rescom_timm.errors import code_of
 from rescom_timm.methods import Method
 from rescom_timm.methods.rescom import RescomConfig, auto_negatives
 from rescom_timm.metrics import GROUPS, groups
@@ -55,7 +56,9 @@ def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Ba
         recipe.train.epochs, recipe.loader, recipe.speed, method.second_sampler,
     )  # fmt: skip
     if len(loader) < recipe.train.accumulate:
-        raise RecipeError(f"train.batch_size {recipe.train.batch_size} is more than {data.train.name} holds")
+        raise RecipeError(
+            "recipe.conflict", f"train.batch_size {recipe.train.batch_size} exceeds the images of {data.train.name}"
+        )
     loader.worker_init_fn = in_own_process_group
     return loader
 
@@ -108,15 +111,17 @@ def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: 
             method.net.eval().classify(images)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which "
-            f"views.train makes: {error}. Say net.options.img_size={height} where it has that, or change the views"
+            "recipe.conflict",
+            f"net.backbone: {recipe.net.backbone} takes no images of {height} x {width} pixels, which views.train "
+            f"makes: {error}. Set net.options.img_size={height} if it has that option, or change the views",
         ) from error
     if method.teacher is not None:
         try:
             method.teacher(images)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise RecipeError(
-                f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}"
+                "recipe.conflict",
+                f"method.teacher: it takes no images of {height} x {width} pixels, which views.train makes: {error}",
             ) from error
     check_single_image(method, recipe, images, accelerator)
 
@@ -141,9 +146,10 @@ def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerato
         if "more than 1 value per channel" not in str(error):
             raise
         raise RecipeError(
+            "recipe.conflict",
             f"train.batch_size: {train.batch_size} over {processes} processes and train.accumulate={train.accumulate} "
             f"is 1 image per forward pass, and the BatchNorm layers of method {recipe.method.name} need at least 2: "
-            "raise train.batch_size or lower train.accumulate"
+            "raise train.batch_size or lower train.accumulate",
         ) from error
     finally:
         put_back(method, before)
@@ -162,8 +168,9 @@ def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits:
     found = gather_object(found)
     if found:
         raise RecipeError(
+            "image.unreadable",
             f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
-            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)"
+            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)",
         )
     _check_sizes(recipe, train, splits, accelerator.is_main_process)
 
@@ -180,7 +187,7 @@ def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: b
         ours = check_views(parse(views.train), train, "views.train", reading)
         theirs = [check_views(parse(views.eval), split, "views.eval", reading) for split in splits.values()]
     except ValueError as error:
-        raise RecipeError(str(error)) from None
+        raise RecipeError(code_of(error), str(error)) from None
     sizes = [size for size in (ours, *theirs) if size is not None]
     sides = [max(size) for size in sizes]
     if main and sides and max(sides) > FAR_APART * min(sides):
@@ -220,4 +227,6 @@ def check_selection(recipe: Recipe, data: Data) -> None:
     if data.validation is not None and select in GROUPS:
         chosen = groups(data.counts, recipe.evaluation.group_limits).get(select, torch.empty(0))
         if not np.isin(data.validation.labels, chosen).any():
-            raise RecipeError(f"evaluation.select: {data.validation.name} has no image of a class of {select}")
+            raise RecipeError(
+                "recipe.conflict", f"evaluation.select: {data.validation.name} has no image of a class of {select}"
+            )

@@ -23,17 +23,18 @@ from rescom_timm.config.loading import load, load_dict
 from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import FAILURES, CheckpointError, advice, raise_everywhere
+from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.io import clear_leftovers, file_lock, read_json, read_text, refuse_links, write_json
 
 LOCK, OWNER = checkpoint.LOCK, ".lock.json"
 FOLDERS = ("checkpoints", "evaluation", "figures", "hub", "model", "tensorboard")
-"""What of a run's folder are folders that we write to."""
+"""Folders of a run folder that we write to."""
 CHANGED = "-changed-"
 """In the name of an evaluation that is not the run's own: of other data, or of overrides that change what is read."""
 MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation", "checkpoints")
-"""A folder with none of these is no run's."""
+"""A run folder has at least one of these."""
 PATIENCE = 10.0
-"""Seconds to wait for a lock whose owner is gone: the workers of a killed run have it until they notice."""
+"""Seconds to wait for a lock whose owner is gone: the workers of a killed run hold it until they exit."""
 
 
 def existing(recipe: Recipe) -> list[Path]:
@@ -59,9 +60,9 @@ def check_place(recipe: Recipe) -> None:
     parent = Path(os.path.abspath(recipe.folder.parent))
     there = next(folder for folder in (parent, *parent.parents) if os.path.lexists(folder))
     if not there.is_dir():
-        raise RecipeError(f"output: {there} is no folder, so runs cannot be kept in {parent}: name another")
+        raise RecipeError("run.output", f"output: {there} is no folder, so {parent} cannot hold runs: name another")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"output: {there} may not be written to, so runs cannot be kept in {parent}: name another")
+        raise RecipeError("run.output", f"output: {there} is not writable, so {parent} cannot hold runs: name another")
 
 
 def make(recipe: Recipe) -> Path:
@@ -79,7 +80,7 @@ def make(recipe: Recipe) -> Path:
                 continue
     except OSError as error:
         todo = f": {advice(error)}" if advice(error) else ""
-        raise RecipeError(f"output: the run's folder cannot be made: {error}{todo}") from error
+        raise RecipeError("run.output", f"output: the run's folder cannot be made: {error}{todo}") from error
 
 
 def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
@@ -115,7 +116,7 @@ def choose_folder(recipe: Recipe, resume: Resume) -> Path:
     there = existing(recipe)
     if isinstance(resume, Path):
         if not resume.is_dir():
-            raise CheckpointError(f"no run's folder {resume} to resume")
+            raise CheckpointError("run.missing", f"no run folder {resume} to resume")
         return resume
     if isinstance(resume, RunElsewhere):
         theirs = resume.lines()
@@ -149,14 +150,16 @@ def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]
     before = checkpoint.newest(folder / "checkpoints")
     if before is None and (folder / "model").is_dir() and (folder / "evaluation" / "test-last.json").is_file():
         raise CheckpointError(
-            f"{folder} was trained to its end and its checkpoints are gone, so that it cannot be gone on with: start "
-            "another run without --resume, or remove that folder"
+            "checkpoint.missing",
+            f"{folder} is finished and has no checkpoints, so it cannot be resumed: start another run without "
+            "--resume, or remove that folder",
         )
     seen = gather_object([before[0].name if before else "none"])
     if len(set(seen)) > 1:
         raise CheckpointError(
+            "run.not_shared",
             f"the processes see different checkpoints in {folder} ({', '.join(seen)}): "
-            "put the run's folder on a disk that all machines share (output=...)"
+            "put the run's folder on a disk that all machines share (output=...)",
         )
     return before
 
@@ -178,8 +181,9 @@ def locked(run: Path) -> Iterator[None]:
                 owner = _owner(run)
                 if _lives(owner) or time.monotonic() > end:
                     raise CheckpointError(
-                        f"{run} is being trained by {_told(owner)}: wait for its end or stop it first, or start "
-                        "another run without --resume"
+                        "run.locked",
+                        f"{run} is being trained by {_describe(owner)}: wait for it or stop it, or start another run "
+                        "without --resume",
                     ) from None
                 time.sleep(0.2)
         try:
@@ -209,7 +213,7 @@ def _lives(owner: dict[str, Any]) -> bool:
         return False
 
 
-def _told(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any]) -> str:
     if not owner:
         return "another process"
     return f"process {owner.get('process')} on {owner.get('host')} since {owner.get('since')}"
@@ -221,15 +225,15 @@ def check_run(path: str | Path) -> Path:
     if not path.exists():
         there = Path("runs") / path
         hint = (
-            f"did you mean {there}?" if there.is_dir() else "give the folder that training printed, such as runs/NAME"
+            f"did you mean {there}?" if there.is_dir() else "name the folder that training printed, such as runs/NAME"
         )
-        raise FileNotFoundError(f"no run folder {path}: {hint}")
+        raise MissingFileError("run.missing", f"no run folder {path}: {hint}")
     if not path.is_dir():
-        raise ValueError(f"{path} is no run folder: it is a file")
+        raise InputError("run.missing", f"{path} is no run folder: it is a file")
     if not any((path / mark).exists() for mark in MARKS):
         within = sorted(str(one.parent) for one in path.glob("*/recipe.yaml"))
         hint = f"; did you mean {', '.join(within[:3])}?" if within else ""
-        raise ValueError(f"{path} is no run folder: it holds none of {', '.join(MARKS)}{hint}")
+        raise InputError("run.missing", f"{path} is no run folder: it holds none of {', '.join(MARKS)}{hint}")
     return path
 
 
@@ -246,7 +250,7 @@ def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
         found = checkpoint.newest(run / "checkpoints")
         if found is None:
             raise
-        warnings.warn(f"{error}; the recipe in {found[0]} is taken", stacklevel=2)
+        warnings.warn(f"{error}; using the recipe in {found[0]}", stacklevel=2)
         return load_dict(found[2]["recipe"], f"the recipe in {found[0]}", overrides)
     return load(path, overrides)
 
@@ -261,8 +265,8 @@ def class_names(run: Path) -> list[str] | None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The figures of a metrics.jsonl, each line with its epoch and step. Torn lines are left out: the last one, as a
-    crash leaves it, without a word, others with a warning. Empty where there is no file."""
+    """The lines of a metrics.jsonl, each with its epoch and step; empty if there is no file. Incomplete lines are
+    skipped, with a warning unless it is the last (a crash leaves one)."""
     found: list[dict[str, Any]] = []
     texts = read_text(path, errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
@@ -274,5 +278,5 @@ def lines(path: Path) -> list[dict[str, Any]]:
         if whole:
             found.append(line)
         elif number < len(texts):
-            warnings.warn(f"{path}: line {number} is damaged and left out: {text[:60]!r}", stacklevel=2)
+            warnings.warn(f"{path}: line {number} is damaged and skipped: {text[:60]!r}", stacklevel=2)
     return found

@@ -118,7 +118,10 @@ class State:
             weights, optimizer = self._whole()
             broken = [k for k, v in weights.items() if v.is_floating_point() and not bool(v.isfinite().all())]
             if broken:
-                raise NonFiniteLoss(f"{', '.join(broken[:3])} is not finite after step {self.progress.step}: not saved")
+                raise NonFiniteLoss(
+                    "train.nonfinite",
+                    f"{', '.join(broken[:3])} is not finite after step {self.progress.step}; not saved",
+                )
             if not self.accelerator.is_main_process:
                 return None
             weights = {name: value for name, value in weights.items() if name not in self.frozen}
@@ -148,17 +151,20 @@ class State:
         accelerator = self.accelerator
         if state.get("sharded", False) != self.sharded:
             raise CheckpointError(
-                f"{path} was saved {'without' if self.sharded else 'with'} FSDP: resume it the same way"
+                "checkpoint.differs",
+                f"{path} was saved {'without' if self.sharded else 'with'} FSDP: resume it the same way",
             )
         if state.get("frozen") not in (None, self.frozen_digest):
             raise CheckpointError(
-                f"{path} was tuned over other pretrained weights than the net has now: put them back "
-                "(net.weights_file, or timm's cache), or start a new run without --resume"
+                "checkpoint.differs",
+                f"{path} was tuned over other pretrained weights than the net has now: restore them "
+                "(net.weights_file, or timm's cache), or start a new run without --resume",
             )
         if state.get("teacher") != self.teacher_digest:
             raise CheckpointError(
-                f"{path} was trained with another teacher than method.teacher names now: put that one back, or start a "
-                "new run without --resume"
+                "checkpoint.differs",
+                f"{path} was trained with another teacher than method.teacher names now: restore it, or start a new "
+                "run without --resume",
             )
         if state.get("frozen"):
             weights = self._with_frozen(weights)
@@ -166,7 +172,7 @@ class State:
             check_weights(weights, self.net.state_dict(), str(path))
             check_weights(state.get("method", {}), self._beside_the_net(), f"the method in {path}")
         except ValueError as error:
-            raise CheckpointError(f"{error}; the run cannot be resumed from it") from None
+            raise CheckpointError("checkpoint.differs", f"{error}; the run cannot be resumed from it") from None
         with checkpoint.consistent(path):
             self.load_weights(weights, state.get("average"))
             self.method.load_state_dict(state["method"], strict=False)
@@ -250,14 +256,18 @@ def check_resumable(
     changed = [f"{key} ({one.get(key)!r} then, {other.get(key)!r} now)" for key in differences(old, new)]
     if changed:
         raise RecipeError(
+            "checkpoint.differs",
             f"{path} was made by another recipe; different: {', '.join(changed)}. Resume with "
-            f"{folder / 'recipe.yaml'}, or start a new run without --resume"
+            f"{folder / 'recipe.yaml'}, or start a new run without --resume",
         )
     try:
         numbers_in(data.class_names, class_names, data.train.name, str(path), ordered=True)
     except ValueError as error:
         raise RecipeError(
-            f"{error}: go on with the classes of the checkpoint, or start a new run without --resume"
+            "checkpoint.differs",
+            f"{error}: resume with the classes of the checkpoint, or start a new run without --resume",
         ) from None
     if index != data.provenance["train"]["sha256"]:
-        raise RecipeError(f"{path} was trained on other rows or labels than {data.train.name} has now")
+        raise RecipeError(
+            "checkpoint.differs", f"{path} was trained on other rows or labels than {data.train.name} has now"
+        )

@@ -240,7 +240,9 @@ class Trainer:
     def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
         progress = self.progress
         if not progress.passes:
-            raise NonFiniteLoss(f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it")
+            raise NonFiniteLoss(
+                "train.nonfinite", f"no batch of epoch {progress.epoch} had a finite loss; nothing was saved of it"
+            )
         skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
         means = progress.close_epoch(seconds)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -324,8 +326,9 @@ class Trainer:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
                 trouble = CheckpointError(
+                    "run.export",
                     f"{self.folder} is trained and saved, but its model could not be exported: {one_line(error)}: "
-                    f"{errors.advice(error) or 'repair that'}, then finish with --resume"
+                    f"{errors.advice(error) or 'repair that'}, then finish with --resume",
                 )
             if self.log is not None:
                 self.log.finished(
@@ -408,7 +411,7 @@ class Trainer:
         batch = self._mixed(next(iter(self.completed(self.loader))), 0)
         loss = self.step(batch, last=True)["loss"].item()
         if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the loss of the first step is {loss}")
+            raise NonFiniteLoss("train.nonfinite", f"the loss of the first step is {loss}")
         self.step.finish(finite=True)
         with torch.no_grad(), self.accelerator.autocast():
             for loader in self.eval_loaders.values():

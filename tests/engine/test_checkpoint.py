@@ -17,6 +17,7 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.io import sha256
 from tests.engine.child import SERVER
+from tests.raises import raises, warns
 
 ROOT = Path(__file__).parents[2]
 NET = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
@@ -87,9 +88,9 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, name, damage):
     checkpoint.save(tmp_path, 1, NET, {"step": 1})
     path = checkpoint.save(tmp_path, 2, NET, {"step": 2})
     DAMAGES[damage](path / name)
-    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged"):
+    with raises("checkpoint.damaged", "step-00000002"):
         checkpoint.load(path)
-    with pytest.warns(UserWarning, match=r"step-00000002 is damaged.*using the one before it"):
+    with warns("step-00000002"):
         found = checkpoint.newest(tmp_path)
     assert found[0].name == "step-00000001" and found[2] == {"step": 1}
 
@@ -106,7 +107,7 @@ def test_only_damaged_ones_are_an_error_and_none_is_none(tmp_path):
     assert checkpoint.newest(tmp_path / "nowhere") is None
     path = checkpoint.save(tmp_path, 1, NET, {})
     flip(path / "net.safetensors")
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="every checkpoint in .* is damaged"):
+    with pytest.warns(UserWarning), raises("checkpoint.damaged", tmp_path):
         checkpoint.newest(tmp_path)
 
 
@@ -189,7 +190,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_one_whole(tmp_path, monkeypatch
     checkpoint.save(tmp_path, 1, NET, {"step": 1})
     with monkeypatch.context() as patch:
         operations(patch, fail_at)
-        with pytest.raises(CheckpointError, match="step-00000002 could not be written: .*No space .*Free disk space"):
+        with raises("file.failed", "step-00000002", os.strerror(errno.ENOSPC), kind=CheckpointError):
             checkpoint.save(tmp_path, 2, NET, {"step": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert checkpoint.newest(tmp_path)[2] == {"step": 1}
@@ -212,7 +213,7 @@ def test_a_really_full_disk(tmp_path):
         pytest.skip("no disk can be mounted here")
     try:
         checkpoint.save(disk, 1, {"w": torch.rand(100_000)}, {"step": 1})
-        with pytest.raises(CheckpointError, match="Whole checkpoints there: step-00000001"):
+        with raises("file.failed", "step-00000001", kind=CheckpointError):
             checkpoint.save(disk, 2, {"w": torch.rand(100_000)}, {"x": torch.rand(100_000)})
         assert [p.name for p in disk.iterdir()] == ["step-00000001"]
         assert checkpoint.newest(disk)[2] == {"step": 1}
@@ -253,9 +254,9 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_never_run(tmp_path, make, ha
         hashes = {file: sha256(path / file) for file in checkpoint.FILES}
         if name != "hashes.json":
             (path / "hashes.json").write_text(json.dumps(hashes))
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with raises("checkpoint.damaged", path):
         checkpoint.load(path)
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(CheckpointError):
+    with warns("step-00000001"), raises("checkpoint.damaged"):
         checkpoint.newest(tmp_path / "checkpoints")
     assert not (tmp_path / "owned").exists()
 
@@ -273,14 +274,14 @@ def test_state_that_is_no_state_is_refused(tmp_path, text):
     path = checkpoint.save(tmp_path, 1, NET, {})
     (path / "state.json").write_text(text)
     (path / "hashes.json").write_text(json.dumps({file: sha256(path / file) for file in checkpoint.FILES}))
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with raises("checkpoint.damaged", path):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("step", -1), ("epoch", 1.5), ("step", "1")])
 def test_progress_that_cannot_be_is_refused(tmp_path, name, value):
     path = checkpoint.save(tmp_path, 1, NET, {"progress": {"epoch": 0, "step": 0, name: value}})
-    with pytest.raises(CheckpointError, match=f"state.json says {name} {value!r}"):
+    with raises("checkpoint.damaged", "state.json", f"{name} {value!r}"):
         checkpoint.load(path)
 
 

@@ -4,7 +4,6 @@ import json
 import sys
 
 import psutil
-import pytest
 import torch
 import yaml
 
@@ -12,6 +11,7 @@ from rescom_timm.config.loading import load, load_dict
 from rescom_timm.data.progress import bars_shown, quiet
 from rescom_timm.engine.log import Log, environment, evaluation_line, lines, peak_memory
 from tests.engine.child import recipe
+from tests.raises import raises
 
 
 def test_lines_are_written_and_those_after_the_checkpoint_dropped(tmp_path):
@@ -93,6 +93,6 @@ def test_quiet_is_for_what_happens_within(capsys, monkeypatch):
 def test_a_full_disk_is_an_error_of_the_write(tmp_path, monkeypatch):
     log = Log(tmp_path, load_dict(recipe(tmp_path)), {})
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with raises("file.failed", "No space left", kind=OSError):
         log.write(1, 1, {"x": 1.0})
     log.close()

@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rescom_timm.config.loading import load_dict
-from rescom_timm.config.recipe import RecipeError
 from rescom_timm.distributed import processes
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine import launch as launching
@@ -25,6 +24,7 @@ from rescom_timm.methods import DisAlignConfig, HybridPscConfig, LdamConfig, Moc
 from rescom_timm.methods.rescom import QueueConfig
 from rescom_timm.models.net import Net, ProjectorConfig
 from tests.engine.child import Launch, Tiny, differences, figures, last, recipe, run, together
+from tests.raises import raises
 
 COUNTS = torch.tensor([60, 25, 9, 4])
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
     torch.testing.assert_close(sharded["projector.0.weight"], net["projector.0.weight"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(parts["method"]["queue.keys"], state["method"]["queue.keys"], rtol=1e-2, atol=1e-3)
     launch = Launch(recipe(tmp_path / "a", **changes), 2, resume=True, fault=("fsdp",))
-    assert launch.wait() == [1, 1] and "was saved without FSDP" in launch.text
+    assert launch.wait() == [1, 1] and "error[checkpoint.differs]" in launch.text
 
 
 def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
@@ -206,7 +206,7 @@ def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
 def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pass(tmp_path, config, part):
     method = create_method(Net(Tiny(), len(COUNTS)), COUNTS, config)
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
-    with pytest.raises(RecipeError, match=f"FSDP2 shards only the net, so it does not work with {part}"):
+    with raises("train.distributed", "FSDP2", part):
         launching.refuse_what_cannot_be_sharded(accelerator, load_dict(recipe(tmp_path)), method)
 
 
@@ -217,21 +217,19 @@ def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pa
 def test_a_launch_that_became_single_runs_is_stopped(alone, tmp_path, name):
     alone.setenv(name, "4")
     alone.setattr(launching, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
-    with pytest.raises(
-        RecipeError, match=f"4 processes were started .{name}.*torchrun --nproc_per_node 4 -m rescom_timm train"
-    ):
+    with raises("train.distributed", name, "torchrun --nproc_per_node 4 -m rescom_timm train"):
         launching.launch(load_dict(recipe(tmp_path)))
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest(tmp_path):
     launch = Launch(recipe(tmp_path, train__batch_size=38, train__accumulate=2), ranks=2)
     assert launch.wait() == [1, 1]
-    said = "not divisible by 2 processes x 2 accumulated: the nearest that are: 36, 40"
-    assert said in launch.text
+    assert "error[recipe.conflict]" in launch.text and "2 processes x 2 accumulated" in launch.text
+    assert "36, 40" in launch.text
 
 
 def test_fp16_on_a_cpu_is_refused(alone, tmp_path):
-    with pytest.raises(RecipeError, match="fp16 does nothing on a CPU; use bf16 or no"):
+    with raises("train.device", "train.precision", "fp16"):
         launching.launch(load_dict(recipe(tmp_path, train__precision="fp16")))
 
 

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from rescom_timm.analysis.writing import pictures
 from rescom_timm.api import train_recipe as train
 from rescom_timm.config.loading import load_dict
-from rescom_timm.config.recipe import RecipeError
 from rescom_timm.engine import trackers
 from rescom_timm.engine.log import Log
 from rescom_timm.engine.trackers import STARTS
 from tests.engine.child import figures, recipe
 from tests.marks import slow
+from tests.raises import raises, warns
 
 ONE = {"train__epochs": 2, "schedule__warmup_epochs": 0, "track__tags": ["a"]}
 
@@ -140,7 +140,7 @@ def test_figures_that_cannot_be_drawn_are_one_line_and_the_tracker_stays(fake, t
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(fake, tmp_path):
-    with pytest.warns(UserWarning, match=r"swanlab is left out, .*: it is not installed \(pip install swanlab\)$"):
+    with warns("pip install swanlab"):
         train(load_dict(recipe(tmp_path, track__log_with=["swanlab", "tensorboard"], **{**ONE, "train__epochs": 0})))
     assert list((tmp_path / "run/tensorboard").iterdir())
 
@@ -155,7 +155,7 @@ def test_every_tracker_of_accelerate_can_be_named():
     "section", [{"log_with": ["x"]}, {"log_with": ["aim", "aim"]}, {"project": ""}, {"tags": [""]}]
 )
 def test_bad_values_are_refused(tmp_path, section):
-    with pytest.raises(RecipeError, match="track"):
+    with raises("recipe.value", "track"):
         load_dict({**recipe(tmp_path), "track": section})
 
 

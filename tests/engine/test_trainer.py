@@ -37,6 +37,7 @@ from rescom_timm.engine.run_folder import locked as held
 from rescom_timm.engine.state import Progress, check_resumable
 from rescom_timm.hub import publish
 from tests.engine.child import Launch, differences, figures, last, recipe, run, trainer_of
+from tests.raises import raises
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits_lt.yaml"
 
@@ -162,23 +163,23 @@ def test_patience_ends_a_training_that_gets_no_better_and_a_resumed_one_at_the_s
     for _ in range(2):  # from epoch 3, and once more where it has ended
         train(load_dict(tree), resume=True)
         assert last(tree)[1]["progress"]["epoch"] == 4 and len(figures(tree)) == 8
-    with pytest.raises(RecipeError, match="evaluation.patience needs data.validation"):
+    with raises("recipe.conflict", "evaluation.patience", "data.validation"):
         load_dict(recipe(tmp_path, evaluation__patience=2, data__validation="none"))
-    with pytest.raises(RecipeError, match="patience must be at least 1"):
+    with raises("recipe.value", "patience"):
         load_dict(recipe(tmp_path, evaluation__patience=0))
 
 
 def test_a_figure_that_validation_does_not_have_is_refused_before_anything_is_trained(tmp_path):
-    with pytest.raises(RecipeError, match=r"evaluation.select: digits .* has no image of a class of few"):
+    with raises("recipe.conflict", "evaluation.select", "few"):
         train(load_dict(recipe(tmp_path, data__index="step(1)", evaluation__select="few")))
-    with pytest.raises(RecipeError, match="evaluation.select: .*'top1', 'many', 'medium', 'few' or 'mean_class'"):
+    with raises("recipe.value", "evaluation.select", "'top1', 'many', 'medium', 'few' or 'mean_class'"):
         load_dict(recipe(tmp_path, evaluation__select="topl"))
     assert not any(tmp_path.iterdir())
 
 
 def test_images_of_a_size_that_the_net_does_not_take_are_refused_before_anything_is_trained(tmp_path):
     words = [f"output={tmp_path}", "net.backbone=test_vit", "net.projector.hidden=8"]
-    with pytest.raises(RecipeError, match=r"test_vit takes no images of 8 x 8 pixels, .*net.options.img_size=8"):
+    with raises("recipe.conflict", "test_vit", "8 x 8", "net.options.img_size=8"):
         train(load_recipe(DIGITS, words))
     assert not any(tmp_path.iterdir())
     train(load_recipe(DIGITS, [*words, "net.options={img_size: 8, patch_size: 4}"]), dry_run=True)
@@ -276,7 +277,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
 
     trainer._mixed, trainer.step.forward_backward = first_of_a_step, poisoned
     trainer.open(resume=False)
-    with pytest.warns(RuntimeWarning, match="the batch is left out"):
+    with pytest.warns(RuntimeWarning):
         trainer.fit()
     trainer.close()
     moved = [differences(one, other) for one, other in zip(before, before[1:], strict=False)]
@@ -287,7 +288,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """A finite loss whose gradient is not, in the last step of an epoch: no later loss tells of it before the save."""
     launch = Launch(recipe(tmp_path, train__epochs=2, evaluation__every=5), fault=("poison", [11], "gradient"))
     assert launch.wait() == [1]
-    assert "is not finite after step 11: not saved" in launch.text
+    assert "error[train.nonfinite]" in launch.text and "step 11" in launch.text
     assert checkpoint.listed(tmp_path / "run" / "checkpoints") == []
 
 
@@ -300,7 +301,7 @@ def test_a_finished_run_whose_weights_are_no_numbers_is_not_gone_on_with(alone, 
     checkpoint.save(
         path.parent, state["progress"]["step"], {**net, "classifier.bias": net["classifier.bias"] * math.nan}, state
     )
-    with pytest.raises(checkpoint.CheckpointError, match="classifier.bias is not finite; the run cannot be resumed"):
+    with raises("checkpoint.differs", "classifier.bias"):
         train(load_dict(tree), resume=True)
 
 
@@ -311,7 +312,7 @@ def test_a_model_that_cannot_be_written_fails_the_run_which_then_is_finished(alo
     tree = recipe(tmp_path, train__epochs=1, schedule__warmup_epochs=0)
     with monkeypatch.context() as patch:
         patch.setattr(publish, "save_model", full)
-        with pytest.raises(checkpoint.CheckpointError, match="is trained and saved, but .*No space left.*--resume"):
+        with raises("run.export", tmp_path / "run", "No space left", kind=checkpoint.CheckpointError):
             train(load_dict(tree))
     assert not (tmp_path / "run" / "model").exists()
     assert train(load_dict(tree), resume=True) == tmp_path / "run" and (tmp_path / "run" / "model").is_dir()
@@ -360,7 +361,7 @@ def folder_of_digits(root: Path, broken: bytes | None) -> dict[str, object]:
 def test_a_test_image_that_is_none_is_found_before_training(alone, tmp_path):
     data = folder_of_digits(tmp_path / "data", b"no image")
     tree = recipe(tmp_path, data=data, loader={"broken": "skip"}, train__batch_size=16, method__negatives=5)
-    with pytest.raises(RecipeError, match=r"1 images to evaluate on cannot be read: .*test.txt: .*test/7.png.*check"):
+    with raises("image.unreadable", "test.txt", "test/7.png", kind=RecipeError):
         train(load_dict(tree))
     assert not (tmp_path / "run").exists()
 
@@ -370,7 +371,7 @@ def test_an_evaluation_that_fails_loses_no_epoch(alone, tmp_path):
     data = folder_of_digits(tmp_path / "data", b"")
     words = {"data": data, "train__batch_size": 16, "method__queue__per_class": 2, "evaluation__every": 2}
     tree = recipe(tmp_path, **words, checkpoint={"every": 100}, method__negatives=5)
-    with pytest.raises(ValueError, match="test/7.png.*truncated.*repair it or leave it out"):
+    with raises("image.unreadable", "test/7.png"):
         train(load_dict(tree))
     assert [path.name for path in checkpoint.listed(tmp_path / "run/checkpoints")] == ["step-00000006"]
     (tmp_path / "data/test/7.png").write_bytes((tmp_path / "data/test/8.png").read_bytes())
@@ -383,13 +384,13 @@ def test_a_run_that_is_asked_to_stop_stops_where_it_cannot_save_too(alone, tmp_p
     """Else a sweep would go on with its next run."""
 
     def full(*arguments):
-        raise checkpoint.CheckpointError("no space")
+        raise checkpoint.CheckpointError("file.failed", "no space")
 
     trainer = trainer_of(recipe(tmp_path, train__batch_size=batch_size, data__validation="none", data__index="all"))
     trainer.open(resume=False)
     monkeypatch.setattr(checkpoint, "save", full)
     trainer.signals.requested = True
-    with pytest.raises(Stopped, match="asked to stop in epoch . after step .*, which is not saved: no space"):
+    with pytest.raises(Stopped, match=": no space"):
         trainer.fit()
     trainer.close()
 
@@ -421,15 +422,12 @@ def test_images_that_fill_no_batch_are_named(images, steps, left):
 
 def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
     lost = "DataLoader worker (pid 7) is killed by signal: Killed. "
-    with pytest.raises(checkpoint.CheckpointError, match="memory ran out .*fewer speed.workers.*continue with"):
-        with with_advice():
-            raise RuntimeError(lost)
-    with pytest.raises(RecipeError, match="GPU's memory is full .*raise train.accumulate"):
-        with with_advice():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    with pytest.raises(checkpoint.CheckpointError, match=r"No space left on device: 'x'.*free disk space"):
-        with with_advice():
-            raise OSError(28, "No space left on device", "x")
+    with raises("system.process", "speed.workers", "--resume", kind=checkpoint.CheckpointError), with_advice():
+        raise RuntimeError(lost)
+    with raises("train.memory", "train.accumulate", kind=RecipeError), with_advice():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with raises("file.failed", "'x'", "disk space", kind=checkpoint.CheckpointError), with_advice():
+        raise OSError(28, "No space left on device", "x")
     with pytest.raises(RuntimeError, match="^another$"), with_advice():
         raise RuntimeError("another")
 
@@ -550,7 +548,7 @@ def test_speed_up_is_in_place(monkeypatch):
     speed_up(net, SpeedConfig(compile="reduce-overhead", channels_last=True))
     assert asked == [{"fullgraph": True, "mode": "reduce-overhead"}]
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(RecipeError, match="speed.compile"):
+    with raises("recipe.value", "speed.compile"):
         load_dict({"data": {"source": "digits"}, "speed": {"compile": "fast"}})
 
 
@@ -589,15 +587,15 @@ def test_ways_that_this_loop_cannot_save_are_refused(tmp_path):
     inside, outside = nn.Module(), nn.Module()
     inside.net, outside.net, outside.momentum_net = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
     for kind in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        with pytest.raises(RecipeError, match=f"{kind.value} is not supported; use several processes"):
+        with raises("train.distributed", kind.value):
             refuse_what_cannot_be_sharded(way(kind), made, inside)
-    with pytest.raises(RecipeError, match="FSDP2 shards only the net, so it does not work with momentum_net.weight"):
+    with raises("train.distributed", "momentum_net.weight"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, outside)
     skipping = load_dict(recipe(tmp_path, train__nonfinite="skip"))
-    with pytest.raises(RecipeError, match="does not work with train.nonfinite: skip"):
+    with raises("train.distributed", "train.nonfinite: skip"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), skipping, inside)
     averaging = load_dict(recipe(tmp_path, train__ema={}))
-    with pytest.raises(RecipeError, match="does not work with train.ema"):
+    with raises("train.distributed", "train.ema"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), averaging, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)
     refuse_what_cannot_be_sharded(way(DistributedType.MULTI_GPU), made, outside)
@@ -609,7 +607,7 @@ def test_the_same_rows_from_another_place_go_on_and_other_rows_do_not(tmp_path):
     split = SimpleNamespace(name="digits train")
     data = SimpleNamespace(provenance={"train": {"sha256": "a"}}, train=split, class_names=None)
     check_resumable(tmp_path, saved.to_dict(), "a", moved, data, tmp_path)
-    with pytest.raises(RecipeError, match="other rows or labels than digits train has now"):
+    with raises("checkpoint.differs", "digits train"):
         check_resumable(tmp_path, saved.to_dict(), "b", moved, data, tmp_path)
 
 
@@ -631,7 +629,7 @@ def test_a_run_goes_on_with_what_changes_nothing_that_is_trained(tmp_path, free,
     if free:
         check_resumable(tmp_path, saved.to_dict(), "a", changed, data, tmp_path)
     else:
-        with pytest.raises(RecipeError, match=re.escape(f"different: {word.split('=')[0]} (")):
+        with raises("checkpoint.differs", f": {word.split('=')[0]} ("):
             check_resumable(tmp_path, saved.to_dict(), "a", changed, data, tmp_path)
 
 
@@ -725,30 +723,30 @@ def test_a_mixed_run_learns(alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "keys"),
     [
-        ({}, "mix: the loss of method rescom is not one of single images"),
-        ({"method": {"name": "lade"}}, "mix: the loss of method lade is not .*cross_entropy, balanced_softmax, focal"),
-        ({"method": {"name": "focal"}, "speed__capture": True}, "speed.capture does not go together with mix"),
+        ({}, ["mix", "rescom"]),
+        ({"method": {"name": "lade"}}, ["mix", "lade", "cross_entropy, balanced_softmax, focal"]),
+        ({"method": {"name": "focal"}, "speed__capture": True}, ["speed.capture", "mix"]),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(tmp_path, changes, message):
-    with pytest.raises(RecipeError, match=message):
+def test_what_cannot_be_mixed_is_an_error(tmp_path, changes, keys):
+    with raises("recipe.conflict", *keys):
         load_dict(recipe(tmp_path, **{"mix": {"mixup": 0.2}, **changes}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key"),
     [
-        ({"train__accumulate": 2}, "speed.capture does not go together with train.accumulate"),
-        ({"train__nonfinite": "skip"}, "together with train.nonfinite: skip"),
-        ({"train__precision": "fp16"}, "together with train.precision: fp16"),
-        ({"speed__compile": "reduce-overhead"}, "together with speed.compile: reduce-overhead"),
-        ({"optimizer__name": "lamb"}, "the step of this optimizer cannot be captured; use sgd"),
+        ({"train__accumulate": 2}, "train.accumulate"),
+        ({"train__nonfinite": "skip"}, "train.nonfinite: skip"),
+        ({"train__precision": "fp16"}, "train.precision: fp16"),
+        ({"speed__compile": "reduce-overhead"}, "speed.compile: reduce-overhead"),
+        ({"optimizer__name": "lamb"}, "optimizer.name"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(alone, tmp_path, changes, message):
-    with pytest.raises(RecipeError, match=message):
+def test_what_cannot_be_captured_is_an_error(alone, tmp_path, changes, key):
+    with raises("recipe.conflict", "speed.capture", key):
         train(load_dict(recipe(tmp_path, speed__capture=True, **changes)))
 
 
@@ -798,10 +796,10 @@ def test_gradient_checkpointing_changes_nothing_but_what_is_kept(alone, tmp_path
 def test_gradient_checkpointing_that_cannot_be(alone, tmp_path):
     tree = recipe(tmp_path, speed__grad_checkpointing=True)
     tree["net"] = {"backbone": "vgg11", "options": {}}
-    with pytest.raises(RecipeError, match="speed.grad_checkpointing: timm has none for this backbone"):
+    with raises("recipe.conflict", "speed.grad_checkpointing"):
         trainer_of(tree)
     tree["speed"]["compile"] = True
-    with pytest.raises(RecipeError, match="does not go together with speed.capture or speed.compile"):
+    with raises("recipe.conflict", "speed.compile"):
         load_dict(tree)
 
 

@@ -20,6 +20,7 @@ from rescom_timm.engine.launch import STARTED
 from rescom_timm.engine.run_folder import OWNER, locked
 from rescom_timm.engine.trainer import Trainer
 from tests.engine.child import Launch, differences, figures, last, recipe, run
+from tests.raises import raises
 
 ROOT = Path(__file__).parents[2]
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -59,7 +60,7 @@ def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_where_it_is(alo
     moved.parent.mkdir()
     with alone.context() as patch:
         at_epoch(patch, 2, lambda trainer: place.rename(moved))
-        with pytest.raises(CheckpointError, match=r"could not be written.*was it moved or removed.*--resume"):
+        with raises("file.failed", "moved or removed", "--resume", kind=CheckpointError):
             train_recipe(load_dict(tree))
     train_recipe(load_dict(tree), resume=moved)
     assert_same({**tree, "output": str(moved.parent)}, whole)
@@ -123,7 +124,7 @@ def test_a_folder_is_held_though_the_clock_of_its_owner_jumped(tmp_path, monkeyp
     with locked(tmp_path):
         owner = json.loads((tmp_path / OWNER).read_text())
         (tmp_path / OWNER).write_text(json.dumps(owner | {"created": owner["created"] - 3600}))
-        with pytest.raises(CheckpointError, match=f"is being trained by process {os.getpid()} on"), locked(tmp_path):
+        with raises("run.locked", f"process {os.getpid()} "), locked(tmp_path):
             pass
 
 
@@ -140,7 +141,7 @@ def test_a_stop_that_comes_while_a_slow_disk_saves_waits_for_it(alone, tmp_path,
     slow.called = False
     with alone.context() as patch:
         patch.setattr(checkpoint, "_sync", slow)
-        with pytest.raises(Stopped, match="all is saved"):
+        with pytest.raises(Stopped):
             train_recipe(load_dict(tree))
     assert not list((tmp_path / "a/run/checkpoints").glob(".*"))
     train_recipe(load_dict(tree), resume=True)
@@ -199,8 +200,9 @@ def rebuild_storage_fd(error):
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), OSError(24, "?")])
 def test_a_lost_worker_is_told_wherever_it_shows(error):
-    lost = "too many files are open" if isinstance(error, OSError) and error.errno == 24 else "use fewer speed.workers"
-    with pytest.raises(MachineError, match=f"{lost}.*--resume"), with_advice():
+    many_files = isinstance(error, OSError) and error.errno == 24
+    code, key = ("file.failed", "ulimit") if many_files else ("system.process", "speed.workers")
+    with raises(code, key, "--resume", kind=MachineError), with_advice():
         rebuild_storage_fd(error)
     with pytest.raises(type(error)) as caught, with_advice():  # of something else
         raise type(error)("?")
@@ -209,14 +211,14 @@ def test_a_lost_worker_is_told_wherever_it_shows(error):
 
 def test_a_lost_worker_is_told_where_torch_interrupts_the_telling(monkeypatch):
     says = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    told = errors._told
+    told = errors._advised
 
     def interrupted(error, again):
-        monkeypatch.setattr(errors, "_told", told)
+        monkeypatch.setattr(errors, "_advised", told)
         raise says
 
-    monkeypatch.setattr(errors, "_told", interrupted)
-    with pytest.raises(MachineError, match="worker .pid 7.*use fewer speed.workers"), with_advice():
+    monkeypatch.setattr(errors, "_advised", interrupted)
+    with raises("system.process", "pid 7", "speed.workers", kind=MachineError), with_advice():
         raise ConnectionResetError(104, "Connection reset by peer")
 
 

@@ -39,6 +39,7 @@ from tests.faults.fault import photos, text
 from tests.faults.refusal import refused, small_files
 from tests.faults.test_table import files
 from tests.faults.trained import a_run
+from tests.raises import raises
 
 if not sys.platform.startswith("linux"):
     pytest.skip("these disks are Linux's", allow_module_level=True)
@@ -127,7 +128,7 @@ def test_a_labels_table_that_fails_keeps_what_was_predicted_and_the_old_table(tm
         yield Prediction("b.png", ["dog"], [0.5], "", "")
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with pytest.raises(OSError, match="x.csv"):
+    with raises("file.failed", "x.csv", kind=OSError):
         write_csv(stops(), tmp_path / "x.csv", 1)
     assert (tmp_path / "x.csv").read_bytes() == old
     assert (tmp_path / "x.csv.partial").read_text().splitlines()[1].startswith("b.png,dog,0.5")
@@ -182,7 +183,7 @@ def test_an_evaluation_that_could_not_be_logged_is_made_again(alone, tmp_path, w
     with alone.context() as patch:
         patch.setattr(Log, "write", full)
         for resume in (False, True):
-            with pytest.raises(MachineError, match="No space left.*free disk space|Free disk space"):
+            with raises("file.failed", "No space left", "disk space", kind=MachineError):
                 train_recipe(load_dict(tree), resume=resume)
     assert newest(tmp_path / "a/run/checkpoints")[2]["progress"]["unevaluated"]
     train_recipe(load_dict(tree), resume=True)

@@ -112,7 +112,7 @@ def test_a_warning_is_one_line_without_the_code(capsys):
 @pytest.mark.parametrize(
     ("error", "printed"),
     [
-        (RecipeError("no such key"), "no such key"),
+        (RecipeError("recipe.unknown_key", "no such key"), "no such key"),
         (OSError(28, "No space left on device", "f"), "No space left on device: 'f'"),
         (OSError(None, "Error while serializing"), "Error while serializing"),
         (MemoryError(), "memory is full"),
