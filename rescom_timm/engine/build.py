@@ -247,7 +247,7 @@ def load_weights(
         raise RecipeError(
             "train.from",
             f"from: {source} holds the weights of another net (different: {', '.join(wrong[:3])}): start with the same "
-            "net and data.index, from a run whose classifier is one linear layer; for other classes start from its export: "
+            "net and data.index, from a run whose classifier is one linear layer; for other classes use its export: "
             "net.backbone=local-dir:RUN/model net.pretrained=true",
         )
     net.load_state_dict({name: weights[name] for name in own}, strict=False)
