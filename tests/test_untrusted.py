@@ -222,7 +222,7 @@ def test_a_recipe_that_asks_for_a_large_queue_is_refused(run):
     tree["method"]["queue"]["per_class"] = 4 * 10**9
     (run / "model" / "recipe.yaml").write_text(yaml.safe_dump(tree))
     refit(run / "model")
-    with pytest.raises(ValueError, match="method.queue.per_class: the queue's keys would take"):
+    with pytest.raises(ValueError, match="method.queue.per_class: "):
         from_pretrained(run / "model")
     for method in ({"name": "experts", "experts": 10**6}, {"name": "causal_norm", "heads": 10**6}):
         with pytest.raises(RecipeError, match="must be from 1 to 1,000"):

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from rescom_timm.config.recipe import OptimizerConfig, RecipeError
+from rescom_timm.config.recipe import OptimizerConfig
 from rescom_timm.engine.build import build_optimizer
 from rescom_timm.methods import ExpertsConfig, create_method
 from rescom_timm.models.branched import cut
@@ -12,6 +12,7 @@ from rescom_timm.models.net import ProjectorConfig, create_model
 from rescom_timm.models.trainable import set_trainable
 from tests.methods import reference
 from tests.methods.stub import COUNTS
+from tests.raises import raises
 
 
 def make(**settings):
@@ -104,7 +105,7 @@ def test_settings_of_the_backbone_hold_for_the_experts_own_parts():
         rates |= {id(weight): group.get("lr_scale", 1.0) for weight in group["params"]}
     assert {rates[id(weight)] for weight in method.net.experts.parameters() if weight.requires_grad} == {0.1}
     assert {rates[id(weight)] for weight in method.net.classifier.parameters()} == {1.0}
-    with pytest.raises(RecipeError, match="layer_decay is not for experts"):
+    with raises("recipe.conflict", "optimizer.layer_decay"):
         build_optimizer(OptimizerConfig(layer_decay=0.5), method.net)
 
 
