@@ -2,8 +2,8 @@
 
 Several processes train together with  accelerate launch -m rescom_timm train RECIPE.
 
-Exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C, 143
-stopped by SIGTERM (a training has saved its state). An error is one line on stderr: error[CODE]: MESSAGE.
+Exit codes: 0 ok, 1 failed, 2 usage error, 3 index check, index overlap or doctor found something, 130 stopped by
+Ctrl-C, 143 stopped by SIGTERM (a training has saved its state). An error is one line on stderr: error[CODE]: MESSAGE.
 """
 
 from __future__ import annotations
@@ -15,39 +15,35 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from rescom_timm.cli import EXIT_CODES
+from rescom_timm.cli import EXIT_CODES, renamed
 from rescom_timm.text import escape_output, escaped_output
 
-VERBS = {
+SUBCOMMANDS = {
     "train": ("train", "train a recipe, or resume a run"),
     "fit": ("fit", "the best model for your images in a time budget"),
     "recipes": ("recipes", "list the recipes of this package, or print one"),
     "get": ("get", "get the data of a shipped recipe: images, annotations, lists"),
     "pack": ("pack", "write a copy of a data set with smaller images in a few large files"),
-    "init": ("index", "write a recipe for your own images"),
-    "make": ("index", "draw a long-tailed index from a data set"),
-    "convert": ("index", "bring an official list into this package's format"),
-    "check": ("index", "say everything that is wrong with an index or its images"),
-    "doctor": ("doctor", "what may be wrong with a data set, image by image"),
-    "describe": ("index", "class counts and long tail of an index"),
-    "overlap": ("index", "images that stand in two indexes"),
+    "init": ("init", "write a recipe for your own images"),
+    "index": ("index", "make, check, convert, describe or compare index files"),
+    "doctor": ("doctor", "find what may be wrong with a data set, image by image"),
     "class-features": ("class_features", "class features from class names, by CLIP's text tower"),
     "evaluate": ("evaluate", "evaluate a checkpoint of a run"),
     "predict": ("predict", "labels for images"),
-    "demo": ("demo", "a page to try a model on images"),
-    "figures": ("figures", "pictures and a report of runs"),
+    "demo": ("demo", "a local page to try a model on images"),
+    "plot": ("plot", "plots and an HTML report of runs"),
     "robustness": ("robustness", "errors of a run on corrupted images"),
-    "push": ("push", "push a run to the Hub, or write it as ONNX"),
+    "export": ("export", "write a run's model for timm, ONNX or torch.export"),
+    "push": ("push", "push a run to the Hub"),
     "sweep": ("sweep", "train every combination of recipes, settings and seeds"),
 }
-"""What each subcommand does, and the file of cli/ that does it, which is imported when its subcommand is called."""
+"""The module of cli/ behind each subcommand, imported when it is called, and what it does."""
+RENAMED = {name: f"index {name}" for name in ("make", "check", "convert", "describe", "overlap")} | {"figures": "plot"}
+"""Subcommands of 0.2.0 and their present names. They work for one release."""
 MOVED = {"benchmark": "tools/benchmark.py PART", "inference": "tools/benchmark.py inference BACKBONE"}
 """Subcommands of 0.2.0, and the files of a clone that do the same."""
-
-
 MEANT = {
-    "export": "push RUN --onnx FILE.onnx (a trained run holds its plain timm model in RUN/model)",
-    "onnx": "push RUN --onnx FILE.onnx",
+    "onnx": "export RUN --format onnx",
     "finetune": "train RECIPE",
     "run": "train RECIPE",
     "resume": "train RECIPE --resume",
@@ -60,9 +56,8 @@ MEANT = {
     "detect": "predict RUN IMAGES",
     "serve": "demo RUN",
     "app": "demo RUN",
-    "plot": "figures RUN",
-    "report": "figures RUN",
-    "visualize": "figures RUN",
+    "report": "plot RUN",
+    "visualize": "plot RUN",
     "upload": "push RUN --repo OWNER/NAME",
     "publish": "push RUN --repo OWNER/NAME",
     "models": "recipes",
@@ -73,15 +68,16 @@ MEANT = {
     "create": "init FOLDER",
     "version": "--version",
 }
-"""Subcommands of other libraries, and what to write here."""
+"""Subcommands of other libraries, and ours."""
 
 
 def usage() -> str:
-    width = max(map(len, VERBS)) + 2
-    lines = [f"  {verb:<{width}}{about}" for verb, (_, about) in VERBS.items()]
+    """The text of rescom-timm --help."""
+    width = max(map(len, SUBCOMMANDS)) + 2
+    lines = [f"  {name:<{width}}{about}" for name, (_, about) in SUBCOMMANDS.items()]
     return "\n".join(
         [
-            "usage: rescom-timm SUBCOMMAND ...        (rescom-timm SUBCOMMAND --help says more)",
+            "usage: rescom-timm SUBCOMMAND ...        (rescom-timm SUBCOMMAND --help for its options)",
             "",
             *lines,
             "",
@@ -92,44 +88,42 @@ def usage() -> str:
     )
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """words: subcommand and its arguments; those of the command line by default. Returns the exit code."""
-    if words is None:
-        escape_output()  # to the end of the process, a traceback too
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand. argv: its name and arguments (default: those of the command line). Returns the exit code."""
+    if argv is None:
+        escape_output()  # until the process ends, tracebacks included
     try:
         with escaped_output():
-            code = _run(list(sys.argv[1:] if words is None else words))
+            code = _run(list(sys.argv[1:] if argv is None else argv))
             sys.stdout.flush()
         return code
-    except BrokenPipeError:  # a reader such as head has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-def _run(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
+def _run(argv: list[str]) -> int:
+    name, *arguments = argv or [""]
+    if name in ("", "-h", "--help", "help"):
         print(usage())
-        return 0 if words else 2
-    if words[0] in ("-V", "--version"):
+        return 0 if name else 2
+    if name in ("-V", "--version"):
         print(_version())
         return 0
-    if words[0] in MOVED:
-        print(
-            f"error[usage.arguments]: {words[0]} left the package: in a clone, python {MOVED[words[0]]}",
-            file=sys.stderr,
-        )
+    if name in RENAMED:
+        renamed(name, RENAMED[name])
+        name, *arguments = [*RENAMED[name].split(), *arguments]
+    if name in MOVED:
+        print(f"error[usage.arguments]: {name} left the package: in a clone, python {MOVED[name]}", file=sys.stderr)
         return 2
-    if words[0] not in VERBS:
-        near = [MEANT[words[0].lower()]] if words[0].lower() in MEANT else get_close_matches(words[0], VERBS, n=1)
+    if name not in SUBCOMMANDS:
+        near = [MEANT[name.lower()]] if name.lower() in MEANT else get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f"; did you mean  rescom-timm {near[0]}?" if near else ""
         print(usage(), file=sys.stderr)
-        print(f"error[usage.arguments]: no subcommand {words[0]!r}{hint}", file=sys.stderr)
+        print(f"error[usage.arguments]: no subcommand {name!r}{hint}", file=sys.stderr)
         return 2
-    file, _ = VERBS[words[0]]
-    command = import_module(f"rescom_timm.cli.{file}")
-    if file == "index":
-        return int(command.main(words, "rescom-timm"))
-    return int(command.main(words[1:], f"rescom-timm {words[0]}"))
+    command = import_module(f"rescom_timm.cli.{SUBCOMMANDS[name][0]}")
+    return int(command.main(arguments, f"rescom-timm {name}"))
 
 
 def _version() -> str:

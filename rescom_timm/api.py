@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import timm
 from torch import nn
@@ -27,23 +28,29 @@ from rescom_timm.config.loading import flat, load, load_dict
 from rescom_timm.config.own_data import recipe_for
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.in_memory import MEMORY, InMemory, in_memory
+from rescom_timm.data.sources import Data
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.evaluate import data_of, evaluate_run
-from rescom_timm.engine.run_folder import Resume, class_names, lines, run_recipe
+from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
 from rescom_timm.fitting.fit import Interrupted
 from rescom_timm.fitting.fit import fit as fit_images
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.hub.publish import Publisher
-from rescom_timm.hub.push import push_run
+from rescom_timm.hub.push import export_push, push_run
 from rescom_timm.inference.conformal import PredictionSets
+from rescom_timm.inference.export import export_run
 from rescom_timm.inference.neighbours import Embeddings
+from rescom_timm.inference.onnx import export_onnx
 from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predict
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
+from rescom_timm.inference.program import export_program
 from rescom_timm.inference.teacher import first_weights, read_teacher
 from rescom_timm.io import parse_yaml
+
+Format = Literal["timm", "onnx", "torch"]
 
 
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
@@ -202,7 +209,7 @@ class Run:
     def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
         """dataset: the data set in memory that it was trained on, where it was one, or another one to evaluate on, with
         the same classes in whatever order: of one split all images are test images."""
-        self.folder = RunFolder(folder).path
+        self.folder = check_run(folder)
         self.dataset = dataset
 
     def __repr__(self) -> str:
@@ -263,10 +270,18 @@ class Run:
         found, names = self._split("validation")
         return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
 
-    def _split(self, name: str) -> tuple[Split, list[str]]:
+    def data(self, overrides: Sequence[str] = ()) -> Data:
+        """The run's splits, with classes numbered as in training and the counts that it was trained on.
+
+        overrides: as on the command line, such as "data.source=PATH". Raises as data.sources.load does.
+        """
         with in_memory(self.dataset):
-            own, words = self.recipe, self._reading()
-            data = data_of(self.folder, own, run_recipe(self.folder, words) if words else own, class_names(self.folder))
+            own, words = self.recipe, [*self._reading(), *overrides]
+            recipe = run_recipe(self.folder, words) if words else own
+            return data_of(self.folder, own, recipe, class_names(self.folder))
+
+    def _split(self, name: str) -> tuple[Split, list[str]]:
+        data = self.data()
         found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
         if found is None:
             raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
@@ -297,6 +312,26 @@ class Run:
                 else:
                     warnings.warn(told, stacklevel=2)
         return written
+
+    def export(
+        self, path: str | Path, format: Format = "timm", weights: Weights | None = None, overrides: Sequence[str] = ()
+    ) -> Path:
+        """Write the best checkpoint's model for other programs; returns the path.
+
+        format: timm, a folder for timm, transformers and from_pretrained, with a model card; onnx or torch, a file of
+        the classifier (images (N, 3, H, W), normalised, to logits (N, K)), whose logits are compared with the net's.
+        weights: raw or ema (default: as train.ema.export says). overrides: of the hub section, for the model card.
+        Raises CheckpointError for weights that the run lacks, ImportError without the extra onnx, ValueError for a net
+        that the format cannot hold.
+        """
+        path = Path(path)
+        if format == "timm":
+            return export_push(self.folder, path, overrides, weights)
+        write = {"onnx": export_onnx, "torch": export_program}[format]
+        if weights is None:
+            return write(self.pretrained(), path)
+        with TemporaryDirectory() as folder:
+            return write(export_run(self.folder, folder, plain=False, weights=weights), path)
 
     def push(self, repo: str | None = None, overrides: Sequence[str] = ()) -> str:
         """Push the run to the Hub; returns the commit's address. repo: owner/name, the recipe's hub.repo by default.

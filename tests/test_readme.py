@@ -9,7 +9,8 @@ import torch
 import yaml
 
 import rescom_timm
-from rescom_timm.__main__ import VERBS
+from rescom_timm.__main__ import SUBCOMMANDS
+from rescom_timm.cli.index import ACTIONS
 from rescom_timm.config.loading import find, load, load_dict
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_name_verbs_tools_recipes_and_keys_that_exist(line):
+def test_commands_name_subcommands_tools_recipes_and_keys_that_exist(line):
     words = [word.partition("=")[2] if word.startswith("ACCEL") else word for word in shlex.split(line, comments=True)]
     if tools := [word for word in words if word.startswith("tools/")]:
         assert (ROOT / tools[0]).is_file()
@@ -75,7 +76,8 @@ def test_commands_name_verbs_tools_recipes_and_keys_that_exist(line):
         verb, *rest = words[1:]
     else:
         return  # pip install 'rescom-timm[...]'
-    assert verb in VERBS or tools
+    assert verb in SUBCOMMANDS or tools
+    assert verb != "index" or rest[0] in ACTIONS
     if verb == "train":
         recipe, *keys = [word for word in rest if not word.startswith("-")]
         run = re.fullmatch(r"runs/(\w+)/recipe\.yaml", recipe)  # of a run of the recipe of that name
@@ -106,9 +108,9 @@ def test_every_recipe_that_a_page_names_exists(page):
         assert load(name, presets.split()).name
 
 
-def test_the_table_of_verbs_is_that_of_the_command():
+def test_the_table_of_subcommands_is_that_of_the_command():
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \|", TEXTS["tools/README.md"], re.M)
-    assert dict(rows) == {verb: about for verb, (_, about) in VERBS.items()}
+    assert dict(rows) == {name: about for name, (_, about) in SUBCOMMANDS.items()}
 
 
 def test_the_architecture_names_each_package():

@@ -1,4 +1,4 @@
-"""Every figure by name: what rescom-timm figures and the report can draw."""
+"""Every figure by name: what rescom-timm plot and the report can draw."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence

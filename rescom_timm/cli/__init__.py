@@ -21,8 +21,8 @@ from rescom_timm.errors import code_of
 from rescom_timm.text import escape_controls, escaped_output
 
 EXIT_CODES = (
-    "exit codes: 0 ok, 1 failed, 2 usage error, 3 check, overlap or doctor found something, 130 stopped by Ctrl-C,\n"
-    "            143 stopped by SIGTERM (a training has saved its state)"
+    "exit codes: 0 ok, 1 failed, 2 usage error, 3 index check, index overlap or doctor found something,\n"
+    "            130 stopped by Ctrl-C, 143 stopped by SIGTERM (a training has saved its state)"
 )
 
 
@@ -52,6 +52,13 @@ def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.
 
 def example(*lines: str) -> str:
     return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
+
+
+def renamed(old: str, new: str) -> None:
+    """Warn on stderr that a subcommand or option has another name."""
+    print(
+        f"warning: rescom-timm {old} is now  rescom-timm {new}  (the old name works in this release)", file=sys.stderr
+    )
 
 
 def answer(

@@ -99,13 +99,12 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
 
 def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
     """The data of a run's recipe; None, told on stderr, where the model is no run or its data is not there."""
-    from rescom_timm.data.sources import load, numbered_as
-    from rescom_timm.engine.run_folder import class_names, run_recipe
+    from rescom_timm.api import Run
 
     try:
         if not (run / "checkpoints").is_dir():
             return None
-        return numbered_as(load(run_recipe(run, overrides).data), class_names(run), str(run))
+        return Run(run).data(overrides)
     except (ValueError, OSError) as error:
         print(f"without nearest images and map, for the run's data cannot be opened: {error}", file=sys.stderr)
         return None

@@ -42,6 +42,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     from rescom_timm.analysis.doctor_page import page, told
+    from rescom_timm.api import Run
     from rescom_timm.config.loading import load as load_recipe
     from rescom_timm.data.doctor import examine, findings
     from rescom_timm.data.progress import image_bar
@@ -49,10 +50,11 @@ def look(options: argparse.Namespace) -> int:
     from rescom_timm.engine.run_folder import class_names, run_recipe
     from rescom_timm.io import write_text
 
-    run = Path(options.recipe)
-    is_run = (run / "recipe.yaml").is_file()
-    recipe = run_recipe(run, options.overrides) if is_run else load_recipe(options.recipe, options.overrides)
-    data = numbered_as(load(recipe.data), class_names(run) if is_run else None, str(run))
+    run = Run(options.recipe).folder if Path(options.recipe).is_dir() else None
+    recipe = run_recipe(run, options.overrides) if run else load_recipe(options.recipe, options.overrides)
+    data = load(recipe.data)
+    if run:
+        data = numbered_as(data, class_names(run), str(run))
     splits = {"train": data.train, "test": data.test}
     if data.validation is not None:
         splits["validation"] = data.validation
@@ -60,7 +62,7 @@ def look(options: argparse.Namespace) -> int:
     with image_bar(total, "images") as bar:
         images = examine(splits, bar.update, recipe.loader.reading)
     found = findings(images, data.class_names, data.counts)
-    if is_run:
+    if run:
         found += suspects(run, options.overrides, images, data)
     print(told(images, found, data.class_names))
     title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"

@@ -32,16 +32,18 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     from rescom_timm.analysis import confusion, style
     from rescom_timm.analysis.run_files import RunFolder
+    from rescom_timm.api import Run
     from rescom_timm.engine.evaluate import evaluate_run, table_of
 
-    what = (arguments.run, arguments.checkpoint, arguments.split, arguments.overrides)
+    run = Run(arguments.run).folder
+    what = (run, arguments.checkpoint, arguments.split, arguments.overrides)
     name, title, meter = evaluate_run(*what, weights=arguments.weights)
     rows = {title: meter}
     if arguments.five_crops:
         _, title, meter = evaluate_run(*what, crops=True, weights=arguments.weights)
         rows[title] = meter
     print(table_of(rows))
-    measured = confusion.measure(RunFolder(arguments.run).evaluation(name))
-    for path in style.save(confusion.draw(measured), confusion.table(measured), arguments.run / "figures" / name):
+    measured = confusion.measure(RunFolder(run).evaluation(name))
+    for path in style.save(confusion.draw(measured), confusion.table(measured), run / "figures" / name):
         print(path)
     return 0

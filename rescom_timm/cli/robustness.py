@@ -48,11 +48,12 @@ def run(options: argparse.Namespace) -> int:
     from rescom_timm.analysis.opened_run import open_run
     from rescom_timm.analysis.robustness import Robustness
     from rescom_timm.analysis.run_files import open_runs
+    from rescom_timm.api import Run
 
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {options.limit}")
     with_run = options.baseline not in (None, "alexnet")
-    folders = open_runs([options.run, *([options.baseline] if with_run else [])])
+    folders = open_runs(Run(run).folder for run in [options.run, *([options.baseline] if with_run else [])])
     opened = open_run(options.run, options.checkpoint, options.overrides, folders[0].name)
     if options.baseline == "alexnet" and len(opened.data.counts) != 1000:
         raise ValueError(

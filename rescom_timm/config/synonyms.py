@@ -136,7 +136,7 @@ _ELSEWHERE = {
     "the checkpoint that is best on data.validation is kept too; evaluation.select names the metric": "save_best best "
     "load_best_model_at_end",
     "seed decides all that is drawn": "deterministic full_determinism random",
-    "a trained run holds its plain timm model in RUN/model; rescom-timm push RUN --onnx FILE writes others": "format "
+    "a trained run holds its plain timm model in RUN/model; rescom-timm export writes others": "format "
     "onnx torchscript opset int8 quantize",
     "images are corrupted, not trained on, by  rescom-timm robustness": "corruption corruptions",
 }

@@ -153,7 +153,7 @@ def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -
     near = near_duplicates(images, exact)
     found = [
         Finding("broken", "Images that cannot be read", "repair or remove them, or leave them out with "
-                "rescom-timm check -o", [[i] for i in images.broken]),
+                "rescom-timm index check -o", [[i] for i in images.broken]),
         *_of_duplicates(images, exact, "exact", "the same image"),
         *_of_duplicates(images, near, "near", "nearly the same image"),
         *_odd_images(images),

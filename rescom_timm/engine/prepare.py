@@ -170,7 +170,7 @@ def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits:
         raise RecipeError(
             "image.unreadable",
             f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
-            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm check)",
+            f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm index check)",
         )
     _check_sizes(recipe, train, splits, accelerator.is_main_process)
 

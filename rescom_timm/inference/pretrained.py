@@ -124,7 +124,7 @@ def _reading(details: dict[str, Any], recipe: Recipe | None) -> ReadConfig:
     if recipe is not None and recipe.loader.exif:
         warnings.warn(
             "this model was trained with loader.exif=true, but its export does not say so: photographs are read as "
-            "they are stored. Export it again: rescom-timm push RUN --export FOLDER",
+            "they are stored. Export it again: rescom-timm export RUN",
             stacklevel=5,
         )
     return ReadConfig()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rescom_timm.analysis import net_plots, plots, style
 from rescom_timm.analysis.opened_run import Opened, open_run, take
 from rescom_timm.analysis.run_files import Missing, RunFolder
-from rescom_timm.cli import figures as command
+from rescom_timm.cli import plot as command
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.engine import checkpoint

@@ -13,7 +13,7 @@ import torch
 from rescom_timm import metrics
 from rescom_timm.analysis import confusion, longtail, report
 from rescom_timm.analysis.run_files import Evaluation, RunFolder, open_runs
-from rescom_timm.cli import figures as command
+from rescom_timm.cli import plot as command
 from tests.analysis.made_up import long_tail, make_run
 
 COUNTS = long_tail(8, 400, 100)

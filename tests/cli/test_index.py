@@ -1,4 +1,4 @@
-"""tools/index.py, run as its user does."""
+"""rescom-timm index ... and rescom-timm init, run as users run them."""
 
 import io
 import json
@@ -15,9 +15,9 @@ import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
 
+from rescom_timm.__main__ import main
 from rescom_timm.api import train_recipe
 from rescom_timm.class_names import nfc
-from rescom_timm.cli import index as command
 from rescom_timm.config import loading as recipe
 from rescom_timm.config import own_data
 from rescom_timm.data.digits import digits
@@ -33,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
 
     def go(*words: object) -> tuple[int, str]:
-        code = command.main([str(word) for word in words])
+        code = main([str(word) for word in words])
         out = capsys.readouterr()
         return code, out.out + out.err
 
@@ -55,12 +55,12 @@ def photos(root: Path, counts: dict[str, int], side: int = 96) -> None:
 
 
 def test_make_from_a_data_set(run: Run) -> None:
-    code, said = run("make", "digits", "exponential(20)", "-o", "d.txt")
+    code, said = run("index", "make", "digits", "exponential(20)", "-o", "d.txt")
     index = Index.load("d.txt")
     assert code == 0 and f"d.txt: {len(index):,} rows of 10 classes, sha256 {index.sha256}" in said
     assert index.info == {"source": "digits", "split": "train", "rule": "exponential(20)"}
     assert index.counts[0] > 100 and index.counts[9] == 6
-    assert run("check", "d.txt", "--source", "digits")[0] == 0
+    assert run("index", "check", "d.txt", "--source", "digits")[0] == 0
 
 
 def test_make_from_labels_or_a_list(run: Run) -> None:
@@ -68,18 +68,18 @@ def test_make_from_labels_or_a_list(run: Run) -> None:
     write("labels.txt", "\n".join(map(str, labels)))
     for factor, size in ((100, 10_847), (50, 12_608), (10, 19_573)):
         rule = f"exponential({factor})"
-        assert run("make", "uoft-cs/cifar100", rule, "--labels", "labels.txt", "-o", "c.txt")[0] == 0
+        assert run("index", "make", "uoft-cs/cifar100", rule, "--labels", "labels.txt", "-o", "c.txt")[0] == 0
         assert len(Index.load("c.txt")) == size and Index.load("c.txt").info["source"] == "uoft-cs/cifar100"
     write("list.txt", "".join(f"c{i % 2}/{i}.jpg {i % 2}\n" for i in range(40)))
-    assert run("make", "list.txt", "step(4)", "-o", "l.txt")[0] == 0
+    assert run("index", "make", "list.txt", "step(4)", "-o", "l.txt")[0] == 0
     assert Index.load("l.txt").counts.tolist() == [20, 5] and Index.load("l.txt").by_path
     write("labels.txt", "0 1 x")
-    code, said = run("make", "a/b", "step(2)", "--labels", "labels.txt", "-o", "n.txt")
+    code, said = run("index", "make", "a/b", "step(2)", "--labels", "labels.txt", "-o", "n.txt")
     assert code == 1 and "label number 3, 'x'" in said and not Path("n.txt").exists()
 
 
 def test_make_refuses_a_mistyped_rule(run: Run) -> None:
-    code, said = run("make", "digits", "exponental(20)", "-o", "d.txt")
+    code, said = run("index", "make", "digits", "exponental(20)", "-o", "d.txt")
     assert code == 1 and "did you mean exponential(20)?" in said and not Path("d.txt").exists()
 
 
@@ -89,20 +89,22 @@ def test_convert(run: Run) -> None:
         "annotations": [{"image_id": 4, "category_id": 1}, {"image_id": 3, "category_id": 0}],
     }
     write("train2018.json", json.dumps(content))
-    assert run("convert", "train2018.json", "-o", "t.txt")[0] == 0
+    assert run("index", "convert", "train2018.json", "-o", "t.txt")[0] == 0
     assert Index.load("t.txt").keys == ["b/y.jpg", "a/x.jpg"]
     assert Index.load("t.txt").info["rule"] == "converted from train2018.json"
     write("names.txt", "Apis mellifera\nBufo bufo\n")
     write("list.txt", "q/1.jpg 0\nq/2.jpg 1\n")
-    assert run("convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[0] == 0
+    assert run("index", "convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[0] == 0
     assert Index.load("t.txt").class_names == ["Apis mellifera", "Bufo bufo"]
     write("names.txt", "Apis mellifera\n")
-    assert "1 class names for 2 classes" in run("convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[1]
+    assert (
+        "1 class names for 2 classes" in run("index", "convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[1]
+    )
 
 
 def test_check_says_everything(run: Run) -> None:
     write("bad.txt", "a/1.jpg 0\na/1.jpg 0\nb/2.jpg two\n\nc/3.jpg 7\n")
-    code, said = run("check", "bad.txt", "--classes", 4)
+    code, said = run("index", "check", "bad.txt", "--classes", 4)
     assert code == 3 and said.count("bad.txt: ") == 5
     for words in (
         "line 2: 'a/1.jpg' is already in line 1",
@@ -112,30 +114,30 @@ def test_check_says_everything(run: Run) -> None:
         "3 of 4 classes have no image: 1, 2, 3",
     ):
         assert words in said
-    assert "and 3 more problems" in run("check", "bad.txt", "--classes", 4, "--lines", 2)[1]
-    assert run("check", "absent.txt") == (1, "error[file.missing]: no index file absent.txt\n")
+    assert "and 3 more problems" in run("index", "check", "bad.txt", "--classes", 4, "--lines", 2)[1]
+    assert run("index", "check", "absent.txt") == (1, "error[file.missing]: no index file absent.txt\n")
 
 
 def test_check_against_images_and_data(run: Run, tmp_path: Path) -> None:
     photos(tmp_path / "p", {"a": 2, "b": 1}, side=4)
     write("good.txt", "a/000.png 0\na/001.png 0\nb/000.png 1\n")
-    assert run("check", "good.txt", "--source", "p")[0] == 0
+    assert run("index", "check", "good.txt", "--source", "p")[0] == 0
     write("less.txt", "a/000.png 0\na/009.png 0\nb/000.png 1\n")
-    code, said = run("check", "less.txt", "--source", "p")
+    code, said = run("index", "check", "less.txt", "--source", "p")
     assert code == 3 and "1 of 3 images of less.txt are not under p" in said and "a/009.png" in said
     write("test.txt", "b/000.png 1\n")
-    assert run("check", "test.txt", "--source", "p")[0] == 3
-    assert run("check", "test.txt", "--source", "p", "--allow-empty")[0] == 0
+    assert run("index", "check", "test.txt", "--source", "p")[0] == 3
+    assert run("index", "check", "test.txt", "--source", "p", "--allow-empty")[0] == 0
     Index(np.arange(10), np.roll(np.arange(10), 1), 10).save("rows.txt")
-    code, said = run("check", "rows.txt", "--source", "digits")
+    code, said = run("index", "check", "rows.txt", "--source", "digits")
     assert code == 3 and "disagree on" in said
 
 
 def test_check_decodes_the_images(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     photos(tmp_path / "p", {"a": 3, "b": 2}, side=8)
     write("l.txt", "a/000.png 0\na/001.png 0\na/002.png 0\nb/000.png 1\nb/001.png 1\n")
-    assert "2 classes, its images not looked for, sha256" in run("check", "l.txt")[1]
-    code, said = run("check", "l.txt", "--source", "p", "--decode")
+    assert "2 classes, its images not looked for, sha256" in run("index", "check", "l.txt")[1]
+    code, said = run("index", "check", "l.txt", "--source", "p", "--decode")
     assert code == 0 and "2 classes, all its images decoded, sha256" in said
     for name, content in (
         ("a/001", b""),
@@ -143,23 +145,23 @@ def test_check_decodes_the_images(run: Run, capsys: pytest.CaptureFixture[str], 
         ("b/000", (tmp_path / "p/b/000.png").read_bytes()[:50]),
     ):
         (tmp_path / "p" / f"{name}.png").write_bytes(content)
-    assert "its images there, but not decoded" in run("check", "l.txt", "--source", "p")[1]
-    code, said = run("check", "l.txt", "--source", "p", "--decode")
+    assert "its images there, but not decoded" in run("index", "check", "l.txt", "--source", "p")[1]
+    code, said = run("index", "check", "l.txt", "--source", "p", "--decode")
     assert code == 3 and said.count("l.txt: cannot read the image of row") == 3 and "good" not in said
     assert "row 1 (p/a/001.png)" in said and "row 2 (p/a/002.png)" in said and "row 3 (p/b/000.png)" in said
     with pytest.raises(SystemExit, match="2"):
-        run("check", "l.txt", "--decode")
+        run("index", "check", "l.txt", "--decode")
     assert "--source" in capsys.readouterr().err
     assert (
         "all its images decoded"
-        in run("make", "digits", "step(2)", "-o", "d.txt")[1]
-        + run("check", "d.txt", "--source", "digits", "--decode")[1]
+        in run("index", "make", "digits", "step(2)", "-o", "d.txt")[1]
+        + run("index", "check", "d.txt", "--source", "digits", "--decode")[1]
     )
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
     write(str(tmp_path / "l.txt"), "".join(f"a/{i}.jpg {i % 2}\n" for i in range(40)))
-    command = [sys.executable, "-m", "rescom_timm", "describe", str(tmp_path / "l.txt")]
+    command = [sys.executable, "-m", "rescom_timm", "index", "describe", str(tmp_path / "l.txt")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
@@ -168,7 +170,7 @@ def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:
 
 def test_describe(run: Run, tmp_path: Path) -> None:
     write("l.txt", "".join(f"a/{i}.jpg 0\n" for i in range(120)) + "b/1.jpg 1\n")
-    code, said = run("describe", "l.txt", "--png", "tail.png")
+    code, said = run("index", "describe", "l.txt", "--png", "tail.png")
     assert code == 0 and "121 rows, 2 classes, 120 to 1 a class, imbalance 120" in said
     assert f"sha256: {Index.load('l.txt').sha256}" in said and "many: 1 classes, 120 rows" in said
     with Image.open("tail.png") as picture:
@@ -176,22 +178,22 @@ def test_describe(run: Run, tmp_path: Path) -> None:
 
 
 def test_published_lists(run: Run, shared_lists: Path) -> None:
-    code, said = run("describe", shared_lists / "Places_LT_train.txt")
+    code, said = run("index", "describe", shared_lists / "Places_LT_train.txt")
     assert code == 0 and "62,500 rows, 365 classes, 4,980 to 5 a class, imbalance 996" in said
     for group in ("many: 131 classes", "medium: 163 classes", "few: 71 classes"):
         assert group in said
-    said = run("describe", shared_lists / "ImageNet_LT_train_class_counts.json")[1]
+    said = run("index", "describe", shared_lists / "ImageNet_LT_train_class_counts.json")[1]
     for group in ("115,846 rows", "many: 385 classes", "medium: 479 classes", "few: 136 classes"):
         assert group in said
-    assert run("check", shared_lists / "Places_LT_train.txt", "--classes", 365)[0] == 0
+    assert run("index", "check", shared_lists / "Places_LT_train.txt", "--classes", 365)[0] == 0
     both = (shared_lists / "Places_LT_train.txt", shared_lists / "Places_LT_val.txt")
-    assert run("overlap", *both)[0] == 0
+    assert run("index", "overlap", *both)[0] == 0
 
 
 def test_overlap(run: Run) -> None:
     write("a.txt", "x/1.jpg 0\nx/2.jpg 0\n")
     write("b.txt", "x/2.jpg 0\nx/3.jpg 0\n")
-    code, said = run("overlap", "a.txt", "b.txt")
+    code, said = run("index", "overlap", "a.txt", "b.txt")
     assert code == 3 and said == "1 images stand in both a.txt and b.txt\nx/2.jpg\n"
 
 
@@ -338,14 +340,6 @@ def test_settings_are_the_papers_where_it_has_any() -> None:
         assert qp <= q and 1 <= qn <= (classes - 1) * q and 0 <= beta < 1
 
 
-def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["index.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and all(v in said for v in ("make", "convert", "check", "describe", "overlap", "init"))
-
-
 def listed(root: Path, count: int = 12, **columns: object) -> pd.DataFrame:
     """Images of three classes below root, and the table of them."""
     photos(root, {"x": count})
@@ -422,7 +416,7 @@ def test_check_writes_the_list_without_broken_images(run: Run, tmp_path: Path) -
     photos(tmp_path / "p", {"a": 3, "b": 3})
     (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{k}/00{i}.png,{k}\n" for k in "ab" for i in range(3)))
     (tmp_path / "p/a/001.png").write_bytes(b"")
-    assert run("check", "l.csv", "--source", "p", "-o", "good.txt")[0] == 0
+    assert run("index", "check", "l.csv", "--source", "p", "-o", "good.txt")[0] == 0
     good = Index.load(tmp_path / "good.txt")
     assert len(good) == 5 and good.info["left out"] == "a/001.png" and good.class_names == ["a", "b"]
 
@@ -552,7 +546,7 @@ def test_folders_and_lists_meet_whatever_the_unicode_form_of_their_names(run: Ru
     assert load(recipe.load("q.yaml").data).class_names == [NFC, "tea"]
     write("a.txt", f"{NFC}/1.png 0\n")
     write("b.txt", f"{NFD}/1.png 0\n{NFD}/2.png 0\n")
-    assert run("overlap", "a.txt", "b.txt")[0] == 3
+    assert run("index", "overlap", "a.txt", "b.txt")[0] == 3
     photos(tmp_path / "r", {NFD: 6, "tea": 6, NFC: 5})
     code, said = run("init", "r", "-o", "r.yaml")
     assert code == 0 and "another Unicode form are one class" in said, said

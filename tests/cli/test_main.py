@@ -1,4 +1,4 @@
-"""The console command: its verbs, and what it answers to a wrong one."""
+"""The console command: its subcommands, their old names, and wrong ones."""
 
 import signal
 import subprocess
@@ -8,39 +8,38 @@ from pathlib import Path
 
 import pytest
 
-from rescom_timm.__main__ import VERBS, main
-from rescom_timm.analysis import plots as figures
-from rescom_timm.cli import figures as figures_command
-from rescom_timm.cli import index as index_command
+from rescom_timm.__main__ import SUBCOMMANDS, main
+from rescom_timm.analysis import plots
+from rescom_timm.cli import index, plot
 from rescom_timm.config.loading import presets, shipped
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_that_names_it_as_it_is_called(verb, capsys):
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_help_names_the_subcommand_as_it_is_called(name, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([verb, "--help"])
+        main([name, "--help"])
     told = capsys.readouterr().out
-    assert told.startswith(f"usage: rescom-timm {verb} ")
-    about = import_module(f"rescom_timm.cli.{VERBS[verb][0]}").__doc__
-    assert f"rescom-timm {verb}" in about, "its docstring shows how it is called"
+    assert told.startswith(f"usage: rescom-timm {name} ")
+    about = import_module(f"rescom_timm.cli.{SUBCOMMANDS[name][0]}").__doc__
+    assert f"rescom-timm {name}" in about, "its docstring shows how it is called"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_help_ends_with_an_example_of_its_verb(verb, capsys):
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_help_ends_with_an_example(name, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main([verb, "--help"])
+        main([name, "--help"])
     lines = capsys.readouterr().out.rstrip().splitlines()
     start = next(i for i, line in enumerate(lines) if line in ("example:", "examples:"))
-    assert lines[start + 1 :] and all(line.startswith(f"  rescom-timm {verb} ") for line in lines[start + 1 :])
+    assert lines[start + 1 :] and all(line.startswith(f"  rescom-timm {name} ") for line in lines[start + 1 :])
 
 
 def test_help_imports_neither_torch_nor_timm():
     code = f"""
 import sys
 from rescom_timm.__main__ import main
-for words in ([], *([verb] for verb in {list(VERBS)})):
+for words in ([], *([name] for name in {list(SUBCOMMANDS)})):
     try:
         main([*words, "--help"])
     except SystemExit:
@@ -49,12 +48,17 @@ assert not {{"torch", "timm", "datasets", "numpy"}} & sys.modules.keys(), "help 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: ") == len(VERBS) + 1
+    assert done.stdout.count("usage: ") == len(SUBCOMMANDS) + 1
 
 
-def test_words_that_help_lists_are_those_of_the_rooms():
-    assert figures_command.NAMES == figures.NAMES
-    assert {name for name, (file, _) in VERBS.items() if file == "index"} == index_command.VERBS.keys()
+def test_help_lists_every_plot_and_every_action_of_index(capsys):
+    assert plot.NAMES == plots.NAMES
+    assert index.ACTIONS.keys() == index.EXAMPLES.keys()
+    for action in index.ACTIONS:
+        with pytest.raises(SystemExit, match="0"):
+            main(["index", action, "--help"])
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: rescom-timm index {action} ") and f"  rescom-timm index {action} " in text
 
 
 @pytest.mark.parametrize("first", ["rescom_timm, timm", "timm, rescom_timm"])
@@ -67,7 +71,7 @@ def test_the_cifar_resnets_are_in_timm_whichever_is_imported_first(first):
 
 def test_every_command_has_a_subcommand():
     files = {path.stem for path in (ROOT / "rescom_timm/cli").glob("*.py")} - {"__init__"}
-    assert files == {file for file, _ in VERBS.values()}
+    assert files == {file for file, _ in SUBCOMMANDS.values()}
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {"train", "benchmark", "lite0"}
 
 
@@ -78,13 +82,13 @@ def test_what_left_the_package_says_where_it_went(words, capsys):
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0), (["help"], 0)])
-def test_help_lists_every_verb(words, code, capsys):
+def test_help_lists_every_subcommand(words, code, capsys):
     assert main(words) == code
-    told = capsys.readouterr().out
-    assert all(f"\n  {verb} " in told for verb in VERBS)
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in SUBCOMMANDS)
 
 
-def test_a_wrong_verb_is_told_with_the_nearest(capsys):
+def test_a_wrong_subcommand_is_answered_with_the_nearest(capsys):
     assert main(["trian", "digits_lt"]) == 2
     assert "no subcommand 'trian'; did you mean  rescom-timm train?" in capsys.readouterr().err
 
@@ -103,10 +107,11 @@ def test_only_what_is_required_is_asked_for(words, capsys):
         ["predict", "run", "p", "-o", "{bad}"],
         ["predict", "run", "p", "--embeddings", "{bad}"],
         ["doctor", "digits_lt", "-o", "{bad}"],
-        ["figures", "run", "-o", "{bad}"],
-        ["push", "run", "--onnx", "{bad}"],
-        ["push", "run", "--export", "{bad}"],
-        ["make", "digits", "exponential(10)", "-o", "{bad}"],
+        ["plot", "run", "-o", "{bad}"],
+        ["export", "run", "-o", "{bad}"],
+        ["export", "run", "--format", "onnx", "-o", "{bad}"],
+        ["export", "run", "--format", "torch", "-o", "{bad}"],
+        ["index", "make", "digits", "exponential(10)", "-o", "{bad}"],
         ["init", "p", "-o", "{bad}"],
         ["class-features", "names.txt", "--model", "m", "-o", "{bad}"],
     ],
@@ -141,13 +146,13 @@ def test_a_signal_during_the_first_imports_ends_at_once_without_a_traceback(numb
 
 
 @pytest.mark.parametrize(
-    ("verb", "meant"),
-    [("export", "push RUN --onnx"), ("val", "evaluate RUN"), ("fit", "train RECIPE"), ("Serve", "demo RUN")],
+    ("name", "meant"),
+    [("onnx", "export RUN --format onnx"), ("val", "evaluate RUN"), ("run", "train RECIPE"), ("Serve", "demo RUN")],
 )
-def test_subcommands_of_other_libraries_are_answered_with_ours(verb, meant, capsys):
-    assert main([verb, "runs/x"]) == 2
+def test_subcommands_of_other_libraries_are_answered_with_ours(name, meant, capsys):
+    assert main([name, "runs/x"]) == 2
     assert f"did you mean  rescom-timm {meant}" in capsys.readouterr().err
-    assert meant.split()[0] in VERBS and verb.lower() not in VERBS
+    assert meant.split()[0] in SUBCOMMANDS and name.lower() not in SUBCOMMANDS
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -176,7 +181,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_traceback():
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-def test_a_tool_answers_as_its_verb(tmp_path, capsys):
+def test_a_tool_answers_as_its_subcommand(tmp_path, capsys):
     words = [str(tmp_path / "none.yaml"), "--print"]
     tool = [sys.executable, str(ROOT / "tools/train.py"), *words]
     told = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT)

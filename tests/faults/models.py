@@ -116,14 +116,14 @@ PREDICTED = [
 ]
 
 PUSHED = [
-    Fault("push of nothing", "push none --export x", "]: no run folder none", made=(a_run,)),
+    Fault("export of nothing", "export none", "]: no run folder none", made=(a_run,)),
     Fault("push to nowhere", "push run", "repo", made=(a_run,)),
     Fault("push to a name of no owner", "push run --repo digits", "repo must be owner/name, not 'digits'",
           made=(a_run,)),
-    Fault("export onto a file", "push run --export f", "f", made=(a_run, text("f", "mine"))),
-    Fault("average exported that there is not", "push run --export x --weights ema", "average", made=(a_run,)),
-    Fault("program where a folder is", "push run --torch-export f", "f", made=(a_run, folder("f"))),
-    Fault("key that no push has", "push run hub.privat=false --export x", "unknown key hub.privat", made=(a_run,)),
+    Fault("export onto a file", "export run -o f", "f", made=(a_run, text("f", "mine"))),
+    Fault("average exported that there is not", "export run --weights ema", "average", made=(a_run,)),
+    Fault("program where a folder is", "export run --format torch -o f", "f", made=(a_run, folder("f"))),
+    Fault("key that the hub section lacks", "export run hub.privat=false", "unknown key hub.privat", made=(a_run,)),
 ]
 
 OTHERS = [

@@ -26,7 +26,7 @@ def evaluated(kind: str, words: str, said: str, *made: Change, **more: object) -
 
 
 def drawn(kind: str, words: str, said: str, *made: Change, **more: object) -> Fault:
-    return Fault(kind, f"figures {words}", said, made=(a_run, *made), **more)  # type: ignore[arg-type]
+    return Fault(kind, f"plot {words}", said, made=(a_run, *made), **more)  # type: ignore[arg-type]
 
 
 def both(damage: object) -> tuple[Change, ...]:

@@ -41,6 +41,7 @@ import torch
 import yaml
 
 import rescom_timm
+from rescom_timm.cli import export as export_command
 from rescom_timm.cli import push as tool
 from rescom_timm.config.loading import load, load_fetched
 from rescom_timm.config.recipe import HubConfig
@@ -712,7 +713,7 @@ def test_the_tool(tmp_path, capsys):
     assert tool.main([str(run), "--repo", REPO, "hub.license=mit", "hub.strategy=checkpoint"]) == 0
     assert "license: mit" in SERVER.repos[REPO].files["README.md"].decode()
     assert "checkpoints/step-00000004/state.json" in SERVER.repos[REPO].files
-    assert tool.main([str(run), "--export", str(tmp_path / "out")]) == 0
+    assert export_command.main([str(run), "-o", str(tmp_path / "out")]) == 0
     assert same_net(from_pretrained(tmp_path / "out").net, from_pretrained(run).net)
     assert (tmp_path / "out" / "README.md").is_file() and not staged(run)
     assert tool.main([str(tmp_path / "nothing"), "--repo", REPO]) == 1

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import rescom_timm
 from rescom_timm.api import train_recipe
-from rescom_timm.cli import push
+from rescom_timm.cli import export as export_command
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.transforms import parse
@@ -398,7 +398,7 @@ def test_a_program_of_torch_export_of_more_families(tmp_path, backbone, size, op
 @pytest.mark.slow
 def test_a_program_is_read_without_our_code(tmp_path):
     run = make_run(tmp_path / "run")
-    assert push.main([str(run), "--torch-export", str(tmp_path / "net.pt2")]) == 0
+    assert export_command.main([str(run), "--format", "torch", "-o", str(tmp_path / "net.pt2")]) == 0
     code = "import sys, torch; m = torch.export.load(sys.argv[1]).module(); print(m(torch.zeros(2, 3, 8, 8)).shape[0])"
     code += "; assert not {'timm', 'rescom_timm'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "net.pt2")], capture_output=True, text=True)

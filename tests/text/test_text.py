@@ -131,11 +131,11 @@ def test_an_error_is_printed_without_its_kind_and_number(error, printed, capsys)
 def test_help_ends_with_the_exit_codes(capsys):
     assert EXIT_CODES in new_parser("about", "x", "rescom-timm x").format_help()
     assert main(["--help"]) == 0 and EXIT_CODES in capsys.readouterr().out
-    for word in ("0 ok", "1 failed", "2 usage error", "3 check", "130", "143"):
+    for word in ("0 ok", "1 failed", "2 usage error", "3 index check", "130", "143"):
         assert word in EXIT_CODES
 
 
-@pytest.mark.parametrize("verb", ["evaluate {}", "figures {}", "robustness {}", "push {} --export x"])
+@pytest.mark.parametrize("verb", ["evaluate {}", "plot {}", "robustness {}", "export {}", "push {}"])
 @pytest.mark.parametrize(("run", "said"), [("none", "no run folder none"), ("f", "f is no run folder: it is a file"),
                                            ("d", "d is no run folder: it holds none of")])  # fmt: skip
 def test_every_command_answers_alike_to_what_is_no_run(verb, run, said, tmp_path, monkeypatch, capsys):

@@ -1,18 +1,13 @@
-"""Index files: what the verbs init, make, convert, check, describe and overlap do. Each takes its words, parsed, and
-returns an exit code."""
+"""What the actions of `index` do. Each takes parsed options and returns an exit code."""
 
 import argparse
-import shlex
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from rescom_timm.config.own_data import recipe_for
-from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
@@ -20,10 +15,9 @@ from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, is_label
 from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.progress import image_bar
-from rescom_timm.data.sources import Data, load, training_index, training_split
+from rescom_timm.data.sources import training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
-from rescom_timm.hub_client import hub_id, missing
-from rescom_timm.io import atomic_path, errors_named, read_json, read_text, write_text
+from rescom_timm.io import atomic_path, errors_named, read_json, read_text
 
 
 def make(options: argparse.Namespace) -> int:
@@ -63,11 +57,11 @@ def check(options: argparse.Namespace) -> int:
             problems = [str(error)]
         else:
             if options.decode or options.output:
-                found = _broken(split)
+                found = broken_images(split)
                 images, problems = "all its images decoded", list(found.values())
                 if options.output:
                     broken = {int(split.rows[position]): told for position, told in found.items()}
-                    return _save(_without(index, broken), options)
+                    return _save(without(index, broken), options)
     for problem in problems[: options.lines]:
         print(f"{options.file}: {problem}")
     if len(problems) > options.lines:
@@ -78,13 +72,13 @@ def check(options: argparse.Namespace) -> int:
     return 3 if problems else 0
 
 
-def _broken(split: Split) -> dict[int, str]:
+def broken_images(split: Split) -> dict[int, str]:
     """What is wrong with each image that cannot be decoded, by its position, found in one pass."""
     with image_bar(len(split.rows), split.name) as bar:
         return dict(unreadable(split, progress=bar.update))
 
 
-def _without(index: Index, broken: Mapping[int, str]) -> Index:
+def without(index: Index, broken: Mapping[int, str]) -> Index:
     """The index without these rows (of a list: counted from 0 in it), named in its header."""
     if not broken:
         return index
@@ -121,51 +115,6 @@ def overlap(options: argparse.Namespace) -> int:
     print(f"{len(shared):,} images stand in both {options.file} and {options.other}")
     print(*shared[: options.lines], sep="\n", end="\n" if shared else "")
     return 3 if shared else 0
-
-
-def init(options: argparse.Namespace) -> int:
-    """Write a recipe for one's own images: class folders, a folder with a list, or a local or Hub data set."""
-    recipe = Path(options.output)
-    lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test", "validation")}
-    if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
-        if not options.force:
-            raise ValueError(f"{', '.join(taken)} would be overwritten: choose another -o, or say --force")
-    if options.source != "digits" and hub_id(options.source, alone=True) is None:
-        if not Path(options.source).expanduser().exists():
-            raise missing(options.source)
-        options.source = place(options.source)
-    own = {one.name: getattr(options, one.name) for one in fields(OwnImages)}
-    indexes, config = parts(OwnImages(**own))
-    with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
-
-        def tried() -> Data:
-            for part, index in indexes.items():
-                index.save(Path(folder) / lists[part].name)
-            return load(with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
-
-        data = tried()
-        splits = {"train": data.train, "test": data.test, "validation": data.validation}
-        broken = {part: _broken(split) for part, split in splits.items() if split is not None}
-        if any(broken.values()):
-            told = [problem for found in broken.values() for problem in found.values()]
-            if not options.leave_out or not indexes:
-                how = "repair or remove them" + (", or say --leave-out" if indexes else "")
-                raise ValueError(f"{len(told):,} images cannot be read; {how}:\n  " + "\n  ".join(told[:50]))
-            lost: dict[str, dict[int, str]] = {part: {} for part in indexes}
-            for part, found in broken.items():  # validation rows may be some of the training list's
-                numbers = {int(splits[part].rows[k]): problem for k, problem in found.items()}  # type: ignore[union-attr]
-                lost[part if part in indexes else "train"] |= numbers
-            indexes = {part: _without(index, lost[part]) for part, index in indexes.items()}
-            data = tried()
-        config = with_lists(config, {part: place(lists[part]) for part in indexes})
-        text = recipe_for(data, config, options.source, options.tune)
-    for part, index in indexes.items():
-        index.save(lists[part])
-        print(f"{lists[part]}: {len(index):,} rows of {index.num_classes:,} classes")
-    write_text(recipe, text)
-    print(rows.describe(data.counts))
-    print(f"{recipe}: train with  rescom-timm train {shlex.quote(str(recipe))}")
-    return 0
 
 
 def _config(options: argparse.Namespace, split: str, index: str = "all") -> DataConfig:

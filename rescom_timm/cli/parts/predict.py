@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from rescom_timm.api import Run
 from rescom_timm.class_names import as_spelled, nfc
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.sources import Data, labelled, load, numbered_as
+from rescom_timm.data.sources import Data, labelled
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
 from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predictions
 from rescom_timm.inference.predictions_table import write_csv
@@ -80,7 +80,7 @@ def _data(run: str, class_names: Sequence[str]) -> Data:
     run."""
     if not (Path(run) / "checkpoints").is_dir():
         raise ValueError(f"{run} is no run's folder, so its training and validation images are not known")
-    return numbered_as(load(run_recipe(Path(run)).data), class_names, run)
+    return Run(run).data()
 
 
 def _among(options: argparse.Namespace, model: Pretrained, data: Data | None, reading: dict[str, Any]) -> Embeddings:

@@ -1,11 +1,11 @@
-"""Pictures and a report of one or several runs:
+"""Plots and an HTML report of one or several runs:
 
-    rescom-timm figures RUN [RUN ...] [--only curves,tsne] [-o FOLDER] [key=value ...]
+    rescom-timm plot RUN [RUN ...] [--only curves,tsne] [-o FOLDER] [key=value ...]
 
-Writes every figure as PNG, SVG and CSV, and report.html, which opens offline and shows the runs side by side.
-Figures of the net (views, pairs, queue_pairs, queues, similarity, gradients, tsne) open a checkpoint and its data; of
-several runs they are drawn only where --only names them. key=value changes the runs' recipes for them, such as
-data.source=PATH. With --only, the report shows the figures named beside it (--only curves,report), or all.
+Writes every plot as PNG, SVG and CSV, and report.html, which opens offline and compares the runs.
+Plots of the net (views, pairs, queue_pairs, queues, similarity, gradients, tsne) load a checkpoint and its data; for
+several runs they are drawn only if --only names them. key=value changes the runs' recipes for them, such as
+data.source=PATH. With --only, the report shows the plots named beside it (--only curves,report), or all.
 """
 
 import argparse
@@ -18,14 +18,14 @@ NAMES = (
     "curves", "schedule", "robustness", "longtail", "confusion", "reliability", "views", "pairs", "queue_pairs",
     "queues", "similarity", "gradients", "tsne", "mistakes", "rare",
 )  # fmt: skip
-"""Of the figures: FROM_FILES and FROM_NET of figures/files.py, which takes seconds to import."""
+"""FROM_FILES and FROM_NET of analysis/plots.py, which takes seconds to import."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = new_parser(
         __doc__,
         prog,
-        "rescom-timm figures runs/digits_lt --only curves,confusion",
+        "rescom-timm plot runs/digits_lt --only curves,confusion",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; and key=value")
     parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(NAMES)}, report")
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def draw(options: argparse.Namespace) -> int:
     from rescom_timm.analysis.run_files import open_runs
     from rescom_timm.analysis.writing import write_figures
+    from rescom_timm.api import Run
 
     overrides = [word for word in options.runs if "=" in word and not Path(word).exists()]
-    runs = open_runs(word for word in options.runs if word not in overrides)
+    runs = open_runs(Run(word).folder for word in options.runs if word not in overrides)
     if not runs:
         raise ValueError("no run is named: give the folder of at least one")
     names = [name.strip() for name in options.only.split(",")] if options.only else None
