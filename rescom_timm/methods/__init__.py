@@ -1,17 +1,19 @@
-"""Methods: ResCom and what it is compared with, each a config and a module over a net. base.py says what a method is.
+"""Methods: ResCom, baselines and second stages, each a config and a module over a net. base.py has their interface.
 
-One explicit table; a recipe chooses by `method.name`. A new method is a file here, its row in METHODS and a preset in
+A recipe chooses from METHODS by `method.name`. A new method is a file here, its row in METHODS and a preset in
 recipes/methods/ (CONTRIBUTING.md, "Add a method").
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
+from rescom_timm.errors import InputError
 from rescom_timm.methods import (
     baselines,
     branches,
@@ -79,33 +81,38 @@ METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
 if TYPE_CHECKING:
     MethodConfig: TypeAlias = BaseConfig
 else:
-    MethodConfig = reduce(or_, [config for config, _ in METHODS.values()])  # a union, of which pydantic chooses by name
+    MethodConfig = reduce(or_, [config for config, _ in METHODS.values()])  # pydantic chooses by `name`
 
 
 def create_method(net: Net, counts: Tensor, config: MethodConfig) -> Method:
-    """counts: (K,) training images of each class. Raises ValueError where the config does not fit them."""
-    return method_class(config)(net, counts, config)
+    """Wrap a net in its method. counts: (K,) training images of each class. Raises InputError if they do not fit."""
+    make: Callable[[Net, Tensor, MethodConfig], Method] = method_class(config)
+    return make(net, counts, config)
 
 
-def method_class(config: MethodConfig) -> Any:
-    """The class of METHODS that a config is for."""
+def method_class(config: MethodConfig) -> type[Method]:
+    """The method of a config."""
     return METHODS[config.name][1]
 
 
 def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool) -> None:
-    """Raises ValueError where a recipe asks for what its method cannot do. mix: images are mixed. fit_batch:
-    train.fit_batch. compiled: speed.capture or speed.compile."""
+    """Raises InputError if the recipe has an option that its method does not support.
+
+    mix: images are mixed. fit_batch: train.fit_batch. compiled: speed.capture or speed.compile.
+    """
     method = method_class(config)
     if mix and not method.per_image:
         able = ", ".join(name for name, (_, other) in METHODS.items() if other.per_image)
-        raise ValueError(
-            f"mix: the loss of method {config.name} is not one of single images, so mixed images have no "
-            f"meaning in it: turn mixup and cutmix off (0), or take one of {able}"
+        raise InputError(
+            "method.option",
+            f"mix: mixup and cutmix need a per-image loss, and {config.name} compares images: set them to 0, or use "
+            f"one of {able}",
         )
     if fit_batch and not method.per_image:
-        raise ValueError(
-            f"train.fit_batch: the loss of method {config.name} compares the images of a pass with each "
-            "other, so fewer of them make another loss: set train.accumulate to choose that"
+        raise InputError(
+            "method.option",
+            f"train.fit_batch: method {config.name} compares the images of a pass, so smaller passes change the "
+            "loss: set train.accumulate instead",
         )
     if compiled and not method.static_shapes:
-        raise ValueError(f"speed.capture and speed.compile do not go together with method {config.name}: turn them off")
+        raise InputError("method.option", f"turn speed.capture and speed.compile off: {config.name} supports neither")

@@ -1,22 +1,24 @@
-"""What ResCom is compared with: the same net, loop and views with a loss on the logits alone.
+"""Baselines: the same net, loop and views as ResCom, with a loss on the logits alone.
 
-Shapes: B images of V views, N = V * B, K classes, F features. A classifier that is more than a linear layer takes the
-place of `net.classifier`, so that evaluation, checkpoints and DistributedDataParallel see it; where it is a linear
-layer in evaluation, `as_linear` says which, and the net can still be exported as a plain timm model.
+Shapes: B images of V views, N = V * B, K classes, F features. A classifier that is more than a linear layer replaces
+`net.classifier`, so that evaluation, checkpoints and DistributedDataParallel see it; if it is linear in evaluation,
+`as_linear` returns that layer, and the net can still be exported as a plain timm model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm import losses
+from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.deferred import Deferred, DeferredConfig, balanced_weights
 from rescom_timm.models.classifiers import Cosine, full_precision
 from rescom_timm.models.net import Net
 
@@ -25,6 +27,8 @@ Views = Literal[1, 2]
 
 @dataclass(frozen=True)
 class CrossEntropyConfig(BaseConfig):
+    """Cross-entropy, with label smoothing if asked for."""
+
     name: Literal["cross_entropy"] = "cross_entropy"
     views: Views = 1
     """Augmented views of each image in a batch; 2 costs as much as ResCom."""
@@ -33,13 +37,13 @@ class CrossEntropyConfig(BaseConfig):
     def __post_init__(self) -> None:
         check(self, label_smoothing=BELOW_ONE)
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class BalancedSoftmaxConfig(BaseConfig):
+    """Balanced Softmax (Ren et al. 2020, arXiv 2007.10740)."""
+
     name: Literal["balanced_softmax"] = "balanced_softmax"
     views: Views = 1
     """Augmented views of each image in a batch; 2 is Siamese Balanced Softmax (eq. 6)."""
@@ -61,9 +65,7 @@ class FocalConfig(BaseConfig):
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,12 @@ class ClassBalancedConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if all weights are equal."""
         return self.beta == 0
 
 
 @dataclass(frozen=True)
-class LdamConfig(BaseConfig):
+class LdamConfig(DeferredConfig):
     """LDAM with deferred re-weighting (Cao et al. 2019, arXiv 1906.07413, eqs. 12 and 13, algorithm 1)."""
 
     name: Literal["ldam"] = "ldam"
@@ -104,10 +107,6 @@ class LdamConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
-
-    @property
-    def long_tailed(self) -> bool:
-        return self.reweight_from == 1 or self.beta == 0  # never weighted
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,7 @@ class LogitAdjustmentConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if nothing is adjusted."""
         return self.tau == 0
 
 
@@ -166,14 +166,15 @@ class CausalNormConfig(BaseConfig):
 
 def _check_gamma(gamma: float) -> None:
     if gamma != 0 and gamma < 1:
-        raise ValueError("gamma must be 0 or at least 1, for below 1 the gradient is infinite at p_y = 1")
+        # Below 1 the gradient is infinite at p_y = 1.
+        raise InputError("method.value", f"gamma must be 0 or at least 1, not {gamma:g}")
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
 
 
 def replace_classifier(net: Net, head: nn.Linear) -> None:
-    """Put `head` in the place of the net's classifier, with its weights where they have the same names."""
+    """Replace the net's classifier by `head`, which takes over the weights of the same names."""
     head.load_state_dict(net.classifier.state_dict(), strict=False)
     net.classifier = head.to(net.classifier.weight)
 
@@ -189,15 +190,17 @@ class Adjusted(nn.Linear):
         self.register_buffer("adjustment", adjustment.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         logits = super().forward(x)
         return logits if self.training else logits - self.adjustment
 
     def as_linear(self) -> nn.Linear:
+        """A linear layer of the same logits in evaluation."""
         return linear(self.weight, self.bias - self.adjustment)
 
 
 class CausalNorm(nn.Linear):
-    """Normalised classifier of several heads; in evaluation less the effect of the mean training feature d.
+    """Normalised classifier of several heads; in evaluation without the effect of the mean training feature d.
 
     y_k = tau / H sum over heads of w_k.x / ((|w_k| + gamma) |x|)                                  (training, eq. 7)
         - alpha cos(x, d) w_k.d / ((|w_k| + gamma) |d|)                                          (evaluation, eq. 8)
@@ -207,15 +210,16 @@ class CausalNorm(nn.Linear):
     seen: Tensor
 
     def __init__(self, in_features: int, out_features: int, config: CausalNormConfig) -> None:
-        """Raises ValueError where the features cannot be cut into as many heads."""
+        """Raises InputError if config.heads does not divide the features."""
         if in_features % config.heads:
-            raise ValueError(f"{in_features} features cannot be cut into heads = {config.heads} equal parts")
+            raise InputError("method.value", f"heads ({config.heads}) must divide the {in_features} features")
         super().__init__(in_features, out_features, bias=False)
         self.config = config
         self.register_buffer("mean", torch.zeros(in_features))
         self.register_buffer("seen", torch.zeros(in_features), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         config = self.config
         with full_precision(x):
             x = losses.at_least_float32(x)
@@ -231,13 +235,13 @@ class CausalNorm(nn.Linear):
 
     @torch.no_grad()
     def step(self) -> None:
-        """The mean feature moves once an optimizer step, as that step's momentum does."""
+        """Update the mean feature, once an optimizer step, like that step's momentum."""
         self.mean.mul_(self.config.momentum).add_(self.seen)
         self.seen.zero_()
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """The linear layer of this weight (K, F) and bias (K,)."""
+    """A linear layer with this weight (K, F) and bias (K,)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
     return layer
@@ -260,8 +264,11 @@ class Classification(Method):
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,); of mixed images also partner (B,), labels of the partners, and
-        share, a scalar, of their own. Returns loss (scalar) and logits (V * B, K)."""
+        """Loss (scalar) and logits (V * B, K).
+
+        batch: image (B, V, 3, H, W), label (B,); for mixed images also partner (B,), the partners' labels, and share, a
+        scalar, the weight of the own labels.
+        """
         _, logits, _ = self.net(stack_views(batch["image"]))
         loss = self.loss(logits, batch["label"].repeat(self.views))
         if "partner" in batch:
@@ -275,22 +282,33 @@ class Classification(Method):
 
 
 class CrossEntropy(Classification):
+    """Cross-entropy."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with label smoothing."""
         smoothing = self.config.label_smoothing
         return F.cross_entropy(losses.at_least_float32(logits), labels, label_smoothing=smoothing)
 
 
 class BalancedSoftmax(Classification):
+    """Balanced Softmax, over two views Siamese Balanced Softmax."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of s + log N_k."""
         return losses.balanced_softmax(logits, labels, self.counts, self.config.label_smoothing)
 
 
 class Focal(Classification):
+    """Focal loss."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Focal loss without class weights."""
         return losses.focal(logits, labels, self.config.gamma)
 
 
 class ClassBalanced(Classification):
+    """Class-balanced loss."""
+
     weights: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ClassBalancedConfig) -> None:
@@ -298,37 +316,27 @@ class ClassBalanced(Classification):
         self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Focal loss with weights from the effective number of images."""
         return losses.focal(logits, labels, self.config.gamma, self.weights)
 
 
-def balanced_weights(counts: Tensor, beta: float) -> Tensor:
-    """1 / E_k scaled to sum to K, (K,) (Cui et al. 2019, section 4)."""
-    weights = losses.class_weights(counts, beta, "printed")
-    return len(counts) * weights / weights.sum()
-
-
-class Ldam(Classification):
-    epoch_changes_host = True
-    margins: Tensor
-    weights: Tensor
+class Ldam(Classification, Deferred):
+    """LDAM over a cosine classifier, with deferred re-weighting."""
 
     def __init__(self, net: Net, counts: Tensor, config: LdamConfig) -> None:
         super().__init__(net, counts, config)
         replace_classifier(net, Cosine(net.classifier.in_features, len(counts), config.scale))
-        self.register_buffer("margins", losses.ldam_margins(counts, config.margin), persistent=False)
-        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
-        self.reweighted = False
-
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: re-weighting starts after its fraction of the run."""
-        self.reweighted = epoch >= self.config.reweight_from * epochs
+        self.add_margins(counts)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        scale, weights = self.config.scale, self.weights if self.reweighted else None
-        return losses.ldam(logits / scale, labels, self.margins, scale, weights)
+        """LDAM, weighted from `reweight_from` on."""
+        scale = self.config.scale
+        return losses.ldam(logits / scale, labels, self.margins, scale, self.current_weights)
 
 
 class LogitAdjustment(Classification):
+    """Logit adjustment, in the loss or after training."""
+
     def __init__(self, net: Net, counts: Tensor, config: LogitAdjustmentConfig) -> None:
         super().__init__(net, counts, config)
         if config.form == "post_hoc":
@@ -336,28 +344,35 @@ class LogitAdjustment(Classification):
             replace_classifier(net, Adjusted(net.classifier.in_features, adjustment))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of s + tau log pi_k, or of s in the form post_hoc."""
         tau = self.config.tau if self.config.form == "loss" else 0.0
         return losses.logit_adjustment(logits, labels, self.counts, tau)
 
 
 class Lade(Classification):
+    """LADE."""
+
     per_image = False  # the regularizer is of the batch
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Balanced Softmax + alpha * LADER."""
         config = self.config
         regularizer = losses.lader(logits, labels, self.counts, config.regularization)
         return losses.balanced_softmax(logits, labels, self.counts) + config.alpha * regularizer
 
 
 class CausalNormalized(Classification):
+    """Cross-entropy over the classifier CausalNorm."""
+
     def __init__(self, net: Net, counts: Tensor, config: CausalNormConfig) -> None:
         super().__init__(net, counts, config)
         self.head = (CausalNorm(net.classifier.in_features, len(counts), config),)  # a tuple: it is the net's module
         replace_classifier(net, self.head[0])
 
     def after_step(self) -> None:
-        """Called after each optimizer step."""
+        """Update the mean feature."""
         self.head[0].step()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy."""
         return F.cross_entropy(losses.at_least_float32(logits), labels)

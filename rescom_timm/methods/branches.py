@@ -1,4 +1,4 @@
-"""Nets of branches with different tasks: BBN (two ends of the backbone, two draws), ResLT (three light branches).
+"""Nets with branches of different tasks: BBN (two ends of the backbone, two draws), ResLT (three light branches).
 
 Shapes: B images of V views, N = V * B, K classes, F features.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32, weighted_mean
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.baselines import linear, replace_classifier
@@ -22,8 +23,11 @@ from rescom_timm.models.net import Net, Outputs
 
 @dataclass(frozen=True)
 class BbnConfig(BaseConfig):
-    """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 5). A step has as many images again, one
-    view each, of which the second branch learns: rare classes are drawn for it the more often (`reversed`)."""
+    """Bilateral-branch network (Zhou et al. 2020, arXiv 1912.02413, eqs. 1 to 5).
+
+    Each step has B more images, one view each, for the second branch, drawn with more weight on rare classes
+    (`reversed`).
+    """
 
     name: Literal["bbn"] = "bbn"
     views: Literal[1] = 1
@@ -36,10 +40,12 @@ class BbnConfig(BaseConfig):
 
 @dataclass(frozen=True)
 class ResltConfig(BaseConfig):
-    """Residual learning over groups of classes (Cui et al. 2021, arXiv 2101.10633): branches for all classes, for the
-    medium and rare ones and for the rare ones, whose logits are added. Each is a BatchNorm over the last feature map,
-    as in the authors' code for CIFAR, so that one linear layer is left of them; the 1x1 convolutions of their code for
-    ImageNet-LT and iNaturalist are not here."""
+    """Residual learning over groups of classes (ResLT, Cui et al. 2021, arXiv 2101.10633).
+
+    Branches for all classes, for the medium and rare ones and for the rare ones, whose logits are added. Each is a
+    BatchNorm over the last feature map, as in the authors' code for CIFAR, so that they reduce to one linear layer; the
+    1x1 convolutions of their code for ImageNet-LT and iNaturalist are not implemented.
+    """
 
     name: Literal["reslt"] = "reslt"
     views: Literal[1, 2] = 1
@@ -54,7 +60,7 @@ class ResltConfig(BaseConfig):
     def __post_init__(self) -> None:
         check(self, beta=PART, medium=PART, tail=PART)
         if self.tail > self.medium:
-            raise ValueError(f"tail ({self.tail:g}) must not be above medium ({self.medium:g})")
+            raise InputError("method.value", f"tail ({self.tail:g}) must be at most medium ({self.medium:g})")
 
 
 # --------------------------------------------------------------------------------------------------------------- BBN
@@ -64,15 +70,18 @@ class BbnNet(BranchedNet):
     """A stem, two ends of the backbone and one classifier over both ends' features (2F)."""
 
     def __init__(self, net: Net, config: BbnConfig) -> None:
-        """Raises ValueError where the backbone cannot be cut."""
+        """Raises InputError if the backbone cannot be split."""
         sources = branch_sources(net, 2, config.fresh)
         super().__init__(net, sources, config.branch or last_block(net.encoder))
         width, classes = net.classifier.in_features, net.classifier.out_features
         self.classifier = nn.Linear(2 * width, classes)
 
     def forward(self, images: Tensor, alpha: Tensor | None = None) -> Outputs:
-        """images: (N, 3, H, W), all seen by both branches; with alpha (), as in training, the first half is for the
-        first branch and the rest for the second, whose features are weighted (eq. 1; N is then that of half)."""
+        """Outputs of images (N, 3, H, W).
+
+        In evaluation both branches see all images. With alpha (), as in training, the first half is for the first
+        branch and the second half for the second, whose features are weighted (eq. 1; the rows are then N / 2).
+        """
         if alpha is None:
             stem = self.stem(images)
             parts = [end(stem) for end in self.experts]
@@ -85,16 +94,19 @@ class BbnNet(BranchedNet):
         return Outputs(features, self.classifier(features), embeddings)
 
     def classify(self, images: Tensor) -> Tensor:
+        """Logits (N, K)."""
         return self(images).logits
 
 
 class Bbn(Method):
+    """Two branches over two draws, weighted by alpha and 1 - alpha."""
+
     net: BbnNet
     alpha: Tensor
     second_sampler = "reversed"
 
     def __init__(self, net: Net, counts: Tensor, config: BbnConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
+        """counts: (K,) training images of each class. Raises InputError if the backbone cannot be split."""
         super().__init__(BbnNet(net, config), config)
         if config.fresh:
             self.net.check_trained()
@@ -102,12 +114,14 @@ class Bbn(Method):
         self.register_buffer("alpha", torch.ones(()), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: the parabola alpha = 1 - (t / T)^2 (eq. 5)."""
+        """Set alpha = 1 - (t / T)^2 (eq. 5)."""
         self.alpha.fill_(1 - (epoch / max(epochs, 1)) ** 2)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (2B, 1, 3, H, W), label (2B,), of which the lower half is of the second draw. Returns loss
-        (scalar, eq. 3) and logits (2B, K), those of each pair once for either label."""
+        """Loss (scalar, eq. 3) and logits (2B, K), those of each pair once for either label.
+
+        batch: image (2B, 1, 3, H, W), label (2B,), the second half from the second draw.
+        """
         logits = at_least_float32(self.net(stack_views(batch["image"]), self.alpha).logits)
         first, second = (F.cross_entropy(logits, labels) for labels in batch["label"].chunk(2))
         return {"loss": self.alpha * first + (1 - self.alpha) * second, "logits": logits.repeat(2, 1)}
@@ -124,13 +138,16 @@ class Residual(nn.Linear):
         self.norms = nn.ModuleList(nn.BatchNorm2d(in_features) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps (N, F, H, W) to each branch's logits (3, N, K). Features (N, F) to their sum (N, K), in
-        evaluation, where BatchNorm scales and shifts, before the mean over the map or after it."""
+        """Feature maps (N, F, H, W) to the logits of each branch (3, N, K), or features (N, F) to their sum (N, K).
+
+        Features are for evaluation, in which BatchNorm is linear and may come before the mean over the map or after it.
+        """
         maps = x if x.ndim == 4 else x[:, :, None, None]
         logits = super().forward(torch.stack([norm(maps).mean(dim=(2, 3)) for norm in self.norms]))
         return logits if x.ndim == 4 else logits.sum(dim=0)
 
     def as_linear(self) -> nn.Linear:
+        """A linear layer of the same logits in evaluation."""
         norms: list[Any] = list(self.norms)
         scales = [norm.weight / (norm.running_var + norm.eps).sqrt() for norm in norms]
         shifts = [norm.bias - norm.running_mean * scale for norm, scale in zip(norms, scales, strict=True)]
@@ -139,7 +156,7 @@ class Residual(nn.Linear):
 
 
 class ResltOutputs(NamedTuple):
-    """features (N, F), the sum of the branches' logits (N, K), and branches (3, N, K), each one's own."""
+    """Features (N, F), the sum of the branches' logits (N, K), and the logits of each branch (3, N, K)."""
 
     features: Tensor
     logits: Tensor
@@ -148,15 +165,16 @@ class ResltOutputs(NamedTuple):
 
 
 class ResltNet(Remade):
-    """A Net whose classifier is given the feature map in training."""
+    """A Net whose classifier gets the feature map in training."""
 
     def __init__(self, net: Net) -> None:
-        """Raises ValueError for a backbone whose features are not the mean of its last feature map."""
+        """Raises InputError for a backbone whose features are not the mean of its last feature map."""
         super().__init__(net)
         if not agrees(net.encoder, lambda images: self._maps(images).mean(dim=(2, 3))):
-            raise ValueError(
-                "the branches are over a feature map (N, F, H, W) whose mean is the features, and this backbone has "
-                "none: use a ResNet, a RegNet or an EfficientNet"
+            raise InputError(
+                "net.unsupported",
+                "method reslt needs a feature map (N, F, H, W) whose mean is the features: use a ResNet, a RegNet or "
+                "an EfficientNet",
             )
         replace_classifier(self, Residual(net.classifier.in_features, net.classifier.out_features))
 
@@ -164,6 +182,7 @@ class ResltNet(Remade):
         return self.encoder.forward_features(images)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> ResltOutputs:  # type: ignore[override]
+        """Outputs of images (N, 3, H, W)."""
         maps = self._maps(self.normalize(images))
         branches = self.classifier(maps)
         features = maps.mean(dim=(2, 3))
@@ -172,10 +191,12 @@ class ResltNet(Remade):
 
 
 class Reslt(Method):
+    """ResLT: cross-entropy of the sum of the branches, and of each branch over its classes."""
+
     taught: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ResltConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError for a backbone without a feature map."""
+        """counts: (K,) training images of each class. Raises InputError for a backbone without a feature map."""
         super().__init__(ResltNet(net), config)
         self.views = config.views
         classes = len(counts)
@@ -184,7 +205,7 @@ class Reslt(Method):
         self.register_buffer("taught", torch.stack(taught).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        """Loss (scalar), logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,)."""
         outputs = self.net(stack_views(batch["image"]))
         labels, beta = batch["label"].repeat(self.views), self.config.beta
         fused = F.cross_entropy(at_least_float32(outputs.logits), labels)
@@ -198,9 +219,9 @@ class Reslt(Method):
 
 
 def reslt_branches(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-    """The mean cross-entropy over pairs of a branch and an image of a class that it is taught.
+    """Mean cross-entropy over pairs of a branch and an image of one of its classes.
 
-    logits: (3, N, K). labels: (N,). taught: (3, K), 1 where a branch learns a class.
+    logits: (3, N, K). labels: (N,). taught: (3, K), 1 for the classes of a branch. Returns a scalar.
     """
     raised = at_least_float32(logits)
     weights = taught[:, labels].to(raised.dtype)

@@ -1,4 +1,4 @@
-"""Methods that learn from a teacher, a trained net that stays as it is: DiVE, and the last stage of SSD.
+"""Methods that learn from a teacher, a trained net that stays fixed: DiVE, and the last stage of SSD.
 
 The recipe names the teacher, a run or an export: method.teacher=RUN. Shapes: B images of V views, N = V * B, K classes,
 F features.
@@ -24,8 +24,10 @@ from rescom_timm.models.net import Net
 
 @dataclass(frozen=True)
 class DiveConfig(BaseConfig):
-    """Distilling virtual examples (He et al. 2021, arXiv 2103.15042): the predictions of a teacher that was trained by
-    Balanced Softmax, flattened."""
+    """Distilling virtual examples (DiVE, He et al. 2021, arXiv 2103.15042).
+
+    The virtual examples are the flattened predictions of a teacher that was trained by Balanced Softmax.
+    """
 
     name: Literal["dive"] = "dive"
     views: Views = 1
@@ -46,8 +48,11 @@ class DiveConfig(BaseConfig):
 
 @dataclass(frozen=True)
 class SsdConfig(BaseConfig):
-    """Self supervision to distillation, its last stage (SSD, Li et al. 2021, arXiv 2109.04075). Its first is
-    method moco with contrast_weight 1, classification cross_entropy and same_class_negatives false; its second lws."""
+    """Self supervision to distillation, its last stage (SSD, Li et al. 2021, arXiv 2109.04075).
+
+    Its first stage is method moco with contrast_weight 1, classification cross_entropy and same_class_negatives false;
+    its second lws.
+    """
 
     name: Literal["ssd"] = "ssd"
     views: Views = 1
@@ -64,18 +69,23 @@ DistilledConfig = DiveConfig | SsdConfig
 
 
 class SoftAndHard(nn.Linear):
-    """Two linear classifiers over the same features: in training both, (2, N, K), soft before hard; in evaluation the
-    soft one, (N, K), whose weights are this module's own."""
+    """Two linear classifiers over the same features.
+
+    In training the logits of both, (2, N, K), soft before hard; in evaluation those of the soft one, (N, K), whose
+    weights are this module's own.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.hard = nn.Linear(in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits."""
         soft = super().forward(x)
         return torch.stack((soft, self.hard(x))) if self.training else soft
 
     def as_linear(self) -> nn.Linear:
+        """A linear layer of the same logits in evaluation."""
         return linear(self.weight, self.bias)
 
 
@@ -85,7 +95,7 @@ class Dive(Classification):
     needs_teacher = True
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        """Loss (scalar), logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,)."""
         images, labels, config = stack_views(batch["image"]), batch["label"].repeat(self.views), self.config
         targets = ask(self.teacher, images)
         _, logits, _ = self.net(images)
@@ -100,7 +110,7 @@ class Dive(Classification):
 
 
 class Ssd(Classification):
-    """Labels teach the hard classifier by cross-entropy, the teacher the soft one; the encoder learns from both."""
+    """Cross-entropy of the hard classifier and distillation into the soft one; the encoder learns from both."""
 
     needs_teacher = True
 
@@ -109,8 +119,7 @@ class Ssd(Classification):
         replace_classifier(net, SoftAndHard(net.classifier.in_features, len(counts)))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), the soft classifier's logits (V * B, K) and
-        the loss's parts."""
+        """Loss (scalar), the soft logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,)."""
         images, labels = stack_views(batch["image"]), batch["label"].repeat(self.views)
         targets = ask(self.teacher, images)
         soft, hard = self.net(images).logits

@@ -1,9 +1,8 @@
-"""ELF: early exits, by which easy images leave and hard ones make up the loss of later layers (Duggal et al. 2020,
-arXiv 2006.11979).
+"""ELF: early exits by which easy images leave, so that hard ones dominate the loss of later layers.
 
-Shapes: B images of V views, N of a forward pass, E exits (the last is the net's end), K classes, F features. Built from
-the paper's abstract, for no code of the authors is known. Where the exits are, what they are made of, how sure one must
-be and how the exits' losses are added is our reading of it, and not the paper's word.
+Duggal et al. 2020, arXiv 2006.11979. Shapes: B images of V views, N of a forward pass, E exits (the last is the net's
+end), K classes, F features. Built from the paper's abstract, as no code of the authors is known: the position of the
+exits, their layers, the threshold and the sum of the exits' losses are our reading.
 """
 
 from __future__ import annotations
@@ -16,19 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rescom_timm.losses import ldam_margins, less_margins, weighted_mean
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
-from rescom_timm.methods.baselines import balanced_weights
+from rescom_timm.errors import InputError
+from rescom_timm.losses import less_margins, weighted_mean
+from rescom_timm.methods.base import stack_views
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.deferred import Deferred, DeferredConfig
 from rescom_timm.models.branched import Remade, agrees
 from rescom_timm.models.classifiers import Cosine
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class ElfConfig(BaseConfig):
-    """In training an image leaves at the first exit that is right and sure enough, and adds the LDAM loss of that exit
-    and of all before it; in evaluation it is classified by the first exit that is sure enough."""
+class ElfConfig(DeferredConfig):
+    """Early exits with LDAM.
+
+    In training an image leaves at the first exit that is right and above the threshold, and adds the LDAM loss of that
+    exit and of all before it; in evaluation the first exit above the threshold classifies it.
+    """
 
     name: Literal["elf"] = "elf"
     views: Literal[1, 2] = 1
@@ -47,14 +50,9 @@ class ElfConfig(BaseConfig):
         check(self, exits=A_FEW, threshold=PART, margin=NOT_NEGATIVE, scale=POSITIVE)
         check(self, reweight_from=PART, beta=BELOW_ONE)
 
-    @property
-    def long_tailed(self) -> bool:
-        return self.reweight_from == 1 or self.beta == 0  # never weighted
-
 
 class ElfOutputs(NamedTuple):
-    """features (N, F) of the net's end, logits (N, K) of the exit where each image leaves, exits (E, N, K), those of
-    each exit."""
+    """Features (N, F) of the net's end, logits (N, K) of the exit where each image leaves, and of each exit."""
 
     features: Tensor
     logits: Tensor
@@ -63,21 +61,22 @@ class ElfOutputs(NamedTuple):
 
 
 class ElfNet(Remade):
-    """A Net with classifiers behind earlier stages too. All exits are computed for all images, as a batch wants."""
+    """A Net with classifiers after earlier stages too. All exits are computed for all images of a batch."""
 
     costs: Tensor
 
     def __init__(self, net: Net, config: ElfConfig) -> None:
-        """Raises ValueError for a backbone without so many stages, or of which timm gives no feature maps."""
+        """Raises InputError for a backbone with too few stages, or of which timm gives no feature maps."""
         super().__init__(net)
         stages = len(getattr(net.encoder, "feature_info", ()))
         if not agrees(net.encoder, lambda images: self._run(images, [0])[0]):
-            raise ValueError(
-                "exits are behind stages, and timm does not give this backbone's feature maps (forward_intermediates): "
-                "use a ResNet, a ConvNeXt or a ViT"
+            raise InputError(
+                "net.unsupported",
+                "method elf needs the backbone's stages (timm's forward_intermediates): use a ResNet, a ConvNeXt or a "
+                "ViT",
             )
         if config.exits >= stages:
-            raise ValueError(f"exits must be at most {stages - 1}, for this backbone has {stages} stages")
+            raise InputError("method.value", f"exits must be at most {stages - 1}: the backbone has {stages} stages")
         self.stages = list(range(stages - 1 - config.exits, stages - 1))
         self.threshold = config.threshold
         widths, costs = self._measure()
@@ -88,7 +87,7 @@ class ElfNet(Remade):
 
     @torch.no_grad()
     def _measure(self) -> tuple[list[int], list[float]]:
-        """The channels of each early exit's map, and the part of the encoder's operations that are done by then."""
+        """Channels of each early exit's map, and the fraction of the encoder's operations up to it."""
         encoder: Any = self.encoder
         images, training = torch.zeros(1, *encoder.pretrained_cfg["input_size"]), encoder.training
         encoder.eval()
@@ -111,6 +110,7 @@ class ElfNet(Remade):
         return encoder.forward_head(end, pre_logits=True), maps
 
     def forward(self, images: Tensor) -> ElfOutputs:  # type: ignore[override]
+        """Outputs of images (N, 3, H, W)."""
         features, maps = self._run(self.normalize(images), self.stages)
         early = [head(own.mean(dim=(2, 3))) for head, own in zip(self.exits, maps, strict=True)]
         exits = torch.stack([*early, self.classifier(features)])
@@ -119,41 +119,38 @@ class ElfNet(Remade):
         return ElfOutputs(features, exits.gather(0, chosen)[0], embeddings, exits)
 
     def left(self, exits: Tensor) -> Tensor:
-        """The exit (N,) by which each image leaves in evaluation. exits: (E, N, K)."""
+        """The exit (N,) by which each image leaves in evaluation. exits: (E, N, K) logits."""
         sure = (exits.softmax(dim=2).amax(dim=2) >= self.threshold).to(exits.dtype)
         sure[-1] = 1
         return sure.argmax(dim=0)
 
     def classify(self, images: Tensor) -> Tensor:
+        """Logits (N, K)."""
         return self(images).logits
 
     def to_timm(self) -> nn.Module:
-        raise ValueError("a net with early exits is no plain timm model, so it is not exported")
+        """Raises InputError."""
+        raise InputError("net.export", "a net with early exits is not a plain timm model, so it cannot be exported")
 
 
-class Elf(Method):
+class Elf(Deferred):
+    """Sum of the LDAM losses of all exits that an image reaches."""
+
     net: ElfNet
-    epoch_changes_host = True
-    margins: Tensor
-    weights: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ElfConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError where the backbone has no such stages."""
+        """counts: (K,) training images of each class. Raises InputError if the backbone has no such stages."""
         super().__init__(ElfNet(net, config), config)
         self.plain = (self.net,)  # a tuple: the net as it is under what is wrapped around it
         self.views = config.views
-        self.reweighted = False
-        self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
-        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
-
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: re-weighting starts after its fraction of the run."""
-        self.reweighted = epoch >= self.config.reweight_from * epochs
+        self.add_margins(counts)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K), stayed (percent of images
-        still in at the net's end, in training) and flops_saved (percent of the encoder's operations that the images'
-        leaving would spare, as they would leave in evaluation)."""
+        """Loss (scalar), logits (V * B, K), stayed and flops_saved. batch: image (B, V, 3, H, W), label (B,).
+
+        stayed: percent of images that reach the net's end in training. flops_saved: percent of the encoder's operations
+        that early exits would save in evaluation.
+        """
         outputs = self.net(stack_views(batch["image"]))
         labels, config = batch["label"].repeat(self.views), self.config
         stayed = still_in(outputs.exits, labels, config.threshold)
@@ -171,7 +168,7 @@ class Elf(Method):
 
 @torch.no_grad()
 def still_in(exits: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """1 where an image has not left before an exit, (E, N): by one before it that is right and sure enough.
+    """1 for the exits that an image reaches, (E, N): no exit before was right and above the threshold.
 
     exits: (E, N, K) logits. labels: (N,).
     """

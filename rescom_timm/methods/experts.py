@@ -1,7 +1,7 @@
 """RIDE-style experts: a net of several heads over a shared stem (Wang et al. 2021, arXiv 2010.01809).
 
-Shapes: B images, E experts, K classes, F features. All experts are asked for every image: the router of the paper's
-second stage is left out, and experts keep the backbone's width.
+Shapes: B images, E experts, K classes, F features. Every image goes through all experts: the router of the paper's
+second stage is not implemented, and experts keep the backbone's width.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rescom_timm.losses import check_temperature, distillation, diversity, ldam, ldam_margins
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
-from rescom_timm.methods.baselines import Cosine, balanced_weights
-from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.losses import check_temperature, distillation, diversity, ldam
+from rescom_timm.methods.base import stack_views
+from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SEVERAL, check
+from rescom_timm.methods.deferred import Deferred, DeferredConfig
 from rescom_timm.methods.parts import ask
 from rescom_timm.models.branched import BranchedNet, branch_sources
+from rescom_timm.models.classifiers import Cosine
 from rescom_timm.models.net import Net
 
 
 @dataclass(frozen=True)
-class ExpertsConfig(BaseConfig):
-    """LDAM of each expert less how far it is from their mean (the diversity loss of RIDE)."""
+class ExpertsConfig(DeferredConfig):
+    """LDAM of each expert minus their distance from the mean expert (the diversity loss of RIDE)."""
 
     name: Literal["experts"] = "experts"
     views: Literal[1, 2] = 1
@@ -52,36 +53,32 @@ class ExpertsConfig(BaseConfig):
     distill_temperature: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.experts < 2:
-            raise ValueError("experts must be at least 2")
-        check(self, experts=A_FEW)
         check_temperature(self.temperature)
-        check(self, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE)
+        check(self, experts=SEVERAL, diversity=NOT_NEGATIVE, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART)
         check(self, distill_weight=NOT_NEGATIVE, distill_temperature=POSITIVE)
-        check(self, temperature_by_count=BELOW_ONE, reweight_from=PART, beta=BELOW_ONE)
-
-    @property
-    def long_tailed(self) -> bool:
-        return self.reweight_from == 1 or self.beta == 0  # never weighted
+        check(self, temperature_by_count=BELOW_ONE, beta=BELOW_ONE)
 
 
 class Heads(nn.ModuleList):
-    """E classifiers side by side: features (E, N, F) to logits (E, N, K)."""
+    """E parallel classifiers: features (E, N, F) to logits (E, N, K)."""
 
     @property
     def in_features(self) -> int:
+        """F."""
         return self[0].in_features  # type: ignore[union-attr, return-value]
 
     @property
     def out_features(self) -> int:
+        """K."""
         return self[0].out_features  # type: ignore[union-attr, return-value]
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (E, N, F) to logits (E, N, K)."""
         return torch.stack([head(own) for head, own in zip(self, features, strict=True)])
 
 
 class ExpertOutputs(NamedTuple):
-    """Means over the experts, features (N, F) and logits (N, K), and experts (E, N, K), each one's own logits."""
+    """Means over the experts, features (N, F) and logits (N, K), and the logits of each expert (E, N, K)."""
 
     features: Tensor
     logits: Tensor
@@ -101,6 +98,7 @@ class ExpertsNet(BranchedNet):
         self.classifier = Heads(Cosine(width, classes, scale) for _ in sources)  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> ExpertOutputs:  # type: ignore[override]
+        """Outputs of images (N, 3, H, W)."""
         stem = self.stem(images)
         features = torch.stack([expert(stem) for expert in self.experts])
         logits = self.classifier(features)
@@ -109,46 +107,39 @@ class ExpertsNet(BranchedNet):
         return ExpertOutputs(mean, logits.mean(dim=0), embeddings, logits)
 
     def classify(self, images: Tensor) -> Tensor:
+        """Logits (N, K)."""
         return self(images).logits
 
 
-class Experts(Method):
+class Experts(Deferred):
+    """LDAM of every expert, their diversity, and distillation from a teacher if there is one."""
+
     net: ExpertsNet
-    epoch_changes_host = True
-    counts: Tensor
-    margins: Tensor
-    weights: Tensor
     temperature: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: ExpertsConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError where the backbone cannot be cut."""
+        """counts: (K,) training images of each class. Raises InputError if the backbone cannot be split."""
         sources = branch_sources(net, config.experts, config.fresh)
         super().__init__(ExpertsNet(net, sources, config.branch, config.scale), config)
         if config.fresh:
             self.net.check_trained()
         self.views = config.views
-        self.reweighted = False
+        self.add_margins(counts)
         share = config.temperature_by_count
         temperature = share * len(counts) * counts / counts.sum() + 1 - share
-        self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
-        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
         self.register_buffer("temperature", config.temperature * temperature / temperature.max(), persistent=False)
 
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: re-weighting starts after its fraction of the run."""
-        self.reweighted = epoch >= self.config.reweight_from * epochs
-
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts.
+        """Loss (scalar), logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,).
 
-        A teacher's logits are distilled into the experts' mean; its authors' sum of both is E times as large."""
+        A teacher's logits are distilled into the experts' mean; the authors' sum of both is E times as large.
+        """
         images = stack_views(batch["image"])
         outputs = self.net(images)
         labels, config = batch["label"].repeat(self.views), self.config
-        weights = self.weights if self.reweighted else None
-        classification = torch.stack(
-            [ldam(own / config.scale, labels, self.margins, config.scale, weights) for own in outputs.experts]
-        ).sum()
+        of_experts = (own / config.scale for own in outputs.experts)
+        losses = [ldam(own, labels, self.margins, config.scale, self.current_weights) for own in of_experts]
+        classification = torch.stack(losses).sum()
         even = torch.full_like(self.temperature, config.temperature)
         distance = diversity(outputs.experts, self.temperature if self.reweighted else even)
         loss, parts = classification - config.diversity * distance, {}

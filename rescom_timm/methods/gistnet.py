@@ -1,9 +1,8 @@
-"""GistNet: a class is a constellation of points, whose shape is learned from the frequent classes for all (Liu et al.
-2021, arXiv 2105.00131).
+"""GistNet: each class is a constellation of points whose shape frequent classes teach all others.
 
-Shapes: B images, N of a forward pass, K classes, F features, J structures. Built from the abstract and the authors'
-published code for ImageNet-LT; what is ours, and not theirs, is said where it is. The class-balanced draw is one of
-them: here each image's class is drawn by itself, in theirs classes take turns in a shuffled order, four images each.
+Liu et al. 2021, arXiv 2105.00131. Shapes: B images, N of a forward pass, K classes, F features, J structures. Built
+from the abstract and the authors' code for ImageNet-LT; the docstrings name what differs. The class-balanced draw does:
+here each image's class is drawn independently, in theirs classes take turns in a shuffled order, four images each.
 """
 
 from __future__ import annotations
@@ -25,8 +24,11 @@ from rescom_timm.models.net import Net
 
 @dataclass(frozen=True)
 class GistNetConfig(BaseConfig):
-    """Cross-entropy of an evenly drawn batch and of a class-balanced one (`class_balanced`, one view each), on two sets
-    of class centres that share their structures. The structures learn from the first batch alone."""
+    """Cross-entropy of an instance-balanced and of a class-balanced batch (`class_balanced`, one view each).
+
+    The two batches have two sets of class centres that share their structures. The structures learn from the first
+    batch alone.
+    """
 
     name: Literal["gistnet"] = "gistnet"
     views: Literal[1] = 1
@@ -45,11 +47,13 @@ class GistNetConfig(BaseConfig):
 
 
 class Constellation(nn.Linear):
-    """scale * max over j of cos(x, w_k + u_j), u_0 = 0: `weight` are the centres w of the class-balanced draw, which
-    are evaluated, `even` those of the even draw, `structures` (J, F) the other u.
+    """Logits scale * max over j of cos(x, w_k + u_j), u_0 = 0.
 
-    Structures start at a tenth of the centres' size: ours. The authors' code starts them at zero, where all points of a
-    class are equally near, and its maximum leaves the structures without a gradient: run, they stay at zero.
+    `weight` are the centres w of the class-balanced draw, which evaluation uses, `even` those of the instance-balanced
+    draw, `structures` (J, F) the other u.
+
+    Structures start at a tenth of the centres' size. The authors' code starts them at zero, where all points of a class
+    are equally near, and its maximum gives the structures no gradient: they stay at zero.
     """
 
     taken: Tensor
@@ -63,12 +67,12 @@ class Constellation(nn.Linear):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Both sets of centres from `weight`, and new structures."""
+        """Copy both sets of centres from `weight` and draw new structures."""
         self.even.copy_(self.weight)
         self.structures.normal_(std=0.1 * float(self.weight.std()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, F) to logits (N, K); in training the first half of the rows is of the even draw."""
+        """Features (N, F) to logits (N, K); in training the first half of the rows is of the instance-balanced draw."""
         with full_precision(x):
             x = F.normalize(at_least_float32(x), dim=1)
             if not self.training:
@@ -86,6 +90,8 @@ class Constellation(nn.Linear):
 
 
 class GistNet(Classification):
+    """Cross-entropy of both draws over a Constellation."""
+
     second_sampler = "class_balanced"
 
     def __init__(self, net: Net, counts: Tensor, config: GistNetConfig) -> None:
@@ -97,11 +103,11 @@ class GistNet(Classification):
         self.head = (head,)  # a tuple: it is the net's module
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: structures take part after their fraction of the run."""
+        """Switch the structures on after `structures_from` of the epochs."""
         self.head[0].taken.fill_(float(epoch >= self.config.structures_from * epochs))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits: (2B, K). labels: (2B,), of which the lower half is of the class-balanced draw."""
+        """Weighted sum of both draws' losses. logits: (2B, K). labels: (2B,), class-balanced in the second half."""
         raised = at_least_float32(logits)
         even, balanced = map(F.cross_entropy, raised.chunk(2), labels.chunk(2))
         return even + self.config.weight * balanced

@@ -1,8 +1,8 @@
-"""Methods with a queue that are not ResCom: MoCo + Balanced Softmax (Table 6, first row) and PaCo / GPaCo.
+"""Methods with a queue besides ResCom: MoCo + Balanced Softmax (Table 6, first row) and PaCo / GPaCo.
 
 Shapes: B images of two views, K classes, D the width of an embedding. A momentum encoder is state of the method, not of
-the net: it is saved beside the net's weights, gets no gradient, and is the same on every process because it follows
-weights that are.
+the net: checkpoints hold it separately, it gets no gradient, and it is equal on every process because the weights that
+it follows are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from rescom_timm.models.net import Net
 
 @dataclass(frozen=True)
 class MocoConfig(BaseConfig):
-    """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) beside Balanced Softmax of the first view, or beside plain
-    cross-entropy as in SSD's first stage (Li et al. 2021, arXiv 2109.04075)."""
+    """MoCo (He et al. 2020, arXiv 1911.05722, eqs. 1 and 2) with Balanced Softmax of the first view.
+
+    With plain cross-entropy instead it is the first stage of SSD (Li et al. 2021, arXiv 2109.04075).
+    """
 
     name: Literal["moco"] = "moco"
     contrast_weight: float = 0.5
@@ -37,7 +39,7 @@ class MocoConfig(BaseConfig):
     momentum: float = 0.999
     """m: of the momentum encoder, once an optimizer step."""
     queue_size: int = 4000
-    """Most recent keys, of whatever class."""
+    """Most recent keys, of all classes."""
     classification: Literal["balanced_softmax", "cross_entropy"] = "balanced_softmax"
     same_class_negatives: bool = True
     """Keys of a query's own class are negatives too, as in MoCo; false leaves them out (SSD, as its authors train)."""
@@ -48,16 +50,20 @@ class MocoConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True with plain cross-entropy."""
         return self.classification == "cross_entropy"
 
     def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        """The key and the number of slots."""
         return "queue_size", self.queue_size
 
 
 @dataclass(frozen=True)
 class PacoConfig(BaseConfig):
-    """Parametric contrastive learning (PaCo, Cui et al. 2021, arXiv 2107.12028); GPaCo (arXiv 2209.12400) is the
-    same without momentum encoder, with smoothed targets."""
+    """Parametric contrastive learning (PaCo, Cui et al. 2021, arXiv 2107.12028).
+
+    GPaCo (arXiv 2209.12400) is the same without momentum encoder, with smoothed targets.
+    """
 
     name: Literal["paco"] = "paco"
     alpha: float = 0.05
@@ -74,12 +80,16 @@ class PacoConfig(BaseConfig):
         check(self, alpha=NOT_NEGATIVE, smoothing=BELOW_ONE, momentum=BELOW_ONE, queue_size=AT_LEAST_ONE)
 
     def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        """The key and the number of slots."""
         return "queue_size", self.queue_size
 
 
 class Moco(Method):
-    """Positive pair: the two views of an image, the second through the momentum encoder. Negatives: the whole queue, or
-    what of it is of other classes."""
+    """Classification of the first view and MoCo over a queue.
+
+    Positive pair: the two views of an image, the second through the momentum encoder. Negatives: all keys of the queue,
+    or those of other classes.
+    """
 
     momentum_net: MomentumNet
     queue: FifoQueue
@@ -95,8 +105,7 @@ class Moco(Method):
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar), logits (B, K) of the first views and the
-        loss's two parts, detached."""
+        """Loss (scalar), logits (B, K) of the first views and the parts. batch: image (B, 2, 3, H, W), label (B,)."""
         labels = batch["label"]
         first, second = batch["image"].unbind(dim=1)
         _, logits, queries = self.net(first)
@@ -117,8 +126,10 @@ class Moco(Method):
         }
 
     def pairs(self, queries: Tensor, keys: Tensor, labels: Tensor) -> Pairs:
-        """(B, 1 + S): each query against its own key, positive, and the S slots of the queue, none of them positive
-        whatever their class. queries, keys: (B, D). labels: (B,)."""
+        """Pairs (B, 1 + S): each query with its own key, positive, and with all slots of the queue, negative.
+
+        queries, keys: (B, D). labels: (B,).
+        """
         own = (queries * keys).sum(dim=1, keepdim=True)
         yes = torch.ones_like(own, dtype=torch.bool)
         queue = against_queue(queries, labels, self.queue)
@@ -126,7 +137,7 @@ class Moco(Method):
         return Pairs(own, yes, yes).join(queue._replace(positive=torch.zeros_like(queue.positive), valid=valid))
 
     def after_step(self) -> None:
-        """Called after each optimizer step."""
+        """Update the momentum encoder."""
         self.momentum_net.follow(self.net)
 
 
@@ -150,7 +161,7 @@ class Paco(Method):
         self.register_buffer("prior", log_prior(counts).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar) and logits (B, K), or (2B, K) in GPaCo."""
+        """Loss (scalar) and logits (B, K), or (2B, K) in GPaCo. batch: image (B, 2, 3, H, W), label (B,)."""
         y, config = batch["label"], self.config
         first, second = batch["image"].unbind(dim=1)
         if self.momentum_net is None:
@@ -168,6 +179,6 @@ class Paco(Method):
         return {"loss": loss, "logits": logits}
 
     def after_step(self) -> None:
-        """Called after each optimizer step."""
+        """Update the momentum encoder, if any."""
         if self.momentum_net is not None:
             self.momentum_net.follow(self.net)

@@ -1,4 +1,4 @@
-"""What a method may keep beside its net: a teacher, a copy of the net that follows it.
+"""Parts that a method may have beside its net: a teacher, a momentum encoder.
 
 Shapes: N images, B images of one view, K classes, D the width of an embedding.
 """
@@ -13,39 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32
 from rescom_timm.models.net import Net
 from rescom_timm.models.trainable import digest
 
 
 class Teacher:
-    """A trained net that is asked for its logits: in evaluation mode, without gradient. It is no part of the method's
-    module, so no optimizer, checkpoint or process group sees it; a checkpoint holds its digest."""
+    """A trained net whose logits are a target, in evaluation mode and without gradient.
+
+    It is no part of the method's module, so no optimizer, checkpoint or process group sees it; a checkpoint holds its
+    digest.
+    """
 
     def __init__(self, net: Net, class_names: Sequence[str] = ()) -> None:
-        """class_names: (K,), or empty where they are not known."""
+        """class_names: (K,), or empty if they are not known."""
         self.net = net.eval().requires_grad_(False)
         self.class_names = list(class_names)
         self.digest = digest(net.state_dict())
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def place(self, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Go to a device, and compute in the precision that autocast() gives."""
+        """Move to a device, and compute in the precision of autocast()."""
         self.net.to(device)
         self.autocast = autocast
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W), eight-bit, which the net normalises as it did in its own training. Returns logits
-        (N, K), float32 or wider."""
+        """Logits (N, K), float32 or wider.
+
+        images: (N, 3, H, W), eight-bit, normalised as in the teacher's own training.
+        """
         with self.autocast():
             return at_least_float32(self.net.classify(images))
 
 
 def ask(teacher: Teacher | None, images: Tensor) -> Tensor:
-    """The teacher's logits (N, K). Raises ValueError where there is none."""
+    """The teacher's logits (N, K). Raises InputError if there is no teacher."""
     if teacher is None:
-        raise ValueError("this method learns from a teacher: set method.teacher = Teacher(net) before training")
+        raise InputError("method.teacher", "the method has no teacher: set method.teacher = Teacher(net) first")
     return teacher(images)
 
 
@@ -62,10 +68,10 @@ class MomentumNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W). Returns embeddings (B, D)."""
+        """Embeddings (B, D) of images (B, 3, H, W)."""
         return self.copy(images).embeddings
 
     @torch.no_grad()
     def follow(self, net: nn.Module) -> None:
-        """Move towards the net, plain or wrapped; call it once an optimizer step."""
+        """Move towards the net, plain or wrapped; once an optimizer step."""
         torch._foreach_lerp_(list(self.copy.parameters()), list(net.parameters()), 1 - self.momentum)

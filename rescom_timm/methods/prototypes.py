@@ -1,4 +1,4 @@
-"""Methods that compare an image with one vector of each class: Hybrid-PSC and DRO-LT.
+"""Methods with one vector of each class: Hybrid-PSC and DRO-LT.
 
 Shapes: B images of V views, N = V * B, K classes, F features, D the width of an embedding. Trained vectors are
 parameters of the net, so that the optimizer and DistributedDataParallel see them.
@@ -7,7 +7,7 @@ parameters of the net, so that the optimizer and DistributedDataParallel see the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,28 +43,26 @@ class DroLtConfig(BaseConfig):
     """lambda: total loss = lambda * cross-entropy + (1 - lambda) * robust loss."""
     temperature: float = 1.0
     """tau of the distances: 1 in the paper's equations and the authors' published command. The default of their code
-    is 0.07, with which features collapsed in our runs on the digits."""
+    is 0.07, with which features collapsed in our runs on digits."""
     radius: Literal["shared", "by_count", "learned"] = "by_count"
-    """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon and is
-    kept from going below 0 (below it, the loss would fall without any feature moving)."""
+    """eps_c of the ball of uncertainty: epsilon; epsilon / sqrt(N_c); or a trained number that starts at epsilon and
+    stays at least 0 (below it, the loss would fall without any feature moving)."""
     epsilon: float = 1.0
     momentum: float = 0.99
-    """By how much a centroid keeps its place when one image of its class is seen."""
+    """Weight of the old centroid when one image of its class is seen."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check(self, epsilon=NOT_NEGATIVE, weight=PART, momentum=BELOW_ONE)
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 class HybridPsc(Method):
-    """Prototypes at first, the classifier at last: alpha * PSC + (1 - alpha) * CE with alpha = 1 - (t / T)^2.
+    """Prototypes first, the classifier later: alpha * PSC + (1 - alpha) * CE with alpha = 1 - (t / T)^2.
 
-    The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by
-    N / (K N_y), the same in expectation, so that one loader serves both branches.
+    The paper gives the classifier class-balanced batches of its own; here its cross-entropy is weighted by N / (K N_y),
+    the same in expectation, so that one loader serves both branches.
     """
 
     weights: Tensor
@@ -82,11 +80,11 @@ class HybridPsc(Method):
         self.register_buffer("weights", weights.float(), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: the parabola."""
+        """Set alpha."""
         self.alpha = 1 - (epoch / max(epochs, 1)) ** 2
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        """Loss (scalar), logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,)."""
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         labels = batch["label"].repeat(self.views)
         prototypes = F.normalize(self.prototypes[0], dim=1)
@@ -101,10 +99,10 @@ class HybridPsc(Method):
 
 
 class DroLt(Method):
-    """Features are drawn to their class's centroid, from the worst point of a ball around it.
+    """Features move to their class's centroid, measured from the worst point of a ball around it.
 
-    The authors measure the centroids on the whole training set before each epoch; here they are moving averages of the
-    features seen, the same on every process, so that no second pass over the data is needed.
+    The authors compute the centroids on the whole training set before each epoch; here they are moving averages of the
+    features seen, equal on every process, which need no second pass over the data.
     """
 
     counts: Tensor
@@ -125,7 +123,7 @@ class DroLt(Method):
         self.register_buffer("known", torch.zeros(len(counts), dtype=torch.bool))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, V, 3, H, W), label (B,). Returns loss (scalar), logits (V * B, K) and the loss's parts."""
+        """Loss (scalar), logits (V * B, K) and the loss's parts. batch: image (B, V, 3, H, W), label (B,)."""
         features, logits, _ = self.net(stack_views(batch["image"]))
         labels, config = batch["label"].repeat(self.views), self.config
         classification = F.cross_entropy(at_least_float32(logits), labels)
@@ -143,8 +141,11 @@ class DroLt(Method):
 
     @torch.no_grad()
     def move_centroids(self, features: Tensor, labels: Tensor) -> None:
-        """A class of which n images came keeps momentum^n of its centroid, so that it does not matter into how many
-        passes a batch is cut; its first images place it. features: (N, F). labels: (N,)."""
+        """Update the centroids from features (N, F) with labels (N,).
+
+        A class with n images keeps momentum^n of its centroid, so that splitting a batch into passes makes no
+        difference; its first images set the centroid.
+        """
         own = F.one_hot(labels, len(self.centroids)).to(self.centroids.dtype)
         number = own.sum(dim=0)
         mean = own.T @ features.to(own.dtype) / number.clamp(min=1)[:, None]

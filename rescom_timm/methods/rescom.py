@@ -15,6 +15,7 @@ from rescom_timm.contrastive.mined import mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
 from rescom_timm.contrastive.supcon import chance_level
 from rescom_timm.distributed import gather, processes
+from rescom_timm.errors import InputError
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
@@ -43,6 +44,8 @@ class QueueConfig:
 
 @dataclass(frozen=True)
 class RescomConfig(BaseConfig):
+    """ResCom (arXiv 2203.11506), as published in code or in the paper."""
+
     name: Literal["rescom"] = "rescom"
     mode: Literal["released", "paper"] = "released"
     """paper: view 1 against mined queue keys, view 2 enters the queue (eq. 5, Algorithm 1).
@@ -70,36 +73,43 @@ class RescomConfig(BaseConfig):
         if not isinstance(self.negatives, str):
             check(self, negatives=AT_LEAST_ONE)
         if self.queue.kind == "class_balanced" and (self.positives or 0) > self.queue.per_class:
-            raise ValueError(
-                f"positives (Qp = {self.positives}) are mined from the queue.per_class (Q = {self.queue.per_class}) "
-                "keys of one class: lower positives or raise queue.per_class"
+            raise InputError(
+                "queue.mined",
+                f"positives (Qp = {self.positives}) are more than queue.per_class (Q = {self.queue.per_class}): lower "
+                "positives or raise queue.per_class",
             )
 
     def queue_slots(self, num_classes: int) -> tuple[str, int]:
+        """The key and the number of slots."""
         return "queue.per_class", num_classes * self.queue.per_class
 
     def for_classes(self, num_classes: int) -> RescomConfig:
-        """The config with a number (or None) for Qn. Raises ValueError where the negatives asked for are more than a
-        queue over num_classes classes holds."""
+        """The config with a number (or None) for Qn.
+
+        Raises InputError if the negatives are more than a queue over num_classes classes holds.
+        """
         negatives, slots = self.negatives, (num_classes - 1) * self.queue.per_class
         if isinstance(negatives, str):
             negatives = auto_negatives(num_classes, self.queue.per_class)
         if self.queue.kind == "class_balanced" and (negatives or 0) > slots:
-            raise ValueError(
-                f"negatives (Qn = {negatives}) are mined from the (K - 1) Q = {slots} keys of the other classes "
-                f"(K = {num_classes}, Q = {self.queue.per_class}): lower negatives or raise queue.per_class"
+            raise InputError(
+                "queue.mined",
+                f"negatives (Qn = {negatives}) are more than the (K - 1) Q = {slots} keys of the other classes "
+                f"(K = {num_classes}, Q = {self.queue.per_class}): lower negatives or raise queue.per_class",
             )
         return replace(self, negatives=negatives)
 
 
 def auto_negatives(num_classes: int, per_class: int) -> int:
-    """Qn for K classes and Q keys of each: two fifths of the keys of other classes, as the paper's 400 of 990 for
-    CIFAR-100-LT, and at most 500, its number for 1,000 classes and more."""
+    """Qn for K classes and Q keys of each: two fifths of the keys of other classes, at most 500.
+
+    The paper has 400 of 990 for CIFAR-100-LT, and 500 for 1,000 classes and more.
+    """
     return max(1, min(500, round(0.4 * (num_classes - 1) * per_class)))
 
 
 class ResCom(Method):
-    """A net, a queue and the losses; forward(batch) gives the loss of a training step."""
+    """Siamese Balanced Softmax and the contrastive loss of mined pairs over a queue."""
 
     config: RescomConfig
     queue: Queue
@@ -109,7 +119,7 @@ class ResCom(Method):
     embeds = True
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
-        """counts: (K,) training images of each class. Raises ValueError where Q, Qp, Qn and K do not fit."""
+        """counts: (K,) training images of each class. Raises InputError if Q, Qp, Qn and K do not fit."""
         config = config.for_classes(len(counts))
         super().__init__(net, config)
         self.queue = config.queue.build(counts, net.embedding_width)
@@ -118,8 +128,10 @@ class ResCom(Method):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 2, 3, H, W), label (B,). Returns loss (scalar), logits (2B, K) and the loss's two parts,
-        detached. Keys enter the queue after their step's similarities are taken."""
+        """Loss (scalar), logits (2B, K) and the loss's parts. batch: image (B, 2, 3, H, W), label (B,).
+
+        Keys enter the queue after their step's similarities are taken.
+        """
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         labels = y.repeat(self.views)
@@ -140,7 +152,7 @@ class ResCom(Method):
         }
 
     def chance(self, labels: Tensor) -> Tensor:
-        """The contrastive loss of embeddings that tell nothing apart. labels: (2B,) of the stacked views."""
+        """The contrastive loss of embeddings that are all equal. labels: (2B,) of the stacked views."""
         config = self.config
         keys = None
         if config.mode == "paper":

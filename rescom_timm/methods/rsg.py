@@ -1,8 +1,8 @@
-"""RSG: images of rare classes made in front of a backbone's last stage, from how images of frequent classes vary
-(Wang et al. 2021, CVPR, "RSG: A Simple but Effective Module for Learning Imbalanced Datasets").
+"""RSG: generates features of rare classes before a backbone's last stage, from the variation of frequent classes.
 
-It works in training alone: the net that is evaluated and exported is the plain one. Shapes: B images, M made ones, K
-classes, J centres of each class; maps are (B, C, H, W).
+Wang et al. 2021, CVPR, "RSG: A Simple but Effective Module for Learning Imbalanced Datasets". It works in training
+alone: evaluation and export use the plain net. Shapes: B images, M generated ones, K classes, J centres of each class;
+maps are (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rescom_timm.losses import at_least_float32, ldam, ldam_margins
-from rescom_timm.methods.base import BaseConfig, Method
-from rescom_timm.methods.baselines import balanced_weights, replace_classifier
+from rescom_timm.errors import InputError
+from rescom_timm.losses import at_least_float32, ldam
+from rescom_timm.methods.baselines import replace_classifier
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.deferred import Deferred, DeferredConfig
 from rescom_timm.models.classifiers import Cosine, full_precision
 from rescom_timm.models.net import Net, Outputs
 
 
 @dataclass(frozen=True)
-class RsgConfig(BaseConfig):
+class RsgConfig(DeferredConfig):
     """RSG beside LDAM with deferred re-weighting, as in its tables, or beside plain cross-entropy."""
 
     name: Literal["rsg"] = "rsg"
@@ -37,9 +38,9 @@ class RsgConfig(BaseConfig):
     head_classes: float = 0.2
     """Share of the classes, the most frequent ones, whose variation is transferred to all others."""
     generate_from: float = 0.8
-    """Fraction of the epochs after which images are made; before, only centres and pair classifier learn."""
+    """Fraction of the epochs after which images are generated; before, only centres and pair classifier learn."""
     strength: float = 1.0
-    """Made images of a batch as a share of the larger of its two groups, head and tail."""
+    """Generated images of a batch as a fraction of the larger of its two groups, head and tail."""
     pair_width: int = 256
     """Channels in the pair classifier."""
     center_weight: float = 0.1
@@ -59,11 +60,12 @@ class RsgConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
-        return self.loss == "cross_entropy" or self.reweight_from == 1 or self.beta == 0  # never weighted
+        """True with plain cross-entropy, or if classes are never weighted."""
+        return self.loss == "cross_entropy" or super().long_tailed
 
 
 class Made(NamedTuple):
-    """maps (B + M, C, H, W) and labels (B + M,), the batch's own first; the losses L_CESC and L_MV."""
+    """Maps (B + M, C, H, W) and labels (B + M,), the batch's own first; the losses L_CESC and L_MV."""
 
     maps: Tensor
     labels: Tensor
@@ -72,12 +74,12 @@ class Made(NamedTuple):
 
 
 def of_classes(weight: Tensor, labels: Tensor) -> Tensor:
-    """weight[labels], whose gradient is summed in one order: that of an index is not, on several threads."""
+    """weight[labels], with a deterministic gradient: that of an index depends on the order of threads."""
     return F.embedding(labels, weight.flatten(1)).unflatten(1, weight.shape[1:])
 
 
 class PairClassifier(nn.Module):
-    """Whether two maps are of one class, logits (B, 2) of no and yes."""
+    """Whether two maps are of one class: logits (B, 2) of no and yes."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -86,14 +88,16 @@ class PairClassifier(nn.Module):
         self.decide = nn.Linear(width, 2)
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        """Logits (B, 2) of two batches of maps (B, C, H, W)."""
         hidden = self.look(self.mix(torch.cat((one, other), dim=1)).relu())
         return self.decide(hidden.mean(dim=(2, 3)))
 
 
 class Generator(nn.Module):
-    """Centres of each class, a pair classifier, and the transformation T of a variation: all of RSG's weights.
+    """Centres of each class, a pair classifier, and the transformation T of a variation: all weights of RSG.
 
-    Every weight has a gradient in every step, if only zero, for processes that train together wait for each."""
+    Every weight has a gradient in every step, zero if unused, as DistributedDataParallel expects.
+    """
 
     head: Tensor
 
@@ -116,7 +120,7 @@ class Generator(nn.Module):
         nn.init.zeros_(self.pair.decide.bias)
 
     def forward(self, maps: Tensor, labels: Tensor, generate: bool) -> Made:
-        """maps: (B, C, H, W), which get a gradient through what comes after alone. labels: (B,)."""
+        """The batch with generated maps. maps: (B, C, H, W), whose gradient is that of later layers. labels: (B,)."""
         with full_precision(maps):
             fixed = at_least_float32(maps.detach())
             gamma = self.assign(fixed, labels)
@@ -135,13 +139,15 @@ class Generator(nn.Module):
             return Made(torch.cat((maps, new)), torch.cat((labels, labels[tails])), center_loss + idle, vector_loss)
 
     def assign(self, maps: Tensor, labels: Tensor) -> Tensor:
-        """gamma (B, J): how much a map belongs to each centre of its class."""
+        """Assignment gamma (B, J) of each map to the centres of its class."""
         scores = torch.einsum("bc,bcj->bj", maps.mean(dim=(2, 3)), of_classes(self.assign_weight, labels))
         return (scores + of_classes(self.assign_bias, labels)).softmax(dim=1)
 
     def distances(self, maps: Tensor, labels: Tensor, gamma: Tensor) -> Tensor:
-        """sum over centres of gamma |map - centre|^2 over all pixels and channels, the mean over B. The distance to a
-        centre is that of the map's mean pixel, and how far its pixels are from that."""
+        """Loss L_CESC: sum over centres of gamma |map - centre|^2 over all pixels and channels, the mean over B.
+
+        The distance to a centre is that of the map's mean pixel plus the spread of its pixels around that.
+        """
         mean = maps.mean(dim=(2, 3))
         spread = (maps - mean[:, :, None, None]).square().sum(dim=(1, 2, 3))
         far = (mean[:, None] - of_classes(self.centers, labels)).square().sum(dim=2) * maps[0, 0].numel()
@@ -156,8 +162,10 @@ class Generator(nn.Module):
         return F.cross_entropy(self.pair(maps[:half], maps[half : 2 * half]), same)
 
     def choose(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(heads, tails), (M,) rows of the batch each: whose variation goes to whom. The smaller group is paired with
-        as many runs of its own length as strength gives of the larger, one at least."""
+        """Rows (heads, tails), (M,) each, of the batch: the variation of a head is added to a tail.
+
+        The smaller group is repeated as often as `strength` of the larger has its length, at least once.
+        """
         is_head = self.head[labels]
         heads, tails = is_head.nonzero().flatten(), (~is_head).nonzero().flatten()
         few, many = (tails, heads) if len(heads) >= len(tails) else (heads, tails)
@@ -168,19 +176,22 @@ class Generator(nn.Module):
         return (many, few) if len(heads) >= len(tails) else (few, many)
 
     def vectors(self, heads: Tensor, offsets: Tensor, moved: Tensor, tails: Tensor) -> Tensor:
-        """L_MV: the transformed variation is not of the head's class, as long at each pixel as it was, and in the
-        direction in which the tail map is from its own centre. offsets, moved, tails: (M, C, H, W) v, T(v) and the tail
-        maps' own variation; the mean over M of sums over pixels."""
+        """Loss L_MV of transformed variations.
+
+        They should not be of the head's class, should keep their length at each pixel, and should point to where the
+        tail map lies from its own centre. offsets, moved, tails: (M, C, H, W) v, T(v) and the tail maps' own variation.
+        Returns the mean over M of sums over pixels.
+        """
         frozen = {name: weight.detach() for name, weight in self.pair.named_parameters()}
-        told = functional_call(self.pair, frozen, (heads, moved))
-        other = F.cross_entropy(told, torch.zeros(len(told), dtype=torch.long, device=told.device))
+        logits = functional_call(self.pair, frozen, (heads, moved))
+        other = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
         length = (moved.norm(dim=1) - offsets.norm(dim=1)).abs()
         direction = 1 - F.cosine_similarity(moved, tails, dim=1)
         return other + (length + direction).sum(dim=(1, 2)).mean()
 
 
 class RsgNet(Net):
-    """A net with a generator that adds to the input of its last stage, where labels are given."""
+    """A net with a generator that extends the input of its last stage, if labels are given."""
 
     def __init__(self, net: Net, stage: str, generator: Generator) -> None:
         """Takes over the net's parts. stage: the name of the encoder's last stage."""
@@ -195,7 +206,7 @@ class RsgNet(Net):
     def forward(  # type: ignore[override]
         self, images: Tensor, labels: Tensor | None = None, generate: bool = False
     ) -> Outputs | tuple[Outputs, Made]:
-        """With labels (B,), also what the generator made; outputs are then of B + M rows."""
+        """Outputs of images (N, 3, H, W); with labels (B,), of B + M rows and with the generator's maps."""
         if labels is None:
             return super().forward(images)
         made: list[Made] = []
@@ -213,8 +224,10 @@ class RsgNet(Net):
 
 
 def last_stage(encoder: nn.Module) -> tuple[str, int]:
-    """The name of a timm backbone's last stage and the channels of the maps that it takes. Raises ValueError where
-    there is no stage with weights over maps of (channels, height, width)."""
+    """Name of a timm backbone's last stage and channels of its input.
+
+    Raises InputError if there is no stage with weights over maps of (channels, height, width).
+    """
     info = getattr(encoder, "feature_info", None)
     name = info[-1]["module"] if info else ""
     seen: list[tuple[int, ...]] = []
@@ -229,26 +242,27 @@ def last_stage(encoder: nn.Module) -> tuple[str, int]:
     except (AttributeError, TypeError):
         seen = []
     if len(seen) != 1 or len(seen[0]) != 4 or getattr(encoder, "output_fmt", "NCHW") not in ("NCHW", None):
-        raise ValueError(
-            "rsg adds to the feature maps before a backbone's last stage, and this one has no stage that takes maps of "
-            "(channels, height, width): use a ResNet, a ConvNeXt or another convolutional net in stages"
+        raise InputError(
+            "net.unsupported",
+            "method rsg needs a backbone whose last stage takes maps of (channels, height, width): use a ResNet, a "
+            "ConvNeXt or another convolutional net in stages",
         )
     return name, seen[0][1]
 
 
-class Rsg(Method):
+class Rsg(Deferred):
+    """LDAM or cross-entropy of real and generated images, and the two losses of the generator.
+
+    As in the authors' code, except that L_MV's vectors are those of a pixel's channels (theirs are cut out of the
+    flattened map), and that weight decay moves T and the pair classifier also while they do not train.
+    """
+
     net: RsgNet
-    epoch_changes_host = True
-    static_shapes = False  # batches grow by the images that are made
+    static_shapes = False  # batches grow by the generated images
     counts: Tensor
-    margins: Tensor
-    weights: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: RsgConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError where the backbone has no last stage of maps.
-
-        As the authors train, but for L_MV's vectors, which are those of a pixel's channels here (theirs are cut out of
-        the flattened map), and for weight decay, which moves T and the pair classifier also where they do not train."""
+        """counts: (K,) training images of each class. Raises InputError if the backbone has no last stage of maps."""
         stage, channels = last_stage(net.encoder)
         net.drop_projector()
         if config.loss == "ldam":
@@ -256,23 +270,22 @@ class Rsg(Method):
         head = torch.zeros(len(counts), dtype=torch.bool)
         head[counts.argsort(descending=True, stable=True)[: max(int(len(counts) * config.head_classes), 1)]] = True
         super().__init__(RsgNet(net, stage, Generator(channels, head, config)), config)
-        self.reweighted = self.generate = False
+        self.generate = False
         self.register_buffer("counts", counts, persistent=False)
-        self.register_buffer("margins", ldam_margins(counts, config.margin), persistent=False)
-        self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
+        self.add_margins(counts)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch: images are made, and classes weighted, after their fractions of the run."""
+        """Start generating and re-weighting after their fractions of the epochs."""
+        super().set_epoch(epoch, epochs)
         self.generate = epoch >= self.config.generate_from * epochs
-        self.reweighted = epoch >= self.config.reweight_from * epochs
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 1, 3, H, W), label (B,). Returns loss (scalar), logits (B, K) and the loss's parts."""
+        """Loss (scalar), logits (B, K) and the loss's parts. batch: image (B, 1, 3, H, W), label (B,)."""
         config, labels = self.config, batch["label"]
         (_, logits, _), made = self.net(batch["image"][:, 0], labels, self.generate)
         if config.loss == "ldam":
-            weights = self.weights if self.reweighted else None
-            classification = ldam(logits / config.scale, made.labels, self.margins, config.scale, weights)
+            scale = config.scale
+            classification = ldam(logits / scale, made.labels, self.margins, scale, self.current_weights)
         else:
             classification = F.cross_entropy(at_least_float32(logits), made.labels)
         return {

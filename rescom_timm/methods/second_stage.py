@@ -1,12 +1,12 @@
-"""Second stages: a trained net whose encoder is frozen, and a classifier that is trained or scaled anew.
+"""Second stages: a trained net with a frozen encoder whose classifier is trained again or rescaled.
 
-The recipe says which run to start from (`from=RUN`). Shapes: N images, K classes, F features.
+The recipe names the run to start from (`from=RUN`). Shapes: N images, K classes, F features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rescom_timm import losses
+from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
@@ -27,9 +28,7 @@ class CrtConfig(BaseConfig):
     name: Literal["crt"] = "crt"
     views: Literal[1] = 1
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,7 @@ class LwsConfig(BaseConfig):
     name: Literal["lws"] = "lws"
     views: Literal[1] = 1
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,16 @@ class TauNormConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if nothing is normalised."""
         return self.tau == 0
 
 
 @dataclass(frozen=True)
 class LasConfig(BaseConfig):
-    """MiSLAS' second stage (Zhong et al. 2021, arXiv 2104.00466): label-aware smoothing, learned scale, shifted
-    BatchNorm statistics; with loader.sampler=class_balanced."""
+    """Second stage of MiSLAS (Zhong et al. 2021, arXiv 2104.00466); with loader.sampler=class_balanced.
+
+    Label-aware smoothing, learned scale, shifted BatchNorm statistics.
+    """
 
     name: Literal["las"] = "las"
     views: Literal[1] = 1
@@ -81,11 +81,9 @@ class LasConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         if not 0 <= self.tail <= self.head < 1:
-            raise ValueError("head and tail must be in [0, 1), tail not above head")
+            raise InputError("method.value", f"0 <= tail <= head < 1 is needed: tail {self.tail:g}, head {self.head:g}")
 
-    @property
-    def long_tailed(self) -> bool:
-        return True
+    long_tailed: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ class DisAlignConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if classes are not weighted."""
         return self.power == 0
 
 
@@ -112,42 +111,50 @@ SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlign
 
 
 class Scaled(nn.Linear):
-    """diag(scale) (W x + b): a linear classifier with a learned scale of each class."""
+    """Linear classifier with a learned scale of each class: diag(scale) (W x + b)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.class_scale = nn.Parameter(torch.ones(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         return super().forward(x) * self.class_scale
 
     def as_linear(self) -> nn.Linear:
+        """A linear layer of the same logits."""
         return linear(self.weight * self.class_scale[:, None], self.bias * self.class_scale)
 
 
 class TauNormalized(nn.Linear):
-    """x . w_k / |w_k|^tau."""
+    """Logits x . w_k / |w_k|^tau."""
 
     def __init__(self, in_features: int, out_features: int, tau: float) -> None:
         super().__init__(in_features, out_features)
         self.tau = tau
 
     def normalized(self) -> Tensor:
+        """Class vectors w_k / |w_k|^tau, (K, F)."""
         return self.weight / self.weight.norm(dim=1, keepdim=True) ** self.tau
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         return F.linear(x, self.normalized())
 
     def as_linear(self) -> nn.Linear:
+        """A linear layer of the same logits."""
         return linear(self.normalized(), torch.zeros_like(self.bias))
 
 
 class Aligned(nn.Linear):
-    """sigma(x) (alpha_k s_k + beta_k) + (1 - sigma(x)) s_k, sigma(x) the sigmoid of a linear function of x (DisAlign,
-    eqs. 4 to 6), over the scores s of the linear classifier that it takes the weights of.
+    """Logits sigma(x) (alpha_k s_k + beta_k) + (1 - sigma(x)) s_k (DisAlign, eqs. 4 to 6).
 
-    As the authors train it: class_gain is alpha - 1, so that weight decay draws it to the plain classifier, and starts
-    at 1, as do the weights of sigma at 0.1; scores are then scaled by 1 + sigma(x), and predictions are still s's."""
+    sigma(x) is the sigmoid of a linear function of x; s are the scores of the linear classifier whose weights it takes
+    over.
+
+    As in the authors' code, class_gain is alpha - 1, so that weight decay pulls it to the plain classifier, and starts
+    at 1, the weights of sigma at 0.1; scores are then scaled by 1 + sigma(x), which changes no prediction.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -157,6 +164,7 @@ class Aligned(nn.Linear):
         nn.init.constant_(self.confidence.weight, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         scores = super().forward(x)
         sigma = self.confidence(x).sigmoid()
         return (1 + sigma * self.class_gain) * scores + sigma * self.class_shift
@@ -166,7 +174,7 @@ class Aligned(nn.Linear):
 
 
 class SecondStage(Classification):
-    """The encoder's weights and statistics stay as they are; `shifted` modules' statistics are let go."""
+    """Base class: a frozen encoder, of which only the statistics of the modules in `shifted` change."""
 
     second_stage = True
 
@@ -186,10 +194,13 @@ class SecondStage(Classification):
         return self
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy."""
         return F.cross_entropy(losses.at_least_float32(logits), labels)
 
 
 class Crt(SecondStage):
+    """A new linear classifier."""
+
     new_classifier = True
 
     def __init__(self, net: Net, counts: Tensor, config: CrtConfig) -> None:
@@ -198,6 +209,8 @@ class Crt(SecondStage):
 
 
 class Lws(SecondStage):
+    """The trained classifier with a learned scale of each class."""
+
     def __init__(self, net: Net, counts: Tensor, config: LwsConfig) -> None:
         super().__init__(net, counts, config)
         head = Scaled(net.classifier.in_features, len(counts))
@@ -207,6 +220,8 @@ class Lws(SecondStage):
 
 
 class TauNorm(SecondStage):
+    """The trained classifier, tau-normalised."""
+
     def __init__(self, net: Net, counts: Tensor, config: TauNormConfig) -> None:
         super().__init__(net, counts, config)
         head = TauNormalized(net.classifier.in_features, len(counts), config.tau)
@@ -215,6 +230,8 @@ class TauNorm(SecondStage):
 
 
 class Las(SecondStage):
+    """Label-aware smoothing over a scaled classifier."""
+
     smoothing: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: LasConfig) -> None:
@@ -228,10 +245,13 @@ class Las(SecondStage):
             self.shifted = tuple(m for m in net.encoder.modules() if isinstance(m, _BatchNorm))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Label-aware smoothing."""
         return losses.label_aware_smoothing(logits, labels, self.smoothing)
 
 
 class DisAlign(SecondStage):
+    """The trained classifier, aligned by weighted cross-entropy."""
+
     weights: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: DisAlignConfig) -> None:
@@ -243,4 +263,5 @@ class DisAlign(SecondStage):
         self.register_buffer("weights", losses.inverse_power_weights(counts, config.power), persistent=False)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy weighted by inverse powers of the class prior."""
         return losses.weighted_cross_entropy(logits, labels, self.weights)

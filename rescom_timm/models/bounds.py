@@ -1,4 +1,4 @@
-"""Bounds on the nets that a recipe or an export describes, checked while a net is built and before it takes memory."""
+"""Bounds on the nets that a recipe or an export describes, checked while the net is built, before it takes memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
+
+from rescom_timm.errors import InputError
 
 MAX_OPTION = 65_536
 """Of a number among a backbone's options: widths, depths, sides."""
@@ -25,8 +27,7 @@ SLACK = 2**26
 
 
 def check_values(options: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError, naming them, for options with numbers, texts or lists that no net has. `where` names their
-    source."""
+    """Raises InputError, naming them, for options with numbers, texts or lists that no net has. where: their source."""
     waiting, count = [(str(name), value) for name, value in options.items()], 0
     while waiting:
         name, value = waiting.pop()
@@ -36,9 +37,9 @@ def check_values(options: Mapping[str, Any], where: str) -> None:
         elif isinstance(value, list | tuple):
             waiting += [(name, inner) for inner in value]
         elif (isinstance(value, int | float) and not abs(value) <= MAX_OPTION) or len(str(value)) > MAX_VALUES:
-            raise ValueError(f"{where}: {name}={str(value)[:50]} is out of bounds: at most {MAX_OPTION:,}")
+            raise InputError("net.options", f"{where}: {name}={str(value)[:50]} must be at most {MAX_OPTION:,}")
         if count + len(waiting) > MAX_VALUES:
-            raise ValueError(f"{where}: {name} has too many values: at most {MAX_VALUES:,} are read")
+            raise InputError("net.options", f"{where}: {name} must have at most {MAX_VALUES:,} values")
 
 
 @dataclass
@@ -53,10 +54,10 @@ _budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def budget(numbers: int = MAX_NUMBERS, modules: int = 10 * MAX_MODULES, meta: bool = False) -> Iterator[None]:
-    """Within the block, building more than so many weights and buffers, or modules, raises ValueError at the first one
-    too many, before its memory is filled.
+    """Limit the weights and buffers, and modules, that are built within the block.
 
-    meta: build on the meta device, without memory; a large tensor on another device raises ValueError.
+    Raises InputError at the first one too many, before it takes memory. meta: build on the meta device, without memory;
+    a large tensor on another device raises InputError.
     """
     token = _budget.set(_Budget(numbers, modules, meta))
     handles = [
@@ -77,19 +78,19 @@ def budget(numbers: int = MAX_NUMBERS, modules: int = 10 * MAX_MODULES, meta: bo
 
 
 def spend(numbers: int = 0, modules: int = 0) -> None:
-    """Count what is built without being registered, such as copies. Raises ValueError beyond the budget, if any."""
+    """Count what is built without being registered, such as copies. Raises InputError beyond the budget, if any."""
     if (left := _budget.get()) is None:
         return
     left.numbers -= numbers
     left.modules -= modules
     if left.modules < 0:
-        raise ValueError("it describes a net of too many modules")
+        raise InputError("net.size", "it describes a net with too many modules")
     if left.numbers < 0:
-        raise ValueError("it describes a net of more numbers than its files of weights can hold")
+        raise InputError("net.size", "it describes a net with more weights than its files can hold")
 
 
 def spend_copy(module: nn.Module) -> None:
-    """As `spend`, for a copy of a module. Raises ValueError beyond the budget, if any."""
+    """`spend` for a copy of a module. Raises InputError beyond the budget, if any."""
     spend(sum(weight.numel() for weight in module.parameters()), sum(1 for _ in module.modules()))
 
 
@@ -102,5 +103,5 @@ def _tensor(parent: nn.Module, name: str, value: torch.Tensor | None) -> None:
     if value is None or left is None:
         return
     if left.meta and value.device.type != "meta" and value.numel() > 2**16:
-        raise ValueError("the options build a net on a device of their own choice")
+        raise InputError("net.options", "the options build the net on another device than meta")
     spend(value.numel())

@@ -1,4 +1,4 @@
-"""Nets of several branches: a backbone cut in two, of which every branch has its own copy of the end.
+"""Nets of several branches: a backbone split in two, with a copy of its end for each branch.
 
 Shapes: B images, E branches, F features of the backbone.
 """
@@ -12,13 +12,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
 from rescom_timm.models.bounds import spend_copy
 from rescom_timm.models.net import Net, NoProjector
 from rescom_timm.models.trainable import freeze_statistics
 
 
 class Remade(Net):
-    """A net made of the parts of another, for one that runs them another way, without a projector."""
+    """Base class of nets that run the parts of another net in another way, without a projector."""
 
     def __init__(self, net: Net) -> None:
         nn.Module.__init__(self)
@@ -37,48 +38,56 @@ class BranchedNet(Remade):
     """What the copies are called in messages."""
 
     def __init__(self, net: Net, sources: Sequence[nn.Module], branch: str) -> None:
-        """Takes over the net's parts. sources: E encoders from which each branch's part is copied. Raises ValueError
-        where they cannot be cut at `branch`."""
+        """Takes over the net's parts.
+
+        sources: E encoders, each copied for one branch's part. Raises InputError if they cannot be split at `branch`.
+        """
         super().__init__(net)
         self.encoder, _ = cut(net.encoder, branch)
         self.experts = nn.ModuleList(cut(source, branch)[1] for source in sources)
         self.recreate = None
 
     def train(self, mode: bool = True) -> BranchedNet:
+        """Set training mode, except for frozen statistics."""
         super().train(mode)
         if self.frozen_statistics:
             freeze_statistics(self.experts)
         return self
 
     def stem(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to what each of the experts takes."""
+        """Input of the experts, from images (N, 3, H, W)."""
         return self.encoder.forward_features(self.normalize(images))  # type: ignore[operator]
 
     def check_trained(self) -> None:
-        """Raises ValueError where weights of the branches' own parts are frozen, which start at random."""
+        """Raises InputError if weights of the branches' own parts, which start at random, are frozen."""
         if not all(weight.requires_grad for weight in self.experts[0].parameters()):
-            raise ValueError(
-                f"net.trainable freezes weights of the {self.kind}' own parts, which start at random: say fresh: false"
+            raise InputError(
+                "net.trainable", f"net.trainable freezes random weights of the {self.kind}: set method.fresh=false"
             )
 
     def to_timm(self) -> nn.Module:
-        raise ValueError(f"a net of several {self.kind} is no plain timm model, so it is not exported")
+        """Raises InputError."""
+        raise InputError("net.export", f"a net with {self.kind} is not a plain timm model, so it cannot be exported")
 
 
 def branch_sources(net: Net, number: int, fresh: bool) -> list[nn.Module]:
-    """Encoders to take `number` branches from: the net's own first, then, with `fresh`, others of random weights, where
-    it is known how to make them."""
+    """Encoders to copy `number` branches from: the net's own, then with `fresh` others of random weights.
+
+    Without a known way to make the encoder again, all are the net's own.
+    """
     if not fresh or net.recreate is None:
         return [net.encoder] * number
     return [net.encoder, *(timm.create_model(**net.recreate, num_classes=0) for _ in range(1, number))]
 
 
 def last_block(encoder: nn.Module) -> str:
-    """The name of the last child of a timm encoder's last stage: layer4.2 of a ResNet-50, stages.3.blocks.2 of a
-    ConvNeXt-T. Raises ValueError where timm does not tell of stages."""
+    """Name of the last child of a timm encoder's last stage.
+
+    layer4.2 of a ResNet-50, stages.3.blocks.2 of a ConvNeXt-T. Raises InputError if timm does not list stages.
+    """
     stages = [info["module"] for info in getattr(encoder, "feature_info", []) if info.get("module")]
     if not stages:
-        raise ValueError("timm does not say what the stages of this backbone are: name the branch")
+        raise InputError("net.branch", "timm does not list the stages of this backbone: set method.branch")
     path, stage = stages[-1], encoder.get_submodule(stages[-1])
     for _ in range(2):  # some stages keep their blocks in a child
         children = list(stage.named_children())
@@ -89,11 +98,14 @@ def last_block(encoder: nn.Module) -> str:
 
 
 def cut(encoder: nn.Module, branch: str) -> tuple[nn.Module, nn.Module]:
-    """(stem, tail): copies of a timm encoder such that tail(stem.forward_features(x)) is encoder(x), all children from
-    `branch` on in the tail. Raises ValueError where there is no such child or the encoder is no chain of them."""
+    """Split a timm encoder into copies (stem, tail) such that tail(stem.forward_features(x)) is encoder(x).
+
+    All children from `branch` on are in the tail. Raises InputError if there is no such child or the encoder is not a
+    sequence of modules.
+    """
     names = list(_children(encoder, branch))
     if branch not in names[1:]:
-        raise ValueError(f"branch: the backbone has no child {branch!r} to cut at; there are: {', '.join(names[1:])}")
+        raise InputError("net.branch", f"branch: the backbone has no child {branch!r}, but {', '.join(names[1:])}")
     at = names.index(branch)
     for name in names[at:]:
         spend_copy(encoder.get_submodule(name))
@@ -102,15 +114,16 @@ def cut(encoder: nn.Module, branch: str) -> tuple[nn.Module, nn.Module]:
         for name in dropped:
             model.set_submodule(name, nn.Identity())
     if not agrees(encoder, lambda images: tail(stem.forward_features(images)), stem, tail):  # type: ignore[operator]
-        raise ValueError(
-            f"branch: this backbone is not a chain of modules that can be cut at {branch!r}; "
-            "use a ResNet or a ConvNeXt, or another branch"
+        raise InputError(
+            "net.branch",
+            f"branch: this backbone is not a sequence of modules that can be split at {branch!r}: use a ResNet or a "
+            "ConvNeXt, or another branch",
         )
     return stem, tail
 
 
 def _children(module: nn.Module, branch: str, above: str = "") -> Iterator[str]:
-    """Names of the children in order, in the place of those that hold `branch` their own children's."""
+    """Ordered child names, with those that hold `branch` replaced by their own children."""
     for name, child in module.named_children():
         if branch.startswith(f"{above}{name}."):
             yield from _children(child, branch, f"{above}{name}.")
@@ -120,7 +133,7 @@ def _children(module: nn.Module, branch: str, above: str = "") -> Iterator[str]:
 
 @torch.no_grad()
 def agrees(encoder: nn.Module, otherwise: Callable[[Tensor], Tensor], *parts: nn.Module) -> bool:
-    """Whether `otherwise`, which runs `parts`, gives a timm encoder's features of random images too, in evaluation."""
+    """Whether `otherwise`, which runs `parts`, gives a timm encoder's features of random images, in evaluation."""
     size = encoder.pretrained_cfg["input_size"]  # type: ignore[index]
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     models = (encoder, *parts)

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 
 class ZeroPadShortcut(nn.Module):
-    """(N, C, H, W) -> (N, 2C, H/2, W/2) without weights."""
+    """Shortcut without weights: (N, C, H, W) -> (N, 2C, H/2, W/2)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Take every second pixel and add zero channels."""
         extra = x.shape[1] // 2
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
 
 
 class CifarResNet(ResNet):
+    """ResNet of depth 6n + 2 for 32 x 32 images."""
+
     def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> None:
         blocks = (depth - 2) // 6
         # A deep stem of width 8 is the way to make timm's stages start from 16 channels; the stem itself is replaced.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,30 +14,33 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rescom_timm.class_names import rows_of
+from rescom_timm.errors import InputError, MissingFileError
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
+    """The classifier and how its class vectors start."""
+
     kind: Literal["linear", "cosine"] = "linear"
-    """cosine: features and class vectors normalised, no bias. It has no place in a plain timm model, whose linear layer
+    """cosine: features and class vectors normalised, no bias. A plain timm model has a linear layer instead, which
     ranks the classes the same with other probabilities; rescom_timm.from_pretrained has the exact ones."""
     scale: float = 25.0
-    """By which cosines are multiplied (LIFT's)."""
+    """Factor of the cosines (LIFT's)."""
     init: Literal["random", "class_means", "file"] = "random"
-    """class_means: each class's vector starts as the mean of its training images' features, normalised: one pass over
-    them before training. file: as it stands in `file`."""
+    """class_means: each class vector starts as the normalised mean of its training images' features, computed in one
+    pass before training. file: as in `file`."""
     file: str | None = None
-    """Safetensors with a tensor class_features (K, F), such as  rescom-timm class-features  makes of class names."""
+    """Safetensors with a tensor class_features (K, F), as  rescom-timm class-features  makes from class names."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1000:
-            raise ValueError(f"scale must be above 0 and at most 1,000, not {self.scale:g}")
+            raise InputError("net.classifier", f"scale must be above 0 and at most 1,000, not {self.scale:g}")
         if (self.init == "file") != (self.file is not None):
-            raise ValueError("init: file and the file's name in file belong together")
+            raise InputError("net.classifier", "init: file needs the name of a file in file, and the reverse")
 
 
-def full_precision(x: Tensor) -> Any:
-    """Mixed precision off: logits of norm 16 or 30 would keep two digits in bfloat16."""
+def full_precision(x: Tensor) -> torch.autocast:
+    """Switch autocast off: logits of norm 16 or 30 would keep two digits in bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -49,13 +52,13 @@ class Cosine(nn.Linear):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K), float32 or wider."""
         with full_precision(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
     def ranking_alike(self, norm: float) -> nn.Linear:
-        """A linear layer that ranks the classes of every feature as this one does. Its logits are these ones times the
-        feature's norm / `norm`."""
+        """A linear layer of the same ranking; its logits are these times the norm of the features / `norm`."""
         layer = nn.Linear(self.in_features, self.out_features)
         with torch.no_grad():
             layer.weight.copy_(self.scale / norm * F.normalize(self.weight, dim=1))
@@ -64,45 +67,51 @@ class Cosine(nn.Linear):
 
 
 def classifier(config: ClassifierConfig, in_features: int, out_features: int) -> nn.Linear:
+    """The classifier of a config."""
     if config.kind == "cosine":
         return Cosine(in_features, out_features, config.scale)
     return nn.Linear(in_features, out_features)
 
 
 def read_class_features(path: str | Path, class_names: Sequence[str], width: int) -> Tensor:
-    """Class features (K, F) from a file, in the order of the classes. Raises ValueError, naming them, where its classes
-    are others, or its shape is not (K, width); FileNotFoundError where there is none."""
+    """Class features (K, F) from a file, in the order of the classes.
+
+    Raises InputError for other classes, naming them, or a shape other than (K, width), and MissingFileError if there is
+    no file.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no file of class features {path}: make one with  rescom-timm class-features")
+        raise MissingFileError("file.missing", f"no file {path}: make it with  rescom-timm class-features")
     try:
         with safe_open(path, framework="pt") as file:
             features = file.get_tensor("class_features")
             names = json.loads((file.metadata() or {}).get("class_names", "null"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} holds no tensor class_features: {error}") from None
+        raise InputError("net.class_features", f"{path} has no tensor class_features: {error}") from None
     if not isinstance(names, list | None) or not all(isinstance(name, str) for name in names or ()):
-        raise ValueError(f"{path} holds class_names that are no list of names")
-    if features.dim() != 2 or not features.dtype.is_floating_point:
-        raise ValueError(
-            f"{path} holds class features of {tuple(features.shape)} {features.dtype}, no matrix of floats"
-        )
+        raise InputError("net.class_features", f"{path}: class_names must be a list of names")
+    shape, number = tuple(features.shape), features.dtype
+    if len(shape) != 2 or not number.is_floating_point:
+        raise InputError("net.class_features", f"{path}: class_features must be float (K, F), not {shape} {number}")
     features = features.float()
     if names is not None:
         rows = rows_of(class_names, names, "data.source", str(path))
         features = features[rows] if rows is not None and len(features) == len(names) else features
     if features.shape != (len(class_names), width) or not bool(features.isfinite().all()):
-        raise ValueError(
-            f"{path} holds class features of {tuple(features.shape)}, and ({len(class_names)}, {width}) finite ones "
-            "are needed: classes, and features of the backbone"
+        raise InputError(
+            "net.class_features",
+            f"{path}: class_features must be finite and of {len(class_names)} classes and the backbone's {width} "
+            f"features, not {tuple(features.shape)}",
         )
     return features
 
 
 @torch.no_grad()
 def start_from_means(head: nn.Linear, sums: Tensor) -> None:
-    """The class vectors become the normalised means of which `sums` (K, F) are multiples; a bias becomes zero. Classes
-    whose sum is zero keep what they have."""
+    """Set the class vectors to normalised means, of which `sums` (K, F) are multiples, and a bias to zero.
+
+    Classes whose sum is zero keep their vector.
+    """
     norms = sums.norm(dim=1, keepdim=True)
     head.weight.copy_(torch.where(norms > 0, sums / norms.clamp(min=1e-30), head.weight.to(sums)))
     if head.bias is not None:

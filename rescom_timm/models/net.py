@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
 from rescom_timm.hub_client import online
 from rescom_timm.io import read_json
 from rescom_timm.models.bounds import MAX_MODULES, MAX_NUMBERS, MAX_OPTION, budget, check_values
@@ -28,7 +29,7 @@ from rescom_timm.models.trainable import freeze_statistics
 from rescom_timm.models.tuning import TuningConfig, tune, untuned
 
 PROJECTOR = "projector."
-"""How the names of a projector's weights begin."""
+"""Prefix of a projector's weights."""
 MAX_WIDTH = MAX_OPTION
 """Of a projector's layers: more is a typing mistake, which would ask for gigabytes."""
 
@@ -44,13 +45,15 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if not all(1 <= width <= MAX_WIDTH for width in (self.dim, self.hidden or 1)) or self.hidden == 0:
-            raise ValueError(f"projector widths must be at least 1 and at most {MAX_WIDTH:,}")
+            raise InputError("net.size", f"net.projector: hidden and dim must be from 1 to {MAX_WIDTH:,}")
 
 
 @dataclass(frozen=True)
 class NetConfig:
+    """The backbone, its classifier and projector, and which of its weights train."""
+
     backbone: str = "resnet32_cifar"
-    """Any name of timm.list_models(), with its tag where weights are wanted: resnet152.tv_in1k."""
+    """A name of timm.list_models(), with its tag for pretrained weights: resnet152.tv_in1k."""
     pretrained: bool = False
     """Start from timm's weights of that name (or from `weights_file`)."""
     weights_file: str | None = None
@@ -60,31 +63,34 @@ class NetConfig:
     projector: ProjectorConfig = ProjectorConfig()
     trainable: tuple[str, ...] = ("all",)
     """Weights of the backbone that train: all, none, norms, biases, last_block, or patterns such as layer4.2.*. The
-    heads always train. With a tuning other than full, all means what the tuning adds, and others train besides."""
+    heads always train. With a tuning other than full, all means the weights that the tuning adds; others are added."""
     tuning: TuningConfig = TuningConfig()
     classifier: ClassifierConfig = ClassifierConfig()
     frozen_precision: Literal["float32", "bf16"] = "float32"
-    """bf16: matrices and convolutions of the backbone that do not train are kept in bfloat16, in half the memory. They
-    compute the same as with train.precision: bf16 alone, which it needs."""
+    """bf16: frozen matrices and convolutions of the backbone are kept in bfloat16, in half the memory. Needs
+    train.precision: bf16, and gives the same results as that alone."""
     frozen_statistics: bool = False
-    """Keep the running statistics of BatchNorm as they are instead of updating them."""
+    """Do not update the running statistics of BatchNorm."""
 
     def __post_init__(self) -> None:
         if self.weights_file is not None and not self.pretrained:
-            raise ValueError("weights_file is only read with pretrained: true")
+            raise InputError("net.weights_file", "weights_file needs pretrained: true")
         object.__setattr__(self, "backbone", timm_name(self.backbone))
         check_backbone(self.backbone)
 
     def untrained(self) -> NetConfig:
-        """The same net without the weights that it started from, for weights that are at hand."""
+        """The same net without initial weights, for weights that are loaded anyway."""
         return replace(self, pretrained=False, weights_file=None)
 
 
 class NoProjector(nn.Module):
-    """In the place of a projector that nothing uses: embeddings of width 0. It has no weights, and passes over those of
-    a checkpoint or an export of 0.2.0, which saved a projector for every method."""
+    """A projector without weights and with embeddings of width 0, for methods that use none.
+
+    Loading ignores the projector that checkpoints and exports of 0.2.0 hold for every method.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (N, F) to (N, 0)."""
         return features.new_empty(len(features), 0)
 
     def _load_from_state_dict(self, *_: Any) -> None:
@@ -92,7 +98,7 @@ class NoProjector(nn.Module):
 
 
 class Outputs(NamedTuple):
-    """features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider; D = 0 without a projector."""
+    """Features (N, F), logits (N, K), embeddings (N, D): unit vectors, float32 or wider; D = 0 without a projector."""
 
     features: Tensor
     logits: Tensor
@@ -100,9 +106,9 @@ class Outputs(NamedTuple):
 
 
 class Net(nn.Module):
-    """A timm encoder, a linear classifier and a projector, if any.
+    """A timm encoder, a classifier and a projector, if any.
 
-    Images are taken as eight-bit (N, 3, H, W), which are normalised here, or as floats already normalised.
+    Images are eight-bit (N, 3, H, W), which the net normalises, or floats that are normalised already.
     """
 
     mean: Tensor
@@ -118,9 +124,11 @@ class Net(nn.Module):
         recreate: dict[str, Any] | None = None,
         head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. projector: None for none. mean,
-        std: of each channel, for images scaled to 0..1. recreate: timm.create_model's arguments that make the encoder
-        again, for to_timm."""
+        """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. projector: None for none.
+
+        mean, std: of each channel, for images scaled to 0..1. recreate: timm.create_model's arguments that make the
+        encoder again, for to_timm.
+        """
         super().__init__()
         width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
         self.encoder = encoder
@@ -137,6 +145,7 @@ class Net(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> Net:
+        """Set training mode, except for frozen statistics."""
         super().train(mode)
         if self.frozen_statistics:
             freeze_statistics(self.encoder)
@@ -144,23 +153,26 @@ class Net(nn.Module):
 
     @property
     def embedding_width(self) -> int:
-        """D. Raises ValueError for a net without a projector."""
+        """D. Raises InputError for a net without a projector."""
         if not isinstance(self.projector, nn.Sequential):
-            raise ValueError("the net has no projector, which this method needs: make it with a ProjectorConfig")
+            raise InputError("net.projector", "the method needs a projector: make the net with a ProjectorConfig")
         return int(self.projector[-1].out_features)  # type: ignore[arg-type]
 
     def drop_projector(self) -> None:
-        """For methods that use no embeddings. Nets are made with one all the same, so that the random numbers drawn
-        after it are the same for every method."""
+        """Remove the projector, for methods that use no embeddings.
+
+        Nets are made with one all the same, so that later random numbers are the same for every method.
+        """
         self.projector = NoProjector()
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Eight-bit images to normalised floats; floats are returned as they are."""
+        """Eight-bit images to normalised floats; floats stay."""
         if images.dtype != torch.uint8:
             return images
         return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)  # in place: 3 times as fast
 
     def forward(self, images: Tensor) -> Outputs:
+        """Outputs of images (N, 3, H, W)."""
         features = self.encoder(self.normalize(images))
         embeddings = self.projector(features)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -169,8 +181,11 @@ class Net(nn.Module):
         return Outputs(features, self.classifier(features), embeddings)
 
     def classify(self, images: Tensor) -> Tensor:
-        """Logits only, (N, K): encoder and classifier, as at inference. Mixed precision spares the classifier, for
-        bfloat16 makes equal what is not, and a tie goes to the lower class, which is often the more frequent one."""
+        """Logits (N, K) from encoder and classifier, as at inference.
+
+        The classifier runs in full precision: bfloat16 makes ties, and a tie goes to the lower class, which is often
+        the more frequent one.
+        """
         return self.classify_features(self.encoder(self.normalize(images)))
 
     def classify_features(self, features: Tensor) -> Tensor:
@@ -180,13 +195,13 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def to_timm(self) -> Any:
-        """A plain timm model with these weights, in evaluation mode on the CPU, that gives the same logits: of a cosine
-        classifier, which timm does not have, but for one factor an image, near 1, that changes no ranking.
+        """A plain timm model with these weights and logits, in evaluation mode on the CPU.
 
-        Raises ValueError for a backbone of which timm has no classifier that takes these weights.
+        For a cosine classifier, which timm does not have, its logits differ by one factor an image, near 1, that
+        changes no ranking. Raises InputError for a backbone whose classifier in timm cannot take these weights.
         """
         if self.recreate is None:
-            raise ValueError("this net was not made by rescom_timm.create_model, so timm's name of it is not known")
+            raise InputError("net.export", "timm's name of this net is unknown: make it by rescom_timm.create_model")
         net = copy.deepcopy(self).cpu().float().eval()
         untuned(net.encoder)  # before the work of making a model
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
@@ -199,9 +214,7 @@ class Net(nn.Module):
         if isinstance(head, Cosine):
             classifier = head.ranking_alike(float(net.encoder(images).norm(dim=1).mean()))
         if type(classifier) is not nn.Linear:
-            raise ValueError(
-                f"the classifier ({type(classifier).__name__}) is not linear: {name} in timm has no such head"
-            )
+            raise InputError("net.export", f"the classifier ({type(classifier).__name__}) is not linear, as timm's are")
         try:
             for own in _output_layers(model, classifier):
                 own.weight.copy_(classifier.weight.view_as(own.weight))
@@ -209,15 +222,15 @@ class Net(nn.Module):
             model.load_state_dict({**model.state_dict(), **untuned(net.encoder).state_dict()})
             agree = same_logits(model, net, images)
         except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{name} cannot be exported as a plain timm model: {error}") from error
+            raise InputError("net.export", f"cannot export {name} as a plain timm model: {error}") from error
         if not agree:
-            raise ValueError(f"{name} cannot be exported as a plain timm model: timm's own head gives other logits")
+            raise InputError("net.export", f"cannot export {name} as a plain timm model: timm's head differs")
         return model
 
 
 @torch.no_grad()
 def same_logits(model: nn.Module, net: Net, images: Tensor) -> bool:
-    """Whether a plain timm model gives the net's logits; of a cosine classifier, up to one positive factor an image."""
+    """Whether a plain timm model gives the net's logits; with a cosine classifier up to one factor above 0 an image."""
     found, own = model(images), net.classify(images)
     if isinstance(net.classifier, Cosine):
         found, own = F.normalize(found, dim=1), F.normalize(own, dim=1)
@@ -225,7 +238,7 @@ def same_logits(model: nn.Module, net: Net, images: Tensor) -> bool:
 
 
 def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
-    """The layers of timm's head, or heads, that have the classifier's shape: linear, or a 1x1 convolution."""
+    """Layers of timm's head, or heads, with the classifier's shape: linear, or a 1x1 convolution."""
     heads = model.get_classifier()
     modules = [m for head in (heads if isinstance(heads, tuple) else (heads,)) for m in head.modules()]
     shape = classifier.weight.shape
@@ -233,9 +246,11 @@ def _output_layers(model: Any, classifier: nn.Linear) -> list[Any]:
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError, naming the first few, where weights are not those of `own`: in name, shape or kind of number
-    (floats of any width are one kind), or where one is NaN or infinite. where: what they were read from. A projector
-    that `own` lacks is left out: 0.2.0 saved one for every method."""
+    """Raises InputError, naming the first few, if weights do not fit `own`.
+
+    They fit with the same names, shapes and kinds of number (floats of any width are one kind), without NaN or
+    infinity. where: their source. A projector that `own` lacks is ignored: 0.2.0 saved one for every method.
+    """
     wrong = [f"{name} is missing" for name in own if name not in weights]
     projector = any(name.startswith(PROJECTOR) for name in own)
     for name, value in weights.items():
@@ -251,7 +266,7 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
             wrong.append(f"{name} is not finite")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{where} does not fit: {', '.join(wrong[:3])}{more}")
+        raise InputError("net.weights", f"{where} does not fit: {', '.join(wrong[:3])}{more}")
 
 
 HUB = ("hf-hub:", "hf_hub:")
@@ -259,19 +274,19 @@ HUB = ("hf-hub:", "hf_hub:")
 
 
 def timm_name(name: str) -> str:
-    """hf://owner/name as timm writes it; any other name as it is."""
+    """The name in timm of hf://owner/name; any other name as it is."""
     return f"{HUB[0]}{name.removeprefix('hf://')}" if name.startswith("hf://") else name
 
 
 def check_backbone(name: str) -> None:
-    """Raises ValueError, naming the nearest, where timm knows no such model."""
+    """Raises InputError, naming the nearest, if timm knows no such model."""
     if name.startswith((*HUB, "local-dir:")):
         return
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r}{hint}")
+        raise InputError("net.backbone", f"timm has no model {name!r}{hint}")
 
 
 CONTROL = (
@@ -285,8 +300,8 @@ CONTROL = (
 def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBERS) -> nn.Module:
     """The encoder that create_model would make, on the meta device: its shapes without their memory.
 
-    numbers: the most weights and buffers that it may have. Raises ValueError for options out of bounds, for one that
-    is no argument of the backbone's class (naming the nearest), and for a net above `numbers` or with too many modules.
+    numbers: the most weights and buffers that it may have. Raises InputError for options out of bounds, for one that is
+    no argument of the backbone's class (naming the nearest), and for a net above `numbers` or with too many modules.
     """
     scheme, colon, place = backbone.partition(":")
     if colon:
@@ -303,8 +318,10 @@ def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBE
 
 
 def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the nearest, for an option that is no argument of the backbone's class: what a recipe
-    or an export says reaches none of timm's other arguments, of which some read files."""
+    """Raises InputError, naming the nearest, for an option that is no argument of the backbone's class.
+
+    A recipe or an export cannot set timm's other arguments, of which some read files.
+    """
     if not options:
         return
     taken: set[str] = set()
@@ -318,7 +335,7 @@ def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
         if name in CONTROL or not (name in known or anything):
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"options: {backbone} has no option {name!r}; {hint}")
+            raise InputError("net.options", f"options: {backbone} has no option {name!r}; {hint}")
 
 
 def create_model(
@@ -337,8 +354,8 @@ def create_model(
     """A Net over any timm backbone by name.
 
     projector: None for none. mean, std: of the images scaled to 0..1; those of the backbone's pretrained weights by
-    default. tuning: what is added to a frozen backbone. head: the classifier. options: of the backbone's class, passed
-    on to timm.create_model. Raises ValueError for an unknown name, and as `tune` does.
+    default. tuning: added to a frozen backbone. head: the classifier. options: of the backbone's class, passed on to
+    timm.create_model. Raises InputError for an unknown name, and as `tune` does.
     """
     backbone = timm_name(backbone)
     check_backbone(backbone)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rescom_timm.errors import InputError, MissingPackageError
 from rescom_timm.hub_client import hub_id, online
 from rescom_timm.io import write_tensors
 
@@ -27,18 +28,20 @@ BATCH = 256
 def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str] = (PROMPT,)) -> Tensor:
     """Class features (K, F), unit vectors in the space of the image tower's features.
 
-    The text features t of all prompts are averaged, normalised, and brought before CLIP's projection P of images, for
-    x P . t = x . (t P^T) (LIFT's start of a CLIP classifier). Underscores in names are read as blanks. model: a Hub id
-    or a folder of a CLIP or SigLIP of transformers. Raises ImportError without transformers, ValueError for a prompt
-    without {} and a model that cannot be read or has no text tower.
+    The text features t of all prompts are averaged, normalised, and mapped through CLIP's image projection P, as x P .
+    t = x . (t P^T) (LIFT's start of a CLIP classifier). Underscores in names are read as spaces. model: a Hub id or a
+    folder of a CLIP or SigLIP of transformers. Raises MissingPackageError without transformers, InputError for a prompt
+    without {} or a model that cannot be read or has no text tower.
     """
     for prompt in prompts:
         if prompt.count("{}") != 1:
-            raise ValueError(f"a prompt has one {{}} for the class, such as {PROMPT!r}; this is {prompt!r}")
+            raise InputError("net.text", f"a prompt needs one {{}} for the class, as in {PROMPT!r}: {prompt!r}")
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
-        raise ImportError("class features need a package: pip install 'rescom-timm[text]'") from error
+        raise MissingPackageError(
+            "system.package", "class features need transformers: pip install 'rescom-timm[text]'"
+        ) from error
     try:
         name, _, revision = (hub_id(model) or model).partition("@")
         where = {"revision": revision} if revision else {}
@@ -46,10 +49,10 @@ def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str]
             net: Any = AutoModel.from_pretrained(name, trust_remote_code=False, **where).eval()
             tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"{model} cannot be read as a model of transformers: {told[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError("net.text", f"cannot read {model} as a model of transformers: {reason}") from error
     if not hasattr(net, "get_text_features"):
-        raise ValueError(f"{model} ({type(net).__name__}) has no text tower: take a CLIP or SigLIP")
+        raise InputError("net.text", f"{model} ({type(net).__name__}) has no text tower: use a CLIP or SigLIP")
     length = net.config.text_config.max_position_embeddings
     sums: Any = 0.0
     for prompt in prompts:
@@ -75,6 +78,6 @@ def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str]
 def save_class_features(
     path: str | Path, features: Tensor, class_names: Sequence[str], model: str, prompts: Sequence[str]
 ) -> None:
-    """A file for net.classifier.file."""
+    """Write a file for net.classifier.file."""
     about = {"class_names": json.dumps(list(class_names)), "model": model, "prompts": json.dumps(list(prompts))}
     write_tensors(Path(path), {"class_features": features.contiguous()}, about)

@@ -12,6 +12,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rescom_timm.errors import InputError
+
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -19,8 +21,8 @@ def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
     """Freeze every weight of the encoder that is not chosen; classifier and projector always train.
 
     chosen: "all", "none", "norms" (scale and shift of every normalisation), "biases", "last_block" (timm's last group
-    of layers that holds a matrix or a convolution, and what follows it), or patterns of names such as "layer4.2.*".
-    Raises ValueError for a pattern that names no weight.
+    of layers with a matrix or a convolution, and later ones), or patterns of names such as "layer4.2.*". Raises
+    InputError for a pattern that matches no weight.
     """
     if "all" in chosen:
         return
@@ -38,9 +40,10 @@ def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
         else:
             found = {name for name in names if fnmatchcase(name, pattern)}
             if not found:
-                raise ValueError(
-                    f"no weight of the backbone is named {pattern!r}; names run from {names[0]} to {names[-1]}, "
-                    "and all, none, norms, biases and last_block are known words"
+                raise InputError(
+                    "net.trainable",
+                    f"no weight of the backbone matches {pattern!r}: give a pattern of names, from {names[0]} to "
+                    f"{names[-1]}, or all, none, norms, biases or last_block",
                 )
         trained |= found
     for name, parameter in encoder.named_parameters():
@@ -49,29 +52,29 @@ def set_trainable(encoder: nn.Module, chosen: Sequence[str]) -> None:
 
 def digest(weights: Mapping[str, Tensor]) -> str:
     """sha256 of the names, types, shapes and numbers of weights, in the order of their names."""
-    told = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
-        told.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        told.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()
+        sha256.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        sha256.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def count_weights(net: nn.Module) -> dict[str, int]:
-    """How many weights a net has: those that are trained, and all."""
+    """Number of trained weights and of all weights of a net."""
     sizes = [(p.numel(), p.requires_grad) for p in net.parameters()]
     return {"trained": sum(size for size, trained in sizes if trained), "all": sum(size for size, _ in sizes)}
 
 
 def keep_frozen_in_bfloat16(encoder: nn.Module) -> None:
-    """The frozen weights of linear layers and convolutions as bfloat16, which is what autocast makes of them anyway."""
+    """Cast the frozen weights of linear layers and convolutions to bfloat16, as autocast does anyway."""
     for module in encoder.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.bfloat16()
 
 
 def freeze_statistics(encoder: nn.Module) -> None:
-    """Put every BatchNorm into evaluation mode, so that its running statistics stay; call it after train()."""
+    """Put every BatchNorm into evaluation mode, which keeps its running statistics; call it after train()."""
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
@@ -79,7 +82,7 @@ def freeze_statistics(encoder: nn.Module) -> None:
 
 @contextmanager
 def still_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are within, whatever goes through it in training."""
+    """Keep BatchNorm's running statistics within the block, also in training mode."""
     norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.training]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -99,7 +102,7 @@ def _norm_weights(encoder: nn.Module) -> Iterator[str]:
 
 def _last_block(encoder: nn.Module) -> Iterator[str]:
     if not hasattr(encoder, "group_matcher"):
-        raise ValueError("timm does not say what the blocks of this backbone are: name its weights by a pattern")
+        raise InputError("net.trainable", "last_block: timm does not list the blocks of this backbone: give a pattern")
     groups = group_parameters(encoder, encoder.group_matcher(coarse=False))  # type: ignore[operator]
     weights = dict(encoder.named_parameters())
     last = max(number for number, names in groups.items() if any(weights[name].ndim > 1 for name in names))

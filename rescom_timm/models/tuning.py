@@ -1,6 +1,6 @@
-"""Fine-tuning with few weights: LoRA, AdaptFormer, prompts, or all as they are.
+"""Fine-tuning with few weights: LoRA, AdaptFormer, prompts, or full fine-tuning.
 
-The backbone's own weights stay frozen; what is added trains. Shapes: F the width of a block, r the rank, K classes, L
+The backbone's own weights stay frozen; the added ones train. Shapes: F the width of a block, r the rank, K classes, L
 blocks.
 """
 
@@ -18,6 +18,8 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError, MissingPackageError
+
 LORA_LAYERS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "kv", "proj", "fc1", "fc2", "fc1_g", "fc1_x")
 """Last names of the linear layers of timm's attention and MLP."""
 MAX_RANK = 4096
@@ -26,40 +28,42 @@ MAX_TOKENS = 1000
 
 @dataclass(frozen=True)
 class TuningConfig:
+    """Weights that are added to a frozen backbone."""
+
     name: Literal["full", "lora", "adaptformer", "prompt"] = "full"
     """full: the weights that `net.trainable` names. lora: low-rank updates beside linear layers and convolutions (Hu et
     al. 2022, arXiv 2106.09685; by the peft library), merged into a plain timm model at export. adaptformer: a small
-    bottleneck beside each block's MLP (Chen et al. 2022, arXiv 2205.13535), as LIFT has it. prompt: learnt tokens
-    before the patches (VPT, Jia et al. 2022, arXiv 2203.12119), in ViTs of timm's VisionTransformer. The last two
-    cannot be merged."""
+    bottleneck parallel to each block's MLP (Chen et al. 2022, arXiv 2205.13535), as in LIFT. prompt: learned tokens
+    before the patches (VPT, Jia et al. 2022, arXiv 2203.12119), in timm's VisionTransformer. The last two cannot be
+    merged."""
     rank: int | None = None
-    """r; null: LIFT's rule 2^floor(log2(K / 2L)), with which all adapters together have about as many weights as the
-    classifier, and at least 1."""
+    """r; null: LIFT's rule 2^floor(log2(K / 2L)), at least 1, with which all adapters together have about as many
+    weights as the classifier."""
     layers: tuple[str, ...] = ()
-    """LoRA: patterns of layer names, such as layer4.*.conv2; none: the linear layers of every attention and MLP."""
+    """LoRA: patterns of layer names, such as layer4.*.conv2; empty: the linear layers of every attention and MLP."""
     tokens: int = 10
-    """Prompts: how many in a layer."""
+    """Prompts in a layer."""
     deep: bool = True
-    """Prompts: new ones in every block (VPT-deep); false: in the first, going on through all (VPT-shallow)."""
+    """New prompts in every block (VPT-deep); false: only in the first (VPT-shallow)."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
-            raise ValueError(f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
+            raise InputError("net.tuning", f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
         if self.layers and self.name != "lora":
-            raise ValueError(f"layers are LoRA's, and tuning.name is {self.name}")
+            raise InputError("net.tuning", f"layers is a setting of lora, and tuning.name is {self.name}")
         if self.rank is not None and self.name == "prompt":
-            raise ValueError("rank is of LoRA and AdaptFormer; prompts have tokens")
+            raise InputError("net.tuning", "rank is a setting of lora and adaptformer: set tokens for prompt")
         if not 1 <= self.tokens <= MAX_TOKENS:
-            raise ValueError(f"tokens must be from 1 to {MAX_TOKENS:,}, not {self.tokens}")
+            raise InputError("net.tuning", f"tokens must be from 1 to {MAX_TOKENS:,}, not {self.tokens}")
         if (self.tokens, self.deep) != (10, True) and self.name != "prompt":
-            raise ValueError(f"tokens and deep are of prompts, and tuning.name is {self.name}")
+            raise InputError("net.tuning", f"tokens and deep are settings of prompt, and tuning.name is {self.name}")
 
 
 def tune(encoder: nn.Module, config: TuningConfig, num_classes: int) -> TuningConfig:
-    """Add to an encoder, in place, what trains, and freeze the rest; returns the config with the rank that was taken.
+    """Add trainable weights to an encoder, in place, and freeze the rest; returns the config with the rank taken.
 
-    Raises ValueError for a backbone that has no place for it, patterns that match nothing or a rank that is too large,
-    and ImportError, saying what to install, for LoRA without peft.
+    Raises InputError for a backbone without the layers that it needs, patterns that match nothing or a rank that is too
+    large, and MissingPackageError for LoRA without peft.
     """
     if config.name == "full":
         return config
@@ -85,13 +89,15 @@ def default_rank(num_classes: int, blocks: int) -> int:
 
 @torch.no_grad()
 def untuned(encoder: nn.Module) -> nn.Module:
-    """A copy of an encoder with timm's own layers alone: LoRA is merged into them. Raises ValueError for adapters,
-    which are not linear, and prompts, for which timm has no place."""
+    """A copy of an encoder with timm's own layers alone, into which LoRA is merged.
+
+    Raises InputError for adapters, which are not linear, and for prompts, which timm does not have.
+    """
     encoder = copy.deepcopy(encoder)
     if any(isinstance(module, PromptedBlock) for module in encoder.modules()):
-        raise ValueError("timm's models have no place for prompts, so they are no part of a plain timm model")
+        raise InputError("net.export", "prompts are not part of a plain timm model, so the net cannot be exported")
     if any(isinstance(module, Adapter) for module in encoder.modules()):
-        raise ValueError("AdaptFormer's adapters are not linear, so they cannot be merged into a plain timm model")
+        raise InputError("net.export", "AdaptFormer's adapters are not linear, so a timm model cannot merge them")
     for name, module in list(encoder.named_modules()):
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             module.merge()
@@ -103,7 +109,7 @@ def untuned(encoder: nn.Module) -> nn.Module:
 
 
 class Adapter(nn.Module):
-    """s * up(relu(down(norm(x)))), (..., F) to (..., F); up starts at zero, so that nothing changes at first."""
+    """Bottleneck s * up(relu(down(norm(x)))), (..., F) to (..., F); up starts at zero, so that nothing changes."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -115,18 +121,20 @@ class Adapter(nn.Module):
             nn.init.zeros_(values)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., F) to (..., F)."""
         return self.scale * self.up(torch.relu(self.down(self.norm(x))))
 
 
 class AdaptedMlp(nn.Module):
-    """In the place of a block's MLP, whose norm it takes in: mlp(norm(x)) + adapter(x)."""
+    """Replaces a block's MLP and its norm: mlp(norm(x)) + adapter(x)."""
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, adapter: Adapter) -> None:
         super().__init__()
         self.norm, self.mlp, self.adapter = norm, mlp, adapter
 
-    def forward(self, x: Tensor, *arguments: Any, **words: Any) -> Tensor:
-        return self.mlp(self.norm(x), *arguments, **words) + self.adapter(x)
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Tokens (..., F) to (..., F)."""
+        return self.mlp(self.norm(x), *arguments, **options) + self.adapter(x)
 
 
 def _blocks(encoder: nn.Module) -> list[Any]:
@@ -142,15 +150,15 @@ def _blocks(encoder: nn.Module) -> list[Any]:
 def _add_adapters(encoder: nn.Module, config: TuningConfig, num_classes: int) -> int:
     blocks = _blocks(encoder)
     if not blocks:
-        raise ValueError(
-            "tuning.name: this backbone has no blocks with a norm2 and an MLP, where AdaptFormer's adapters go: take a "
-            "ViT, or lora with tuning.layers"
+        raise InputError(
+            "net.unsupported",
+            "tuning.name: adaptformer needs blocks with a norm2 and an MLP: use a ViT, or lora with tuning.layers",
         )
     rank = config.rank or default_rank(num_classes, len(blocks))
     for block in blocks:
         if rank > (width := block.norm2.normalized_shape[0]):
-            raise ValueError(f"tuning.rank {rank} is more than the {width} features of a block")
-    probe = copy.deepcopy(encoder).float().eval()  # with other weights, for those of a fresh net may hide a difference
+            raise InputError("net.tuning", f"tuning.rank {rank} must be at most the {width} features of a block")
+    probe = copy.deepcopy(encoder).float().eval()  # other weights, because those of a new net may hide a difference
     with torch.no_grad():
         for weight in probe.parameters():
             weight.normal_(0, 0.05)
@@ -158,7 +166,7 @@ def _add_adapters(encoder: nn.Module, config: TuningConfig, num_classes: int) ->
         before = probe(images)
         _wrap(_blocks(probe), rank)
         if not torch.allclose(probe(images), before, atol=1e-5):
-            raise ValueError("tuning.name: the blocks of this backbone do not add mlp(norm2(x)): take lora instead")
+            raise InputError("net.unsupported", "tuning.name: adaptformer needs blocks x + mlp(norm2(x)): use lora")
     _wrap(blocks, rank)
     return rank
 
@@ -180,10 +188,10 @@ def _probe_images(encoder: Any) -> Tensor:
 
 
 class PromptedBlock(nn.Module):
-    """A block of a ViT that sees prompts (P, F) between the prefix (class token, registers) and the patches.
+    """A block of a ViT with prompts (P, F) between the prefix (class token, registers) and the patches.
 
-    They are put in before the block, where it has any, and `drop` are taken out behind it: all P of them in every block
-    of VPT-deep; in VPT-shallow the first block puts in and the last takes out.
+    The block inserts its prompts, if any, at its input and removes `drop` tokens at its output: all P in every block of
+    VPT-deep; in VPT-shallow the first block inserts them and the last removes them.
     """
 
     def __init__(self, block: nn.Module, prompts: Tensor | None, prefix: int, drop: int) -> None:
@@ -191,19 +199,20 @@ class PromptedBlock(nn.Module):
         self.block, self.prefix, self.drop = block, prefix, drop
         self.prompts = None if prompts is None else nn.Parameter(prompts)
 
-    def forward(self, x: Tensor, *arguments: Any, **words: Any) -> Tensor:
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """Tokens (N, T, F) to (N, T', F)."""
         if self.prompts is not None:
             prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], dim=1)
-        x = self.block(x, *arguments, **words)
+        x = self.block(x, *arguments, **options)
         return torch.cat([x[:, : self.prefix], x[:, self.prefix + self.drop :]], dim=1) if self.drop else x
 
 
 def _add_prompts(encoder: Any, config: TuningConfig) -> None:
     if not isinstance(encoder, VisionTransformer):
-        raise ValueError(
-            f"tuning.name: prompts are for ViTs of timm's VisionTransformer, and this is a {type(encoder).__name__}: "
-            "take lora or adaptformer"
+        raise InputError(
+            "net.unsupported",
+            f"tuning.name: prompt needs timm's VisionTransformer, not {type(encoder).__name__}: use another tuning",
         )
     width, patch = encoder.embed_dim, encoder.patch_embed.patch_size
     bound = math.sqrt(6 / (3 * math.prod(patch) + width))  # VPT's, Xavier's for the patch embedding
@@ -223,32 +232,36 @@ def _add_lora(encoder: nn.Module, config: TuningConfig, num_classes: int) -> int
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("tuning.name: lora needs a package: pip install 'rescom-timm[lora]'") from error
+        raise MissingPackageError(
+            "system.package", "tuning.name: lora needs peft: pip install 'rescom-timm[lora]'"
+        ) from error
     kinds = (nn.Linear, nn.Conv2d)
     layers = {name: module for name, module in encoder.named_modules() if isinstance(module, kinds)}
     if config.layers:
         for pattern in config.layers:
             if not any(fnmatchcase(name, pattern) for name in layers):
-                first, last = list(layers)[0], list(layers)[-1]
-                raise ValueError(
-                    f"tuning.layers: no linear layer or convolution is named {pattern!r}; names run from {first} to "
-                    f"{last}"
+                names = list(layers)
+                raise InputError(
+                    "net.tuning",
+                    f"tuning.layers: no linear layer or convolution matches {pattern!r}: give a pattern of names, from "
+                    f"{names[0]} to {names[-1]}",
                 )
         chosen = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in config.layers)]
     else:
         inside = [name for name, module in layers.items() if isinstance(module, nn.Linear) and "." in name]
         chosen = [name for name in inside if name.rpartition(".")[2] in LORA_LAYERS and "patch_embed" not in name]
         if not chosen:
-            raise ValueError(
-                "tuning.name: this backbone has no attention or MLP that timm names so: say the layers, such as "
-                "tuning.layers=[layer4.*.conv2]"
+            raise InputError(
+                "net.unsupported",
+                "tuning.name: lora finds no attention or MLP in this backbone: set tuning.layers, such as "
+                "[layer4.*.conv2]",
             )
     blocks = len(_blocks(encoder)) or len(chosen)
     rank = config.rank or default_rank(num_classes, blocks)
     for name in chosen:
         weight = layers[name].weight
         if rank > min(weight.shape[0], weight[0].numel()):
-            raise ValueError(f"tuning.rank {rank} is more than {name} has ({tuple(weight.shape)})")
-    names = "|".join(map(re.escape, chosen))
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, target_modules=names), encoder)  # scaled by 1 / r
+            raise InputError("net.tuning", f"tuning.rank {rank} is more than {name} has: {tuple(weight.shape)}")
+    targets = "|".join(map(re.escape, chosen))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, target_modules=targets), encoder)  # scaled by 1 / r
     return rank

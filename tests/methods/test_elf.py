@@ -9,6 +9,7 @@ from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
 from tests.methods.stub import COUNTS
 from tests.methods.test_branches import batch, make, same
+from tests.raises import raises
 
 
 def probability(row, y):
@@ -107,14 +108,14 @@ def test_every_exit_is_trained():
 
 
 def test_elf_refuses_what_has_no_stages_and_is_no_plain_timm_model():
-    with pytest.raises(ValueError, match="exits must be at most 3, for this backbone has 4 stages"):
+    with raises("method.value", "exits", 3, 4):
         make(ElfConfig(exits=4))
     net = create_model("resnet20_cifar", 4, projector=ProjectorConfig(hidden=4, dim=3))
     net.encoder.forward_intermediates = None
-    with pytest.raises(ValueError, match="^exits are behind stages, .* use a ResNet"):
+    with raises("net.unsupported", "elf"):
         create_method(net, COUNTS, ElfConfig())
-    with pytest.raises(ValueError, match="early exits is no plain timm model"):
+    with raises("net.export"):
         make(ElfConfig()).net.to_timm()
-    for settings, message in (({"exits": 0}, "exits must be"), ({"threshold": 1.1}, "threshold must be")):
-        with pytest.raises(ValueError, match=message):
+    for settings in ({"exits": 0}, {"threshold": 1.1}):
+        with raises("method.value", *settings):
             ElfConfig(**settings)

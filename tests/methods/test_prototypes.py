@@ -8,6 +8,7 @@ from rescom_timm.losses import robust_centroids
 from rescom_timm.methods import DroLtConfig, HybridPscConfig
 from tests.methods import reference
 from tests.methods.stub import COUNTS, batch, make, train
+from tests.raises import raises
 
 
 def check(method, expected, data):
@@ -90,7 +91,7 @@ def test_an_image_on_its_centroid_and_a_batch_without_centroids_have_finite_grad
 
 
 @pytest.mark.parametrize(
-    ("config", "settings", "message"),
+    ("config", "settings", "setting"),
     [
         (HybridPscConfig, {"temperature": 0.0}, "temperature"),
         (DroLtConfig, {"temperature": 0.0}, "temperature"),
@@ -99,6 +100,6 @@ def test_an_image_on_its_centroid_and_a_batch_without_centroids_have_finite_grad
         (DroLtConfig, {"momentum": 1.0}, "momentum"),
     ],
 )
-def test_impossible_settings_are_refused(config, settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_settings_are_refused(config, settings, setting):
+    with raises("method.value", setting):
         config(**settings)

@@ -17,6 +17,7 @@ from rescom_timm.data.sources import load
 from rescom_timm.engine.build import build_method
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
 from tests.engine.child import recipe
+from tests.raises import raises
 
 NAMES = ["sea_lion", "owl", "Great Egret"]
 
@@ -98,26 +99,26 @@ def test_the_classifier_starts_from_a_file_in_the_order_of_the_classes(alone, tm
     with pytest.raises(RecipeError, match="net.classifier.file: .* it lacks '8', '9'; only it has 'eight', 'nine'"):
         started(tree)
     path.unlink()
-    with pytest.raises(RecipeError, match="no file of class features"):
+    with pytest.raises(RecipeError, match=str(path)):
         started(tree)
     tree["net"]["classifier"] = {"init": "file"}
-    with pytest.raises(RecipeError, match="belong together"):
+    with pytest.raises(RecipeError, match=r"classifier.*file"):
         load_dict(tree)
 
 
 def test_files_that_are_no_class_features(tmp_path):
     path = tmp_path / "f.safetensors"
     for features, names in ((torch.rand(3, 5), NAMES), (torch.rand(2, 4), None), (torch.full((3, 4), torch.nan), None)):
-        with pytest.raises(ValueError, match=r"and \(3, 4\) finite ones are needed"):
+        with raises("net.class_features", 3, 4):
             read_class_features(written(path, features, names), NAMES, 4)
-    with pytest.raises(ValueError, match="names one twice"):
+    with pytest.raises(ValueError, match="owl"):
         read_class_features(written(path, torch.rand(4, 4), [*NAMES, "owl"]), NAMES, 4)
     assert read_class_features(written(path, torch.rand(3, 4)), NAMES, 4).shape == (3, 4)
     save_file({"other": torch.rand(3, 4)}, path)
-    with pytest.raises(ValueError, match="holds no tensor class_features"):
+    with raises("net.class_features", path.name):
         read_class_features(path, NAMES, 4)
     path.write_text("text")
-    with pytest.raises(ValueError, match="holds no tensor class_features"):
+    with raises("net.class_features", path.name):
         read_class_features(path, NAMES, 4)
     assert ClassifierConfig(init="file", file="x").file == "x"
 
@@ -127,8 +128,8 @@ def test_what_the_tool_cannot_do_is_one_line(clip, tmp_path, capsys):
     for text, words, expected in (
         ("owl\nowl\n", ["--model", str(clip)], "has class names twice: owl"),
         ("\n", ["--model", str(clip)], "tells no class names"),
-        ("owl\n", ["--model", str(clip), "--prompt", "a photo"], "a prompt has one {}"),
-        ("owl\n", ["--model", str(tmp_path)], "cannot be read as a model of transformers"),
+        ("owl\n", ["--model", str(clip), "--prompt", "a photo"], "error[net.text]: "),
+        ("owl\n", ["--model", str(tmp_path)], "error[net.text]: "),
     ):
         names.write_text(text)
         assert tool.main([str(names), "-o", str(out), *words]) == 1
