@@ -36,6 +36,7 @@ from rescom_timm.engine.errors import CheckpointError, RunError, one_line
 from rescom_timm.engine.evaluate import open_checkpoint
 from rescom_timm.engine.log import environment, lines
 from rescom_timm.engine.run_folder import FOLDERS, locked
+from rescom_timm.errors import InputError
 from rescom_timm.hub.push import push_run
 from rescom_timm.hub.staging import staged
 from rescom_timm.hub_download import HubError
@@ -134,12 +135,12 @@ def test_hashes_name_no_other_file(run):
         ),
         ({"projector": {"hidden": 60_000, "dim": 60_000}}, "describes a net of"),
         ({"backbone": "vit_base_patch16_224", "options": {"embed_dim": 30_000, "num_heads": 8}}, "describes a net of"),
-        ({"backbone": "vit_base_patch16_224", "options": {"depth": 10**6}}, "depth=1000000 is out of bounds"),
+        ({"backbone": "vit_base_patch16_224", "options": {"depth": 10**6}}, "depth=1000000 "),
         ({"backbone": "vit_base_patch16_224", "options": {"img_size": 60_000}}, "describes a net of"),
-        ({"backbone": "resnet50", "options": {"layers": [10**6] * 4}}, "layers=1000000 is out of bounds"),
-        ({"backbone": "resnet50", "options": {"layers": [1] * 2000}}, "layers has too many values"),
-        ({"backbone": "resnet50", "options": {"block_args": {"x": {"y": [10**9]}}}}, "block_args.x.y=1000000000 is"),
-        ({"backbone": "resnet50", "options": {"stem_width": 1e12}}, "stem_width=1000000000000.0 is out of bounds"),
+        ({"backbone": "resnet50", "options": {"layers": [10**6] * 4}}, "layers=1000000 "),
+        ({"backbone": "resnet50", "options": {"layers": [1] * 2000}}, "layers .*1,000 values"),
+        ({"backbone": "resnet50", "options": {"block_args": {"x": {"y": [10**9]}}}}, "block_args.x.y=1000000000 "),
+        ({"backbone": "resnet50", "options": {"stem_width": 1e12}}, "stem_width=1000000000000.0 "),
         ({"backbone": "vit_base_patch16_224", "options": {"device": "cpu"}}, "no option 'device'"),
         ({"backbone": "vit_base_patch16_224", "options": {"dtype": "float64"}}, "no option 'dtype'"),
         ({"backbone": "hf-hub:me/anything"}, "must be a name of timm.list_models"),
@@ -198,8 +199,9 @@ def test_a_folder_places_no_net_outside_the_bounds(tmp_path, monkeypatch):
         config = {"architecture": "vit_base_patch16_224", "num_classes": 3, "model_args": arguments}
         config["pretrained_cfg"] = {"input_size": [3, 224, 224]}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="a device of their own|describes a net of|out of bounds"):
+        with pytest.raises(InputError) as caught:
             create_model(f"local-dir:{tmp_path}", 3)
+        assert caught.value.code in ("net.size", "net.options")
     assert sum(made) < 2**20
 
 

@@ -104,15 +104,15 @@ def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool) -
     if mix and not method.per_image:
         able = ", ".join(name for name, (_, other) in METHODS.items() if other.per_image)
         raise InputError(
-            "method.option",
+            "recipe.conflict",
             f"mix: mixup and cutmix need a per-image loss, and {config.name} compares images: set them to 0, or use "
             f"one of {able}",
         )
     if fit_batch and not method.per_image:
         raise InputError(
-            "method.option",
+            "recipe.conflict",
             f"train.fit_batch: method {config.name} compares the images of a pass, so smaller passes change the "
             "loss: set train.accumulate instead",
         )
     if compiled and not method.static_shapes:
-        raise InputError("method.option", f"turn speed.capture and speed.compile off: {config.name} supports neither")
+        raise InputError("recipe.conflict", f"turn speed.capture and speed.compile off: {config.name} supports neither")

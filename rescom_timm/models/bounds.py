@@ -84,9 +84,9 @@ def spend(numbers: int = 0, modules: int = 0) -> None:
     left.numbers -= numbers
     left.modules -= modules
     if left.modules < 0:
-        raise InputError("net.size", "it describes a net with too many modules")
+        raise InputError("net.size", "it describes a net of too many modules")
     if left.numbers < 0:
-        raise InputError("net.size", "it describes a net with more weights than its files can hold")
+        raise InputError("net.size", "it describes a net of more weights than its files can hold")
 
 
 def spend_copy(module: nn.Module) -> None:

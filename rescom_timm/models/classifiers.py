@@ -34,9 +34,9 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1000:
-            raise InputError("net.classifier", f"scale must be above 0 and at most 1,000, not {self.scale:g}")
+            raise InputError("recipe.value", f"scale must be above 0 and at most 1,000, not {self.scale:g}")
         if (self.init == "file") != (self.file is not None):
-            raise InputError("net.classifier", "init: file needs the name of a file in file, and the reverse")
+            raise InputError("recipe.conflict", "init: file needs the name of a file in file, and the reverse")
 
 
 def full_precision(x: Tensor) -> torch.autocast:

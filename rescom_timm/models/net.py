@@ -45,7 +45,7 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         if not all(1 <= width <= MAX_WIDTH for width in (self.dim, self.hidden or 1)) or self.hidden == 0:
-            raise InputError("net.size", f"net.projector: hidden and dim must be from 1 to {MAX_WIDTH:,}")
+            raise InputError("recipe.value", f"net.projector: hidden and dim must be from 1 to {MAX_WIDTH:,}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class NetConfig:
 
     def __post_init__(self) -> None:
         if self.weights_file is not None and not self.pretrained:
-            raise InputError("net.weights_file", "weights_file needs pretrained: true")
+            raise InputError("recipe.conflict", "weights_file needs pretrained: true")
         object.__setattr__(self, "backbone", timm_name(self.backbone))
         check_backbone(self.backbone)
 
@@ -266,7 +266,7 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], wher
             wrong.append(f"{name} is not finite")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError("net.weights", f"{where} does not fit: {', '.join(wrong[:3])}{more}")
+        raise InputError("net.mismatch", f"{where} does not fit: {', '.join(wrong[:3])}{more}")
 
 
 HUB = ("hf-hub:", "hf_hub:")

@@ -48,15 +48,15 @@ class TuningConfig:
 
     def __post_init__(self) -> None:
         if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
-            raise InputError("net.tuning", f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
+            raise InputError("recipe.value", f"rank must be from 1 to {MAX_RANK:,}, not {self.rank}")
         if self.layers and self.name != "lora":
-            raise InputError("net.tuning", f"layers is a setting of lora, and tuning.name is {self.name}")
+            raise InputError("recipe.conflict", f"layers is a setting of lora, and tuning.name is {self.name}")
         if self.rank is not None and self.name == "prompt":
-            raise InputError("net.tuning", "rank is a setting of lora and adaptformer: set tokens for prompt")
+            raise InputError("recipe.conflict", "rank is a setting of lora and adaptformer: set tokens for prompt")
         if not 1 <= self.tokens <= MAX_TOKENS:
-            raise InputError("net.tuning", f"tokens must be from 1 to {MAX_TOKENS:,}, not {self.tokens}")
+            raise InputError("recipe.value", f"tokens must be from 1 to {MAX_TOKENS:,}, not {self.tokens}")
         if (self.tokens, self.deep) != (10, True) and self.name != "prompt":
-            raise InputError("net.tuning", f"tokens and deep are settings of prompt, and tuning.name is {self.name}")
+            raise InputError("recipe.conflict", f"tokens and deep are settings of prompt: tuning.name is {self.name}")
 
 
 def tune(encoder: nn.Module, config: TuningConfig, num_classes: int) -> TuningConfig:

@@ -217,5 +217,5 @@ def test_impossible_settings_are_refused(settings, setting):
 
 @pytest.mark.parametrize("word", ["speed.capture=true", "speed.compile=true"])
 def test_batches_that_grow_are_not_captured(word):
-    with raises("method.option", "rsg"):
+    with raises("recipe.conflict", "rsg"):
         load_recipe("digits_lt +rsg", [word])

@@ -108,9 +108,9 @@ def test_bad_names_and_sizes_are_refused_with_a_hint():
         create_model("resnet23_cifar", 10)
     with raises("net.backbone", "resnet5000"):
         NetConfig(backbone="resnet5000")
-    with raises("net.size", "dim"):
+    with raises("recipe.value", "net.projector"):
         ProjectorConfig(dim=0)
-    with raises("net.weights_file", "pretrained"):
+    with raises("recipe.conflict", "weights_file", "pretrained"):
         NetConfig(weights_file="x.safetensors")
 
 
@@ -170,5 +170,5 @@ def test_weights_are_checked_by_name_shape_kind_and_value(name, value, expected)
         {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in own.items()}, own, ""
     )
     changed = {key: tensor for key, tensor in {**own, name: value}.items() if tensor is not None}
-    with raises("net.weights", "the file", expected):
+    with raises("net.mismatch", "the file", expected):
         check_weights(changed, own, "the file")
