@@ -28,7 +28,7 @@ def class_weights(counts: Tensor, beta: float, form: WeightForm = "normalized") 
         raise InputError("method.value", f"beta must be in [0, 1), not {beta}")
     if int(counts.min()) < 1:
         empty = (counts < 1).nonzero().flatten().tolist()
-        raise InputError("loss.counts", f"classes {empty[:5]} have no training image: leave them out of the index")
+        raise InputError("data.empty_class", f"classes {empty[:5]} have no training image: leave them out of the index")
     # expm1 and log1p in float64: at beta = .999999 a float32 power would keep two digits of 1 - beta^N.
     log_beta = torch.log1p(torch.tensor(beta - 1, dtype=torch.float64, device=counts.device))
     effective = torch.expm1(counts.double() * log_beta) / (beta - 1)

@@ -100,7 +100,7 @@ def test_beta_outside_its_range_is_refused(beta: float) -> None:
 
 
 def test_classes_without_images_and_unknown_forms_are_refused() -> None:
-    with raises("loss.counts", "[1, 3]"):
+    with raises("data.empty_class", "[1, 3]"):
         class_weights(torch.tensor([5, 0, 3, 0]), 0.9)
     with raises("method.value", "'printd'"):
         class_weights(torch.tensor([5, 3]), 0.9, "printd")  # type: ignore[arg-type]
