@@ -93,6 +93,8 @@ def _passes(recipe: Recipe, accelerator: Accelerator, data: Data) -> tuple[Calla
     policy, config = parse(recipe.views.train), recipe.loader
     shape = ViewsDataset(data.train, policy, 1, config.broken, config.reading)[0, 0]["image"].shape[-3:]
     held: list[object] = [average_of(net, recipe.train.ema)] if recipe.train.ema is not None else []
+    if recipe.optimizer.sam is not None:  # weights once more
+        held += [parameter.detach().clone() for parameter in net.parameters() if parameter.requires_grad]
     if accelerator.num_processes > 1:  # gradients once more, as DistributedDataParallel's buckets
         held += [torch.empty_like(parameter) for parameter in net.parameters() if parameter.requires_grad]
 

@@ -88,6 +88,7 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, nn.ParameterList)]
         outside += ["train.nonfinite: skip"] if recipe.train.nonfinite == "skip" else []
         outside += ["train.ema"] if recipe.train.ema is not None else []
+        outside += ["optimizer.sam"] if recipe.optimizer.sam is not None else []
         outside += ["net.frozen_precision: bf16"] if recipe.net.frozen_precision == "bf16" else []
         if outside:
             raise RecipeError("train.distributed", f"FSDP2 shards only the net and does not support {outside[0]}")

@@ -50,6 +50,7 @@ from rescom_timm.engine.prepare import (
     training_loader,
 )
 from rescom_timm.engine.run_folder import Resume, check_place, lines, newest_of_all, open_folder
+from rescom_timm.engine.sam import SamStep
 from rescom_timm.engine.state import Progress, State, check_resumable
 from rescom_timm.engine.step import TrainingStep
 from rescom_timm.engine.step_metrics import MetricsQueue, StepMetrics
@@ -135,7 +136,8 @@ class Trainer:
             speed_up(momentum.copy, replace(recipe.speed, compile=False))
             momentum.copy = accelerator.prepare_model(momentum.copy, evaluation_mode=True)
         self.state = State(accelerator, method, self.net, self.optimizer, recipe, self.nets.get("ema"))
-        self.step = TrainingStep(self.state, recipe, self.average)
+        step = TrainingStep if recipe.optimizer.sam is None else SamStep
+        self.step = step(self.state, recipe, self.average)
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
         self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)

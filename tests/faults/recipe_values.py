@@ -83,6 +83,7 @@ WORDS = [
     value("nesterov without momentum", "optimizer={nesterov: true, momentum: 0}", "nesterov needs a momentum above 0"),
     value("clipping at nan", "optimizer.clip_norm=.nan", "optimizer.clip_norm: must be a finite number"),
     value("clipping at 0", "optimizer.clip_norm=0", "clip_norm must be above 0, or null for none"),
+    value("sharpness below 0", "optimizer.sam={rho: -1}", "rho must be from 0 to 1,000, not -1"),
     value("layer decay above 1", "optimizer.layer_decay=2", "layer_decay must be in (0, 1]"),
     value("frozen by a rate of 0", "optimizer.encoder_lr_scale=0", "net.trainable: [none] freezes the backbone"),
     value("optimizer with a typo", "optimizer.name=adamz", "adamz"),
