@@ -56,7 +56,7 @@ class SamConfig:
     rho_late: float | None = None
     """The same in the last fifth of the epochs; null: rho."""
     adaptive: bool = False
-    """Distances relative to the size of each weight (ASAM, Kwon et al. 2021), which take a larger rho: some ten times."""
+    """Distances relative to the size of each weight (ASAM, Kwon et al. 2021), with a rho some ten times larger."""
 
     def __post_init__(self) -> None:
         for name in ("rho", "rho_late"):
