@@ -8,6 +8,8 @@ Adaptive (ASAM, Kwon et al. 2021, arXiv 2102.11600): e = rho T^2 g / |T g|, T = 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -77,14 +79,10 @@ class SamStep(TrainingStep):
 
 
 @torch.no_grad()
-def climb(weights: list[torch.nn.Parameter], rho: Tensor, adaptive: bool = False) -> None:
+def climb(weights: Sequence[Tensor], rho: Tensor, adaptive: bool = False) -> None:
     """Add e to weights that have a gradient, which may be scaled. rho: (). No host synchronisation."""
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    sizes = [weight.abs() + FLOOR for weight in weights] if adaptive else None
-    if sizes is not None:
-        gradients = torch._foreach_mul(gradients, sizes)
+    sizes = [weight.abs() + FLOOR if adaptive else torch.ones_like(rho) for weight in weights]
+    gradients = [size * weight.grad for size, weight in zip(sizes, weights, strict=True) if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if sizes is not None:
-        gradients = torch._foreach_mul(gradients, sizes)
-    for weight, gradient in zip(weights, gradients, strict=True):
-        weight.add_((gradient * (rho / (norm + 1e-12))).where(norm.isfinite(), 0))
+    for weight, size, gradient in zip(weights, sizes, gradients, strict=True):
+        weight.add_((size * gradient * (rho / (norm + 1e-12))).where(norm.isfinite(), 0))
