@@ -48,8 +48,8 @@ class SamStep(TrainingStep):
 
     def start_epoch(self, epoch: int) -> None:
         super().start_epoch(epoch)
-        late = self.config.rho_late is not None and epoch >= LATE * self.recipe.train.epochs
-        self.rho.fill_(self.config.rho_late if late else self.config.rho)
+        rho, late = self.config.rho, self.config.rho_late
+        self.rho.fill_(late if late is not None and epoch >= LATE * self.recipe.train.epochs else rho)
 
     def forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
         if not self.batches:
@@ -66,7 +66,7 @@ class SamStep(TrainingStep):
     def second_pass(self) -> None:
         """The gradient at w + e in the place of that at w; weights and buffers stay as they are."""
         buffers = copy_buffers(self.method)
-        trained = [weight for weight in self.net.parameters() if weight.grad is not None]
+        trained: list[Tensor] = [weight for weight in self.net.parameters() if weight.grad is not None]
         weights = [weight.detach().clone() for weight in trained]
         put_back(self.method, self.first)
         climb(trained, self.rho, self.config.adaptive)
