@@ -61,7 +61,8 @@ class SamConfig:
     def __post_init__(self) -> None:
         for name in ("rho", "rho_late"):
             if not 0 <= (getattr(self, name) or 0) <= 1000:
-                raise ValueError(f"{name} must be from 0 to 1,000, not {getattr(self, name):g}")
+                value = getattr(self, name)
+                raise InputError("recipe.value", f"{name} must be from 0 to 1,000, not {value:g}")
 
 
 @dataclass(frozen=True)
