@@ -17,6 +17,7 @@ The packages. A package imports only from those below it; tests/test_architectur
     contrastive/    pairs, queue and hard pair mining; torch only
     losses/         pure functions in the papers' symbols; torch only
     distributed     number of processes, gathering tensors
+    paired          McNemar's test and the bootstrap of classifiers on the same images
     metrics         accuracy by group, calibration, corruption errors
     class_names     comparing the class names of two data sets, runs or checkpoints
     text/           escaping untrusted text for terminal, HTML and Markdown; page templates

@@ -46,6 +46,7 @@ CODES = {
     "run.output": "an output folder that cannot hold runs",
     "run.export": "a trained run whose model could not be exported",
     "run.locked": "a run folder that another process writes to",
+    "run.evaluation": "an evaluation, or a table of predictions, that cannot be read",
     "run.not_shared": "processes that see different files of a run",
     "checkpoint.missing": "a checkpoint that does not exist",
     "checkpoint.damaged": "a checkpoint that is incomplete or has changed",

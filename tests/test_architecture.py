@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 ORDER = (
-    "errors", "io", "hub_client", "text", "class_names", "metrics", "distributed", "losses", "contrastive", "data",
+    "errors", "io", "hub_client", "text", "class_names", "metrics", "paired", "distributed", "losses", "contrastive", "data",
     "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "fitting", "api", "cli",
     "__main__",
 )  # fmt: skip
@@ -22,6 +22,7 @@ ORDER = (
 BOTTOM = {"errors", "io", "hub_client", "text", "class_names"}
 NARROWER: dict[str, set[str]] = {
     **{name: {"errors"} for name in (*BOTTOM, "metrics", "distributed")},
+    "paired": {"metrics"},
     "losses": {"errors", "distributed"},
     "contrastive": {"errors", "losses", "distributed"},
     "data": BOTTOM | {"metrics"},

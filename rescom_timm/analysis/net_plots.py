@@ -91,9 +91,9 @@ def positive_similarity(run: Opened) -> similarity.Similarity:
 
 def feature_map(run: Opened) -> tsne.Tsne:
     """t-SNE of the backbone's features of test images, as many of each class as possible."""
-    rows = style.balanced(run.data.test.labels, 2000, run.recipe.seed)
-    seen = run.look(take(run.data.test, rows))
-    title = f"{run.name}, features of {run.data.test.name}"
+    rows = style.balanced(run.tested.labels, 2000, run.recipe.seed)
+    seen = run.look(take(run.tested, rows))
+    title = f"{run.name}, features of {run.tested.name}"
     return tsne.measure(
         seen.features,
         seen.labels,
@@ -126,14 +126,14 @@ def queue_slots(run: Opened) -> queues.Slots:
 
 def confident_mistakes(run: Opened) -> mistakes.Gallery:
     """Test images that are most surely taken for another class."""
-    split, judged = run.data.test, _judged(run)
+    split, judged = run.tested, _judged(run)
     tiles = [_tile(run, int(i), judged) for i in mistakes.most_confident(judged, 24)]
     return mistakes.grid(f"{style.plain(run.name, 40)}: the most confident mistakes on {split.name}", tiles)
 
 
 def rare_classes(run: Opened) -> mistakes.Gallery:
     """The rarest classes: a training image of each, and the images of it that are most surely taken for another."""
-    judged, split, counts, names = _judged(run), run.data.test, run.data.counts, run.data.class_names
+    judged, split, counts, names = _judged(run), run.tested, run.data.counts, run.data.class_names
     rows: list[tuple[mistakes.Tile, ...]] = []
     headings = []
     for label in np.argsort(counts, kind="stable").tolist():
@@ -157,12 +157,12 @@ def rare_classes(run: Opened) -> mistakes.Gallery:
 
 def _judged(run: Opened) -> mistakes.Judged:
     """Of the test images."""
-    return mistakes.Judged(*(column.numpy() for column in run.judge(run.data.test).predictions().values()))
+    return mistakes.Judged(*(column.numpy() for column in run.judge(run.tested).predictions().values()))
 
 
 def _tile(run: Opened, i: int, judged: mistakes.Judged) -> mistakes.Tile:
     """Of a test image."""
-    split = run.data.test
+    split = run.tested
     return mistakes.tile(_thumbnail(run, split, i), int(split.rows[i]), judged, i, run.data.class_names)
 
 

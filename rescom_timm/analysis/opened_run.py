@@ -72,12 +72,20 @@ class Opened:
             raise Missing(f"the queue of run {self.name} is empty: its checkpoint is from before the first step")
         return queue
 
+    @property
+    def tested(self) -> Split:
+        """The test images; those of validation where there are none. Missing where there are neither."""
+        found = self.data.test if self.data.test is not None else self.data.validation
+        if found is None:
+            raise Missing(f"run {self.name} has neither test nor validation images")
+        return found
+
     def split(self, name: str) -> Split:
         """train, test or validation. Raises ValueError where the recipe has none of that name."""
         known = {"train": self.data.train, "test": self.data.test, "validation": self.data.validation}
         found = known.get(name)
         if found is None:
-            raise ValueError(f"run {self.name} has no {name} split (data.validation: {self.recipe.data.validation})")
+            raise ValueError(f"run {self.name} has no {name} split (data.{name}: {getattr(self.recipe.data, name)})")
         return found
 
     def loader(self, split: Split, policy: str | None = None) -> DataLoader[Batch]:
@@ -132,7 +140,8 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     recipe = run_recipe(folder, overrides) if overrides else own
     path, weights, state, chosen = open_checkpoint(folder, which, recipe.evaluation.select)
     data = data_of(folder, own, recipe, checkpoint.class_names(path, state))
-    _, changed, suffix = evaluated_otherwise(own, recipe, digest_of(data.test)) if overrides else ({}, "", "")
+    read = digest_of(data.test or data.validation or data.train)
+    _, changed, suffix = evaluated_otherwise(own, recipe, read) if overrides else ({}, "", "")
     recipe = dataclasses.replace(recipe, net=base_net(recipe, state))
     accelerator = new_accelerator("no")  # one for all runs; precision is each one's own (autocast)
     method = build_method(recipe, data)

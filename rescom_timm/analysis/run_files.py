@@ -21,7 +21,7 @@ from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.engine.run_folder import CHANGED, check_run, lines
 from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
 
-_PREFERRED = ("test-last", "test-best")
+_PREFERRED = ("test-last", "test-best", "validation-last")
 
 
 class Missing(ValueError):

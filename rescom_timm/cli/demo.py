@@ -17,6 +17,7 @@ from rescom_timm.cli import answer, new_parser
 
 if TYPE_CHECKING:
     from rescom_timm.data.sources import Data
+    from rescom_timm.data.splits import Split
 
 
 def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -91,9 +92,9 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
         choice.change(lambda word: gradio.update(visible=word == OWN_NUMBERS), choice, numbers)
         for part in (files, choice, numbers, top_k):
             part.change(show, [files, choice, numbers, top_k], told)
-        if data:
+        if data and data.test is not None:
             with gradio.Accordion("map of the test images", open=True):
-                gradio.Plot(test_map(read, data), show_label=False)
+                gradio.Plot(test_map(read, data, data.test), show_label=False)
     return made
 
 
@@ -110,14 +111,14 @@ def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
         return None
 
 
-def test_map(model: Any, data: Data) -> Any:
+def test_map(model: Any, data: Data, test: Split) -> Any:
     """A picture of the test images' features in the plane."""
     import torch
 
     from rescom_timm.analysis import tsne
     from rescom_timm.inference.predict import embed
 
-    found, names = embed(model, data.test, class_names=data.class_names), tuple(data.class_names)
+    found, names = embed(model, test, class_names=data.class_names), tuple(data.class_names)
     numbers = {name: number for number, name in enumerate(names)}
     labels = torch.tensor([numbers[label] for label in found.labels])
-    return tsne.draw(tsne.measure(found.features, labels, data.counts, names, most=1000, title=data.test.name))
+    return tsne.draw(tsne.measure(found.features, labels, data.counts, names, most=1000, title=test.name))

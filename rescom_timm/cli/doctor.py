@@ -55,9 +55,8 @@ def look(options: argparse.Namespace) -> int:
     data = load(recipe.data)
     if run:
         data = numbered_as(data, class_names(run), str(run))
-    splits = {"train": data.train, "test": data.test}
-    if data.validation is not None:
-        splits["validation"] = data.validation
+    every = {"train": data.train, "test": data.test, "validation": data.validation}
+    splits = {name: split for name, split in every.items() if split is not None}
     total = sum(len(split.rows) for split in splits.values())
     with image_bar(total, "images") as bar:
         images = examine(splits, bar.update, recipe.loader.reading)

@@ -33,6 +33,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         "words", nargs="*", metavar="RECIPE | +PRESET | key=value", help="a YAML file, and keys over it"
     )
     parser.add_argument("--resume", action="store_true", help="go on where the run's last checkpoint stands")
+    parser.add_argument("--hide-test", action="store_true", help="evaluate on validation alone (evaluation.hide_test)")
     parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
     parser.add_argument("--quiet", action="store_true", help="tell warnings, errors and the last figures only")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
@@ -42,6 +43,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     addresses = [word for word in arguments.words if word.startswith("hf://")]
     overrides = [word for word in arguments.words if ("=" in word or word[0] == "+") and word not in addresses]
     recipes = [word for word in arguments.words if word not in (*addresses, *overrides)]
+    overrides += ["evaluation.hide_test=true"] if arguments.hide_test else []
     if addresses and not arguments.resume:
         parser.error(f"{addresses[0]} is only read with --resume")
     if not recipes and not addresses:
@@ -87,11 +89,16 @@ def run(arguments: argparse.Namespace, recipes: list[str], overrides: list[str],
 
 
 def last_figures(folder: Path) -> str:
-    """The run's folder and its test figures at the last epoch, in percent."""
+    """The run's folder and its test figures at the last epoch, in percent; those on validation where it has none."""
     from rescom_timm.io import read_json
 
-    numbers = read_json(folder / "evaluation" / "test-last.json")["numbers"]
-    return f"{folder}: {', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}"
+    paths = (folder / "evaluation" / f"{split}-last.json" for split in ("test", "validation"))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return f"{folder}: not evaluated"
+    numbers = read_json(path)["numbers"]
+    split = "" if path.stem == "test-last" else "validation  "
+    return f"{folder}: {split}{', '.join(f'{name} {value:.2f}' for name, value in numbers.items())}"
 
 
 def is_recipe_of_run(path: Path) -> bool:

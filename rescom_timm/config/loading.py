@@ -25,7 +25,8 @@ from rescom_timm.hub_client import hub_id
 from rescom_timm.io import MAX_DEPTH, parse_yaml, read_yaml
 
 FREE_KEYS = (
-    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "checkpoint", "speed",
+    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "evaluation.hide_test",
+    "checkpoint", "speed",
     "train.nonfinite", "train.ema.export", "track", "hub", "method.teacher",
 )  # fmt: skip
 """Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may

@@ -196,6 +196,8 @@ class EvaluationConfig:
     """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
     group_limits: tuple[int, int] = LIMITS
     """Classes with fewer training images than the first are few, with more than the second many, the others medium."""
+    hide_test: bool = False
+    """Training does not look at the test split (--hide-test): `evaluate` does, once all is chosen."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.group_limits[0] <= self.group_limits[1]:

@@ -36,7 +36,7 @@ class Data:
     """Images, labels and classes of a run."""
 
     train: Split
-    test: Split
+    test: Split | None
     validation: Split | None
     counts: np.ndarray
     """(K,) int64: rows of each class that are really trained on."""
@@ -60,11 +60,12 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     opened = _opener(config, cache)
     train = opened(config.train, config.index)
     num_classes, like = train.index.num_classes, train
+    parts = {"train": train}
     if parse_call(config.test, ("holdout",)):
-        test, train = _held_out(train, config.test)
-    else:
-        test = opened(config.test, config.test_index, like)
-    parts = {"train": train, "test": test}
+        parts["test"], train = _held_out(train, config.test)
+    elif config.test != "none":
+        parts["test"] = opened(config.test, config.test_index, like)
+    parts["train"] = train
     if config.validation != "none":
         parts["validation"], parts["train"] = _validation(config, train, opened)
     for a, b in (("train", "test"), ("train", "validation"), ("validation", "test")):
@@ -80,7 +81,7 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
         )
     return Data(
         train=parts["train"].split(),
-        test=parts["test"].split(),
+        test=parts["test"].split() if "test" in parts else None,
         validation=parts["validation"].split() if "validation" in parts else None,
         counts=index.counts,
         class_names=index.names,
@@ -105,8 +106,8 @@ def numbered_as(data: Data, names: Sequence[str] | None, here: str) -> Data:
     counts = np.empty_like(data.counts)
     counts[numbers] = data.counts
     return replace(
-        data, train=again(data.train), test=again(data.test), counts=counts, class_names=list(names or ()),
-        validation=None if data.validation is None else again(data.validation),
+        data, train=again(data.train), test=None if data.test is None else again(data.test), counts=counts,
+        validation=None if data.validation is None else again(data.validation), class_names=list(names or ()),
         provenance={**data.provenance, "numbering": f"as in {here}, by class name"},
     )  # fmt: skip
 

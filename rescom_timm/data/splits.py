@@ -29,7 +29,8 @@ class DataConfig:
     train: str = "train"
     """Name of the split to train on."""
     test: str = "test"
-    """Name of the split to test on; where there is none, "holdout(0.2)": that part of each class's training rows."""
+    """Name of the split to test on; where there is none, "holdout(0.2)": that part of each class's training rows;
+    "none": nothing is tested."""
     index: str = "all"
     """Training rows: "all", "exponential(100)", "step(100)", an index file, official list or iNaturalist JSON."""
     test_index: str = "all"
@@ -60,6 +61,8 @@ class DataConfig:
         for rule in (self.index, self.test_index):
             if parse_call(rule, RULES):
                 parse_rule(rule)
+        if self.test == "none" and self.test_index != "all":
+            raise ValueError("test none, and test_index names test rows: say one of them")
         if call := parse_call(self.test, ("holdout",)):
             _check_part(self.test, call[1])
             if self.test_index != "all":

@@ -29,9 +29,10 @@ from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
 from rescom_timm.distributed import processes
-from rescom_timm.engine import checkpoint
+from rescom_timm.engine import checkpoint, logits
 from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, whole_weights
 from rescom_timm.engine.launch import new_accelerator
+from rescom_timm.engine.logits import Keeper
 from rescom_timm.engine.run_folder import CHANGED, run_recipe
 from rescom_timm.errors import InputError
 from rescom_timm.io import read_json, refuse_links, write_json, write_tensors
@@ -42,20 +43,20 @@ from rescom_timm.models.net import Net, check_weights
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray,
-    limits: Limits = LIMITS,
+    limits: Limits = LIMITS, keeper: Keeper | None = None,
 ) -> Meter:  # fmt: skip
     """Every image of a prepared evaluation loader once, encoder and classifier only.
 
     counts: (K,) training images of each class, which with the limits (evaluation.group_limits) decide many, medium and
-    few. Every process gets the whole Meter.
+    few. Every process gets the whole Meter. keeper: is given all logits.
     """
-    return evaluate_views(accelerator, net, [loader], counts, limits)
+    return evaluate_views(accelerator, net, [loader], counts, limits, keeper)
 
 
 @torch.no_grad()
 def evaluate_views(
     accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray,
-    limits: Limits = LIMITS,
+    limits: Limits = LIMITS, keeper: Keeper | None = None,
 ) -> Meter:  # fmt: skip
     """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
     plain: Net = accelerator.unwrap_model(net)
@@ -65,10 +66,12 @@ def evaluate_views(
     with agreed_statistics(plain), image_bar(len(loaders[0].dataset), "evaluation") as bar:  # type: ignore[arg-type]
         for batches in zip(*loaders, strict=True):
             with accelerator.autocast():
-                logits = [plain.classify(batch["image"]) for batch in batches]
-            mean = logits[0] if len(logits) == 1 else torch.stack(logits).mean(dim=0)
+                found = [plain.classify(batch["image"]) for batch in batches]
+            mean = found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
             gathered = accelerator.gather_for_metrics((mean, batches[0]["label"]))
             meter.update(*gathered)
+            if keeper is not None:
+                keeper.update(*gathered)
             bar.update(len(gathered[1]))
     plain.train(was_training)
     return meter
@@ -110,9 +113,12 @@ def agreed_statistics(net: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def write(folder: Path, name: str, meter: Meter, about: dict[str, Any]) -> None:
-    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction)."""
+def write(folder: Path, name: str, meter: Meter, about: dict[str, Any], keeper: Keeper | None = None) -> None:
+    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction), and
+    logits/<name>.safetensors (`logits`)."""
     refuse_links(folder, ["evaluation"])
+    if keeper is not None:
+        keeper.write(logits.place(folder, name))
     folder = folder / "evaluation"
     write_tensors(folder / f"{name}.safetensors", meter.predictions())
     write_json(folder / f"{name}.json", {**about, **meter.record()})
@@ -302,8 +308,9 @@ def evaluate_run(
     data = data_of(run, own, recipe, checkpoint.class_names(path, state))
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
+        rule = getattr(recipe.data, split)
         raise InputError(
-            "data.split", f"the recipe of {run} has no validation split (data.validation: {recipe.data.validation})"
+            "data.split", f"the recipe of {run} has no {split} split (data.{split}: {rule}): take another --split"
         )
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
@@ -314,7 +321,8 @@ def evaluate_run(
         views = replace(recipe.views, eval=policy)
         batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed, len(policies))
         loaders.append(accelerator.prepare(batches))
-    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits)
+    keeper = Keeper(len(part.labels), len(data.counts))
+    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits, keeper)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)
@@ -326,7 +334,7 @@ def evaluate_run(
     if crops:
         record |= {"chosen": f"{record['chosen']}; mean of five crops", "views": policies}
         name += "-five-crops"
-    write(run, name, meter, record)
+    write(run, name, meter, record, keeper)
     return name, title(record), meter
 
 

@@ -38,6 +38,7 @@ from rescom_timm.engine.fit_batch import fitted
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
 from rescom_timm.engine.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar, show, trained_line
+from rescom_timm.engine.logits import Keeper
 from rescom_timm.engine.prepare import (
     average_of,
     check_image_size,
@@ -113,7 +114,7 @@ class Trainer:
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
         check_selection(recipe, data)
-        found = {"test": data.test, "validation": data.validation}
+        found = {"test": None if recipe.evaluation.hide_test else data.test, "validation": data.validation}
         self.splits = {name: split for name, split in found.items() if name in splits and split is not None}
         check_images(accelerator, recipe, data.train, self.splits)
         loader = training_loader(recipe, data, method)
@@ -303,10 +304,10 @@ class Trainer:
             progress.scored(figures["validation"][self.recipe.evaluation.select])
         if self.main:
             self.follower.evaluated(progress.epoch, figures)
-        if self.main and bar.disable:
+        if self.main and bar.disable and figures:
             intervals = {name: meter.intervals(draws=QUICK_DRAWS) for name, meter in meters.items()}
             bar.write(evaluation_line(progress.epoch, figures, intervals))
-        elif self.main and not progress.ended(self.recipe):  # the last table is `finish`'s
+        elif self.main and figures and not progress.ended(self.recipe):  # the last table is `finish`'s
             bar.write(f"after epoch {progress.epoch}\n{table_of(meters, QUICK_DRAWS)}")
 
     def finish(self) -> None:
@@ -323,7 +324,8 @@ class Trainer:
             except CheckpointError as error:
                 warnings.warn(f"the best checkpoint cannot be read, the last is exported: {error}", stacklevel=2)
         if self.main:
-            print(table_of(results))
+            if results:
+                print(table_of(results))
             try:
                 self.follower.finished(f"step-{progress.step:08d}", best)
             except Exception as error:  # whatever it is, the training is done and saved: no traceback
@@ -342,10 +344,11 @@ class Trainer:
         rows = {}
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
-                meter = evaluate(self.accelerator, net, loader, self.data.counts, self.limits)
+                keeper = Keeper(len(self.splits[split].labels), len(self.data.counts)) if self.main else None
+                meter = evaluate(self.accelerator, net, loader, self.data.counts, self.limits, keeper)
                 record = about(self.splits[split], name, chosen, self.data.class_names, weights)
                 if self.main:
-                    write(self.folder, file_name(split, name, weights), meter, record)
+                    write(self.folder, file_name(split, name, weights), meter, record, keeper)
                 rows[title(record)] = meter
         return rows
 
@@ -423,4 +426,6 @@ class Trainer:
             did = f"one step of {train.batch_size}, loss {loss:.3f}; {self.trained}"
             pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
             on = ", ".join(split.name for split in self.splits.values())
-            print(f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on}. Nothing was written.")
+            print(
+                f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on or 'nothing'}. Nothing was written."
+            )

@@ -113,7 +113,7 @@ def export(
 def describe(run: Path, data: Data, recipe: Recipe) -> None:
     """Write classes.json into a run's folder: what a checkpoint alone does not tell about the classifier."""
     policy = parse(recipe.views.eval, recipe.views.mean)
-    image = ViewsDataset(data.test, policy, None, reading=recipe.loader.reading)[0, 0]["image"]
+    image = ViewsDataset(data.test or data.train, policy, None, reading=recipe.loader.reading)[0, 0]["image"]
     record = {
         "class_names": list(data.class_names),
         "counts": [int(count) for count in data.counts],

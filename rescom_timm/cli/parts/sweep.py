@@ -107,7 +107,9 @@ def finished(recipe: Recipe) -> bool:
         progress.epoch = line.get("epoch", progress.epoch)
         if select in line:
             progress.scored(line[select])
-    there = (folder / "evaluation" / "test-last.json", folder / "model" / DETAILS)
+    hidden, held = recipe.evaluation.hide_test or recipe.data.test == "none", recipe.data.validation != "none"
+    splits = [name for name, there in (("test", not hidden), ("validation", held)) if there]
+    there = (*(folder / "evaluation" / f"{name}-last.json" for name in splits), folder / "model" / DETAILS)
     return progress.ended(recipe) and all(path.is_file() for path in there)
 
 
@@ -151,9 +153,9 @@ def measure(known: list[tuple[tuple[str, ...], str]], output: Path) -> dict[tupl
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for row, name in known:
         path = output / name / "evaluation" / "test-last.json"
-        if path.is_file():
-            numbers = _numbers(read_json(path))
-            held = path.with_name("validation-last.json")
+        held = path.with_name("validation-last.json")
+        if path.is_file() or held.is_file():
+            numbers = _numbers(read_json(path)) if path.is_file() else {}
             if held.is_file():
                 numbers |= {f"validation_{figure}": value for figure, value in _numbers(read_json(held)).items()}
             about = output / name / "environment.json"
