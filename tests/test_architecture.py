@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rescom_timm"
 ORDER = (
-    "errors", "io", "hub_client", "text", "class_names", "metrics", "paired", "distributed", "losses", "contrastive", "data",
-    "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "fitting", "api", "cli",
-    "__main__",
+    "errors", "io", "hub_client", "text", "class_names", "metrics", "paired", "distributed", "losses", "contrastive",
+    "data", "models", "methods", "config", "engine", "hub_download", "inference", "hub", "analysis", "fitting", "api",
+    "cli", "__main__",
 )  # fmt: skip
 """Packages and modules of rescom_timm, the lowest first; rescom_timm/__init__.py lists them from the top."""
 BOTTOM = {"errors", "io", "hub_client", "text", "class_names"}

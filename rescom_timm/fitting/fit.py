@@ -111,8 +111,8 @@ class Fit:
         self.base = self._base()
         self.data: Data = load(self.base.data)
         validation = self.data.validation
-        self.images = {"train": len(self.data.train.labels), "test": len(self.data.test.labels)}
-        self.images["validation"] = 0 if validation is None else len(validation.labels)
+        splits = {"train": self.data.train, "test": self.data.test, "validation": validation}
+        self.images = {name: 0 if split is None else len(split.labels) for name, split in splits.items()}
         self.enough = validation is not None and decides(validation.labels, len(self.data.counts))
         self.digests = {"train": image_digest(self.data.train)}
         if validation is not None:

@@ -159,6 +159,7 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
         raise ValueError(
             f"one more than {steps} steps are taken, of {len(run.loader)}: lower --steps or train.batch_size"
         )
+    assert data.test is not None
     run.open(False)
     with parts.measured("first step"):
         run._start_epoch()
