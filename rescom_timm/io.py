@@ -1,7 +1,7 @@
-"""Files written whole and read within bounds.
+"""Atomic writes and bounded reads of files.
 
-A reader of what we write sees the old file or the whole new one, whenever a process is killed or a disk is full. What
-we read may come from a stranger: its size, depth and growth are bounded, and whatever is wrong with it is one line.
+A reader sees the old file or the whole new one, whenever a process is killed or a disk is full. Files that are read are
+untrusted: their size and depth are bounded, and each problem is an error of one line.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rescom_timm.errors import CodedError, InputError
+
 MAX_RECIPE = 2**20
 """Bytes of the largest YAML file that is read."""
 MAX_JSON = 2**28
@@ -49,7 +51,7 @@ MAX_NUMBER = 1000
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It is renamed to `path` where the block ends well, else removed."""
+    """A temporary path beside `path` to write to, renamed to `path` when the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path.parent, path.name[:80])
@@ -64,12 +66,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 _writing: set[Path] = set()
-"""What the threads of this process are at."""
+"""Temporary paths in use by the threads of this process."""
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what atomic_path's killed writers left in a folder, of one file or of all: those of processes of this
-    machine that are gone, and whatever is older than a day."""
+    """Remove temporary files of killed writers from a folder, of the file `name` or of all files: those whose process
+    on this machine has ended, and those older than a day."""
     for left in folder.glob(f".{glob.escape(name)}.*" if name else ".*"):
         ending = re.fullmatch(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{16}", left.name)
         if ending is None or (name and len(left.name) != len(name) + 34):
@@ -82,16 +84,16 @@ def clear_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _writer(process: int) -> str:
-    """A process of this machine, in 16 hexadecimal digits."""
+    """This machine and one of its processes, in 16 hexadecimal digits."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8] + f"{process:08x}"
 
 
 @contextmanager
 def file_lock(path: str | Path, timeout: float = -1) -> Iterator[bool]:
-    """Holds the lock file while the block runs, after waiting up to `timeout` seconds (below 0: for ever).
+    """Hold the lock file during the block; wait for it up to `timeout` seconds (below 0: without limit).
 
-    Yields whether it is held: a disk without file locks (NFS without lockd, some network and FUSE disks) is one
-    warning, and the block runs without. Raises filelock.Timeout where another process holds it.
+    Yields whether the lock is held: a disk without file locks (NFS without lockd, some network and FUSE disks) gives a
+    warning, and the block runs without a lock. Raises filelock.Timeout if another process holds it.
     """
     soft = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters  # a marker file, which a kill leaves
     options: dict[str, Any] = {"fallback_to_soft": False} if soft else {}
@@ -111,7 +113,7 @@ def file_lock(path: str | Path, timeout: float = -1) -> Iterator[bool]:
 
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
-"""What a disk without file locks answers."""
+"""Errors of a disk without file locks."""
 
 
 @functools.cache
@@ -122,36 +124,36 @@ def _warn_no_locks(folder: str) -> None:
 
 
 def check_writable(path: str | Path, is_folder: bool = False) -> None:
-    """Raises OSError, which names `path`, where a file (or a folder, is_folder) of that name cannot be written: before
-    the work of which it holds the result. Folders that are not there yet will be made."""
+    """Check that a file (or with is_folder a folder) can be written, before the work whose result it holds. Missing
+    folders are no error: they are made later. Raises OSError, which names `path`."""
     path = Path(os.path.abspath(path))
     if path.is_dir() and not is_folder:
-        raise IsADirectoryError(errno.EISDIR, "a folder is where the file goes", str(path))
+        raise IsADirectoryError(errno.EISDIR, "cannot write the file: a folder has its name", str(path))
     folder = path if path.is_dir() else next(one for one in path.parents if os.path.lexists(one))
     with errors_named(path), tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def write_text(path: str | Path, text: str | Iterable[str]) -> None:
-    """Write text (or pieces of it) as UTF-8, whole or not at all. Raises OSError, which names `path`."""
+    """Write text (or pieces of it) as UTF-8, atomically. Raises OSError, which names `path`."""
     with errors_named(path), atomic_path(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
-    """Write plain values as JSON, whole or not at all. Raises OSError, which names `path`."""
+    """Write plain values as JSON, atomically. Raises OSError, which names `path`."""
     write_text(path, json.dumps(value, indent=indent))
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, whole or not at all, with the rights that the umask gives, which safetensors does
-    not ask. Raises OSError, which names `path`."""
+    """Write tensors as safetensors, atomically, with the umask's permissions (safetensors ignores the umask). Raises
+    OSError, which names `path`."""
     with errors_named(path), atomic_path(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, beside, metadata)
-        except SafetensorError as error:  # of a full disk too
+        except SafetensorError as error:  # also for a full disk
             number = re.search(r"\(os error (\d+)\)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code) if number else str(error)) from error
@@ -160,15 +162,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 @contextmanager
 def atomic_folder(path: str | Path, own: Sequence[str]) -> Iterator[Path]:
-    """An empty folder beside `path` to write the files `own` to. Where the block ends well it takes the place of
-    `path`, of which it keeps all other files; else it is removed and `path` is as it was.
+    """An empty folder beside `path` to write the files `own` to. When the block succeeds it replaces `path` and keeps
+    all other files of `path`; else it is removed and `path` stays as it was.
 
-    What a killed process left is cleared away, and put back where it was killed between the two renames. A folder that
-    cannot be renamed, as where a disk is mounted, gets the files one by one. Raises OSError.
+    Leftovers of killed processes are removed, or restored if the process was killed between the two renames. A folder
+    that cannot be renamed, such as a mount point, gets the files one by one. Raises OSError.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
-        raise FileExistsError(errno.EEXIST, "there is a file of that name", str(path))
+        raise FileExistsError(errno.EEXIST, "cannot make the folder: a file has its name", str(path))
     fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
     if not fixed:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,8 +216,8 @@ def _clear_leftovers(stem: Path, path: Path) -> None:
 
 
 def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows as CSV. Text that a spreadsheet would take for a formula (=, +, -, @ or a control character first, and
-    no number) has an apostrophe before it."""
+    """Write rows as CSV. Text that a spreadsheet would run as a formula (not a number, and =, +, -, @, a tab or a
+    carriage return first) gets an apostrophe before it."""
     writer = csv.writer(file)
     for row in rows:
         writer.writerow([_harmless(cell) if isinstance(cell, str) else cell for cell in row])
@@ -231,9 +233,11 @@ def _harmless(cell: str) -> str:
 
 @contextmanager
 def errors_named(path: str | Path) -> Iterator[None]:
-    """An OSError of the block names this file: a full disk tells none, and an aside name helps nobody."""
+    """Re-raise an OSError of the block with `path`, instead of a temporary name or none."""
     try:
         yield
+    except CodedError:
+        raise
     except OSError as error:
         raise type(error)(error.errno, error.strerror or str(error), str(path)) from error
 
@@ -244,78 +248,80 @@ def errors_named(path: str | Path) -> Iterator[None]:
 def read_json(path: str | Path, kind: type = dict) -> Any:
     """The value of a JSON file, which must be of this kind: an object by default.
 
-    Raises FileNotFoundError, or ValueError, naming the file, where it is no JSON, too large, too deep or of another
-    kind.
+    Raises FileNotFoundError, or InputError (file.format, file.size, file.kind), which names the file.
     """
     path = Path(path)
     text = read_text(path, MAX_JSON)
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InputError("file.format", f"{path} is not JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not read: its JSON is nested too deep") from None
+        raise InputError("file.format", f"{path}: the JSON is nested too deep") from None
     if not isinstance(value, kind):
         found = type(value).__name__
-        raise ValueError(f"{path} holds {found}, not {kind.__name__}: it was not written by rescom_timm")
+        message = f"{path} holds {found}, not {kind.__name__}: it was not written by rescom_timm"
+        raise InputError("file.format", message)
     return value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping of a YAML file; an empty file is an empty mapping.
 
-    Raises FileNotFoundError, or ValueError, naming the file, where it is no YAML, too large, too deep, holds aliases or
-    is no mapping.
+    Raises FileNotFoundError, or InputError (file.format, file.size, file.kind), which names the file; aliases and keys
+    given twice are errors.
     """
     path = Path(path)
     text = read_text(path, MAX_RECIPE)
     try:
         value = parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from None
+        raise InputError("file.format", f"{path}: not a YAML file: {error}") from None
     if not isinstance(value, dict | None):
-        raise ValueError(f"{path}: a recipe is a mapping of keys, not {type(value).__name__}")
+        raise InputError("file.format", f"{path}: a recipe must be a mapping of keys, not {type(value).__name__}")
     return value or {}
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises ValueError, in one line."""
+    """The value of a YAML text. Raises InputError (file.format), in one line."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise InputError("file.format", "nested too deep") from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise InputError("file.format", " ".join(str(error).split())) from None
     except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML, of a value that is not of its !!tag
-        raise ValueError(f"a value is not what it says it is: {error}") from None
+        raise InputError("file.format", f"a value does not fit its tag: {error}") from None
 
 
 def read_text(path: str | Path, most: int = MAX_JSON, errors: str = "strict") -> str:
-    """The text of a regular file in UTF-8. errors: as of open. Raises FileNotFoundError, or ValueError, naming the
-    file, where it is larger than `most` bytes or no such text."""
+    """The text of a regular UTF-8 file of at most `most` bytes. errors: as of open. Raises FileNotFoundError, or
+    InputError (file.format, file.size, file.kind), which names the file."""
     path = Path(path)
     size = regular_size(path)
     if size > most:
-        raise ValueError(f"{path} is not read: it has {size / 2**20:,.0f} MiB; at most {most / 2**20:,.0f} are read")
+        raise InputError(
+            "file.size", f"{path} is not read: it has {size / 2**20:,.0f} MiB; at most {most / 2**20:,.0f} are read"
+        )
     with path.open("rb") as file:
         content = file.read(most)  # files of /proc have no size and no end
     try:
         return content.decode("utf-8", errors).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InputError("file.format", f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def regular_size(path: str | Path) -> int:
-    """Bytes of a regular file. Raises FileNotFoundError, or ValueError for a folder, a pipe or a device, of which the
-    last two may have no end."""
+    """Bytes of a regular file. Raises FileNotFoundError, or InputError (file.kind) for a folder, a pipe or a device:
+    the last two may have no end."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{path} is not read: it is no regular file")
+        raise InputError("file.kind", f"{path} is not a regular file: name a file")
     return about.st_size
 
 
 def sha256(path: str | Path) -> str:
-    """Of a regular file, in hexadecimal. Raises as regular_size does."""
+    """The SHA-256 of a regular file, in hexadecimal. Raises as regular_size does."""
     regular_size(path)
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
@@ -325,8 +331,8 @@ def sha256(path: str | Path) -> str:
 
 
 def refuse_links(folder: str | Path, within: Sequence[str] = ()) -> None:
-    """Raises ValueError where an entry of a folder, or something in its subfolders `within`, is a link that leads out
-    of the folder: what is written or handed on would be others' files."""
+    """Refuse a folder in which an entry, or anything in its subfolders `within`, is a symlink to outside of it: writing
+    or uploading would reach other files. Raises InputError (file.link)."""
     root = os.path.realpath(folder)
     entries = [entry.path for entry in os.scandir(root)] if os.path.isdir(root) else []
     for path in entries:
@@ -338,15 +344,16 @@ def refuse_links(folder: str | Path, within: Sequence[str] = ()) -> None:
 
 def _refuse_link(path: str, root: str) -> None:
     if os.path.islink(path) and not os.path.realpath(path).startswith(os.path.join(root, "")):
-        raise ValueError(
-            f"{path} is a link that leads out of {root}: nothing is written or handed on through it; put what it links "
-            "to in its place, or remove it"
+        raise InputError(
+            "file.link",
+            f"{path} is a symlink outside {root}; refusing to write or upload through it: replace it with its target "
+            "or remove it",
         )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where people expect it: 1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 reads
-    no, off, yes, on as such, and train.precision may be `no`). A key given twice is an error, and so are aliases, by
+    """YAML 1.2 where users expect it: 1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 also
+    reads no, off, yes and on, and train.precision may be `no`). A key given twice is an error, and so are aliases, with
     which a short file grows to gigabytes."""
 
     depth = 0

@@ -1,4 +1,4 @@
-"""What follows a training: class names and input size for later exports, a plain timm model at the end, the Hub."""
+"""After a training: classes.json, the exported model in RUN/model, the push to the Hub."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rescom_timm.inference.export import describe, save_model
 
 
 class Publisher(Follower):
-    """Exports the model to RUN/model, and pushes where the recipe's hub section says so."""
+    """Exports the model to RUN/model, and pushes to the Hub by the recipe's hub section."""
 
     folder: Path
     pusher: Pusher
 
     def __init__(self, draw: Callable[[Path], dict[str, Image]] = lambda run: {}) -> None:
-        """draw: pictures of a finished run's folder, by name."""
+        """draw: run folder -> plots by name."""
         self.draw = draw
 
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:

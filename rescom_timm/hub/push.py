@@ -1,7 +1,7 @@
-"""Uploads what a run staged in RUN/hub/ (runs/hub.py), in a process of its own:  python -m rescom_timm.hub.push RUN
+"""Uploads the staged folders of RUN/hub/ (hub/staging.py) in a separate process: python -m rescom_timm.hub.push RUN
 
-Each staged folder becomes one commit: the export, the model card, the evaluations and, where the strategy says so, the
-checkpoints. It is removed when it has arrived; whatever fails stays for the next attempt.
+Each staged folder becomes one commit: the export, the model card, the evaluations and, by the strategy, checkpoints.
+It is removed after the commit; on failure it stays for the next attempt.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.run_folder import FOLDERS, run_recipe
-from rescom_timm.errors import code_of
+from rescom_timm.errors import MissingFileError, code_of
 from rescom_timm.hub import card
 from rescom_timm.hub.staging import stage, staged, status
 from rescom_timm.hub_client import Unreachable, online
-from rescom_timm.hub_download import HubError, explain
+from rescom_timm.hub_download import HubError, explain, no_token
 from rescom_timm.inference.export import DETAILS, export_run
 from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, refuse_links, write_json, write_text
 from rescom_timm.text import escape_output
 
 OWN = (".gitattributes", "README.md", "LICENSE")
-"""Files that a repository may hold besides a run of ours."""
+"""Files that a repository without a run may hold."""
 
 
 def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, str]:
-    """Upload everything staged, each folder up to `attempts` times with pauses of 1, 2, 4 ... times `pause` seconds.
+    """Upload all staged folders, each in up to `attempts` attempts with pauses of 1, 2, 4 ... times `pause` seconds.
 
-    Returns how the last push ended: {"what", "url"}, or {} where nothing was staged. Raises HubError (and writes it
-    into RUN/hub/status.json) where one fails; what was staged stays.
+    Returns the status of the last push: {"what", "url"}, or {} if nothing was staged. If a push fails, raises HubError
+    and writes it into RUN/hub/status.json; the staged folder stays.
     """
     run = Path(run)
     last: dict[str, str] = {}
@@ -51,13 +51,14 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
             while waiting := staged(run):
                 folder = waiting[0]
                 if len(waiting) > 1 and not _request(folder)["keep"]:
-                    shutil.rmtree(folder)  # overtaken by a newer one
+                    shutil.rmtree(folder)  # a newer one replaces it
                     continue
                 last = _attempt(folder, attempts, pause)
                 _write_status(run, last)
                 shutil.rmtree(folder)
     except Timeout:
-        raise HubError(f"another push of {run} is under way; see {run / 'hub' / 'push.log'}", lasting=False) from None
+        message = f"another push of {run} is running; see {run / 'hub' / 'push.log'}"
+        raise HubError("hub.busy", message, lasting=False) from None
     except HubError as error:
         _write_status(run, {"error": str(error)})
         raise
@@ -65,32 +66,31 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
 
 
 def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
-    """Push what the training left in RUN/hub/, or, where nothing is left or something is said otherwise, the run as it
-    stands; returns the commit's address. overrides: key=value words of the hub section. Raises HubError, and as
-    stage_now does."""
+    """Push what is staged in RUN/hub/, or the run as it is if nothing is staged or overrides are given; returns the
+    commit's address. overrides: key=value arguments of the hub section. Raises HubError, and as stage_now does."""
     refuse_links(run, FOLDERS)
     config = run_recipe(run, overrides).hub
     for folder in staged(run):
         if config.repo is not None and (repo := _request(folder)["repo"]) != config.repo:
             raise HubError(
-                f"{folder} waits to be pushed to {repo}, which is not what is asked for: remove that folder, or say "
-                f"--repo {repo}"
+                "hub.occupied",
+                f"{folder} is staged for {repo}, not for {config.repo}: remove that folder, or give --repo {repo}",
             )
     if overrides or not staged(run):
         if config.repo is None:
-            raise HubError("the recipe names no hub.repo: give --repo owner/name")
+            raise HubError("hub.id", "the recipe names no hub.repo: give --repo owner/name")
         stage_now(run, config)
     return push(run)["url"]
 
 
 def stage_now(run: Path, config: HubConfig) -> Path:
-    """Stage the run as it stands, in place of what was staged of the same checkpoint. Raises
-    FileNotFoundError where there is none."""
+    """Stage the run as it is; replaces an earlier staging of the same checkpoint. Raises MissingFileError
+    (model.missing) if there is no checkpoint."""
 
     def read() -> Path:
         newest = checkpoint.newest(run / "checkpoints")
         if newest is None:
-            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder?")
+            raise MissingFileError("model.missing", f"{run} holds no checkpoint: name a run's folder")
         shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
         return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
 
@@ -98,8 +98,8 @@ def stage_now(run: Path, config: HubConfig) -> Path:
 
 
 def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
-    """Copy what would be pushed into a folder, which needs no network. weights: as export_run's. Raises as stage_now
-    and build do."""
+    """Copy what would be pushed into a folder, without a network. weights: as in export_run. Raises as stage_now and
+    build do."""
     config = run_recipe(run, overrides).hub
     request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
     waiting = stage_now(run, config)
@@ -113,14 +113,15 @@ def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights:
 
 
 def _request(folder: Path) -> dict[str, Any]:
-    """What a staged folder's push.json asks for. Raises HubError where it cannot be read."""
+    """The content of a staged folder's push.json. Raises HubError (file.format)."""
     try:
         request: dict[str, Any] = read_json(folder / "push.json")
         HubConfig(request["repo"], private=bool(request["private"]))
         return request | {"keep": request["keep"], "export": request["export"], "checkpoints": request["checkpoints"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = f"no {error}" if isinstance(error, KeyError) else error
-        raise HubError(f"{folder / 'push.json'} cannot be read ({told}): remove {folder}, then push again") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        message = f"{folder / 'push.json'} cannot be read ({reason}): remove {folder}, then push again"
+        raise HubError("file.format", message) from error
 
 
 def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
@@ -130,34 +131,35 @@ def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
             with online():
                 return {"what": folder.name, "url": _upload(folder, request)}
         except (HubError, CheckpointError) as error:
-            raise HubError(str(error)) from error
-        except Exception as error:  # whatever it is, it must be told, and must not be the end of the staged folder
-            told = explain(error, request["repo"])
+            raise HubError(error.code, str(error)) from error
+        except Exception as error:  # any other error is explained, and the staged folder stays
+            failure = explain(error, request["repo"])
             if isinstance(error, Unreachable):
-                raise told from error
-        print(f"{time.strftime('%H:%M:%S')} {told} (attempt {attempt} of {attempts})", flush=True)
-        if told.lasting or attempt == attempts:
-            raise told
+                raise failure from error
+        print(f"{time.strftime('%H:%M:%S')} {failure} (attempt {attempt} of {attempts})", flush=True)
+        if failure.lasting or attempt == attempts:
+            raise failure
         time.sleep(pause * 2 ** (attempt - 1))
     raise AssertionError
 
 
-def _write_status(run: Path, told: dict[str, str]) -> None:
-    write_json(run / "hub" / "status.json", told)
+def _write_status(run: Path, values: dict[str, str]) -> None:
+    write_json(run / "hub" / "status.json", values)
 
 
 def _upload(stage: Path, request: dict[str, Any]) -> str:
     """One commit of a staged folder; returns its address. Raises what the Hub's client raises, and HubError."""
     repo, api = request["repo"], HfApi(library_name="rescom_timm")
     if not get_token():
-        raise HubError(f"pushing to {repo} failed: no token was found; log in with  hf auth login  or set HF_TOKEN")
+        raise no_token(f"pushing to {repo} failed")
     api.create_repo(repo, private=request["private"], exist_ok=True)
     head = api.model_info(repo).sha
     there = api.list_repo_files(repo, revision=head)
     if DETAILS not in there and (foreign := [name for name in there if name not in OWN]):
         raise HubError(
-            f"{repo} holds something else already ({', '.join(foreign[:3])}), which is not overwritten: "
-            "name another repository (hub.repo), or empty this one"
+            "hub.occupied",
+            f"{repo} holds other files ({', '.join(foreign[:3])}), which are not overwritten: name another repository "
+            "(hub.repo), or empty this one",
         )
     readme = None
     if "README.md" in there:
@@ -216,14 +218,16 @@ def _leaderboard(path: Path, benchmark: str, top1: float, notes: str) -> Path:
 
 
 def _refuse_secrets(files: dict[str, Path]) -> None:
-    """Raises HubError where a text to push holds the token in use, or another secret."""
+    """Raises HubError (hub.secret) if a text to push contains the token in use or another secret."""
     token = get_token() or ""
     for name, path in files.items():
         text = "" if path.suffix == ".safetensors" else path.read_bytes().decode("latin-1")
         if token and token in text:
-            raise HubError(f"{name} holds your Hub token: nothing is pushed; remove it there (is it in the recipe?)")
-        if path.suffix not in (".safetensors", ".png") and (kind := secret_in(text)):
-            raise HubError(f"{name} holds {kind}: nothing is pushed; remove it there (is it in the recipe?)")
+            kind: str | None = "your Hub token"
+        else:
+            kind = None if path.suffix in (".safetensors", ".png") else secret_in(text)
+        if kind:
+            raise HubError("hub.secret", f"{name} contains {kind}: nothing is pushed; remove it, also from the recipe")
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from rescom_timm.hub_client import online, target
-from rescom_timm.hub_download import HubError, explain
+from rescom_timm.hub_download import HubError, explain, no_token
 
 APP = '''"""The demo of {repo}. Written by  rescom-timm push --space."""
 
@@ -19,8 +19,8 @@ page("{repo}").launch(max_file_size="64mb")
 TEXT = """
 # {title}
 
-Drop images and see what [{repo}](https://huggingface.co/{repo}) says, for classes as frequent as in training, equally
-frequent, or as you say. If that model is private, give this Space a secret `HF_TOKEN` that may read it.
+Drop images to classify them with [{repo}](https://huggingface.co/{repo}), with class frequencies as in training, equal,
+or your own. If that model is private, give this Space a secret `HF_TOKEN` that may read it.
 """
 
 
@@ -34,24 +34,25 @@ def space_files(repo: str) -> dict[str, str]:
 
 def push_space(space: str, repo: str, private: bool = True) -> str:
     """Write a Space's files as one commit; returns the commit's address. space, repo: owner/name. Raises HubError, also
-    for a Space that holds something else."""
+    for a Space that holds other files (hub.occupied)."""
     space, repo = target(space), target(repo)
     for name in (space, repo):
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            raise HubError(f"{name!r} is no owner/name of the Hub")
+            raise HubError("hub.id", f"{name!r} is not a name on the Hub: write owner/name")
     if not get_token():
-        raise HubError(f"pushing to {space} failed: no token was found; log in with  hf auth login  or set HF_TOKEN")
+        raise no_token(f"pushing to {space} failed")
     files, api = space_files(repo), HfApi(library_name="rescom_timm")
     try:
         with online():
             api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
             there = set(api.list_repo_files(space, repo_type="space")) - {".gitattributes", *files}
             if there:
-                raise HubError(f"the Space {space} holds something else already ({sorted(there)[0]}): name another one")
+                message = f"the Space {space} holds other files ({sorted(there)[0]}): name another Space"
+                raise HubError("hub.occupied", message)
             operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
             message = f"rescom_timm: the demo of {repo}"
             return str(api.create_commit(space, operations, commit_message=message, repo_type="space").commit_url)
     except HubError:
         raise
-    except Exception as error:  # of the client and the network: all are told in words
+    except Exception as error:  # of the client and the network
         raise explain(error, space) from error

@@ -1,8 +1,8 @@
-"""What a run pushes to the Hub and when, in the background.
+"""When a run is pushed to the Hub, and a copy of what is pushed.
 
-A push never touches what is still written to: `stage` lays an immutable copy (checkpoints by hard link) into
-RUN/hub/, and a process of its own (push.py) uploads it. So a push can be killed, fail or hang without harm to the
-training, draws no random number in it, and whatever is left in RUN/hub/ is completed by  rescom-timm push RUN.
+`stage` makes an immutable copy (checkpoints by hard link) in RUN/hub/, and a separate process (push.py) uploads it. A
+push that is killed, fails or hangs does not affect the training and draws no random numbers in it; `rescom-timm push
+RUN` uploads what is left in RUN/hub/.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from rescom_timm.io import refuse_links, write_json
 
 TEXTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "classes.json")
 WAITING = 5
-"""Staged pushes that may wait for the network; with more, the oldest are given up."""
+"""Staged pushes that may wait for the network; of more, the oldest are removed."""
 
 
 class Pusher:
-    """The pushes of one run, from its main process: one at a time, in the background. Nothing here raises for what the
-    Hub, the network or a full disk does: it is told, and tried again with the next checkpoint and at the end."""
+    """The pushes of one run, from its main process: one at a time, in the background. Errors of the Hub, the network or
+    a full disk are printed, not raised, and the push is retried with the next checkpoint and at the end."""
 
     def __init__(self, config: HubConfig, run: Path) -> None:
         self.config, self.run = config, run
         self.process: subprocess.Popen[bytes] | None = None
 
     def saved(self, newest: str, best: str | None) -> None:
-        """After each save. newest, best: names of checkpoints (best: None where none was selected yet)."""
+        """After each save. newest, best: names of checkpoints (best: None if none was selected yet)."""
         strategy = self.config.strategy
         if strategy != "end" and (strategy != "best" or best == newest):
             self._push(newest, best, end=False)
 
     def finished(self, newest: str, best: str | None) -> None:
-        """After the last evaluation: push the trained model. `wait` brings it to an end."""
+        """After the last evaluation: push the trained model. `wait` waits for it."""
         self._push(newest, best, end=True)
 
     def wait(self) -> None:
-        """Wait for what is under way, try once more what failed, and tell how it ended."""
+        """Wait for the running push, retry a failed one once, and print the status."""
         if self.config.repo is None:
             return
         print(f"waiting for the push to {self.config.repo} (log: {self.run / 'hub' / 'push.log'})")
@@ -54,17 +54,17 @@ class Pusher:
             if staged(self.run):
                 self._start().wait(60 * self.config.timeout_minutes)
         except subprocess.TimeoutExpired:
-            print(f"the push takes longer than hub.timeout_minutes; it goes on as process {self.process.pid}")  # type: ignore[union-attr]
+            print(f"the push takes longer than hub.timeout_minutes; it continues as process {self.process.pid}")  # type: ignore[union-attr]
         except KeyboardInterrupt:
-            print("not waited for; the push goes on in the background")
-        self._tell()
+            print("no longer waiting; the push continues in the background")
+        self._print_status()
 
     def _push(self, newest: str, best: str | None, end: bool) -> None:
         if self.config.repo is None:
             return
         running = self.process is not None and self.process.poll() is None
         if self.process is not None and not running:
-            self._tell()
+            self._print_status()
             self.process = None
         try:
             stage(self.run, self.config, newest, best, end)
@@ -74,45 +74,45 @@ class Pusher:
                     shutil.rmtree(overtaken, ignore_errors=True)
                 self._start()
         except OSError as error:
-            warnings.warn(f"nothing was pushed to the Hub: {error}; training goes on", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"nothing was pushed to the Hub: {error}; training continues", RuntimeWarning, stacklevel=3)
 
     def _start(self) -> subprocess.Popen[bytes]:
         (self.run / "hub" / "status.json").unlink(missing_ok=True)
-        # Its own session: a Ctrl-C that stops the training does not cut an upload. No GPU, and no core for itself.
+        # Its own session: a Ctrl-C that stops the training does not interrupt an upload. No GPU, one thread.
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         with (self.run / "hub" / "push.log").open("ab") as log:
-            words = [sys.executable, "-m", "rescom_timm.hub.push", str(self.run.resolve())]
+            command = [sys.executable, "-m", "rescom_timm.hub.push", str(self.run.resolve())]
             self.process = subprocess.Popen(
-                words, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                command, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         return self.process
 
-    def _tell(self) -> None:
-        told = status(self.run)
-        if "error" in told:
+    def _print_status(self) -> None:
+        last = status(self.run)
+        if "error" in last:
             print(
-                f"{told['error']}\n(training is not touched by this; what was to be pushed is kept, tried again with "
-                f"the next push, and completed at any time by:  rescom-timm push {self.run})",
+                f"{last['error']}\n(training is unaffected; the staged files stay and are retried with the next push; "
+                f"to push them at any time:  rescom-timm push {self.run})",
                 file=sys.stderr,
             )
-        elif "url" in told:
-            print(f"pushed {told['what']}: {told['url']}")
+        elif "url" in last:
+            print(f"pushed {last['what']}: {last['url']}")
         else:
-            print(f"the push to {self.config.repo} ended without a message; see {self.run / 'hub' / 'push.log'}")
+            print(f"the push to {self.config.repo} ended without a status; see {self.run / 'hub' / 'push.log'}")
 
 
 def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:
-    """An immutable copy of what a push needs, in RUN/hub/: a run's folder of its own, with one or two checkpoints.
-    Raises ValueError where something in the run's folder is a link out of it, and so another's file."""
+    """An immutable copy of what a push needs, in RUN/hub/: a run folder with one or two checkpoints. Raises InputError
+    (file.link) if something in the run's folder is a symlink to outside of it."""
     refuse_links(run, FOLDERS)
     final = run / "hub" / (newest + ("-end" if end else ""))
     if final.exists():
         return final
-    aside = final.with_name(f".{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = final.with_name(f".{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     for name in dict.fromkeys([newest] if best is None else [best, newest]):
-        source, target = run / "checkpoints" / name, aside / "checkpoints" / name
+        source, target = run / "checkpoints" / name, partial / "checkpoints" / name
         if source.is_dir():
             shutil.copytree(source, target, copy_function=_link)
         if not source.is_dir() and (name == newest or target.is_dir()):  # pruned meanwhile, by a run that trains
@@ -121,7 +121,7 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
         *(run / name for name in TEXTS), *run.glob("evaluation/*.json"), *run.glob("figures/*.png"),
     ):  # fmt: skip
         if path.is_file():
-            target = aside / path.relative_to(run)
+            target = partial / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     whole = config.strategy in ("checkpoint", "all_checkpoints")
@@ -130,8 +130,8 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
         "repo": config.repo, "private": config.private, "license": config.license, "benchmark": config.benchmark,
         "export": which, "checkpoints": whole, "keep": config.strategy == "all_checkpoints",
     }  # fmt: skip
-    write_json(aside / "push.json", request)
-    aside.rename(final)
+    write_json(partial / "push.json", request)
+    partial.rename(final)
     return final
 
 
@@ -148,7 +148,7 @@ def staged(run: Path) -> list[Path]:
 
 
 def status(run: Path) -> dict[str, str]:
-    """How the last push of a run ended: {"what", "url"} or {"error"}; empty where none did."""
+    """The status of a run's last push: {"what", "url"} or {"error"}; empty if there was none."""
     try:
         return json.loads((run / "hub" / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

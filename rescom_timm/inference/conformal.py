@@ -1,4 +1,4 @@
-"""Prediction sets: classes of which the right one is among them with a stated probability.
+"""Prediction sets that contain the true class with a stated probability.
 
 Split conformal prediction with the least ambiguous sets (Sadinle, Lei & Wasserman 2019, arXiv 1609.00451): a class k is
 in the set of x where 1 - p(k | x) <= q, and q is the ceil((n + 1) c)-th smallest of 1 - p(y_i | x_i) over n labelled
@@ -14,20 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rescom_timm.errors import InputError
 from rescom_timm.metrics import LIMITS, Limits, groups
 
 
 @dataclass(frozen=True, eq=False)
 class PredictionSets:
+    """Thresholds of prediction sets for K classes."""
+
     coverage: float
     thresholds: Tensor
     """(K,): q of each class."""
-    told: str
-    """What is promised, for people: on how many images it rests, and for which groups it is not promised."""
+    guarantee: str
+    """The guarantee in words: the number of calibration images, and the groups without a guarantee."""
 
     def of(self, probabilities: Tensor) -> Tensor:
-        """Which classes (N, K) are in the sets for probabilities (N, K). The most probable one always is, which only
-        adds to the coverage."""
+        """Which classes are in the sets, bool (N, K), for probabilities (N, K). The most probable class is always in,
+        which only adds to the coverage."""
         inside = 1 - probabilities.double() <= self.thresholds.to(probabilities.device)
         return inside.scatter(1, probabilities.argmax(dim=1, keepdim=True), True)
 
@@ -39,34 +42,36 @@ def calibrated(
     counts: Sequence[int] | Tensor | None = None,
     limits: Limits = LIMITS,
 ) -> PredictionSets:
-    """Prediction sets from the probabilities (N, K) of images of known labels (N,) that the net was not trained on.
+    """Prediction sets from the probabilities (N, K) and labels (N,) of images that the net was not trained on.
 
-    counts: (K,) training images of each class, for a threshold of each group many, medium and few of its own: the
-    coverage is then promised for the images of each group, however frequent the groups are later. A group with fewer
-    than c / (1 - c) images takes the common threshold, without promise, which is told. Raises ValueError where that is
-    so of all images together. limits: of the groups.
+    counts: (K,) training images of each class, for a separate threshold of each group many, medium and few: the
+    coverage then holds for the images of each group, whatever the groups' frequencies are later. A group with fewer
+    than c / (1 - c) images takes the common threshold without a guarantee, which `guarantee` states. Raises InputError:
+    predict.value for a coverage outside of (0, 1), predict.calibration for fewer than c / (1 - c) images in all.
+    limits: of the groups.
     """
     if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be between 0 and 1, such as 0.9, not {coverage:g}")
+        raise InputError("predict.value", f"coverage must be between 0 and 1, such as 0.9, not {coverage:g}")
     scores = (1 - probabilities.double()).gather(1, labels[:, None]).flatten()
     common = _threshold(scores, coverage)
     least = math.ceil(coverage / (1 - coverage) - 1e-9)
     if common is None:
-        raise ValueError(f"a coverage of {coverage:g} needs at least {least} labelled images; there are {len(scores)}")
+        message = f"a coverage of {coverage:g} needs at least {least} labelled images; there are {len(scores)}"
+        raise InputError("predict.calibration", message)
     thresholds = torch.full((probabilities.shape[1],), common, dtype=torch.float64)
-    told = f"coverage {coverage:g} over all images like the {len(scores)} that it rests on"
+    guarantee = f"coverage {coverage:g} over all images, calibrated on {len(scores)}"
     if counts is not None:
         parts = []
         for name, classes in groups(counts, limits).items():
             own = scores[torch.isin(labels, classes)]
             threshold = _threshold(own, coverage)
             if threshold is None:
-                parts.append(f"{name} not promised ({len(own)} images, {least} are needed)")
+                parts.append(f"{name} not guaranteed ({len(own)} images, {least} are needed)")
             else:
                 thresholds[classes] = threshold
                 parts.append(f"{name} on {len(own)}")
-        told = f"coverage {coverage:g} within each group: {', '.join(parts)}"
-    return PredictionSets(coverage, thresholds, told)
+        guarantee = f"coverage {coverage:g} within each group: {', '.join(parts)}"
+    return PredictionSets(coverage, thresholds, guarantee)
 
 
 def _threshold(scores: Tensor, coverage: float) -> float | None:

@@ -1,7 +1,4 @@
-"""What the demo page shows, without the page: answers as HTML, with the nearest training images.
-
-N images, K classes.
-"""
+"""Predictions of the demo page as HTML, with the nearest training images. N images, K classes."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from PIL import Image
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.errors import message
+from rescom_timm.errors import InputError
 from rescom_timm.inference.predict import Prediction, Prior, embed, image_name, predict
 from rescom_timm.inference.pretrained import Pretrained
 from rescom_timm.text.pages import render
@@ -28,35 +26,35 @@ PRIORS: dict[str, Prior | None] = {
     "all classes equally frequent": "uniform",
     OWN_NUMBERS: None,
 }
-"""How frequent the classes are where the images come from: in words, and as predict takes it."""
+"""Choices of the class prior, and each as predict takes it."""
 
 Numbers = Sequence[Sequence[object]]
-"""K rows: a class's name, and what was written beside it."""
+"""K rows: a class name and the number that the user wrote."""
 
 
 class TrainingImages:
-    """The training images of a run, to show those that are nearest to an image."""
+    """The training images of a run and their embeddings, to show the nearest ones."""
 
     def __init__(self, model: Pretrained, split: Split) -> None:
-        """Raises ValueError where none can be read."""
+        """Raises InputError (predict.images) if none can be read."""
         self.split, self.reading = split, model.reading
         self.embeddings = embed(model, split)
         self.positions = {image_name(split, position): position for position in range(len(split.labels))}
 
     def image(self, name: str) -> Image.Image:
-        """name: as the embeddings have it."""
+        """name: as in the embeddings."""
         position = self.positions[name]
         return decode(self.split.dataset[position]["image"], position, self.reading)
 
 
 def first_numbers(model: Pretrained) -> list[list[object]]:
-    """Rows to change: the counts in training, or 1 each where the model does not tell them."""
+    """Rows for the user to edit: the counts in training, or 1 each if the model does not have them."""
     counts = [1] * len(model.class_names) if model.counts is None else model.counts.tolist()
     return [[name, count] for name, count in zip(model.class_names, counts, strict=True)]
 
 
 def prior_of(choice: str, numbers: Numbers) -> Prior | None:
-    """As predict takes it. Raises ValueError, naming the class, for what is no number of at least 0."""
+    """A choice as predict takes it. Raises InputError (predict.prior), which names the class of an invalid number."""
     if choice != OWN_NUMBERS:
         return PRIORS[choice]
     return [_number(str(name), written) for name, written in numbers]
@@ -68,9 +66,10 @@ def _number(name: str, written: object) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number < math.inf:
-        raise ValueError(
-            f"{name}: {'nothing' if written in (None, '') else written} is no number of at least 0; "
-            "write how frequent each class is, as counts or shares"
+        raise InputError(
+            "predict.prior",
+            f"{name}: {'nothing' if written in (None, '') else written} is not a number of at least 0; "
+            "write how frequent each class is, as counts or shares",
         )
     return number
 
@@ -79,9 +78,8 @@ def answers(
     model: Pretrained, files: Sequence[str], choice: str, numbers: Numbers, top_k: int,
     training: TrainingImages | None = None,
 ) -> str:  # fmt: skip
-    """HTML: for each file a card with its most probable classes, the training images of each class, and the nearest
-    training images; what cannot be answered is told in its place. Names of files and classes may be anything: they are
-    escaped."""
+    """HTML: for each file its most probable classes, the training images of each class and the nearest training images,
+    or its error. Names of files and classes are escaped."""
     if not files:
         return render("demo.html", note="Drop images above.")
     among, nearest = (training.embeddings, 5) if training else (None, 0)

@@ -1,11 +1,11 @@
-"""Export of a trained net: one folder that serves two readers.
+"""Export of a trained net: one folder that timm and rescom_timm read.
 
-    config.json, model.safetensors      plain timm: the classifier, label names, input size, mean and std
-    rescom.json, rescom.safetensors     rescom_timm besides: classes, evaluation policy, projector, queue
+    config.json, model.safetensors      for timm: the classifier, label names, input size, mean and std
+    rescom.json, rescom.safetensors     for rescom_timm also: classes, evaluation policy, projector, queue
     recipe.yaml                         how it was trained
-    hashes.json                         sha256 of these files, checked when they are read
+    hashes.json                         sha256 of these files, checked on reading
 
-A folder of a net that timm has no classifier for holds no config.json, and rescom.safetensors is then the whole net.
+If timm has no classifier for the net, there is no config.json, and rescom.safetensors holds the whole net.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rescom_timm.data.transforms import MAX_SIDE, parse
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
 from rescom_timm.engine.evaluate import load_net
+from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.io import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.models.classifiers import Cosine
@@ -41,13 +42,13 @@ from rescom_timm.models.tuning import TuningConfig
 
 HASHES, DETAILS, SIDE, PLAIN = "hashes.json", "rescom.json", "rescom.safetensors", "model.safetensors"
 WRITTEN = ("config.json", PLAIN, SIDE, DETAILS, "recipe.yaml", HASHES)
-"""What an export's folder holds; other files in it are their owner's."""
+"""Files of an export; other files in its folder are kept."""
 RANKS_ALIKE = "which ranks classes as trained, but with other probabilities than the cosine classifier's: those give"
 KEPT = (
     "architecture", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std",
     "num_classes", "pool_size", "first_conv", "classifier",
 )  # fmt: skip
-"""What of timm's description of the source weights is still true of the trained ones."""
+"""Fields of timm's pretrained_cfg that still hold after training."""
 
 
 def export(
@@ -67,16 +68,17 @@ def export(
     """Write the folder that timm.create_model("local-dir:...", pretrained=True) and from_pretrained read.
 
     input_size: (3, H, W) of the images evaluated. counts: (K,) training images of each class. state: the method's
-    tensors besides the net. about: what else rescom.json should tell (plain JSON). plain=False leaves out timm's part.
-    reading: how images are read before the evaluation policy; None: as the recipe's loader says, or by default.
-    Raises ValueError where class_names are not as many as the classes, and for a net whose classifier timm has no
-    place for (nothing is written then: export with plain=False, for from_pretrained alone).
+    tensors besides the net. about: further fields of rescom.json (plain JSON). plain=False leaves out timm's part.
+    reading: how images are read before the evaluation policy; None: as in the recipe's loader, or the default.
+    Raises InputError: model.classes if class_names does not have K names, model.export for a net whose classifier timm
+    does not support (nothing is written then; plain=False exports for from_pretrained only).
     """
     folder = Path(folder)
     reading = reading or (ReadConfig() if recipe is None else recipe.loader.reading)
     classes = net.classifier.out_features
     if len(class_names) != classes:
-        raise ValueError(f"{len(class_names)} class names were given for a net of {classes} classes")
+        message = f"{len(class_names)} class names were given for a net of {classes} classes"
+        raise InputError("model.classes", message)
     tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     head = None
     model = _plain(net, input_size) if plain else None
@@ -111,7 +113,7 @@ def export(
 
 
 def describe(run: Path, data: Data, recipe: Recipe) -> None:
-    """Write classes.json into a run's folder: what a checkpoint alone does not tell about the classifier."""
+    """Write classes.json into a run's folder: class names, counts and input size, which a checkpoint does not have."""
     policy = parse(recipe.views.eval, recipe.views.mean)
     image = ViewsDataset(data.test or data.train, policy, None, reading=recipe.loader.reading)[0, 0]["image"]
     record = {
@@ -125,18 +127,19 @@ def describe(run: Path, data: Data, recipe: Recipe) -> None:
 def export_run(
     run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None
 ) -> Path:
-    """Export a checkpoint of a run's folder: which = "best" (the last where none was selected), "last", or its name.
+    """Export a checkpoint of a run's folder: which = "best" (the last if none was selected), "last", or its name.
 
-    weights: those trained (raw) or their average (ema); None: as train.ema.export says. Raises CheckpointError where it
-    has no average, FileNotFoundError where the run holds no checkpoint or no classes.json, ValueError as export does.
+    weights: the trained ones (raw) or their average (ema); None: by train.ema.export. Raises CheckpointError if it has
+    no average, MissingFileError (model.missing) if the run has no checkpoint or no classes.json, InputError as export.
     """
     run = Path(run)
     path, tensors, state = _checkpoint(run, which)
     try:
         classes = read_json(run / "classes.json")
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it"
+        raise MissingFileError(
+            "model.missing",
+            f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it",
         ) from None
     names, counts, size = _described(classes, run / "classes.json", tensors)
     with checkpoint.consistent(path):
@@ -145,7 +148,7 @@ def export_run(
             weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
         net = build_net(base_net(recipe, state), recipe.views, len(names))
         refuse_queue(recipe, len(names))
-        net = create_method(net, torch.tensor(counts), recipe.method).net.eval()  # its classifier may be its own
+        net = create_method(net, torch.tensor(counts), recipe.method).net.eval()  # a method may replace the classifier
         load_net(net, whole_weights(net, chosen_weights(weights, tensors, state, path), state, path), path)
         progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
         method = state["method"]
@@ -157,41 +160,44 @@ def export_run(
 
 
 def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:
-    """Raises ValueError, naming the place, where names (K,) and counts (K,) of classes are none. counted: counts must
-    be there; otherwise they may be None."""
+    """Check names (K,) and counts (K,) of classes; place: their file, for messages. counted: counts may not be None.
+    Raises InputError (model.details)."""
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class_names in {place} must be a list of names")
+        raise InputError("model.details", f"class_names in {place} must be a list of names")
     if counts is None and not counted:
         return
     if not (
         isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
     ):
-        raise ValueError(f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes")
+        message = f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes"
+        raise InputError("model.details", message)
 
 
 def _described(
     classes: dict[str, Any], path: Path, tensors: Mapping[str, Tensor]
 ) -> tuple[list[str], list[int], tuple[int, int, int]]:
-    """(class_names, counts, input_size) of classes.json. Raises ValueError where it is none."""
+    """(class_names, counts, input_size) of classes.json. Raises InputError (model.details)."""
     found: list[Any] = [classes.get(name) for name in ("class_names", "counts", "input_size")]
     names, counts, size = found
     check_classes(names, counts, path)
     if len(names) > (most := sum(value.numel() for value in tensors.values())):
-        raise ValueError(f"{path} names {len(names):,} classes, and the checkpoint has {most:,} numbers in all")
+        message = f"{path} names {len(names):,} classes, but the checkpoint has only {most:,} weights"
+        raise InputError("model.details", message)
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
-        raise ValueError(f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}")
+        message = f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}"
+        raise InputError("model.details", message)
     return names, counts, (size[0], size[1], size[2])
 
 
 def save_model(run: Path) -> str:
-    """Export a run's best checkpoint to RUN/model, at the end of its training; returns what to tell about it. Raises
-    what export_run does where no model could be written."""
+    """Export a run's best checkpoint to RUN/model after its training; returns a line to print. Raises as export_run if
+    no model can be written."""
     try:
         folder = export_run(run, run / "model")
-        told = f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
+        saved = f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'
         if read_json(folder / DETAILS)["ranks_alike"]:
-            told += f", {RANKS_ALIKE} rescom_timm.from_pretrained"
-        return told
+            saved += f", {RANKS_ALIKE} rescom_timm.from_pretrained"
+        return saved
     except ValueError as error:
         export_run(run, run / "model", plain=False)
         return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
@@ -202,14 +208,16 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         path = run / "checkpoints" / which
         if not path.is_dir():
             there = ", ".join(found.name for found in checkpoint.listed(run / "checkpoints")) or "none"
-            raise FileNotFoundError(f"{run} holds no checkpoint {which!r}; there: {there}, and best and last")
+            message = f"{run} has no checkpoint {which!r}; it has {there}, and best and last"
+            raise MissingFileError("model.missing", message)
         return path, *checkpoint.load(path)
     folder = run / "checkpoints"
 
     def read(which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
         newest = checkpoint.newest(folder)
         if newest is None:
-            raise FileNotFoundError(f"{run} holds no checkpoint: is it a run's folder, and was a checkpoint saved yet?")
+            message = f"{run} holds no checkpoint: name a run's folder, or wait for its first checkpoint"
+            raise MissingFileError("model.missing", message)
         best = newest[2].get("progress", {}).get("best_checkpoint")
         if which == "last" or best in (None, newest[0].name):
             return newest
@@ -221,16 +229,17 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         if which == "last":
             raise
         found = read("last")
-        warnings.warn(f"the best checkpoint cannot be read, the last is taken: {error}", stacklevel=3)
+        warnings.warn(f"the best checkpoint cannot be read; using the last one: {error}", stacklevel=3)
         return found
 
 
 def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
-    """net.to_timm(), its logits compared once more on images of the size that is really used."""
+    """net.to_timm(), with its logits compared on images of the evaluation size. Raises InputError (model.export)."""
     model = net.to_timm()
     own = copy.deepcopy(net).cpu().float().eval()
     if not same_logits(model, own, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))):
-        raise ValueError(f"the plain timm model gives other logits on images of {input_size}; not exported")
+        message = f"the plain timm model gives other logits on images of {input_size}; not exported"
+        raise InputError("model.export", message)
     return model
 
 
@@ -246,7 +255,7 @@ def _head(model: nn.Module, net: Net) -> str:
                 return name
             if torch.equal(found, weight):
                 return name
-    raise ValueError("the plain timm model holds the classifier in no single layer; not exported")
+    raise InputError("model.export", "no single layer of the plain timm model is the classifier; not exported")
 
 
 def _save_plain(
@@ -263,14 +272,14 @@ def _save_plain(
         data_config={"input_size": size, "mean": mean, "std": std, **timm_view(eval_policy, size[-1])},
     )
     config = read_json(folder / "config.json")
-    # The number of classes stands beside them; readers such as transformers pass both on, and timm wants one.
+    # num_classes is also a field of config.json; transformers passes both on, and timm accepts it only once.
     arguments = {key: value for key, value in config.pop("model_args", {}).items() if key != "num_classes"}
     write_json(folder / "config.json", config | ({"model_args": arguments} if arguments else {}), indent=2)
-    (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors does not ask the umask
+    (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors ignores the umask
 
 
 def timm_view(policy: str, size: int) -> dict[str, Any]:
-    """The evaluation policy in timm's words, so that timm's own transform prepares images as ours."""
+    """The evaluation policy as timm's data config, so that timm's transform prepares images as ours."""
     text = parse(policy).text
     if match := re.fullmatch(rf"resize\((\d+),(\w+)\) \| center_crop\({size}\)", text):
         resized, interpolation = int(match[1]), match[2]
@@ -284,12 +293,13 @@ def timm_view(policy: str, size: int) -> dict[str, Any]:
 
 
 def _recreate(net: Net) -> dict[str, Any]:
-    """What create_model needs to make the net again."""
+    """Arguments of create_model that make the net again."""
     made: dict[str, Any] = {} if net.recreate is None else dict(net.recreate)
     encoder: Any = net.encoder
     name = getattr(encoder, "pretrained_cfg", {}).get("architecture") or made.get("model_name")
     if name is None:
-        raise ValueError("the encoder is no timm model: only nets of rescom_timm.create_model can be exported")
+        message = "the encoder is not a timm model: only nets of rescom_timm.create_model can be exported"
+        raise InputError("model.export", message)
     options = {**made, **getattr(encoder, "_model_args", {})}  # timm's record includes those of hf-hub: and local-dir:
     for key in ("model_name", "num_classes"):
         options.pop(key, None)

@@ -1,7 +1,4 @@
-"""Embeddings of images in a file, and the images nearest to others among them.
-
-Shapes: N images, F features, D the width of a projector's embedding.
-"""
+"""Embeddings of images, their file, and nearest neighbours. N images, F features, D the projector's width."""
 
 from __future__ import annotations
 
@@ -16,11 +13,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.io import write_tensors
 
 
 class Neighbour(NamedTuple):
-    """An image near another: its path or row, its class ("" where not known), the cosine of their features."""
+    """An image near another: its path or row, its class ("" if unknown), the cosine of their features."""
 
     image: str
     label: str
@@ -29,15 +27,14 @@ class Neighbour(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """What a net makes of N images: features (N, F) as its classifier sees them, embeddings (N, D) of the projector,
-    unit vectors; float32."""
+    """Of N images: features (N, F), the classifier's input, and unit embeddings (N, D) of the projector; float32."""
 
     features: Tensor
     embeddings: Tensor
     images: list[str]
     """Their paths, or rows of the data set."""
     labels: list[str]
-    """Their classes' names, "" where not known."""
+    """Their class names, "" if unknown."""
 
     def save(self, path: str | Path) -> None:
         """As safetensors: `features`, `embeddings`, and in the metadata `images` and `labels`, each a JSON list."""
@@ -46,26 +43,29 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: str | Path) -> Embeddings:
-        """Raises FileNotFoundError, and ValueError for a file that `save` did not write."""
+        """Raises MissingFileError, and InputError (predict.embeddings) for a file that `save` did not write."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no file of embeddings {path}")
+            raise MissingFileError("file.missing", f"no file of embeddings {path}")
         try:
             with safe_open(path, framework="pt") as file:
                 about = {key: json.loads((file.metadata() or {})[key]) for key in ("images", "labels")}
                 read = cls(file.get_tensor("features"), file.get_tensor("embeddings"), about["images"], about["labels"])
         except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is no file of embeddings ({error}): make one with predict --embeddings") from None
+            message = f"{path} is not a file of embeddings ({error}): make one with predict --embeddings"
+            raise InputError("predict.embeddings", message) from None
         lengths = {len(read.features), len(read.embeddings), len(read.images), len(read.labels)}
         if read.features.ndim != 2 or len(lengths) != 1:
-            raise ValueError(f"{path}: features, embeddings, images and labels are not as many as each other")
+            message = f"{path}: features, embeddings, images and labels differ in number: make the file again"
+            raise InputError("predict.embeddings", message)
         return read
 
     def nearest(self, features: Tensor, number: int) -> list[list[Neighbour]]:
         """The `number` nearest of these images for each of other features (M, F), by the cosine, nearest first."""
         if features.shape[1] != self.features.shape[1]:
-            raise ValueError(
-                f"these embeddings have {self.features.shape[1]} features and the model {features.shape[1]}: they are "
-                "of another model"
+            raise InputError(
+                "predict.embeddings",
+                f"the embeddings have {self.features.shape[1]} features and the model {features.shape[1]}: they are of "
+                "another model",
             )
         top = (F.normalize(features, dim=1) @ self._unit.T).topk(min(number, len(self.images)), dim=1)
         rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -95,7 +95,7 @@ class Gatherer:
         self.labels += labels
 
     def gathered(self) -> Embeddings:
-        """Raises ValueError where no image could be read."""
+        """Raises InputError (predict.images) if no image could be read."""
         if not self.images:
-            raise ValueError("no image could be read, so there are no embeddings")
+            raise InputError("predict.images", "no image could be read, so there are no embeddings")
         return Embeddings(torch.cat(self.features), torch.cat(self.embeddings), self.images, self.labels)

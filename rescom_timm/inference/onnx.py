@@ -1,4 +1,4 @@
-"""An export as ONNX."""
+"""Export to ONNX."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from rescom_timm.errors import InputError, MissingPackageError
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.inference.program import Classifier, about, check_logits, example
 from rescom_timm.io import atomic_path, errors_named
@@ -16,16 +17,17 @@ from rescom_timm.io import atomic_path, errors_named
 def export_onnx(source: Pretrained | str | Path, path: str | Path) -> Path:
     """Write a classifier as ONNX: `images` float32 (N, 3, H, W), already normalised, to `logits` (N, K), any N.
 
-    What program.about tells is in the file's metadata, each value as JSON (texts as they are). The logits are compared
-    with onnxruntime's. Raises ImportError without the extra (pip install rescom-timm[onnx]), and ValueError where the
-    net cannot be exported or the logits differ (no file is left then, but one that was there before).
+    The metadata holds the fields of program.about, each as JSON (strings as they are). The logits are compared with
+    onnxruntime's. Raises MissingPackageError without the extra (pip install rescom-timm[onnx]), and InputError
+    (model.export) if the net cannot be exported or the logits differ; an earlier file stays then.
     """
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise ImportError("ONNX export needs more packages: pip install 'rescom-timm[onnx]'") from error
+        message = "ONNX export needs more packages: pip install 'rescom-timm[onnx]'"
+        raise MissingPackageError("system.package", message) from error
     model = source if isinstance(source, Pretrained) else from_pretrained(source)
     path = Path(path)
     net, images = Classifier(model.net), example(model)
@@ -38,7 +40,8 @@ def export_onnx(source: Pretrained | str | Path, path: str | Path) -> Path:
                     dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, external_data=False, verbose=False,
                 )  # fmt: skip
         except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
-            raise ValueError(f"this net cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
+            message = f"this net cannot be exported to ONNX: {str(error).splitlines()[0]}"
+            raise InputError("model.export", message) from error
         written = onnx.load(new)
         record = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about(model).items()}
         onnx.helper.set_model_props(written, record)

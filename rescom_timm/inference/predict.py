@@ -26,6 +26,7 @@ from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, parse
 from rescom_timm.engine.evaluate import five_crops
+from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.conformal import PredictionSets, calibrated
 from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
@@ -36,7 +37,7 @@ Prior = Sequence[float] | Tensor | Literal["uniform", "train"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one image: the k most probable classes, most probable first."""
+    """The k most probable classes of one image, most probable first."""
 
     image: str
     """Its path, or its position among the images given."""
@@ -45,13 +46,13 @@ class Prediction:
     error: str = ""
     """Why the image could not be read; labels and probabilities are empty then."""
     label: str = ""
-    """Its true class, where the images are a data set's."""
+    """Its true class, if the images are of a data set."""
     inside: list[str] | None = None
-    """The classes of its prediction set, most probable first, where sets were asked for."""
+    """The classes of its prediction set, most probable first; None without `sets`."""
     nearest: list[Neighbour] = field(default_factory=list)
-    """The nearest of other images, where they were asked for."""
+    """The nearest of the images of `among`."""
     five_crops: tuple[str, float] | None = None
-    """The most probable class by the mean of five crops, with its probability, where that was asked for."""
+    """The most probable class by the mean of five crops, with its probability; None without `five_crops`."""
 
 
 def predict(
@@ -69,48 +70,39 @@ def predict(
     among: Embeddings | None = None,
     nearest: int = 0,
 ) -> list[Prediction]:
-    """The top-k classes of every image, in order; an unreadable image is told in its Prediction and stops nothing.
+    """The top-k classes of every image, in order; the error of an unreadable image is in its Prediction.
 
-    model: anything from_pretrained takes, or what it gave. images: a file, a folder (searched through, sorted), a list
-    of files, PIL images or arrays, or a Split of a data set. prior: how frequent the K classes are where the images
-    come from, as K counts or probabilities, "uniform", or "train" (as in training); None: as the model was trained to
-    answer. The logits s of Balanced Softmax and its relatives are those of evenly frequent classes (the training
-    frequencies were in the loss), so by Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon
-    et al. 2021); of a model trained by plain cross-entropy the log of the frequencies drawn is taken off first.
+    model: as in from_pretrained, or its result. images: a file, a folder (recursive, sorted), a list of files, PIL
+    images or arrays, or a Split of a data set. prior: how frequent the K classes are among the images, as K counts or
+    probabilities, "uniform", or "train" (as in training); None: the model's own logits. The logits s of Balanced
+    Softmax and its relatives are those of equally frequent classes (the training frequencies are in the loss), so by
+    Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon et al. 2021); for a model trained
+    with plain cross-entropy the log of the sampled frequencies is subtracted first.
     class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
-    sets, as `calibrate` makes them. among, nearest: how many of the nearest of other images, as `embed` makes them.
-    Raises FileNotFoundError and ValueError for a model, images or a prior that cannot be.
+    sets made by `calibrate`. nearest: how many nearest images of `among`, made by `embed`, to return.
+    Raises MissingFileError and InputError (predict.images, predict.value, predict.prior, predict.embeddings, and those
+    of from_pretrained).
     """
-    found = predictions(
-        model, images, top_k, prior, batch_size, workers, device, class_names=class_names, crops=five_crops, sets=sets,
-        among=among, nearest=nearest,
-    )  # fmt: skip
-    return list(found)
+    reader = Reader(model, images, prior, batch_size, workers, device, class_names, five_crops)
+    return list(predictions(reader, top_k, sets=sets, among=among, nearest=nearest))
 
 
 def predictions(
-    model: str | Path | Pretrained,
-    images: Any,
+    reader: Reader,
     top_k: int = 5,
-    prior: Prior | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str | torch.device | None = None,
     *,
-    class_names: Sequence[str] | None = None,
-    crops: bool = False,
     sets: PredictionSets | None = None,
     among: Embeddings | None = None,
     nearest: int = 0,
     gatherer: Gatherer | None = None,
 ) -> Iterator[Prediction]:
-    """As predict, one after the other: for more images than one wants to hold results of. gatherer: is given the
-    embeddings of all images that could be read."""
+    """The predictions of a reader's images one after the other, for more images than results fit in memory; arguments
+    and errors as in predict. gatherer: collects the embeddings of all images that can be read."""
     if top_k < 1:
-        raise ValueError("top_k must be at least 1")
+        raise InputError("predict.value", f"top_k must be at least 1, not {top_k}")
     if nearest < 0 or bool(nearest) != (among is not None):
-        raise ValueError("nearest and among belong together: how many images, and the embeddings that they are among")
-    reader = Reader(model, images, prior, batch_size, workers, device, class_names, crops)
+        message = "nearest and among go together: the number of nearest images, and the embeddings to search"
+        raise InputError("predict.value", message)
     return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer)
 
 
@@ -160,11 +152,10 @@ def embed(
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Embeddings:
-    """Features and embeddings of all images that can be read; arguments and errors as predict's."""
+    """Features and embeddings of all images that can be read; arguments and errors as in predict."""
     gatherer = Gatherer()
-    for _ in predictions(
-        model, images, 1, None, batch_size, workers, device, class_names=class_names, gatherer=gatherer
-    ):
+    reader = Reader(model, images, None, batch_size, workers, device, class_names)
+    for _ in predictions(reader, 1, gatherer=gatherer):
         pass
     return gatherer.gathered()
 
@@ -181,18 +172,19 @@ def calibrate(
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
 ) -> PredictionSets:
-    """Prediction sets that hold the right class with a probability of `coverage`, from labelled images that the model
-    was not trained on: a run's validation split. by_group: for the images of many, medium and few each. prior: as it
-    will be in predict. Raises ValueError for too few images, and classes that the model does not have."""
+    """Prediction sets that contain the true class with probability `coverage`, from labelled images that the model was
+    not trained on, such as a run's validation split. by_group: separately for many, medium and few. prior: as later in
+    predict. Raises InputError (predict.calibration) for too few or unreadable images and for unknown classes."""
     reader = Reader(model, split, prior, batch_size, workers, device, class_names)
     numbers = {name: k for k, name in enumerate(reader.names)}
     probabilities, labels = [], []
     for batch in reader.batches():
         for about in batch.about:
             if "error" in about:
-                raise ValueError(f"{about['error']}: repair it or leave it out")
+                raise InputError("predict.calibration", f"{about['error']}: repair it or leave it out")
             if about["label"] not in numbers:
-                raise ValueError(f"{about['image']} is of class {about['label']!r}, which the model does not have")
+                message = f"{about['image']} is of class {about['label']!r}, which the model does not have"
+                raise InputError("predict.calibration", message)
             labels.append(numbers[about["label"]])
         probabilities.append(batch.probabilities.cpu())
     counts = _counts(reader.model) if by_group else None
@@ -200,8 +192,8 @@ def calibrate(
 
 
 class _Batch(NamedTuple):
-    """about: of each image, with an error where it could not be read. The tensors are of the R that could: (R, K), and
-    features (R, F), embeddings (R, D) and the mean of five crops (R, K) where they were asked for."""
+    """about: fields of each image's Prediction, with `error` if it could not be read. The tensors are of the R others:
+    probabilities (R, K), and if requested features (R, F), embeddings (R, D), the mean of five crops (R, K)."""
 
     about: list[dict[str, str]]
     probabilities: Tensor
@@ -211,7 +203,7 @@ class _Batch(NamedTuple):
 
 
 class Reader:
-    """A model, ready on its device, and the images that it is shown."""
+    """A model on its device, and the images to predict."""
 
     def __init__(
         self,
@@ -224,9 +216,9 @@ class Reader:
         class_names: Sequence[str] | None = None,
         crops: bool = False,
     ) -> None:
-        """As predict's arguments, which it checks."""
+        """Arguments and errors as in predict; crops is its five_crops."""
         if batch_size < 1:
-            raise ValueError("batch_size must be at least 1")
+            raise InputError("predict.value", f"batch_size must be at least 1, not {batch_size}")
         self.source = _Images(images)
         self.model = model if isinstance(model, Pretrained) else from_pretrained(model)
         self.names = self.model.class_names or [str(k) for k in range(self.model.net.classifier.out_features)]
@@ -236,12 +228,14 @@ class Reader:
         self.source.prepare(self.model, as_spelled(class_names or self.names, self.names), policies)
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's stays where and as it is
+            self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's net stays as it is
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-            raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+            message = f"device {device} cannot be used here: {str(error).splitlines()[0]}"
+            raise InputError("predict.value", message) from None
 
     @torch.inference_mode()
     def batches(self, embed: bool = False) -> Iterator[_Batch]:
+        """The predictions batch by batch, in order. embed: with features and embeddings."""
         image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
         options = worker_options(self.workers, 2, self.batch_size * image)
         loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
@@ -263,9 +257,9 @@ class Reader:
             yield _Batch([about for _, about in batch], probabilities, features, embeddings, crops)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """features, logits and embeddings, float32; the logits as `classify` gives them."""
+        """features, logits and embeddings, float32; the logits as from `classify`."""
         features, _, embeddings, *_ = self.net(images)
-        plain = type(self.net) is Net  # others, such as experts, classify in their own way
+        plain = type(self.net) is Net  # subclasses, such as experts, override classify
         logits = self.net.classify_features(features) if plain else self.net.classify(images)
         return features.float().cpu(), logits, embeddings.cpu()
 
@@ -274,13 +268,14 @@ class Reader:
 
 
 def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
-    """What is added to the logits (K,) for a known distribution of the classes; zeros for None. Raises ValueError."""
+    """What is added to the logits, (K,), for a class prior; zeros for None. Raises InputError (predict.prior)."""
     classes = model.net.classifier.out_features
     if prior is None:
         return torch.zeros(classes)
     if isinstance(prior, str):
         if prior not in ("uniform", "train"):
-            raise ValueError(f'prior must be {classes} numbers, "uniform" or "train", not {prior!r}')
+            message = f'prior must be {classes} numbers, "uniform" or "train", not {prior!r}'
+            raise InputError("predict.prior", message)
         prior = torch.ones(classes) if prior == "uniform" else _counts(model)
     share = torch.as_tensor(prior, dtype=torch.float64)
     if (
@@ -289,9 +284,10 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
         or not bool(share.isfinite().all())
         or share.sum() == 0
     ):
-        raise ValueError(
+        raise InputError(
+            "predict.prior",
             f"prior must be {classes} counts or probabilities, one a class, at least 0 and not all 0; "
-            f"got {len(share) if share.ndim else 1} of them: {share.flatten()[:5].tolist()}"
+            f"got {len(share) if share.ndim else 1}: {share.flatten()[:5].tolist()}",
         )
     shift = (share / share.sum()).log()
     if model.recipe is not None and leans(model.recipe):
@@ -301,18 +297,19 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
 
 
 def leans(recipe: Recipe) -> bool:
-    """Whether a net trained so leans to the classes that it saw more often: by its loss, and by what was drawn."""
+    """Whether the net of this recipe favours frequent classes: by its loss and its sampler."""
     return recipe.method.long_tailed and recipe.loader.sampler not in ("class_balanced", "progressive")
 
 
 def _counts(model: Pretrained) -> Tensor:
     if model.counts is None:
-        raise ValueError("this model does not tell the class counts of its training: give the prior as numbers")
+        message = "this model has no class counts of its training: give the prior as numbers"
+        raise InputError("predict.prior", message)
     return model.counts
 
 
 class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
-    """Anything predict takes: position -> (uint8 (views, 3, H, W) or None, what to tell of it)."""
+    """The images of predict: position -> (uint8 (views, 3, H, W) or None, fields of its Prediction)."""
 
     def __init__(self, images: Any) -> None:
         self.split = images if isinstance(images, Split) else None
@@ -325,20 +322,21 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         if isinstance(images, str | Path):
             self.items = _files(Path(images))
         elif not isinstance(images, Iterable) or isinstance(images, np.ndarray | Tensor):
-            raise ValueError("images must be a file, a folder, a Split or a list of files, PIL images or arrays")
+            message = "images must be a file, a folder, a Split or a list of files, PIL images or arrays"
+            raise InputError("predict.images", message)
         else:
             self.items = [
                 one for item in images for one in (_files(Path(item)) if isinstance(item, str | Path) else [item])
             ]
         if not self.items:
-            raise ValueError("there are no images to predict")
+            raise InputError("predict.images", "there are no images to predict")
 
     def prepare(self, model: Pretrained, names: Sequence[str], crops: Sequence[str]) -> None:
-        """names: of a split's labels. crops: policies of further views of each image."""
+        """names: class names of a split's labels. crops: policies of further views of each image."""
         _, height, width = model.input_size
         own = model.eval_policy if model.eval_policy != "none" else ""
         self.policies, self.size = [parse(policy) for policy in (own, *crops)], (width, height)
-        # Images of another size than those in training are brought to it, as timm's own transform does.
+        # Images of another size than in training are resized, as timm's own transform does.
         self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
         self.names, self.reading = names, model.reading
 
@@ -365,12 +363,12 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         if image.size != self.size:
             image = self.fit.augment(image)
         if image.size != self.size:
-            raise BrokenImage(f"it has {image.size} pixels, the model wants {self.size}")
+            raise BrokenImage(f"it has {image.size} pixels and the model needs {self.size}")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def image_name(split: Split, position: int) -> str:
-    """What a prediction and embeddings call an image of a split: its path, or its row where it has none."""
+    """The name of a split's image in predictions and embeddings: its path, else its row."""
     return _name(split.dataset[position]["image"], split.rows[position])
 
 
@@ -379,8 +377,8 @@ def _name(image: dict[str, Any], row: Any) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or all images in and below the folder, but for hidden ones. Raises FileNotFoundError, ValueError for a
-    folder without."""
+    """The file, or all images in and below the folder except hidden ones. Raises MissingFileError, and InputError
+    (predict.images) for a folder without images."""
     if path.is_dir():
         left = LeftOut()
         files = list(map(Path, files_under(path, left)))
@@ -388,8 +386,9 @@ def _files(path: Path) -> list[Path]:
         left.say(path, logging.getLogger(__name__).warning)
         found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not found:
-            raise ValueError(f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+            message = f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            raise InputError("predict.images", message)
         return found
     if not path.exists():
-        raise FileNotFoundError(f"no image {path}")
+        raise MissingFileError("file.missing", f"no image {path}")
     return [path]

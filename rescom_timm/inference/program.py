@@ -1,4 +1,4 @@
-"""An export as a program of torch.export (.pt2), and what every exported program tells about itself."""
+"""Export to torch.export (.pt2), and the metadata of every exported program."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rescom_timm.errors import InputError
 from rescom_timm.inference.export import DETAILS, timm_view
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.io import atomic_path, errors_named
 from rescom_timm.models.net import Net
 
 BATCH = 3
-"""Images of the example: a batch of one would be taken for a constant."""
+"""Images of the example: torch.export would treat a batch of one as a constant."""
 
 
 class Classifier(nn.Module):
-    """images (N, 3, H, W) float32, normalised, to logits (N, K): a copy on the CPU, to be exported."""
+    """Normalised images (N, 3, H, W) float32 to logits (N, K): a copy on the CPU for export."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -34,13 +35,13 @@ class Classifier(nn.Module):
 
 
 def example(model: Pretrained) -> Tensor:
-    """(3, 3, H, W), by a seed."""
+    """Random images (3, 3, H, W) of a fixed seed."""
     return torch.randn(BATCH, *model.input_size, generator=torch.Generator().manual_seed(0))
 
 
 def about(model: Pretrained) -> dict[str, Any]:
-    """What a reader of an exported program needs besides it, as plain JSON: the classes in the order of the logits, and
-    how an image becomes the input: how its file is read, and timm's words and the evaluation policy for the rest."""
+    """Metadata of an exported program, as plain JSON: classes in the order of the logits, how image files are read,
+    and the evaluation policy, also as timm's data config."""
     return {
         "class_names": model.class_names,
         "input_size": list(model.input_size),
@@ -53,20 +54,20 @@ def about(model: Pretrained) -> dict[str, Any]:
 
 
 def check_logits(net: nn.Module, images: Tensor, run: Any, what: str) -> None:
-    """Raises ValueError where ``run`` gives other logits than the net, of all images or of one."""
+    """Raises InputError (model.export) if ``run`` gives other logits than the net, for all images or for one."""
     for batch in (images, images[:1]):
         with torch.no_grad():
             own = net(batch)
         if not torch.allclose(run(batch), own, rtol=1e-3, atol=1e-4):
-            raise ValueError(f"the {what} gives other logits than the net; not exported")
+            raise InputError("model.export", f"the {what} gives other logits than the net; not exported")
 
 
 def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
-    """Write a classifier as a program of torch.export, which torch.export.load reads without any code of ours: `images`
+    """Write a classifier as a program of torch.export, which torch.export.load reads without rescom_timm: `images`
     float32 (N, 3, H, W), already normalised, to logits (N, K), any N.
 
-    `about` stands in it as the extra file rescom.json. The file is read again and its logits are compared. Raises
-    ValueError where the net cannot be exported or the logits differ (no file is left then).
+    The extra file rescom.json holds `about`. The program is read back and its logits are compared. Raises InputError
+    (model.export) if the net cannot be exported or the logits differ; an earlier file stays then.
     """
     path = Path(path)
     model = source if isinstance(source, Pretrained) else from_pretrained(source)
@@ -74,13 +75,13 @@ def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
     try:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(net, (images,), dynamic_shapes={"images": {0: batch}})
-    except Exception as error:  # of many kinds, none of them public
+    except Exception as error:  # torch's classes for this are not public
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"this net cannot be exported by torch.export: {first}") from error
+        raise InputError("model.export", f"this net cannot be exported by torch.export: {first}") from error
     with errors_named(path), atomic_path(path) as new:
         with new.open("wb") as file:
             torch.export.save(program, file, extra_files={DETAILS: json.dumps(about(model))})
         with new.open("rb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # of torch 2.11's own reading
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # from torch 2.11 itself
             check_logits(net, images, torch.export.load(file).module(), "exported program")
     return path

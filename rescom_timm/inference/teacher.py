@@ -1,5 +1,5 @@
-"""What a recipe names of other trainings: its teacher (a run's folder, an export or a Hub id), and on the Hub the run
-that it starts from."""
+"""Trained models that a recipe names: its teacher (a run's folder, an export or a Hub id), and the run on the Hub that
+it starts from."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.engine.build import First
 from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.errors import code_of
 from rescom_timm.hub_client import hub_id
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import write_tensors
@@ -18,27 +19,27 @@ from rescom_timm.methods.distillation import Teacher
 
 
 def read_teacher(recipe: Recipe) -> Teacher | None:
-    """The trained net that method.teacher names (of a run its best checkpoint, the last where none was selected); None
-    where the recipe names none. Raises RecipeError where it cannot be read."""
+    """The trained net of method.teacher (of a run the best checkpoint, the last if none was selected), or None.
+    Raises RecipeError, with the code of the error in reading it."""
     source = recipe.method.teacher
     if source is None:
         return None
     try:
         read = from_pretrained(source)
     except (OSError, ValueError, CheckpointError) as error:
-        raise RecipeError(f"method.teacher: {error}") from error
+        raise RecipeError(code_of(error), f"method.teacher: {error}") from error
     return Teacher(read.net, read.class_names)
 
 
 @contextmanager
 def first_weights(recipe: Recipe) -> Iterator[First | None]:
-    """The pushed weights that `from` names on the Hub, in a file while the block runs; None where it names a path or
-    nothing. Raises RecipeError where they cannot be read."""
+    """A temporary file of the weights that `from` names on the Hub; None if it names a path or nothing. Raises
+    RecipeError, with the code of the error in reading them."""
     source = recipe.init_from
     try:
         read = from_pretrained(source) if source is not None and hub_id(source, plain=False) else None
     except (OSError, ValueError, CheckpointError) as error:
-        raise RecipeError(f"from: {error}") from error
+        raise RecipeError(code_of(error), f"from: {error}") from error
     if read is None:
         yield None
         return

@@ -19,7 +19,7 @@ from rescom_timm.data.transforms import parse
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.inference.export import export, export_run
 from rescom_timm.inference.neighbours import Embeddings
-from rescom_timm.inference.predict import adjustment, embed, predictions
+from rescom_timm.inference.predict import Reader, adjustment, embed, predictions
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import from_pretrained
 from tests.engine.child import recipe
@@ -180,7 +180,7 @@ def test_what_cannot_be_predicted(model, tmp_path):
 
 
 def test_predictions_come_one_after_the_other(model):
-    found = predictions(model, [pixels(0)] * 1000, batch_size=1)
+    found = predictions(Reader(model, [pixels(0)] * 1000, batch_size=1))
     assert next(found).image == "0" and next(found).image == "1"
 
 

@@ -16,7 +16,7 @@ from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, labelled
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
-from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predictions
+from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, embed, predictions
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.io import read_text
@@ -52,14 +52,12 @@ def predict(options: argparse.Namespace) -> int:
             model, data.validation, options.coverage, by_group=options.by_group, prior=prior,
             class_names=data.class_names, **reading,
         )  # fmt: skip
-        print(f"prediction sets: {sets.told}")
+        print(f"prediction sets: {sets.guarantee}")
     if options.nearest:
         among = _among(options, model, data, reading)
     gatherer = Gatherer() if options.embeddings else None
-    found = predictions(
-        model, images, options.top_k, prior, class_names=names, crops=options.five_crops, sets=sets, among=among,
-        nearest=options.nearest, gatherer=gatherer, **reading,
-    )  # fmt: skip
+    reader = Reader(model, images, prior, class_names=names, crops=options.five_crops, **reading)
+    found = predictions(reader, options.top_k, sets=sets, among=among, nearest=options.nearest, gatherer=gatherer)
     score = Score(model, sets is not None, options.five_crops)
     number, broken = write_csv(
         score.count(found), options.output, options.top_k, sets=sets is not None, nearest=options.nearest,
