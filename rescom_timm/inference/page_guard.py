@@ -1,4 +1,4 @@
-"""Requests that the demo page answers: from its own page, to its own address, of a bounded size."""
+"""Middleware of the demo page: requests must come from the page itself, name its own host and be of bounded size."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 MAX_UPLOAD = 64 * 2**20
-"""Bytes of a file that the page takes."""
+"""Bytes of one uploaded file."""
 MAX_REQUEST = 2**30
-"""Bytes of a request, of all its files together."""
+"""Bytes of one request with all its files."""
 DELETE_CACHE = (60, 600)
-"""Seconds: how often uploads are looked at, and the age at which they are deleted."""
+"""Seconds between two checks of the uploads, and the age at which they are deleted."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -51,8 +51,8 @@ class PageGuard:
 
 
 def _counted(receive: Receive) -> Receive:
-    """As `receive`, of a request that ends as its client would end it (and is cleared away) once it has sent more than
-    MAX_REQUEST bytes: one in chunks does not say its length."""
+    """`receive` of a request that ends like a client's disconnect after MAX_REQUEST bytes: a chunked one does not state
+    its length."""
     left = MAX_REQUEST
 
     async def counted() -> Message:
@@ -65,7 +65,7 @@ def _counted(receive: Receive) -> Receive:
 
 
 def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
-    """The status to refuse a request with; None for one to answer. headers: lower-case names and their values."""
+    """The HTTP status that refuses a request; None to accept it. headers: lower-case names and their values."""
     hosts, origins, lengths = (headers.get(name, []) for name in ("host", "origin", "content-length"))
     if len(hosts) != 1 or not _own_host(hosts[0], host):
         return 403
@@ -77,8 +77,8 @@ def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
 
 
 def _own_host(asked: str, listening: str) -> bool:
-    """Whether a Host header names this machine: a loopback name, the address listened on and, where others may call,
-    any address as a number (which no foreign name server can redirect) and the machine's own names."""
+    """Whether a Host header names this machine: a loopback name, the listening address and, if other machines may
+    connect, any IP address (which DNS cannot redirect) and the machine's own names."""
     try:
         name = (urlsplit(f"//{asked}").hostname or "").lower()
     except ValueError:
@@ -91,7 +91,7 @@ def _own_host(asked: str, listening: str) -> bool:
 
 
 def is_local(host: str) -> bool:
-    """Whether a server that listens on this address can be reached from this machine alone."""
+    """Whether a server on this address accepts connections from this machine only."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
@@ -105,7 +105,7 @@ def _is_address(text: str) -> bool:
 
 @contextmanager
 def own_uploads() -> Iterator[str]:
-    """A folder for what the page's users upload, removed at the end, also by SIGTERM (exit code 143)."""
+    """A folder for uploads, removed at the end, also by SIGTERM (exit code 143)."""
 
     def end(*_: Any) -> None:
         raise SystemExit(143)

@@ -1,4 +1,4 @@
-"""The table of predictions that the command predict writes."""
+"""The CSV of predictions that `rescom-timm predict` writes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from rescom_timm.errors import MissingFileError
 from rescom_timm.inference.predict import Prediction
 from rescom_timm.io import atomic_path, errors_named, write_rows
 
@@ -21,10 +22,10 @@ def write_csv(
     nearest: int = 0,
     crops: bool = False,
 ) -> tuple[int, int]:
-    """image, label_1, probability_1 ... label_k, probability_k, error, true_label, and what else was asked for:
+    """Write the columns image, label_1, probability_1 ... label_k, probability_k, error, true_label, and on request
     set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
-    five_crops_probability. Where it fails, but for a full disk, what was predicted until then is in PATH.partial, and
-    a table that was there stays. Returns (images, unreadable). Raises OSError, which names `path`."""
+    five_crops_probability. On a failure other than a full disk, the rows so far stay in PATH.partial and an earlier
+    table stays. Returns (images, unreadable). Raises OSError, which names `path`."""
     images = broken = 0
 
     def rows() -> Iterator[list[str]]:
@@ -47,20 +48,20 @@ def write_csv(
             yield row
             images, broken = images + 1, broken + bool(one.error)
 
-    # Row by row, each writer to a file of its own. A name that is no UTF-8 keeps its bytes.
+    # Row by row. A name that is not UTF-8 keeps its bytes.
     if Path(path).is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder is where the table goes", str(path))
+        raise IsADirectoryError(errno.EISDIR, "cannot write the table: a folder has its name", str(path))
     if not (parent := Path(path).absolute().parent).is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no folder for the table; make it first", str(parent))
+        raise MissingFileError("file.missing", f"no folder {parent} for the table: make it first")
     with errors_named(path), atomic_path(path) as beside:
         with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             try:
                 write_rows(file, rows())
                 file.flush()
             except BaseException as error:
-                if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a disk kept full
+                if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # free a full disk
                     file.close()
                     os.replace(beside, f"{path}.partial")
                 raise
-        Path(f"{path}.partial").unlink(missing_ok=True)  # of an attempt before
+        Path(f"{path}.partial").unlink(missing_ok=True)  # of an earlier attempt
     return images, broken

@@ -1,4 +1,4 @@
-"""Reading an export back: a trained net with everything needed to use it or to train on."""
+"""Reading exports: a trained net with everything needed to use it or to continue training."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.transforms import MAX_SIDE, parse
 from rescom_timm.engine.build import refuse_queue
+from rescom_timm.errors import CodedError, InputError, MissingFileError, code_of
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.hub_download import at_revision, download
 from rescom_timm.inference.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
@@ -34,20 +35,20 @@ from rescom_timm.models.tuning import TuningConfig
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """What from_pretrained gives: K classes, images of (3, H, W)."""
+    """The result of from_pretrained: K classes, images of (3, H, W)."""
 
     net: Net
     """In evaluation mode on the CPU."""
     class_names: list[str]
-    """(K,), or empty where they are not known."""
+    """(K,), or empty if they are not known."""
     counts: Tensor | None
     """(K,) int64 training images of each class."""
     input_size: tuple[int, int, int]
     eval_policy: str
-    """How evaluation images were prepared, a line of data.views."""
+    """How evaluation images are prepared, as in views.eval."""
     recipe: Recipe | None
     trained: Method | None
-    """The method over this net with the queue as it was; None where the classes are new or no recipe was kept."""
+    """The method over this net with its queue; None for new classes or without a recipe."""
     reading: ReadConfig = ReadConfig()
     """How image files are read before that, as in training."""
 
@@ -57,36 +58,40 @@ class Pretrained:
         return LIMITS if self.recipe is None else self.recipe.evaluation.group_limits
 
     def method(self, counts: Tensor | None = None) -> Method:
-        """The method of the recipe over this net, to train on: with the queue as it was, or, for the `counts` (K,) of
-        new classes, with an empty one. Raises ValueError where there is no recipe or the counts do not fit."""
+        """The recipe's method over this net, to continue training: with its queue, or with an empty one for the
+        `counts` (K,) of new classes. Raises InputError: model.missing without a recipe, model.classes for counts that
+        do not fit."""
         if self.recipe is None:
-            raise ValueError("this export holds no recipe: build a method with rescom_timm.methods.create_method")
+            message = "this export has no recipe: build a method with rescom_timm.methods.create_method"
+            raise InputError("model.missing", message)
         if counts is None:
             if self.trained is None:
-                raise ValueError("the classes are new: give counts, the training images of each, (K,)")
+                message = "the classes are new: give counts, the training images of each, (K,)"
+                raise InputError("model.classes", message)
             return self.trained
         classes = self.net.classifier.out_features
         if self.trained is not None:
-            raise ValueError("for other counts read the model with from_pretrained(..., num_classes=...)")
+            message = "for other counts read the model with from_pretrained(..., num_classes=...)"
+            raise InputError("model.classes", message)
         if len(counts) != classes:
-            raise ValueError(f"counts are of {len(counts)} classes and the net has {classes}: they must be as many")
+            raise InputError("model.classes", f"there are {len(counts)} counts and the net has {classes} classes")
         return create_method(self.net, counts, self.recipe.method)
 
 
 def from_pretrained(
     source: str | Path, num_classes: int | None = None, revision: str | None = None
 ) -> Pretrained:  # fmt: skip
-    """A trained net with everything needed to use it or to train on.
+    """A trained net with everything needed to use it or to continue training.
 
-    source: an exported folder, a run's folder (its best checkpoint), or a Hub id such as "me/rescom-r50", which may
-    end in "@revision"; "hf://me/rescom-r50" is the Hub's where a folder me is here too.
-    num_classes: start on other classes, with a fresh classifier and an empty queue. revision: of a Hub id: a branch, a
-    tag or a commit.
-    Raises FileNotFoundError where there is no such folder or repository or it cannot be reached, and ValueError where
-    it was not made by rescom_timm or its files are not what was written.
+    source: an exported folder, a run's folder (its best checkpoint), or a Hub id such as "me/rescom-r50", optionally
+    with "@revision"; "hf://me/rescom-r50" means the Hub even if a folder me exists.
+    num_classes: for new classes, with a fresh classifier and an empty queue. revision: of a Hub id: a branch, a tag or
+    a commit.
+    Raises MissingFileError if the folder or repository does not exist or cannot be reached, and InputError (model.*) if
+    it was not made by rescom_timm or its files are damaged or invalid.
     """
     if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        raise InputError("model.classes", f"num_classes must be at least 1, not {num_classes}")
     if revision is not None:
         source = at_revision(source, revision)
     local = Path(source).expanduser()
@@ -95,7 +100,7 @@ def from_pretrained(
         try:
             return _read(_download(repo), num_classes)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; and there is no folder {local} here") from error
+            raise MissingFileError(code_of(error), f"{error}; and there is no folder {local} here") from error
     if (local / DETAILS).is_file():
         return _read(local, num_classes)
     if (local / "model" / DETAILS).is_file():
@@ -104,34 +109,35 @@ def from_pretrained(
         with tempfile.TemporaryDirectory() as folder:
             return _with_own_bound(_read(export_run(local, folder, plain=False), num_classes))
     if local.is_dir():
-        raise ValueError(
-            f"{local} is neither a run's folder nor one exported by rescom_timm (it holds no {DETAILS}); a plain timm "
-            f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)'
+        raise InputError(
+            "model.missing",
+            f"{local} is neither a run's folder nor an export of rescom_timm (it holds no {DETAILS}); a plain timm "
+            f'folder is read by timm.create_model("local-dir:{local}", pretrained=True)',
         )
     raise missing(str(source), "run folder")
 
 
 def _with_own_bound(model: Pretrained) -> Pretrained:
-    """The recipe of a run on this machine also says how large its images may be; that of a single export does not."""
+    """With the image size limit of a local run's recipe; an export's recipe does not set it."""
     most = None if model.recipe is None else model.recipe.loader.max_pixels
     return replace(model, reading=replace(model.reading, max_pixels=most))
 
 
 def _reading(details: dict[str, Any], recipe: Recipe | None) -> ReadConfig:
-    """Of an export. Those of 0.2.0 say nothing, and are read as 0.2.0 read them."""
+    """How an export's images are read. Exports of 0.2.0 do not have it, and are read as in 0.2.0."""
     if "reading" in details:
         return ReadConfig.of(details["reading"])
     if recipe is not None and recipe.loader.exif:
         warnings.warn(
-            "this model was trained with loader.exif=true, but its export does not say so: photographs are read as "
-            "they are stored. Export it again: rescom-timm export RUN",
+            "this model was trained with loader.exif=true, but its export does not record it: EXIF orientation is "
+            "ignored. Export it again: rescom-timm export RUN",
             stacklevel=5,
         )
     return ReadConfig()
 
 
 def _download(repo: str) -> Path:
-    """The files of a repository, downloaded a second time where they are not what was pushed."""
+    """The files of a repository, downloaded once more if their hashes differ."""
     names = [DETAILS, HASHES, SIDE, "config.json", PLAIN, "recipe.yaml"]
     folder = download(repo, names, needed=DETAILS)
     if damaged(folder):
@@ -140,14 +146,13 @@ def _download(repo: str) -> Path:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Of the files that an export has, those that are not what hashes.json says, and weights of which it says nothing;
-    no other file that it may name is looked at. Raises ValueError where hashes.json itself cannot be read."""
+    """The files of an export that do not have the hash of hashes.json, and weights without a hash there; other files
+    that it names are ignored. Raises InputError (model.damaged) if hashes.json cannot be read."""
     try:
         hashes = read_json(folder / HASHES)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / HASHES} cannot be read ({error}), so the files beside it cannot be trusted"
-        ) from None
+        message = f"{folder / HASHES} cannot be read ({error}), so the export cannot be verified: fetch it again"
+        raise InputError("model.damaged", message) from None
     own = [name for name in WRITTEN if name in hashes or (name in (SIDE, PLAIN) and (folder / name).exists())]
     return [name for name in own if not (folder / name).is_file() or sha256(folder / name) != hashes.get(name)]
 
@@ -155,20 +160,22 @@ def damaged(folder: Path) -> list[str]:
 def _read(folder: Path, num_classes: int | None) -> Pretrained:
     wrong = damaged(folder)
     if hard := [name for name in wrong if name.endswith(".safetensors")]:
-        raise ValueError(
-            f"{', '.join(hard)} in {folder} is not what was written (another sha256): the copy or the download is "
-            "damaged, or somebody changed it; fetch it again"
+        raise InputError(
+            "model.damaged",
+            f"{', '.join(hard)} in {folder} has another sha256 than in {HASHES}: damaged or changed; fetch it again",
         )
-    if wrong:  # a repaired config must lock nobody out
-        warnings.warn(f"{', '.join(wrong)} in {folder} was changed since it was written; read as it is", stacklevel=4)
+    if wrong:  # users may repair a config
+        warnings.warn(f"{', '.join(wrong)} in {folder} was changed after the export; it is used as it is", stacklevel=4)
     try:
         details = read_json(folder / DETAILS)
         size = tuple(int(side) for side in details["input_size"])
         if len(size) != 3 or not all(1 <= side <= MAX_SIDE for side in size):
-            raise ValueError(f"input_size in {DETAILS} must be three numbers from 1 to {MAX_SIDE}, not {size}")
+            message = f"input_size in {DETAILS} must be three numbers from 1 to {MAX_SIDE}, not {size}"
+            raise InputError("model.details", message)
         for name in ("mean", "std"):
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
-                raise ValueError(f"{name} in {DETAILS} must be three finite numbers, not {details[name]}")
+                message = f"{name} in {DETAILS} must be three finite numbers, not {details[name]}"
+                raise InputError("model.details", message)
         _check_details(details)
         most = 4 * _check_size(details, folder)
         tensors = load_file(folder / SIDE)
@@ -193,7 +200,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         if num_classes is not None:
             net.classifier = classifier(head, net.classifier.in_features, num_classes)
             names, counts = [], None
-            known = [name for name, _ in net.named_children() if name != "classifier"]  # not what a method has added
+            known = [name for name, _ in net.named_children() if name != "classifier"]  # not parts that a method adds
             tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
         elif recipe is not None and counts is not None:
@@ -205,25 +212,27 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             trained.load_state_dict(state, strict=False)
         check_weights(tensors, net.state_dict(), "the model")
         net.load_state_dict(tensors)
-    except Exception as error:  # whatever a file says whose hash was made to fit, and whatever timm makes of it
+    except Exception as error:  # an attacker chooses the content, and timm raises many kinds
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise ValueError(f"{folder} cannot be read{fresh}: {what}") from error
+        code = error.code if isinstance(error, CodedError) else "model.unreadable"
+        raise InputError(code, f"{folder} cannot be read{fresh}: {what}") from error
     return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading)
 
 
 def _check_details(details: dict[str, Any]) -> None:
-    """Raises ValueError where rescom.json says what no export says."""
+    """Raises InputError (model.details) for values in rescom.json that no export has."""
     check_classes(details["class_names"], details["counts"], DETAILS, counted=False)
     if not timm.is_model(str(details["backbone"]).split(".")[0]) or "/" in details["backbone"]:
         check_backbone(details["backbone"])
-        raise ValueError(f"backbone in {DETAILS} must be a name of timm.list_models(), not {details['backbone']!r}")
+        message = f"backbone in {DETAILS} must be a name of timm.list_models(), not {details['backbone']!r}"
+        raise InputError("model.details", message)
     parse(details["eval_policy"])
 
 
 def _check_size(details: dict[str, Any], folder: Path) -> int:
-    """Bytes of the files of weights, and numbers of the net's buffers. Raises ValueError where rescom.json describes a
-    net of more numbers: it would fill the memory before that is seen."""
+    """Bytes of the weight files plus elements of the net's buffers. Raises InputError (model.details) if rescom.json
+    describes a net with more weights than that, before it is allocated."""
     there = sum((folder / name).stat().st_size for name in (SIDE, PLAIN) if (folder / name).is_file())
     encoder = describe(details["backbone"], details["options"], there + SLACK)
     width = int(encoder.head_hidden_size)  # type: ignore[arg-type]
@@ -233,14 +242,13 @@ def _check_size(details: dict[str, Any], folder: Path) -> int:
         hidden, dim = (int(details["projector"][name] or width) for name in ("hidden", "dim"))
         weights += hidden * (width + dim)
     if weights > there:
-        raise ValueError(
-            f"{DETAILS} describes a net of {weights:,} numbers, and the files of weights have {there:,} bytes"
-        )
+        message = f"{DETAILS} describes a net of {weights:,} weights, but the weight files have {there:,} bytes"
+        raise InputError("model.details", message)
     return there + sum(value.numel() for value in encoder.buffers())
 
 
 def _from_plain(net: Net, path: Path, head: str | None) -> dict[str, Tensor]:
-    """Encoder and classifier (the layer `head`, if any) of a plain timm file, under the names of a Net."""
+    """Encoder and classifier (the layer `head`, if any) of a plain timm file, with the names of a Net."""
     with safe_open(path, framework="pt") as file:
         tensors = {f"encoder.{name}": file.get_tensor(name) for name in net.encoder.state_dict()}
         for name, own in net.classifier.state_dict().items() if head else ():
@@ -253,6 +261,6 @@ def _recipe(path: Path) -> Recipe | None:
         return None
     try:
         return load_dict(read_yaml(path), path.name)
-    except ValueError as error:  # a net is of use even where its recipe is of another version
+    except ValueError as error:  # a net can be used without a recipe of another version
         warnings.warn(f"the recipe of this model cannot be read and is left out: {error}", stacklevel=4)
         return None

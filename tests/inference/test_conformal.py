@@ -72,6 +72,6 @@ def test_a_group_without_enough_images_is_told() -> None:
     few = int((labels >= 4).sum())
     assert few < 9
     sets = calibrated(probabilities, labels, 0.9, COUNTS)
-    assert f"few not guaranteed ({few} images, 9 are needed)" in sets.guarantee and "many on " in sets.told
+    assert f"few not guaranteed ({few} images, 9 are needed)" in sets.guarantee and "many on " in sets.guarantee
     common = calibrated(probabilities, labels, 0.9).thresholds[0]
     assert sets.thresholds[4] == sets.thresholds[5] == common and sets.thresholds[0] != common

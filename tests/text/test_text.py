@@ -19,6 +19,7 @@ from rescom_timm.data.index import Index
 from rescom_timm.engine.errors import message
 from rescom_timm.hub_download import at_revision
 from rescom_timm.text import check_name, escape_controls, escaped_output
+from tests.raises import raises
 from tests.text.hostile import CONTROLS, TERMINAL
 
 
@@ -85,14 +86,31 @@ def test_names_of_classes_in_printed_findings_are_escaped(tmp_path, monkeypatch,
     assert main(["overlap", "l.txt", "l.txt"]) == 3 and "a\\u202e.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["a\x1b[m", "b\x9b", "c\u202e", "d\u200f", "e\x00"])
+@pytest.mark.parametrize("name", ["a\x1b[m", "b\x9b", "c\u202e", "d\u200f", "e\x00", "f\u200b", "g\ufe0f"])
 def test_names_with_controls_are_refused_where_we_write_them(name, tmp_path):
-    with pytest.raises(ValueError, match="a class name must not contain control"):
+    with raises("text.name", "a class name", ascii(name[-1])[1:-1] if len(name) == 2 else "\\x1b"):
         Index([f"{k}.png" for k in range(2)], [0, 1], 2, class_names=["good", name]).save(tmp_path / "l.txt")
     assert not (tmp_path / "l.txt").exists()
-    with pytest.raises(RecipeError, match="name"):
+    with pytest.raises(RecipeError):
         load("digits_lt", [f'name="{ascii(name)[1:-1]}"'])
     check_name("caf\u00e9 \u05d0 \U0001f408\u200d\u2b1b", "a class name")
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\u200c", "\u200d", "\u2060", "\ufeff", "\u00ad", "\u3164", "\ufe0f"])
+def test_zero_width_characters_are_escaped_except_where_they_show(mark):
+    for name in (f"{mark}cat", f"c{mark}at", f"cat{mark}"):
+        assert escape_controls(name) == name.replace(mark, ascii(mark)[1:-1])
+    tags = "cat\U000e0041\U000e007f"
+    assert escape_controls(tags) == "cat\\U000e0041\\U000e007f"
+    assert escape_controls(f"a{2 * mark}b") == f"a{2 * ascii(mark)[1:-1]}b"
+    shown = [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f408\u200d\u2b1b",
+        "\u2764\ufe0f",
+        "1\ufe0f\u20e3",
+    ]
+    assert [escape_controls(name) for name in shown] == shown
 
 
 def test_a_warning_is_one_line_without_the_code(capsys):
