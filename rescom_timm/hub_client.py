@@ -103,7 +103,8 @@ def online() -> Iterator[None]:
         if not trouble or (isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
             raise
         raise Unreachable(
-            "hub.unreachable", f"{constants.ENDPOINT} cannot be reached ({trouble}), and the file is not in the local cache"
+            "hub.unreachable",
+            f"{constants.ENDPOINT} cannot be reached ({trouble}), and the file is not in the local cache",
         ) from error
     finally:
         _state["depth"] -= 1

@@ -16,6 +16,7 @@ from rescom_timm.hub_client import Unreachable, hub_id, online
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import read_yaml
 from rescom_timm.models.net import NetConfig, create_model
+from tests.raises import raises
 
 IDS = {"me/x": "me/x", "me/x@v1": "me/x@v1", "hf://me/x": "me/x", "hf://datasets/me/x@v1": "me/x@v1"}
 PATHS = [
@@ -47,7 +48,7 @@ def test_paths(place, source):
 
 @pytest.mark.parametrize("source", ["hf://x", "hf://../x/y", "hf-hub:", "hf:///me/x"])
 def test_a_prefix_before_something_else(source):
-    with pytest.raises(ValueError, match="no id of the Hub"):
+    with raises("hub.id", repr(source)):
         hub_id(source)
 
 
@@ -101,21 +102,21 @@ MISSING = {
 @pytest.mark.parametrize("what", MISSING)
 def test_a_folder_that_is_missing_asks_nobody(place, monkeypatch, what):
     monkeypatch.setattr(hub_client, "_trouble", lambda: pytest.fail("the Hub is asked"))
-    with pytest.raises(FileNotFoundError, match="no (run )?folder .* here"):
+    with pytest.raises(FileNotFoundError):
         MISSING[what]()
 
 
 @pytest.mark.parametrize("key", ["index", "test_index"])
 def test_a_list_that_is_missing_is_told_before_the_hub_is_asked(place, monkeypatch, key):
     monkeypatch.setattr(hub_client, "_trouble", lambda: pytest.fail("the Hub is asked"))
-    with pytest.raises(FileNotFoundError, match=r"no index 'lists/x\.txt'"):
+    with pytest.raises(FileNotFoundError, match=r"lists/x\.txt"):
         load(DataConfig("me/x", **{key: "lists/x.txt"}))
 
 
 def test_offline_lasts_as_long_as_the_block(silent):
     from huggingface_hub import constants
 
-    with pytest.raises(Unreachable, match="no answer|timed out"), online():
+    with raises("hub.unreachable", kind=Unreachable), online():
         assert constants.HF_HUB_OFFLINE
         raise OSError("?")
     assert not constants.HF_HUB_OFFLINE and socket.getdefaulttimeout() is None

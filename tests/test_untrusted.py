@@ -96,15 +96,15 @@ def test_what_is_no_regular_file_is_not_read(run, tmp_path, kind):
 
     odd = put(tmp_path / "odd.json")
     for read in (read_json, read_yaml, read_text, sha256, lines):
-        with pytest.raises(ValueError, match="is not read: it is no regular file"):
+        with raises("file.kind", odd):
             read(odd)
     for read in (decode, look):
-        with pytest.raises(BrokenImage, match="no regular file"):
+        with raises("image.unreadable", odd, kind=BrokenImage):
             read({"bytes": None, "path": str(odd)})
     for name in (*checkpoint.FILES, "hashes.json"):
         step = shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / name)
         put(step / name)
-        with pytest.raises(CheckpointError, match="is damaged.*no regular file"):
+        with pytest.raises(CheckpointError, match=name):
             checkpoint.load(step)
     for name in ("rescom.json", "hashes.json", "model.safetensors"):
         folder = shutil.copytree(run / "model", tmp_path / f"{name}-model")
@@ -122,7 +122,7 @@ def test_hashes_name_no_other_file(run):
     (run / "model" / "hashes.json").write_text(
         json.dumps({k: v for k, v in hashes.items() if k != "model.safetensors"})
     )
-    with pytest.raises(ValueError, match="model.safetensors in .* is not what was written"):
+    with raises("model.damaged", "model.safetensors"):
         from_pretrained(run / "model")
 
 
@@ -131,7 +131,7 @@ def test_hashes_name_no_other_file(run):
     [
         (
             {"class_names": ["x"] * 10**6, "counts": None},
-            "describes a net of [0-9,]+ numbers, and the files of weights",
+            "describes a net of [0-9,]+ weights",
         ),
         ({"projector": {"hidden": 60_000, "dim": 60_000}}, "describes a net of"),
         ({"backbone": "vit_base_patch16_224", "options": {"embed_dim": 30_000, "num_heads": 8}}, "describes a net of"),
@@ -215,7 +215,7 @@ def test_a_method_builds_no_more_than_the_files_hold(run, fresh):
     tree = yaml.safe_load((run / "model" / "recipe.yaml").read_text())
     (run / "model" / "recipe.yaml").write_text(yaml.safe_dump(tree | {"method": method}))
     refit(run / "model")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(InputError):
         from_pretrained(run / "model")
 
 
@@ -255,7 +255,7 @@ def test_values_that_were_found_by_fuzzing(tmp_path, text, expected):
 def test_a_word_of_any_depth_is_refused():
     with pytest.raises(RecipeError, match="is nested deeper than 50 levels"):
         load_dict({"data": {"source": "digits"}}, "recipe", ["a." * 2000 + "b=1"])
-    with pytest.warns(UserWarning, match="not followed: track.1=2"):  # keys of YAML are not always text
+    with pytest.warns(UserWarning, match="track.1=2"):  # keys of YAML are not always text
         path = Path(os.devnull).parent  # no file: only the tree matters
         assert path.is_dir()
         load_fetched_tree({"data": {"source": "digits"}, "track": {1: 2}})
@@ -307,7 +307,7 @@ def test_an_image_that_is_a_program_is_not_run(monkeypatch, tmp_path):
     (tmp_path / "x.jpg").write_bytes(content.getvalue())
     for value in (content.getvalue(), {"bytes": None, "path": str(tmp_path / "x.jpg")}):
         for read in (decode, look):
-            with pytest.raises(BrokenImage, match="cannot read the image"):
+            with raises("image.unreadable", kind=BrokenImage):
                 read(value)
     assert not started
     with pytest.raises((OSError, TypeError)):  # and with Pillow alone it would be
@@ -398,11 +398,11 @@ def test_nothing_is_written_through_a_link_out_of_a_run(run, tmp_path, name):
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(target)
     before = tree_of(outside)
-    with pytest.raises(ValueError, match="is a link that leads out of"), locked(run):
+    with raises("file.link", run / name), locked(run):
         pass
-    with pytest.raises(ValueError, match="is a link that leads out of"):
+    with raises("file.link", run / name):
         push_run(run, ["hub.repo=me/mine"])
-    with pytest.raises(ValueError, match="is a link that leads out of"):
+    with raises("file.link", run / name):
         list(write_figures([RunFolder(run)], ["curves"]))
     assert tree_of(outside) == before
 
@@ -419,7 +419,7 @@ def test_a_private_file_is_not_pushed_through_a_link(run, tmp_path):
     (tmp_path / "id_rsa").write_text("private")
     (run / "evaluation").mkdir()
     (run / "evaluation" / "test-last.json").symlink_to(tmp_path / "id_rsa")
-    with pytest.raises(ValueError, match="test-last.json is a link that leads out of"):
+    with raises("file.link", "test-last.json"):
         push_run(run, ["hub.repo=me/mine"])
     assert not staged(run)
 
@@ -451,10 +451,10 @@ def test_what_waits_in_a_strangers_run_goes_nowhere_else(run):
     waiting.mkdir(parents=True)
     request = {"repo": "me/production", "private": False, "export": "best", "checkpoints": False, "keep": True}
     (waiting / "push.json").write_text(json.dumps(request))
-    with pytest.raises(HubError, match="waits to be pushed to me/production, which is not what is asked for"):
+    with raises("hub.occupied", "me/production", "me/mine", kind=HubError):
         push_run(run, ["hub.repo=me/mine"])
     (waiting / "push.json").write_text("{")
-    with pytest.raises(HubError, match=r"push\.json cannot be read"):
+    with raises("file.format", "push.json", kind=HubError):
         push_run(run, ["hub.repo=me/mine"])
 
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from rescom_timm.cli import answer, first_line, new_parser
+from rescom_timm.errors import InputError
 
 PARTS = {
     "head": "the contrastive part of a step, embeddings given",
@@ -58,7 +59,9 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
         import torch
 
         if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch sees no GPU here: leave out --device, or install a build of torch for your GPU")
+            raise InputError(
+                "usage.arguments", "torch finds no GPU: leave out --device, or install a build of torch for your GPU"
+            )
         return int(part.run(options))
 
     return answer(work)

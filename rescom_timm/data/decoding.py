@@ -1,6 +1,8 @@
 """Decoding of images to 8-bit RGB."""
 
 import io
+import math
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -176,21 +178,46 @@ def _opened(path: str) -> BinaryIO:
 _opening = threading.Lock()
 
 
-def _image(source: Any, reading: ReadConfig) -> Image.Image:
+def _image(source: BinaryIO, reading: ReadConfig) -> Image.Image:
     """The image, not decoded yet. Raises ValueError if it is larger than `reading` allows."""
+    most = reading.max_pixels or MAX_PIXELS
+    _check_size(_icon_size(source), most)  # Pillow decodes an icon as it opens it
     with _opening:
         bound, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own check warns in its own words
         try:
             image = Image.open(source, formats=_formats())
         finally:
             Image.MAX_IMAGE_PIXELS = bound
-    pixels, most = image.width * image.height, reading.max_pixels or MAX_PIXELS
-    if pixels > most:
-        raise ValueError(
-            f"it has {image.width:,} x {image.height:,} pixels, more than {most:,}, and may be a decompression bomb; "
-            f"if it is a photograph, allow it with loader.max_pixels={pixels}"
-        )
+    _check_size(image.size, most)
     return image
+
+
+def _check_size(size: tuple[int, int], most: int) -> None:
+    if math.prod(size) > most:
+        raise ValueError(
+            f"it has {size[0]:,} x {size[1]:,} pixels, more than {most:,}, and may be a decompression bomb; "
+            f"if it is a photograph, allow it with loader.max_pixels={math.prod(size)}"
+        )
+
+
+def _icon_size(source: BinaryIO) -> tuple[int, int]:
+    """Size of the largest image in an ICO, by the images' own headers: its directory may name others. (0, 0) for
+    another format."""
+    sizes = [(0, 0)]
+    start = source.read(6)
+    for k in range(struct.unpack("<H", start[4:])[0] if start[:4] == b"\0\0\1\0" and len(start) == 6 else 0):
+        source.seek(6 + 16 * k + 12)
+        if len(offset := source.read(4)) < 4:
+            break
+        source.seek(*struct.unpack("<I", offset))
+        head = source.read(24).ljust(24, b"\0")
+        if head.startswith(b"\x89PNG"):
+            sizes.append(struct.unpack(">II", head[16:]))
+        else:  # a bitmap; its height includes the mask's
+            width, height = struct.unpack("<ii", head[4:12])
+            sizes.append((abs(width), abs(height) // 2))
+    source.seek(0)
+    return max(sizes, key=math.prod)
 
 
 @cache

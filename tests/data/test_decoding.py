@@ -230,3 +230,31 @@ def test_every_reader_says_how_it_reads() -> None:
     free = ("config/own_data.py", "cli/parts/index.py")
     """The shorter side alone, embedded data, and files without a recipe: whether they can be read."""
     assert not [line for line in without if not line.startswith(free) and "look(options)" not in line]
+
+
+def icon(image: bytes, width: int = 16, height: int = 16) -> bytes:
+    """An ICO of one image, with a directory that states this size."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, width, height, 0, 0, 1, 32, len(image), 22) + image
+
+
+def test_an_icon_has_the_size_of_its_image_not_of_its_directory():
+    png = saved(scene(40, 60))
+    with pytest.warns(UserWarning):  # Pillow's, of the other size
+        assert look(icon(png)) == (60, 40) and np.array_equal(decode(icon(png)), scene(40, 60))
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 60, 80, 1, 32, 0, 0, 0, 0, 0, 0) + bytes(60 * 40 * 4)
+    for content in (png, bitmap):
+        with raises("image.unreadable", "60 x 40", "loader.max_pixels=2400", kind=BrokenImage):
+            decode(icon(content), reading=ReadConfig(max_pixels=2399))
+        with raises("image.unreadable", "60 x 40", kind=BrokenImage):
+            look(icon(content), reading=ReadConfig(max_pixels=2399))
+    huge = png[:16] + struct.pack(">II", 60_000, 60_000) + png[24:]
+    with raises("image.unreadable", "60,000 x 60,000", kind=BrokenImage):
+        decode(icon(huge))
+
+
+def test_icons_of_pillow_are_read_as_before():
+    square = scene(32, 32).convert("RGBA")
+    content = saved(square, "ICO", sizes=[(16, 16), (32, 32)])
+    assert look(content) == (32, 32) and np.array_equal(decode(content), square.convert("RGB"))
+    plain = saved(square, "ICO", sizes=[(32, 32)], bitmap_format="bmp")
+    assert look(plain) == (32, 32) and np.array_equal(decode(plain), square.convert("RGB"))

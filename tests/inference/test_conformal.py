@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rescom_timm.inference.conformal import calibrated
+from tests.raises import raises
 
 COUNTS = torch.tensor([500, 300, 50, 30, 10, 5])
 
@@ -30,11 +31,11 @@ def test_the_threshold_is_the_order_statistic() -> None:
 
 def test_so_many_images_are_needed() -> None:
     labels = torch.zeros(8, dtype=torch.long)
-    with pytest.raises(ValueError, match="coverage of 0.9 needs at least 9 labelled images; there are 8"):
+    with raises("predict.calibration", 0.9, 9, 8):
         calibrated(torch.rand(8, 2), labels, 0.9)
     calibrated(torch.rand(9, 2), torch.zeros(9, dtype=torch.long), 0.9)
     for coverage in (0.0, 1.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="coverage must be between 0 and 1"):
+        with raises("predict.value", "coverage", f"{coverage:g}"):
             calibrated(torch.rand(9, 2), labels, coverage)
 
 

@@ -20,6 +20,7 @@ from rescom_timm.cli import export as export_command
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.transforms import parse
+from rescom_timm.errors import InputError
 from rescom_timm.inference.export import export, export_run, save_model
 from rescom_timm.inference.onnx import export_onnx
 from rescom_timm.inference.pretrained import from_pretrained
@@ -137,7 +138,7 @@ def test_a_run_is_exported_with_its_best_checkpoint_and_its_queue(tmp_path):
     assert torch.equal(
         from_pretrained(export_run(run, tmp_path / "named", "step-00000002")).net.classifier.weight, first
     )
-    with pytest.raises(FileNotFoundError, match="there: step-00000002, step-00000004"):
+    with raises("model.missing", "step-00000007", "step-00000002, step-00000004"):
         export_run(run, tmp_path / "none", "step-00000007")
 
 
@@ -203,7 +204,7 @@ def test_a_net_that_timm_has_no_place_for(tmp_path):
     assert not (run / "model" / "config.json").exists()
     model = from_pretrained(run)
     assert model.net.classify(images(8)).shape == (3, 4) and model.method().net is model.net
-    with pytest.raises(ValueError, match="with a fresh classifier"):
+    with raises("model.unreadable", run):
         from_pretrained(run, num_classes=5)
 
 
@@ -225,7 +226,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, change, expected):
     (folder / "hashes.json").write_text(
         json.dumps({**hashes, "model.safetensors": sha256(folder / "model.safetensors")})
     )
-    with pytest.raises(ValueError, match=f"the model does not fit: encoder.conv1.weight {expected}"):
+    with pytest.raises(ValueError, match=f"encoder.conv1.weight .*{expected}"):
         from_pretrained(folder)
 
 
@@ -241,16 +242,16 @@ def test_fine_tuning_on_other_classes(tmp_path):
     known, fresh = from_pretrained(tmp_path / "out"), from_pretrained(tmp_path / "out", num_classes=7)
     assert fresh.net.classifier.out_features == 7 and not fresh.class_names and fresh.counts is None
     assert torch.equal(fresh.net(images(8)).embeddings, known.net(images(8)).embeddings)
-    with pytest.raises(ValueError, match="give counts"):
+    with raises("model.classes", "counts"):
         fresh.method()
-    with pytest.raises(ValueError, match="3 classes and the net has 7"):
+    with raises("model.classes", 3, 7):
         fresh.method(torch.tensor([3, 2, 1]))
     method = fresh.method(torch.tensor([9, 8, 7, 6, 5, 4, 3]))
     batch = {"image": torch.stack([images(8, 6), images(8, 6)], dim=1), "label": torch.arange(6)}
     method.train()(batch)["loss"].backward()
     assert method.net.classifier.weight.grad.abs().sum() > 0 and method.queue.valid.sum() == 6
     assert fresh.net.to_timm().num_classes == 7
-    with pytest.raises(ValueError, match="at least 1"):
+    with raises("model.classes", "num_classes"):
         from_pretrained(tmp_path / "out", num_classes=0)
 
 
@@ -264,30 +265,31 @@ def test_plain_timm_starts_from_an_export_by_recipe(tmp_path):
 def test_a_text_that_was_changed_is_told_and_read(tmp_path, name):
     folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
     (folder / name).write_text((folder / name).read_text() + "\n")
-    with pytest.warns(UserWarning, match=f"{name} in .* was changed since it was written"):
+    with pytest.warns(UserWarning, match=name):
         assert from_pretrained(folder).class_names == NAMES
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "expected", "naming"),
     [
-        ({"input_size": None}, "cannot be read: 'NoneType' object is not iterable"),
-        ({"input_size": [3, 8, 10**9]}, "input_size in rescom.json must be three numbers from 1 to 8192"),
-        ({"options": {"checkpoint_path": "/tmp/x"}}, "resnet20_cifar has no option 'checkpoint_path'"),
-        ({"options": {"pretrained_cfg_overlay": {"file": "/tmp/x"}}}, "has no option 'pretrained_cfg_overlay'"),
-        ({"options": [1]}, "cannot be read"),
-        ({"class_names": None}, "cannot be read"),
-        ({"mean": [0.5]}, "mean in rescom.json must be three finite numbers, not"),
-        ({"backbone": "nothing"}, "timm has no model 'nothing'"),
-        (None, "rescom.json holds list, not dict"),
+        ({"input_size": None}, "model.unreadable", ["NoneType"]),
+        ({"input_size": [3, 8, 10**9]}, "model.details", ["input_size", 8192]),
+        ({"options": {"checkpoint_path": "/tmp/x"}}, None, ["resnet20_cifar", "checkpoint_path"]),
+        ({"options": {"pretrained_cfg_overlay": {"file": "/tmp/x"}}}, None, ["pretrained_cfg_overlay"]),
+        ({"options": [1]}, "model.unreadable", []),
+        ({"class_names": None}, "model.details", ["class_names"]),
+        ({"mean": [0.5]}, "model.details", ["mean", [0.5]]),
+        ({"backbone": "nothing"}, None, ["nothing"]),
+        (None, "file.format", ["rescom.json"]),
     ],
 )
-def test_details_that_cannot_be_are_told_in_a_line(tmp_path, change, expected):
+def test_invalid_details_are_refused(tmp_path, change, expected, naming):
     folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
     details = json.loads((folder / "rescom.json").read_text())
     (folder / "rescom.json").write_text(json.dumps([details] if change is None else {**details, **change}))
-    with pytest.raises(ValueError, match=expected), pytest.warns(UserWarning, match="rescom.json in"):
+    with pytest.warns(UserWarning, match="rescom.json"), pytest.raises(InputError) as caught:
         from_pretrained(folder)
+    assert expected in (None, caught.value.code) and all(str(part) in str(caught.value) for part in naming)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [\n", "a: &x 1\nb: *x\n", "data: {source: 1}\n"])
@@ -305,26 +307,26 @@ def test_damage_is_seen(tmp_path, name):
     content = bytearray((folder / name).read_bytes())
     content[-3] ^= 1
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} .*another sha256"):
+    with raises("model.damaged", name, folder):
         from_pretrained(folder)
     (folder / "hashes.json").unlink()
-    with pytest.raises(ValueError, match=r"hashes\.json cannot be read"):
+    with raises("model.damaged", "hashes.json"):
         from_pretrained(folder)
 
 
 def test_what_is_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with raises("file.missing", tmp_path / "nowhere", kind=FileNotFoundError):
         from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="neither a run's folder nor one exported"):
+    with raises("model.missing", tmp_path, "rescom.json"):
         from_pretrained(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with raises("model.missing", tmp_path / "run", kind=FileNotFoundError):
         from_pretrained(tmp_path / "run")
     run = make_run(tmp_path / "other")
     (run / "classes.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no classes\.json"):
+    with raises("model.missing", "classes.json", "--resume"):
         from_pretrained(run)
-    with pytest.raises(ValueError, match="3 class names .* 4 classes"):
+    with raises("model.classes", 3, 4):
         export(tiny("resnet20_cifar"), tmp_path / "x", NAMES[:3], (3, 8, 8))
 
 
@@ -332,10 +334,10 @@ def test_a_recipe_of_another_version_is_left_out(tmp_path):
     net = tiny("resnet20_cifar")
     export(net, tmp_path, NAMES, (3, 8, 8), counts=COUNTS)
     (tmp_path / "recipe.yaml").write_text("data: {source: digits}\nfuture: 1\n")
-    with pytest.warns(UserWarning, match="unknown key future"):
+    with pytest.warns(UserWarning, match="future"):
         model = from_pretrained(tmp_path)
     assert model.recipe is None and torch.equal(model.net.classify(images(8)), net.classify(images(8)))
-    with pytest.raises(ValueError, match="holds no recipe"):
+    with raises("model.missing", "recipe"):
         model.method()
 
 
@@ -411,7 +413,7 @@ def test_a_program_that_gives_other_logits_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.export, "load", lambda file: SimpleNamespace(module=lambda: lambda x: torch.zeros(len(x), 4))
     )
-    with pytest.raises(ValueError, match="exported program gives other logits than the net; not exported"):
+    with raises("model.export", "exported program"):
         export_program(tmp_path / "model", tmp_path / "out" / "net.pt2")
     assert not list((tmp_path / "out").iterdir())
 

@@ -24,6 +24,7 @@ from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import from_pretrained
 from tests.engine.child import recipe
 from tests.engine.made_up_run import COUNTS, NAMES, make_run, randomize
+from tests.raises import raises
 
 
 @pytest.fixture(scope="module")
@@ -156,26 +157,26 @@ def test_what_is_taken_off_is_what_was_drawn(tmp_path):
 
 @pytest.mark.parametrize("prior", [[1, 2, 3], [0, 0, 0, 0], [1, -1, 1, 1], [1, float("nan"), 1, 1], "even"])
 def test_priors_that_cannot_be(model, prior):
-    with pytest.raises(ValueError, match="prior must be 4"):
+    with raises("predict.prior", 4):
         rescom_timm.predict(model, [pixels()], prior=prior)
 
 
 def test_what_cannot_be_predicted(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no image"):
+    with raises("file.missing", "nothing.png", kind=FileNotFoundError):
         rescom_timm.predict(model, tmp_path / "nothing.png")
-    with pytest.raises(ValueError, match="no image in"):
+    with raises("predict.images", tmp_path, ".png"):
         rescom_timm.predict(model, tmp_path)
-    with pytest.raises(ValueError, match="no images to predict"):
+    with raises("predict.images"):
         rescom_timm.predict(model, [])
-    with pytest.raises(ValueError, match="must be a file, a folder"):
+    with raises("predict.images", "Split"):
         rescom_timm.predict(model, pixels())
-    with pytest.raises(ValueError, match="at least 1"):
+    with raises("predict.value", "top_k", 0):
         rescom_timm.predict(model, [pixels()], top_k=0)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with raises("file.missing", "no-model", kind=FileNotFoundError):
         rescom_timm.predict(tmp_path / "no-model", [pixels()])
     fresh = from_pretrained(make_run(tmp_path / "run", steps=(2,)), num_classes=3)
     assert rescom_timm.predict(fresh, [pixels()])[0].labels[0] in "012"
-    with pytest.raises(ValueError, match="give the prior as numbers"):
+    with raises("predict.prior", "counts"):
         rescom_timm.predict(fresh, [pixels()], prior="train")
 
 
@@ -271,20 +272,20 @@ def test_the_nearest_are_those_of_the_greatest_cosine(model):
 
 
 def test_what_is_no_file_of_embeddings(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file of embeddings"):
+    with raises("file.missing", tmp_path / "none", kind=FileNotFoundError):
         Embeddings.load(tmp_path / "none")
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no file of embeddings"):
+    with raises("predict.embeddings", tmp_path / "text"):
         Embeddings.load(tmp_path / "text")
     other = Embeddings(torch.rand(3, 5), torch.rand(3, 2), ["a", "b", "c"], ["", "", ""])
-    with pytest.raises(ValueError, match="have 5 features and the model"):
+    with raises("predict.embeddings", 5):
         rescom_timm.predict(model, [pixels()], among=other, nearest=1)
     replace(other, images=["a"]).save(tmp_path / "short")
-    with pytest.raises(ValueError, match="not as many as each other"):
+    with raises("predict.embeddings", tmp_path / "short"):
         Embeddings.load(tmp_path / "short")
-    with pytest.raises(ValueError, match="nearest and among belong together"):
+    with raises("predict.value", "nearest", "among"):
         rescom_timm.predict(model, [pixels()], nearest=1)
-    with pytest.raises(ValueError, match="no image could be read"):
+    with raises("predict.images"):
         broken = tmp_path / "broken.jpg"
         broken.write_bytes(b"no image")
         embed(model, [broken])

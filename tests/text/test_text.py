@@ -188,7 +188,7 @@ def test_a_revision_makes_an_address(source):
     ("source", "revision"), [("runs", "v1"), ("me/x@v2", "v1"), ("me/x", "a b"), (Path("me/x"), "v1")]
 )
 def test_revisions_that_cannot_be(source, revision):
-    with pytest.raises(ValueError, match="revision"):
+    with raises("hub.id", "revision"):
         at_revision(source, revision)
 
 

@@ -15,6 +15,7 @@ import benchmark
 from benchmarks import classes, scale, soak
 from benchmarks.soak import Life, Sample
 from rescom_timm.analysis import plots
+from tests.raises import raises
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_more_steps_than_there_are_batches_are_refused(alone, tmp_path):
     folder = tmp_path / "24x2"
     folder.mkdir()
     (folder / "recipe.json").write_text(json.dumps(scale.recipe_of(folder, 24, 2, 2)))
-    with pytest.raises(ValueError, match="lower --steps or train.batch_size"):
+    with raises("usage.arguments", "--steps", "train.batch_size"):
         scale.child(str(folder), 3, ["train.batch_size=8"])
 
 
@@ -231,7 +232,7 @@ def test_sizes_and_rows_of_lives(tmp_path, monkeypatch):
 def test_a_folder_with_a_soak_is_not_written_to(tmp_path, capsys):
     (tmp_path / "soak").mkdir()
     assert benchmark.main(["soak", "--folder", str(tmp_path)]) == 1
-    assert "holds a soak already" in capsys.readouterr().err
+    assert "error[file.exists]" in capsys.readouterr().err
 
 
 def test_a_soak_that_fails_leaves_no_run_behind(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.common import clocked, common_arguments, heading, keep, machine, peak, positive
 from rescom_timm.contrastive.mined import AT_ONCE, mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue
+from rescom_timm.errors import InputError
 from rescom_timm.losses import balanced_softmax
 
 PARTS = ("classifier", "contrast", "optimizer", "enqueue")
@@ -155,7 +156,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.views % 2 or min(options.classes) < 2:
-        raise ValueError("views come in pairs, and there are at least two classes: change --views or --classes")
+        raise InputError(
+            "usage.arguments", "views come in pairs, and there are at least two classes: change --views or --classes"
+        )
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     about = machine(options.device)

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 from rescom_timm.methods.experts import ExpertsNet
 from rescom_timm.models.net import Net, create_model
 
@@ -126,12 +127,15 @@ def measure(
     settings.
     """
     if min(batch_size, rounds, num_classes) < 1 or warm_up < 0 or min(experts, default=2) < 2:
-        raise ValueError("batch size, rounds and classes must be at least 1, warm-up at least 0, experts at least 2")
+        raise InputError(
+            "usage.arguments",
+            "batch size, rounds and classes must be at least 1, warm-up at least 0, experts at least 2",
+        )
     if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        raise InputError("usage.arguments", f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: say --device cpu")
+        raise InputError("usage.arguments", "torch finds no GPU: use --device cpu")
     options = options or {}
     plain = create_model(backbone, num_classes, projector=None, **options)
     cfg: dict[str, Any] = plain.encoder.pretrained_cfg  # type: ignore[assignment]

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from benchmarks.common import calls, clocked, common_arguments, heading, keep, machine, peak
 from rescom_timm.contrastive.mined import composed, mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue
+from rescom_timm.errors import InputError
 from rescom_timm.losses import balanced_softmax
 
 SIZES = ["10x64", "100x8", "365x8", "1000x4", "1000x8", "8142x4", "8142x8"]
@@ -213,9 +214,10 @@ def check_memory(sizes: list[tuple[int, int]]) -> None:
     for classes, per_class in sizes:
         needed, memory = 8 * classes * (classes - 1) * per_class, psutil.virtual_memory().total
         if needed > memory / 2:
-            raise ValueError(
+            raise InputError(
+                "usage.arguments",
                 f"--sizes {classes}x{per_class}: the yardstick's index alone would take {needed / 2**30:,.0f} GiB of "
-                f"this machine's {memory / 2**30:,.0f}; python tools/benchmark.py classes measures so many without it"
+                f"this machine's {memory / 2**30:,.0f}; python tools/benchmark.py classes measures so many without it",
             )
 
 

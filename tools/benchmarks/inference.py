@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rescom_timm.errors import InputError
+
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     from rescom_timm.io import parse_yaml, write_json
 
     if wrong := [word for word in options.options if "=" not in word]:
-        raise ValueError(f"{wrong[0]!r} is not key=value, such as img_size=384")
+        raise InputError("usage.arguments", f"{wrong[0]!r} is not key=value, such as img_size=384")
     bar = tqdm(bar_format="{desc}", leave=False)
     try:
         found = ensembles.measure(
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             note=bar.set_description_str,
         )
     except RuntimeError as error:  # of torch, for a net that does not take such images or does not fit the memory
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise InputError("usage.arguments", str(error).splitlines()[0]) from error
     finally:
         bar.close()
     for row in (record := found.record())["nets"]:

@@ -40,6 +40,7 @@ from PIL import Image
 
 from benchmarks.common import bytes_in, heading, keep, machine, positive
 from rescom_timm.data.index import Index
+from rescom_timm.errors import InputError
 
 PARTS = ("data", "build", "first step", "step", "evaluation", "written", "report")
 LINKS = 60_000
@@ -156,8 +157,9 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
     with parts.measured("build"):
         run = trainer.Trainer(recipe, trainer.launch(recipe), data, build_method(recipe, data, start=True))
     if len(run.loader) <= steps:
-        raise ValueError(
-            f"one more than {steps} steps are taken, of {len(run.loader)}: lower --steps or train.batch_size"
+        raise InputError(
+            "usage.arguments",
+            f"{steps} + 1 steps are measured, and an epoch has {len(run.loader)}: lower --steps or train.batch_size",
         )
     assert data.test is not None
     run.open(False)
@@ -188,7 +190,7 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
         "report": (run.folder / "figures" / "report.html").stat().st_size,
     }
     if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss}")
+        raise InputError("system.failed", f"the loss is {loss}")
     print(json.dumps({
         "rows": len(data.train.labels), "classes": len(data.counts), "tests": len(data.test.labels),
         "base": parts.base / 1e6, "seconds": parts.seconds, "wall": parts.wall, "megabytes": parts.megabytes,
@@ -211,7 +213,9 @@ def measure(folder: Path, rows: int, classes: int, options: argparse.Namespace) 
     environment = {**os.environ, "PYTHONPATH": tools, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise ValueError(f"{rows} rows, {classes} classes: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
+        raise InputError(
+            "system.failed", f"{rows} rows, {classes} classes: {(done.stderr.strip() or 'killed').splitlines()[-1]}"
+        )
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -252,7 +256,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     sizes = [(rows, classes) for classes in sorted(options.classes) for rows in sorted(options.rows) if rows >= classes]
     if not sizes or min(options.classes) < 2:
-        raise ValueError("each class needs an image, and there are at least two: fewer --classes, or more --rows")
+        raise InputError(
+            "usage.arguments", "each class needs an image, and there are at least two: fewer --classes, or more --rows"
+        )
     about = machine("cpu")
     print(
         f"{heading(about)}, timm {about['timm']}, {about['date']}\n# seconds of CPU time / megabytes at the peak "

@@ -32,6 +32,7 @@ import psutil
 
 from benchmarks.common import bytes_in, heading, keep, machine
 from rescom_timm.engine.run_folder import lines
+from rescom_timm.errors import InputError
 
 RECIPE = [
     "digits_lt", "name=soak", "net.backbone=resnet8_cifar", "train.epochs=1000000", "schedule.name=constant",
@@ -228,11 +229,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if os.name == "nt":
-        raise ValueError("soak sends POSIX signals, which Windows has not")
+        raise InputError("usage.arguments", "soak needs POSIX signals, which Windows does not have")
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = (options.folder or Path(temporary)).resolve()
         if (folder / "soak").exists():
-            raise ValueError(f"{folder} holds a soak already: name another --folder")
+            raise InputError("file.exists", f"{folder} already holds a soak: name another --folder")
         folder.mkdir(parents=True, exist_ok=True)
         return soak(options, folder)
 

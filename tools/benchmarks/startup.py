@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import keep, kept, machine, positive
 from rescom_timm.config.loading import find, load
+from rescom_timm.errors import InputError
 
 PARTS = ("interpreter", "imports", "data", "build", "first step")
 
@@ -49,7 +50,7 @@ def start(recipe: Path, overrides: list[str]) -> list[float]:
     begun = time.monotonic()  # the clock of all processes
     child = subprocess.run([sys.executable, "-c", CHILD, str(recipe), *overrides], capture_output=True, text=True)
     if child.returncode:
-        raise ValueError(f"{recipe}: {child.stderr.strip().splitlines()[-1]}")
+        raise InputError("system.failed", f"{recipe}: {child.stderr.strip().splitlines()[-1]}")
     times = [begun, *json.loads(child.stdout.splitlines()[-1])]
     return [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
 

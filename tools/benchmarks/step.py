@@ -40,6 +40,7 @@ from benchmarks.head import POSITIVES, TEMPERATURE, Yardstick
 from rescom_timm.config.recipe import OptimizerConfig, SpeedConfig
 from rescom_timm.engine.build import build_optimizer, speed_up
 from rescom_timm.engine.captured_step import CapturedStep
+from rescom_timm.errors import InputError
 from rescom_timm.inference.export import export
 from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
 from rescom_timm.methods.rescom import QueueConfig, ResCom, RescomConfig
@@ -208,7 +209,7 @@ def run(options: argparse.Namespace) -> int:
     check_backbone(options.backbone)
     gpu = options.device == "cuda"
     if options.precision == "fp16" and not gpu:
-        raise ValueError("--precision fp16 does nothing on a CPU; use bf16 or no")
+        raise InputError("usage.arguments", "--precision fp16 does nothing on a CPU; use bf16 or no")
     options.size = options.size or timm.get_pretrained_cfg(options.backbone.split(".")[0]).input_size[-1]
     options.batch = options.batch or (128 if gpu else 8)
     options.compile = COMPILE[options.compile]
