@@ -116,7 +116,7 @@ CODES = {
     "hub.size": "files on the Hub larger than what is read or than the free disk",
     "hub.damaged": "files on the Hub that do not have their hashes",
     # trained models and their exports
-    "model.missing": "a folder without a run, a checkpoint or an export",
+    "model.missing": "a folder or repository that holds no model, or not all files of one",
     "model.details": "values in rescom.json or classes.json that no export has",
     "model.unreadable": "an export that cannot be read",
     "model.damaged": "an export whose files do not have their hashes",

@@ -88,7 +88,7 @@ def corrupted(
     for kind in kinds:
         corruptions.check_kind(kind, KINDS if folder is None else folder.kinds)
     clean = _some(split, limit, seed)
-    source = corruptions.origin() if folder is None else f"read from {folder.folder.resolve().name}, as it is"
+    source = corruptions.origin() if folder is None else f"read from {folder.name}, as it is"
     setting = Setting(split.name, len(clean.labels), source, seed)
     if known is None or (known.setting, known.weights) != (setting, run.weights):
         numbers = _errors(run, run.loader(clean))
@@ -195,7 +195,7 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
 
 def path_of(run: Path, split: str, checkpoint: str, folder: Prepared | None = None) -> Path:
     """Where a run keeps a result."""
-    end = f"-{folder.folder.resolve().name}" if folder else ""
+    end = f"-{folder.name}" if folder else ""
     return run / _FOLDER / f"{split}-{checkpoint}{end}.json"
 
 

@@ -18,7 +18,9 @@ because the package takes no smaller.
 """
 
 import contextlib
+import hashlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -170,6 +172,12 @@ class Prepared:
     def kinds(self) -> list[str]:
         """The corruptions in the folder, in the benchmark's order."""
         return [*(kind for kind in KINDS if kind in self.places)]
+
+    @property
+    def name(self) -> str:
+        """The folder's name with a digest of its path: two folders of one name have separate results."""
+        path = self.folder.resolve()
+        return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
     def split(self, kind: str, severity: int) -> Split:
         """The images of a corruption and a severity, 1 to 5.

@@ -85,12 +85,12 @@ def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
 
 def stage_now(run: Path, config: HubConfig) -> Path:
     """Stage the run as it is; replaces an earlier staging of the same checkpoint. Raises MissingFileError
-    (model.missing) if there is no checkpoint."""
+    (checkpoint.missing) if there is no checkpoint."""
 
     def read() -> Path:
         newest = checkpoint.newest(run / "checkpoints")
         if newest is None:
-            raise MissingFileError("model.missing", f"{run} holds no checkpoint: name a run's folder")
+            raise MissingFileError("checkpoint.missing", f"{run} holds no checkpoint: name a run's folder")
         shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
         return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
 

@@ -70,7 +70,7 @@ def export(
     input_size: (3, H, W) of the images evaluated. counts: (K,) training images of each class. state: the method's
     tensors besides the net. about: further fields of rescom.json (plain JSON). plain=False leaves out timm's part.
     reading: how images are read before the evaluation policy; None: as in the recipe's loader, or the default.
-    Raises InputError: model.classes if class_names does not have K names, model.export for a net whose classifier timm
+    Raises InputError: model.classes if class_names does not have K names, net.export for a net whose classifier timm
     does not support (nothing is written then; plain=False exports for from_pretrained only).
     """
     folder = Path(folder)
@@ -130,7 +130,8 @@ def export_run(
     """Export a checkpoint of a run's folder: which = "best" (the last if none was selected), "last", or its name.
 
     weights: the trained ones (raw) or their average (ema); None: by train.ema.export. Raises CheckpointError if it has
-    no average, MissingFileError (model.missing) if the run has no checkpoint or no classes.json, InputError as export.
+    no average, MissingFileError if the run has no checkpoint
+    (checkpoint.missing) or no classes.json (model.missing), InputError as export.
     """
     run = Path(run)
     path, tensors, state = _checkpoint(run, which)
@@ -209,7 +210,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         if not path.is_dir():
             there = ", ".join(found.name for found in checkpoint.listed(run / "checkpoints")) or "none"
             message = f"{run} has no checkpoint {which!r}; it has {there}, and best and last"
-            raise MissingFileError("model.missing", message)
+            raise MissingFileError("checkpoint.missing", message)
         return path, *checkpoint.load(path)
     folder = run / "checkpoints"
 
@@ -217,7 +218,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         newest = checkpoint.newest(folder)
         if newest is None:
             message = f"{run} holds no checkpoint: name a run's folder, or wait for its first checkpoint"
-            raise MissingFileError("model.missing", message)
+            raise MissingFileError("checkpoint.missing", message)
         best = newest[2].get("progress", {}).get("best_checkpoint")
         if which == "last" or best in (None, newest[0].name):
             return newest
@@ -234,12 +235,12 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
 
 
 def _plain(net: Net, input_size: tuple[int, int, int]) -> nn.Module:
-    """net.to_timm(), with its logits compared on images of the evaluation size. Raises InputError (model.export)."""
+    """net.to_timm(), with its logits compared on images of the evaluation size. Raises InputError (net.export)."""
     model = net.to_timm()
     own = copy.deepcopy(net).cpu().float().eval()
     if not same_logits(model, own, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))):
         message = f"the plain timm model gives other logits on images of {input_size}; not exported"
-        raise InputError("model.export", message)
+        raise InputError("net.export", message)
     return model
 
 
@@ -255,7 +256,7 @@ def _head(model: nn.Module, net: Net) -> str:
                 return name
             if torch.equal(found, weight):
                 return name
-    raise InputError("model.export", "no single layer of the plain timm model is the classifier; not exported")
+    raise InputError("net.export", "no single layer of the plain timm model is the classifier; not exported")
 
 
 def _save_plain(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rescom_timm.analysis import robustness
 from rescom_timm.data import corruptions
 from rescom_timm.data.corruptions import COMMON, EXTRA, KINDS, SEVERITIES, Corrupt, corrupted_loader, prepared
 from rescom_timm.data.loaders import eval_loader
@@ -214,3 +215,19 @@ def test_a_folder_of_neither(tmp_path: Path) -> None:
         prepared(tmp_path, ["a"])
     with raises("file.missing", "absent"):
         prepared(tmp_path / "absent", ["a"])
+
+
+def test_two_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = []
+    for parent in ("a", "b"):
+        (tmp_path / parent / "CIFAR-10-C").mkdir(parents=True)
+        cifar_c(tmp_path / parent / "CIFAR-10-C")
+        names.append(prepared(tmp_path / parent / "CIFAR-10-C", list("abcd")).name)
+    assert names[0] != names[1] and all(name.startswith("CIFAR-10-C-") for name in names)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "CIFAR-10-C")
+    assert prepared(tmp_path / "link", list("abcd")).name == names[0]
+    paths = {
+        robustness.path_of(tmp_path, "test", "last", prepared(tmp_path / parent / "CIFAR-10-C", list("abcd")))
+        for parent in "ab"
+    }
+    assert len(paths) == 2

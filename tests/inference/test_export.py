@@ -138,7 +138,7 @@ def test_a_run_is_exported_with_its_best_checkpoint_and_its_queue(tmp_path):
     assert torch.equal(
         from_pretrained(export_run(run, tmp_path / "named", "step-00000002")).net.classifier.weight, first
     )
-    with raises("model.missing", "step-00000007", "step-00000002, step-00000004"):
+    with raises("checkpoint.missing", "step-00000007", "step-00000002, step-00000004"):
         export_run(run, tmp_path / "none", "step-00000007")
 
 
@@ -320,7 +320,7 @@ def test_what_is_no_model(tmp_path):
     with raises("model.missing", tmp_path, "rescom.json"):
         from_pretrained(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with raises("model.missing", tmp_path / "run", kind=FileNotFoundError):
+    with raises("checkpoint.missing", tmp_path / "run", kind=FileNotFoundError):
         from_pretrained(tmp_path / "run")
     run = make_run(tmp_path / "other")
     (run / "classes.json").unlink()
