@@ -1,4 +1,4 @@
-"""Measure the speed and memory of parts, side by side in one run: contenders take turns, figures are medians.
+"""Measure the speed and memory of parts, side by side in one run: contenders alternate, times are medians.
 
     python tools/benchmark.py head                   # the contrastive part of a step, embeddings given
     python tools/benchmark.py classes                # what 10,000 to 1,000,000 classes cost a step
@@ -41,19 +41,19 @@ PARTS = {
 """Files of benchmarks/, each imported when its part is asked for."""
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    words = sys.argv[1:] if words is None else words
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = new_parser(__doc__, prog, "python tools/benchmark.py step resnet8_cifar --classes 10 100 --batch 32")
     commands = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, summary in PARTS.items():
         one = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name in words[:1]:
-            if not {"-h", "--help"} & set(words):
+        if name in arguments[:1]:
+            if not {"-h", "--help"} & set(arguments):
                 first_line()
             part = import_module(f"benchmarks.{name}")
             one.description = part.__doc__
             part.arguments(one)
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
 
     def work() -> int:
         import torch

@@ -1,10 +1,9 @@
-"""The model card: written from what a run recorded, in sections that we own and a person may take over.
+"""The model card, regenerated at each push; the user's edits are kept.
 
-A section stands between <!-- rescom_timm:NAME HASH --> and <!-- /rescom_timm:NAME -->. A new push rewrites it, unless a
-person changed what is between (its hash is another then) or removed it; text outside the sections is never touched. In
-the header (YAML) our keys are written anew and all others stay. The text is the template text/card.md, where all that
-a run recorded is escaped; of several end markers that with the right hash counts, so that nothing within a section can
-pass for its end.
+A section is between <!-- rescom_timm:NAME HASH --> and <!-- /rescom_timm:NAME -->. A push rewrites it unless its text
+was edited (the hash differs) or removed; text outside the sections stays. In the YAML header our keys are rewritten and all
+others stay. The template text/card.md escapes all values; of several end markers the one where the hash matches counts,
+so that no value can fake the end of a section.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ PAPERS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells of a run. Empty where the run did not record it."""
+    """The values of a card; empty if the run did not record them."""
 
     repo: str
     recipe: dict[str, Any]
@@ -62,9 +61,9 @@ class Facts:
     figures: list[str] = field(default_factory=list)
     license: str | None = None
     contrast: dict[str, float] = field(default_factory=dict)
-    """What the log says last of the contrastive branch; see engine.collapse.last_state."""
+    """The last logged state of the contrastive branch; see engine.collapse.last_state."""
     plain_reason: str = ""
-    """Why plain timm cannot read the model; "" where it can."""
+    """Why plain timm cannot read the model; "" if it can."""
 
     @property
     def name(self) -> str:
@@ -85,7 +84,7 @@ class Facts:
 
     @property
     def dataset(self) -> str | None:
-        """The id on the Hub of the data set, None for anything else."""
+        """The Hub id of the data set; None for other sources."""
         try:
             found = hub_id(str(self.recipe["data"]["source"]))
         except ValueError:
@@ -93,7 +92,7 @@ class Facts:
         return found and found.partition("@")[0]
 
     def accuracy(self) -> float | None:
-        """Top-1 in percent on the test split, of the checkpoint exported where that was evaluated."""
+        """Top-1 in percent on the test split, of the exported checkpoint if it was evaluated."""
         exported = "-ema" if self.details.get("weights") == "ema" else ""
         for name in (f"test-best{exported}", f"test-last{exported}"):
             if name in self.evaluations:
@@ -102,11 +101,11 @@ class Facts:
 
 
 SHOWN = ("longtail", "confusion", "curves")
-"""The figures that a card shows, where they are there; others are in the repository."""
+"""The plots that a card shows, if the run has them; others are in the repository."""
 
 
-def _telling(names: Iterable[str]) -> list[str]:
-    """At most one picture of each of SHOWN; of other figures the first three, where none of those is there."""
+def _shown(names: Iterable[str]) -> list[str]:
+    """At most one plot of each of SHOWN; without any, the first three others."""
     names = sorted(name for name in names if CHANGED not in name)
     chosen = [next((name for name in names if name.startswith(start)), "") for start in SHOWN]
     return [name for name in chosen if name] or names[: len(SHOWN)]
@@ -115,7 +114,7 @@ def _telling(names: Iterable[str]) -> list[str]:
 def read_facts(
     run: Path, export: Path, repo: str, license: str | None = None, plain_reason: str = ""
 ) -> Facts:  # fmt: skip
-    """Facts of a run's folder (or its staged copy) and the export of it, with environment.json as it may be told."""
+    """Facts of a run's folder (or its staged copy) and its export, with the published environment.json."""
     own = sorted(path for path in run.glob("evaluation/*.json") if CHANGED not in path.name)
     evaluations = {path.stem: read_json(path) for path in own}
     evaluations = {name: record for name, record in evaluations.items() if isinstance(record.get("numbers"), dict)}
@@ -125,7 +124,7 @@ def read_facts(
         environment=_json(export / "environment.json"),
         details=_json(export / "rescom.json"),
         evaluations=evaluations or _during_training(run / "metrics.jsonl"),
-        figures=_telling(path.name for path in run.glob("figures/*.png")),
+        figures=_shown(path.name for path in run.glob("figures/*.png")),
         license=license,
         contrast=last_state(lines(run / "metrics.jsonl")),
         plain_reason=plain_reason,
@@ -133,7 +132,7 @@ def read_facts(
 
 
 def write(facts: Facts, before: str | None = None) -> str:
-    """The text of a card. before: the card that is there already, whose other parts are kept."""
+    """The text of a card. before: the present card, whose other parts are kept."""
     header, body = _split(before or "")
     if not body.strip():
         body = f"# {markdown(facts.name)}\n"
@@ -147,7 +146,7 @@ def write(facts: Facts, before: str | None = None) -> str:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    """The YAML header and the rest; a header that is no mapping counts as none."""
+    """The YAML header and the rest; a header that is not a mapping is ignored."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", card, re.DOTALL)
     if match is None:
         return {}, card
@@ -181,7 +180,7 @@ def _header(facts: Facts, before: dict[str, Any]) -> str:
 
 
 def _without_none(tree: Any) -> Any:
-    """Also without control characters."""
+    """The tree without None values and control characters."""
     if isinstance(tree, dict):
         return {key: _without_none(value) for key, value in tree.items() if value is not None}
     if isinstance(tree, list):
@@ -198,7 +197,7 @@ def _base_model(facts: Facts) -> str | None:
 
 
 def _results(facts: Facts) -> list[EvalResult]:
-    """What was measured on the test split, in the Hub's model-index format."""
+    """Results on the test split, in the Hub's model-index format."""
     return [
         EvalResult(
             task_type="image-classification",
@@ -262,12 +261,6 @@ def _sections(facts: Facts) -> dict[str, str]:
     return {name: render("card.md", section=name, **values).strip("\n") for name in names}
 
 
-def _pixels(facts: Facts) -> str:
-    """Which images other readers see otherwise than rescom_timm, and so than training."""
-    reading = ReadConfig.of(facts.details.get("reading", {}))
-    return render("card.md", section="pixels", reading=reading).strip()
-
-
 def _groups(facts: Facts) -> list[str]:
     rules = group_rules(facts.limits)
     return [
@@ -283,7 +276,7 @@ def _time(seconds: float) -> str:
 
 
 def _during_training(path: Path) -> dict[str, dict[str, Any]]:
-    """The last evaluation in metrics.jsonl, for a card that is written before the run's end."""
+    """The last evaluation in metrics.jsonl, for a card written before the run ends."""
     for line in reversed(lines(path)):
         splits = {key.split("/")[0] for key in line if key.startswith(("test/", "validation/"))}
         if splits:
@@ -308,7 +301,7 @@ def _block(name: str, text: str) -> str:
 
 
 def _found(body: str) -> dict[str, slice]:
-    """Where the sections stand that nobody changed. A section ends where its text has the hash of its start."""
+    """The positions of unedited sections. A section ends where the hash of its text equals that of its start."""
     found: dict[str, slice] = {}
     position = 0
     while start := re.compile(r"<!-- rescom_timm:(\w+) (\w+) -->\n").search(body, position):

@@ -203,7 +203,7 @@ def test_what_should_not_be_is_told():
     assert soak.wrongs([good], epochs, ["step-00000009"]) == []
     told = {
         "no epoch was trained": ([good], [], []),
-        "an epoch is missing or told twice": ([good], [1, 2, 2], []),
+        "an epoch is missing or logged twice": ([good], [1, 2, 2], []),
         "a run ended by itself": ([life([0], [1.0], "itself")], epochs, []),
         "processes were left over": ([life([0], [1.0], left_over=1)], epochs, []),
         "memory grew by more than 30 MiB in a life": ([life(list(range(60)), np.linspace(900, 960, 60))], epochs, []),

@@ -11,7 +11,7 @@ held          bytes that stay: weights, momentum, queue; on paper 8 K (F + 1) + 
 peak          bytes of a step on top: logits 4 N K with the most of: similarities and maxima of their groups 16/3 N K Q
               (of at most 2^28 at a time), what Balanced Softmax makes of the logits 12 N K, and gradients of logits and
               weights 4 N K + 4 K (F + 1)
-milliseconds  on paper a + b K, through the two smallest numbers of classes: the largest tells whether it is so
+milliseconds  on paper a + b K, through the two smallest numbers of classes: the largest checks it
 cut           the same K on P processes. whole: each has all classes and its N / P views, as now. shard: each has K / P
               classes and sees all N views, as a classifier and a queue cut by class would; without what they would send
 """
@@ -173,9 +173,9 @@ def run(options: argparse.Namespace) -> int:
     rows = []
     for classes in sorted(options.classes):
         rows.append(row := measure(classes, options))
-        figures = [row["milliseconds"][part] for part in PARTS]
-        figures += [row[of][kind] / 1e6 for kind in ("held", "peak") for of in ("bytes", "on_paper")]
-        print(f"{classes:>9} " + " ".join(f"{figure:>14.1f}" for figure in figures), flush=True)
+        cells = [row["milliseconds"][part] for part in PARTS]
+        cells += [row[of][kind] / 1e6 for kind in ("held", "peak") for of in ("bytes", "on_paper")]
+        print(f"{classes:>9} " + " ".join(f"{figure:>14.1f}" for figure in cells), flush=True)
     for row, expected in zip(rows, predicted(rows), strict=True):
         if expected is not None:
             row["expected"] = expected

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rescom_timm.io import write_text
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler tells each start and stop on stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints each start and stop
 
 
 def common_arguments(parser: argparse.ArgumentParser, repetitions: int, device: str = "cpu, cuda") -> None:
@@ -118,7 +118,7 @@ def peak(step: Callable[[], object], device: str) -> int:
 def bytes_in(folder: Path) -> int:
     """Of the files of a folder that may be written to, in which files and folders come and go."""
     held = 0
-    for place, _, names in os.walk(folder):  # which passes over a folder that has gone
+    for place, _, names in os.walk(folder):  # os.walk skips a removed folder
         for name in names:
             with suppress(FileNotFoundError):
                 held += os.stat(f"{place}/{name}").st_size
@@ -145,7 +145,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def heading(about: dict[str, Any]) -> str:
-    """The first words of a table: where it was measured."""
+    """The heading of a table: where it was measured."""
     return (
         f"# {about['device']}, {about['threads']} thread(s) of {about['cores']} cores, load {about['load']}, "
         f"torch {about['torch']}"
@@ -153,7 +153,7 @@ def heading(about: dict[str, Any]) -> str:
 
 
 def keep(options: argparse.Namespace, what: str, record: dict[str, Any]) -> None:
-    """Write the record as --json says. what: measured, part of the name of a dated file."""
+    """Write the record to --json. what: the name of the part, for a dated file."""
     if not options.json:
         return
     path = Path(options.json)
@@ -165,5 +165,5 @@ def keep(options: argparse.Namespace, what: str, record: dict[str, Any]) -> None
 
 
 def kept(overrides: list[str]) -> list[str]:
-    """What a record tells of key=value words: not where on this machine the data are."""
+    """The key=value overrides for a record, without paths of this machine."""
     return [word for word in overrides if not word.startswith("data.source=")]

@@ -12,7 +12,7 @@ floor        one (N x S) product and torch.topk over it (no loss, no gradient, n
 
 Contenders take turns on the same new batch. Embeddings are random unit vectors.
 
-Tried for `mined` on a CPU and not worth it (one core, 512 views, S = 4000 unless said otherwise; topk itself 16 ms):
+Tried for `mined` on a CPU and not worth it (one core, 512 views, S = 4000 unless stated otherwise; topk itself 16 ms):
 two-level top-k below S = 12 Qn (19 ms against 17); masking or clamping what is below the least group maximum before
 topk (21 to 25); topk on floats (25; on their bits as integers 17); kthvalue (32); sort (150); groups as large as a
 class, maxima along the last dimension (17 ms against 3 for strided groups at S = 32568); chunks of 16 queries (up to
@@ -180,7 +180,7 @@ def measure_head(
 
 def peaks(head: Head, z: Tensor, y: Tensor, features: int, device: str) -> dict[str, float]:
     """MB (10^6 bytes) that each contender's head needs at its peak above the plain one (linear, Balanced Softmax,
-    backward). The contrastive loss is taken first: its temporaries are gone when the logits come."""
+    backward). The contrastive loss comes first: its temporaries are freed before the logits."""
     linear = nn.Linear(features, head.classes).to(device)
     counts = torch.ones(head.classes, device=device)
     x = torch.randn(len(z), features, device=device)
@@ -240,10 +240,10 @@ def run(options: argparse.Namespace) -> int:
                                options.device, options.features)  # fmt: skip
             rows.append(row)
             ms, over = row["milliseconds"], row["peak_over_plain"]
-            figures = [*(ms[name] for name in names), row["yardstick_over_mined"], row["mined_over_floor"]]
+            cells = [*(ms[name] for name in names), row["yardstick_over_mined"], row["mined_over_floor"]]
             counted = row["calls"]["mined"], row["synchronisations"]["mined"]
             print(f"{classes:>5} {per_class:>3} {views:>5} {negatives:>4} "
-                  + " ".join([*(f"{figure:>11.2f}" for figure in figures), *(f"{number:>11}" for number in counted),
+                  + " ".join([*(f"{figure:>11.2f}" for figure in cells), *(f"{number:>11}" for number in counted),
                               *(f"{over[name]:>11.1f}" for name in ("mined", "mined/c", "yardstick"))]),
                   flush=True)  # fmt: skip
     keep(options, "head", {**about, "rows": rows})

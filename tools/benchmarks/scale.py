@@ -13,7 +13,7 @@ data          recipe and list to the rows of both splits, missing files and over
 build         net, queue, loaders; the headers of all test images are read
 first step    order of the epoch, first batch, forward, backward, optimizer
 step          one of the steps after it, the mean
-evaluation    --tests images and all their figures
+evaluation    --tests images and all metrics
 written       the evaluation's files, a checkpoint
 report        the pictures from a run's files, their CSV and the HTML page
 """
@@ -121,7 +121,7 @@ class Parts:
 
 
 def forget_peak() -> None:
-    """Linux keeps a process's peak until it is told to forget it; elsewhere the peak is of all so far."""
+    """Reset the process's peak memory on Linux; elsewhere the peak is that of all parts so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -140,7 +140,7 @@ def peak_resident() -> int:
 
 
 def child(folder: str, steps: int, overrides: list[str]) -> None:
-    """Measure the recipe in `folder` and print the figures as the last line."""
+    """Measure the recipe in `folder` and print the results as the last line."""
     from rescom_timm.analysis.plots import FROM_FILES
     from rescom_timm.analysis.run_files import RunFolder
     from rescom_timm.analysis.writing import write_figures
@@ -173,15 +173,15 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
     run.progress.step = 1 + steps
     with parts.measured("evaluation"):
         meter = evaluate(run.accelerator, run.net, run.eval_loaders["test"], data.counts)
-        figures = meter.compute()
+        metrics = meter.compute()
     with parts.measured("written"):
         record = trainer.about(data.test, "last", "not selected", data.class_names)
         write(run.folder, "test-last", meter, record)
-        run._write({f"test/{name}": value for name, value in figures.items()})
+        run._write({f"test/{name}": value for name, value in metrics.items()})
         run.save()
     run.close()
     with parts.measured("report"):
-        drawn = [str(told) for told in write_figures([RunFolder(run.folder)], [*FROM_FILES, "report"])]
+        drawn = [str(line) for line in write_figures([RunFolder(run.folder)], [*FROM_FILES, "report"])]
     sizes = {
         "list": Path(recipe.data.index).stat().st_size,
         "evaluation": bytes_in(run.folder / "evaluation"),
@@ -195,7 +195,7 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
         "rows": len(data.train.labels), "classes": len(data.counts), "tests": len(data.test.labels),
         "base": parts.base / 1e6, "seconds": parts.seconds, "wall": parts.wall, "megabytes": parts.megabytes,
         "files": {name: bytes_ / 1e6 for name, bytes_ in sizes.items()},
-        "not_drawn": [told for told in drawn if told.startswith("no ")],
+        "not_drawn": [line for line in drawn if line.startswith("no ")],
     }))  # fmt: skip
 
 
@@ -272,13 +272,13 @@ def run(options: argparse.Namespace) -> int:
         table: list[dict[str, Any]] = []
         for rows, classes in sizes:
             table.append(measure(folder / f"{rows}x{classes}", rows, classes, options))
-            told(f"{rows:>9} {classes:>7}", {part: cell(table[-1], part) for part in PARTS})
+            print_row(f"{rows:>9} {classes:>7}", {part: cell(table[-1], part) for part in PARTS})
     grown = [*growth(table, "rows"), *growth(table, "classes")]
     for line in grown:
         other = "classes" if line["by"] == "rows" else "rows"
         print(f"growth from {line['from']:,} to {line['to']:,} {line['by']}, {line[other]:,} {other}:")
         both = {part: [two_digits(line[kind][part]) for kind in ("seconds", "megabytes")] for part in PARTS}
-        told(" " * 17, {part: " / ".join(exponents) for part, exponents in both.items()})
+        print_row(" " * 17, {part: " / ".join(exponents) for part, exponents in both.items()})
     for row in table:
         print(f"files of {row['rows']:,} rows, {row['classes']:,} classes, MB: "
               + ", ".join(f"{name} {value:.1f}" for name, value in row["files"].items()))  # fmt: skip
@@ -286,7 +286,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def told(start: str, cells: dict[str, str]) -> None:
+def print_row(start: str, cells: dict[str, str]) -> None:
     print(start + " " + " ".join(f"{cells[part]:>15}" for part in PARTS), flush=True)
 
 

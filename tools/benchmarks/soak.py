@@ -7,7 +7,7 @@ A small net trains with a loader's worker, an evaluation every tenth epoch, a ch
 is ended by SIGKILL, SIGTERM or SIGINT again and again. Each life is watched: resident memory of the process and of it
 with its children, open files, processes, and the sizes of the run's folder; all samples stand in FOLDER/samples.jsonl.
 Slopes are least squares within each life after its warm-up, over all lives together. Ends with status 1 where memory or
-open files grow, processes are left over, or an epoch is missing or told twice. Not for Windows, which has no such
+open files grow, processes are left over, or an epoch is missing or logged twice. Not for Windows, which has no such
 signals.
 """
 
@@ -175,18 +175,18 @@ def session(leader: int) -> list[int]:
 
 
 def epochs_done(folder: Path) -> int:
-    """Epochs told in metrics.jsonl."""
+    """Number of epochs in metrics.jsonl."""
     path = folder / "soak" / "metrics.jsonl"
     return path.read_text().count('"train/loss"') if path.exists() else 0
 
 
 def wrongs(lives: list[Life], epochs: list[int], checkpoints: list[str]) -> list[str]:
-    """What should not have been. epochs: as metrics.jsonl tells them. checkpoints: names in their folder."""
+    """Problems of a soak. epochs: as in metrics.jsonl. checkpoints: names in their folder."""
     growths = [growth for life in lives if (growth := life.growth()) is not None]
     files = [[one.files for one in life.samples] for life in lives]
     found = {
         "no epoch was trained": not epochs,
-        "an epoch is missing or told twice": epochs != list(range(1, len(epochs) + 1)),
+        "an epoch is missing or logged twice": epochs != list(range(1, len(epochs) + 1)),
         "a run ended by itself": any(life.ended_by == "itself" for life in lives),
         "processes were left over": any(life.left_over for life in lives),
         f"memory grew by more than {MOST_GROWTH:.0f} MiB in a life": any(growth > MOST_GROWTH for growth in growths),
@@ -194,7 +194,7 @@ def wrongs(lives: list[Life], epochs: list[int], checkpoints: list[str]) -> list
         "files of a checkpoint were left over": any(name.startswith(".") for name in checkpoints)
         and lives[-1].ended_by != "SIGKILL",
     }
-    return [said for said, bad in found.items() if bad]
+    return [problem for problem, bad in found.items() if bad]
 
 
 def summary(lives: list[Life]) -> list[dict[str, Any]]:
@@ -265,8 +265,8 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
 
 
 def report(options: argparse.Namespace, folder: Path, lives: list[Life], about: dict[str, Any]) -> int:
-    told = lines(folder / "soak" / "metrics.jsonl")
-    epochs = [line["epoch"] for line in told if "train/loss" in line]
+    logged = lines(folder / "soak" / "metrics.jsonl")
+    epochs = [line["epoch"] for line in logged if "train/loss" in line]
     saved = folder / "soak" / "checkpoints"
     checkpoints = sorted(path.name for path in saved.iterdir()) if saved.is_dir() else []
     slopes = {
@@ -280,7 +280,7 @@ def report(options: argparse.Namespace, folder: Path, lives: list[Life], about: 
     growing = {name: None if one is None else round(one * unit, 4) for name, (one, unit) in slopes.items()}
     found = wrongs(lives, epochs, checkpoints)
     ways = {kind: sum(life.ended_by == kind for life in lives) for kind in sorted({life.ended_by for life in lives})}
-    evaluations = sum("test/top1" in line for line in told)
+    evaluations = sum("test/top1" in line for line in logged)
     print(f"{len(lives)} lives, ended by {ways}; {len(epochs)} epochs, {evaluations} evaluations; checkpoints: "
           f"{', '.join(checkpoints)}\nslopes after {WARM_UP} epochs of each life:")  # fmt: skip
     for name, value in growing.items():

@@ -46,7 +46,7 @@ print(json.dumps(times))
 
 
 def start(recipe: Path, overrides: list[str]) -> list[float]:
-    """Seconds of each part in one child process. Raises ValueError with the last line that a child that fails says."""
+    """Seconds of each part in one child process. Raises InputError with the last line of stderr of a failed child."""
     begun = time.monotonic()  # the clock of all processes
     child = subprocess.run([sys.executable, "-c", CHILD, str(recipe), *overrides], capture_output=True, text=True)
     if child.returncode:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     overrides = [word for word in options.words if "=" in word]
     recipes = [find(word) for word in options.words if "=" not in word] or [find("digits_lt")]
     for recipe in recipes:
-        load(recipe, overrides)  # what is wrong is told before a process is started
+        load(recipe, overrides)  # errors come before a process is started
     about = machine(options.device)
     print(f"# {about['device']}, {about['cores']} cores, load {about['load']}, torch {about['torch']}, {about['date']}"
           f"; seconds, medians of {options.repetitions}")  # fmt: skip

@@ -215,7 +215,7 @@ def run(options: argparse.Namespace) -> int:
     options.compile = COMPILE[options.compile]
     options.steps = options.steps or (10 if gpu else 1)
     for classes in options.classes:
-        rescom_config(options, classes)  # what cannot be is told before minutes are spent
+        rescom_config(options, classes)  # errors come before minutes are spent
     about = {
         **machine(options.device),
         **{key: getattr(options, key) for key in ("backbone", "size", "batch", "dim", "precision", "channels_last",
