@@ -1,8 +1,8 @@
 """The model card, regenerated at each push; the user's edits are kept.
 
 A section is between <!-- rescom_timm:NAME HASH --> and <!-- /rescom_timm:NAME -->. A push rewrites it unless its text
-was edited (the hash differs) or removed; text outside the sections stays. In the YAML header our keys are rewritten and all
-others stay. The template text/card.md escapes all values; of several end markers the one where the hash matches counts,
+was edited (the hash differs) or removed; text outside the sections stays. In the YAML header our keys are rewritten and
+all others stay. The template text/card.md escapes all values; of several end markers the one whose hash matches counts,
 so that no value can fake the end of a section.
 """
 

@@ -204,7 +204,7 @@ def test_a_net_that_timm_has_no_place_for(tmp_path):
     assert not (run / "model" / "config.json").exists()
     model = from_pretrained(run)
     assert model.net.classify(images(8)).shape == (3, 4) and model.method().net is model.net
-    with raises("model.unreadable", run):
+    with raises("net.mismatch", run):
         from_pretrained(run, num_classes=5)
 
 
