@@ -35,6 +35,7 @@ from rescom_timm.engine.build import Weights
 from rescom_timm.engine.evaluate import data_of, evaluate_run
 from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
+from rescom_timm.errors import InputError
 from rescom_timm.fitting.fit import Interrupted
 from rescom_timm.fitting.fit import fit as fit_images
 from rescom_timm.fitting.plan import FitOptions
@@ -54,8 +55,10 @@ Format = Literal["timm", "onnx", "torch"]
 
 
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
-    """Train, evaluate, save, export and push as the recipe says; returns the run's folder. See training.trainer.train
-    for the arguments and what is raised."""
+    """Train, evaluate, save, export and push as the recipe says; returns the run's folder.
+
+    Arguments and errors are those of engine.trainer.train.
+    """
     with first_weights(recipe) as first:
         return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe), first)
 
@@ -68,34 +71,33 @@ def train(
     resume: bool = False,
     **sections: Any,
 ) -> Run:
-    """Train a recipe and come back with its run.
+    """Train a recipe and return its run.
 
-    recipe: a file, the name of a recipe that comes with the package ("digits_lt"), a Recipe, or nested plain values.
-    None: for a dataset what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights,
-    which are downloaded unless sections name another backbone; a split validation or val chooses the best checkpoint),
-    else the defaults.
-    dataset: a datasets.DatasetDict with the splits train and test (or those that the recipe names), or one Dataset, of
-    which a fifth of each class is kept for testing; instead of the recipe's data.source. A torch Dataset of
-    (image, label) may stand for a Dataset, a dict of them for a DatasetDict.
-    sections: parts of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
-    overrides: the same as on the command line, "train.epochs=30".
+    recipe: a file, the name of a recipe in this package ("digits_lt"), a Recipe, or nested plain values. None: with a
+    dataset, what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights, which are
+    downloaded unless sections name another backbone; a split validation or val selects the best checkpoint), else the
+    defaults.
+    dataset: replaces the recipe's data.source. A datasets.DatasetDict with the splits train and test (or those that the
+    recipe names), or one Dataset, of which a fifth of each class is kept for testing. A torch Dataset of (image, label)
+    can replace a Dataset, a dict of them a DatasetDict.
+    sections: sections of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
+    overrides: as on the command line, "train.epochs=30".
     resume: continue the last run of the recipe's name, if there is one.
 
-    Raises RecipeError for a recipe that cannot be run, ValueError and FileNotFoundError for the data, and what else
-    training.trainer.train does.
+    Raises RecipeError for an invalid recipe, InputError and MissingFileError for the data, and as engine.trainer.train.
     """
-    words = [*_words(sections), *overrides]
+    overrides = [*_as_overrides(sections), *overrides]
     if dataset is not None:
-        words = [f"data.source={MEMORY}", *_splits(dataset, words), *words]
+        overrides = [f"data.source={MEMORY}", *_single_split(dataset, overrides), *overrides]
     if isinstance(recipe, Recipe):
         recipe = recipe.to_dict()
     with in_memory(dataset):
         if recipe is None and dataset is not None:
-            resolved = _proposed(dataset, words)
+            resolved = _proposed(dataset, overrides)
         elif recipe is None or isinstance(recipe, Mapping):
-            resolved = load_dict(dict(recipe or {}), "recipe", words)
+            resolved = load_dict(dict(recipe or {}), "recipe", overrides)
         else:
-            resolved = load(recipe, words)
+            resolved = load(recipe, overrides)
         return Run(train_recipe(resolved, resume), dataset)
 
 
@@ -113,22 +115,21 @@ def fit(
     overrides: Sequence[str] = (),
     **images: Any,
 ) -> Run:
-    """The best model for images in a time budget, as `rescom-timm fit`; returns its run.
+    """Train the best model for these images in a time budget, as `rescom-timm fit` does; returns its run.
 
-    source: a folder, a list, a recipe or a Hub id, or a data set as of `train`. minutes: wall clock, without downloads.
-    backbone: timm names, of which the best by its head goes on; by device and minutes by default. size: pixels of a
-    side that the net sees. weights_file: of the backbone; "none" trains from scratch. use_validation: fit on the
-    validation images too, at the end. output: the run's folder; runs/NAME by default. overrides: key=value over a
+    source: a folder, a list, a recipe or a Hub id, or a data set as for `train`. minutes: wall clock, without
+    downloads. backbone: timm names, of which the one with the best head is trained (default: by device and minutes).
+    size: side of the input in pixels. weights_file: of the backbone; "none" trains from scratch. use_validation: fit on
+    the validation images too, at the end. output: the run's folder (default: runs/NAME). overrides: key=value over a
     recipe. images: list, split, test_split, subset, validation and the columns, as the options of the command.
 
-    After Ctrl-C the run is the best so far, and the same call goes on. Raises ValueError with a code of
-    rescom_timm.errors (fit.minutes, fit.weights ...), KeyboardInterrupt before there is a head, and what reading the
-    data raises.
+    After Ctrl-C the run is the best so far, and the same call resumes. Raises InputError (fit.minutes, fit.weights
+    ...), KeyboardInterrupt before there is a head, and as reading the data does.
     """
     memory = not isinstance(source, str | Path)
     if memory:
-        words = dict(word.removeprefix("data.").split("=") for word in _splits(source, []))
-        images = {"split": words.get("train", "train"), "test_split": words.get("train", "test"), **images}
+        single = dict(each.removeprefix("data.").split("=") for each in _single_split(source, []))
+        images = {"split": single.get("train", "train"), "test_split": single.get("train", "test"), **images}
     names, file = (
         (backbone,) if isinstance(backbone, str) else tuple(backbone),
         None if weights_file is None else str(weights_file),
@@ -148,32 +149,34 @@ def fit(
     return Run(folder, dataset)
 
 
-def _proposed(dataset: InMemory, words: Sequence[str]) -> Recipe:
-    """What `rescom-timm init` proposes for the data set in memory, below the words. Where they name a backbone, nothing
-    of the proposed net is taken, such as its pretrained weights."""
-    said = [word.partition("=")[0].strip() for word in words]
-    config = load_dict({}, "recipe", [word for word in words if word.startswith(("data.", "data="))]).data
+def _proposed(dataset: InMemory, overrides: Sequence[str]) -> Recipe:
+    """The recipe that `rescom-timm init` proposes for a data set in memory, with these overrides.
+
+    If they name a backbone, the proposed net section is dropped, with its pretrained weights.
+    """
+    keys = {override.partition("=")[0].strip() for override in overrides}
+    config = load_dict({}, "recipe", [each for each in overrides if each.startswith(("data.", "data="))]).data
     names = list(dataset) if isinstance(dataset, Mapping) else [config.train]
-    if "test" not in names and config.train in names and not {"data", "data.test"} & set(said):
+    if "test" not in names and config.train in names and not {"data", "data.test"} & keys:
         print("the data set has no split 'test': a fifth of each class is kept for testing (data.test=holdout(0.2))")
         config = replace(config, test="holdout(0.2)")
     spare = [name for name in names if name not in (config.train, config.test, *SPLIT.findall(config.validation))]
-    if not {"data", "data.validation"} & set(said) and (found := {"validation", "val"}.intersection(spare)):
+    if not {"data", "data.validation"} & keys and (found := {"validation", "val"}.intersection(spare)):
         config = replace(config, validation=f"split({max(found, key=len)})")
         spare.remove(max(found, key=len))
     if spare:
         print(f"left out: the splits {', '.join(spare)} of the data set (data.train, data.test, data.validation)")
     tree = parse_yaml(recipe_for(load_data(config), config, MEMORY))
-    del tree["method"]["negatives"]  # which follows from K and Q, and the words may name another Q
-    if {"net", "net.backbone"} & set(said):
+    del tree["method"]["negatives"]  # depends on K and Q, and the overrides may set another Q
+    if {"net", "net.backbone"} & keys:
         del tree["net"]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "train.epochs=.* shortens the schedule")  # which the user has not chosen
-        recipe = load_dict(tree, "recipe", words)
+        warnings.filterwarnings("ignore", "train.epochs=.* shortens the schedule")  # not the user's choice
+        recipe = load_dict(tree, "recipe", overrides)
     print(
-        f"no recipe: as rescom-timm init proposes for these images, net.backbone={recipe.net.backbone} "
+        f"no recipe given: using what rescom-timm init proposes, net.backbone={recipe.net.backbone} "
         f"net.pretrained={str(recipe.net.pretrained).lower()} views.train={recipe.views.train!r} "
-        f"views.eval={recipe.views.eval!r}; all is in the run's recipe.yaml"
+        f"views.eval={recipe.views.eval!r}; all keys are in the run's recipe.yaml"
     )
     return recipe
 
@@ -181,20 +184,20 @@ def _proposed(dataset: InMemory, words: Sequence[str]) -> Recipe:
 SPLIT = re.compile(r"split\((.*)\)")
 
 
-def _words(sections: Mapping[str, Any]) -> list[str]:
-    """Nested values as key=value words; a section's name first, which starts the section anew."""
+def _as_overrides(sections: Mapping[str, Any]) -> list[str]:
+    """Nested values as key=value; a section's name first, because it resets the section."""
     values = sorted(flat(dict(sections)).items(), key=lambda pair: not pair[0].endswith(".name"))
     return [f"{key}={json.dumps(value, default=_plain)}" for key, value in values]
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else str(value)  # NumPy's numbers; paths
+    return value.item() if hasattr(value, "item") else str(value)  # NumPy scalars; paths
 
 
-def _splits(dataset: InMemory, words: Sequence[str]) -> list[str]:
-    """What a data set of one split needs to be said, unless it is said."""
+def _single_split(dataset: InMemory, overrides: Sequence[str]) -> list[str]:
+    """Default overrides for a data set of one split."""
     names = list(dataset) if isinstance(dataset, Mapping) else ["train"]
-    if len(names) != 1 or any(word.startswith("data.test=") for word in words):
+    if len(names) != 1 or any(override.startswith("data.test=") for override in overrides):
         return []
     print("the data set has one split: a fifth of each class is kept for testing (data.test=holdout(0.2))")
     return [f"data.train={names[0]}", "data.test=holdout(0.2)"]
@@ -203,12 +206,12 @@ def _splits(dataset: InMemory, words: Sequence[str]) -> list[str]:
 class Run:
     """A trained run: its folder, and what can be done with it.
 
-    Raises ValueError where the folder holds no run, FileNotFoundError where there is none.
+    folder: of the run. dataset: for a run trained on a data set in memory, that data set; or another one to evaluate
+    on, with the same classes in any order, of which a single split has the test images.
+    Raises an error with code run.missing for a path that is no run's folder.
     """
 
     def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
-        """dataset: the data set in memory that it was trained on, where it was one, or another one to evaluate on, with
-        the same classes in whatever order: of one split all images are test images."""
         self.folder = check_run(folder)
         self.dataset = dataset
 
@@ -222,23 +225,25 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, oldest first: epoch, step and named figures."""
+        """The lines of metrics.jsonl, oldest first: epoch, step and named metrics."""
         return lines(self.folder / "metrics.jsonl")
 
     def evaluate(
         self, checkpoint: str = "last", split: str = "test", overrides: Sequence[str] = (), five_crops: bool = False,
         weights: Weights = "raw", dataset: InMemory | None = None,
     ) -> dict[str, float]:  # fmt: skip
-        """Figures in percent by name (top1, many, medium, few ...), also written into the run's folder. checkpoint:
-        last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
-        five_crops: the mean of five crops instead of the single one. weights: raw, or ema for those of train.ema.
-        dataset: to evaluate on, as of Run. What is not of the run's own data has a name of its own in its folder."""
-        words = [*self._reading(dataset), *overrides]
-        with in_memory(dataset if dataset is not None else self.dataset):
-            return evaluate_run(self.folder, checkpoint, split, words, five_crops, weights)[2].compute()
+        """Metrics in percent by name (top1, many, medium, few ...), also written into the run's folder.
 
-    def _reading(self, dataset: InMemory | None = None) -> list[str]:
-        """The overrides by which the data set in memory is read instead of the run's own data."""
+        checkpoint: last, best, or a checkpoint's name. split: test or validation. overrides: as on the command line.
+        five_crops: average the logits of five crops. weights: raw, or ema for those of train.ema. dataset: to evaluate
+        on, as for Run. Evaluations on other data than the run's have file names of their own.
+        """
+        overrides = [*self._data_overrides(dataset), *overrides]
+        with in_memory(dataset if dataset is not None else self.dataset):
+            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops, weights)[2].compute()
+
+    def _data_overrides(self, dataset: InMemory | None = None) -> list[str]:
+        """Overrides that replace the run's own data by the data set in memory, if there is one."""
         own = self.recipe.data
         if dataset is None and (self.dataset is None or own.source == MEMORY):
             return []
@@ -259,14 +264,19 @@ class Run:
         return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
 
     def embeddings(self, split: str = "train", **options: Any) -> Embeddings:
-        """Features and embeddings of a split's images, train, test or validation: for predict(..., among=, nearest=).
-        options: as embed's. Raises ValueError where there is no such split."""
+        """Features and embeddings of the train, test or validation images, for predict(..., among=, nearest=).
+
+        options: those of embed. Raises InputError (data.split) for a split that the run does not have.
+        """
         found, names = self._split(split)
         return embed(self.pretrained(), found, class_names=names, **options)
 
     def prediction_sets(self, coverage: float, by_group: bool = False, **options: Any) -> PredictionSets:
-        """Sets of classes that hold the right one with a probability of `coverage`, by the validation images: for
-        predict(..., sets=). options: as calibrate's. Raises ValueError where there are none, or too few."""
+        """Sets of classes that have the right one with probability `coverage`, for predict(..., sets=).
+
+        Calibrated on the validation images. options: those of calibrate. Raises InputError (data.split) without
+        validation images, or as calibrate with too few.
+        """
         found, names = self._split("validation")
         return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
 
@@ -276,23 +286,29 @@ class Run:
         overrides: as on the command line, such as "data.source=PATH". Raises as data.sources.load does.
         """
         with in_memory(self.dataset):
-            own, words = self.recipe, [*self._reading(), *overrides]
-            recipe = run_recipe(self.folder, words) if words else own
+            own, overrides = self.recipe, [*self._data_overrides(), *overrides]
+            recipe = run_recipe(self.folder, overrides) if overrides else own
             return data_of(self.folder, own, recipe, class_names(self.folder))
 
     def _split(self, name: str) -> tuple[Split, list[str]]:
         data = self.data()
         found = {"train": data.train, "test": data.test, "validation": data.validation}.get(name)
         if found is None:
-            raise ValueError(f"{self.folder} has no {name} images: train with data.validation=holdout(0.1) for some")
+            raise InputError(
+                "data.split", f"{self.folder} has no {name} images: train with data.validation=holdout(0.1)"
+            )
         return found, data.class_names
 
     def model(self) -> nn.Module:
-        """The exported model as a plain timm model, in evaluation mode. Raises ValueError for a net that plain timm
-        cannot hold: `pretrained` reads it."""
+        """The exported model as a plain timm model, in evaluation mode.
+
+        Raises InputError (run.export) for a net that timm has no model for; `pretrained` reads it.
+        """
         folder = self.folder / "model"
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{self.folder} has no plain timm model (its net has parts of its own): use pretrained()")
+            raise InputError(
+                "run.export", f"{self.folder} has no plain timm model (timm has no such net): use pretrained()"
+            )
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return model.eval()
 
@@ -301,16 +317,18 @@ class Run:
         return from_pretrained(self.folder)
 
     def figures(self, *names: str, checkpoint: str = "last") -> list[Path]:
-        """Draw figures ("curves", "confusion", "tsne" ...; all and the report without a name); the files written, in
-        RUN/figures. What a run lacks is told in a warning."""
+        """Draw plots ("curves", "confusion", "tsne" ...; without a name all, and the report) into RUN/figures.
+
+        Returns the files written. A plot that the run has no data for is reported in a warning.
+        """
         written = []
         with in_memory(self.dataset):
-            runs, words = [RunFolder(self.folder)], self._reading()
-            for told in write_figures(runs, names or None, checkpoint=checkpoint, overrides=words):
-                if isinstance(told, Path):
-                    written.append(told)
+            runs, overrides = [RunFolder(self.folder)], self._data_overrides()
+            for found in write_figures(runs, names or None, checkpoint=checkpoint, overrides=overrides):
+                if isinstance(found, Path):
+                    written.append(found)
                 else:
-                    warnings.warn(told, stacklevel=2)
+                    warnings.warn(found, stacklevel=2)
         return written
 
     def export(
@@ -318,11 +336,11 @@ class Run:
     ) -> Path:
         """Write the best checkpoint's model for other programs; returns the path.
 
-        format: timm, a folder for timm, transformers and from_pretrained, with a model card; onnx or torch, a file of
-        the classifier (images (N, 3, H, W), normalised, to logits (N, K)), whose logits are compared with the net's.
-        weights: raw or ema (default: as train.ema.export says). overrides: of the hub section, for the model card.
-        Raises CheckpointError for weights that the run lacks, ImportError without the extra onnx, ValueError for a net
-        that the format cannot hold.
+        format: timm writes a folder for timm, transformers and from_pretrained, with a model card; onnx and torch a
+        file of the classifier (normalised images (N, 3, H, W) to logits (N, K)), whose logits are compared with the
+        net's. weights: raw or ema (default: as train.ema.export says). overrides: of the hub section, for the card.
+        Raises CheckpointError for weights that the run lacks, MissingPackageError without the extra onnx, InputError
+        for a net that the format cannot store.
         """
         path = Path(path)
         if format == "timm":
@@ -334,6 +352,9 @@ class Run:
             return write(export_run(self.folder, folder, plain=False, weights=weights), path)
 
     def push(self, repo: str | None = None, overrides: Sequence[str] = ()) -> str:
-        """Push the run to the Hub; returns the commit's address. repo: owner/name, the recipe's hub.repo by default.
-        overrides: of the hub section, such as "hub.private=false". Raises HubError."""
+        """Push the run to the Hub; returns the commit's address.
+
+        repo: owner/name (default: the recipe's hub.repo). overrides: of the hub section, such as "hub.private=false".
+        Raises HubError.
+        """
         return push_run(self.folder, [*overrides, *([f"hub.repo={repo}"] if repo else [])])

@@ -64,6 +64,7 @@ CODES = {
     "system.process": "a process of a run that was lost or does not answer",
     # networks
     "net.backbone": "a backbone that timm cannot make or that does not take the images",
+    "net.class_names": "class names for class features that are missing or repeated",
     "net.weights": "pretrained weights that are missing or unreadable",
     "net.options": "an option that the backbone does not have, or out of bounds",
     "net.size": "a net, or a layer of it, that is too large",

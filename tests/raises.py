@@ -28,3 +28,11 @@ def warns(*naming: object, kind: type[Warning] = UserWarning) -> Iterator[pytest
         yield caught
     messages = [str(warning.message) for warning in caught if issubclass(warning.category, kind)]
     assert any(all(str(part) in message for part in naming) for message in messages), messages
+
+
+@contextmanager
+def exits(code: int) -> Iterator[None]:
+    """The block ends by SystemExit with this exit code, as argparse does."""
+    with pytest.raises(SystemExit) as caught:
+        yield
+    assert caught.value.code == code

@@ -19,13 +19,12 @@ from rescom_timm import Run, train
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import differences as recipe_differences
 from rescom_timm.config.loading import load_dict
-from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import in_memory
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.prepare import settled
+from tests.raises import raises
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -80,20 +79,21 @@ def test_figures_are_drawn_and_what_is_missing_is_told(run):
     written = run.figures("curves", "queues")
     assert {path.name for path in written} >= {"curves.png", "curves.csv", "queues.png"}
     assert all(path.is_file() for path in written)
-    with pytest.warns(UserWarning, match="no robustness: "):
+    with pytest.warns(UserWarning, match="robustness"):
         assert run.figures("robustness") == []
-    with pytest.raises(ValueError, match="Did you mean curves"):
+    with pytest.raises(ValueError) as caught:
         run.figures("curve")
+    assert "curves" in str(caught.value)
 
 
 def test_a_run_is_opened_again_with_its_data_and_not_without(run):
     again = Run(run.folder, dataset=pictures())
     assert again.evaluate() == run.evaluate()
-    with pytest.raises(ValueError, match=r"the images were a data set in memory. Give it again .* dataset="):
+    with raises("data.memory", "dataset="):
         Run(run.folder).evaluate()
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with raises("run.missing", run.folder / "none"):
         Run(run.folder / "none")
-    with pytest.raises(ValueError, match="is no run folder"):
+    with raises("run.missing", run.folder.parent):
         Run(run.folder.parent)
 
 
@@ -105,7 +105,7 @@ def test_it_goes_on_with_the_same_data_and_refuses_other(run, monkeypatch):
     assert Run(run.folder).metrics == before, "it was finished"
     other = pictures()
     other["train"] = other["train"].shuffle(seed=4)
-    with pytest.raises(RecipeError, match="was trained on other rows or labels than memory train"):
+    with raises("checkpoint.differs", "memory train"):
         train(dataset=other, **words)
 
 
@@ -131,23 +131,20 @@ def test_two_trainings_in_one_process_may_differ_in_precision(run, tmp_path, mon
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (
-            {"dataset": [1, 2]},
-            "dataset is a datasets.Dataset or a torch Dataset of .*, not list",
-        ),
-        ({"dataset": {}}, "not an empty one"),
-        ({"dataset": {"train": 1}}, "not int"),
-        ({}, "data is missing: every recipe names it"),
-        ({"recipe": "digit_lt"}, "no recipe digit_lt; did you mean digits_lt?"),
-        ({"recipe": "digits_lt", "train": {"epoch": 3}}, "unknown key train.epoch; did you mean train.epochs"),
-        ({"recipe": "digits_lt", "overrides": ["train.epochs"]}, "'train.epochs' is not key=value"),
-        ({"recipe": "digits_lt", "trian": {"epochs": 3}}, "unknown key trian"),
-        ({"dataset": {"a": digits("test"), "b": digits("test")}}, "no split 'train', only a, b"),
+        ({"dataset": [1, 2]}, ["data.memory", "list"]),
+        ({"dataset": {}}, ["data.memory"]),
+        ({"dataset": {"train": 1}}, ["data.memory", "int"]),
+        ({}, ["recipe.missing_key", "data"]),
+        ({"recipe": "digit_lt"}, ["recipe.missing", "digits_lt"]),
+        ({"recipe": "digits_lt", "train": {"epoch": 3}}, ["recipe.unknown_key", "train.epochs"]),
+        ({"recipe": "digits_lt", "overrides": ["train.epochs"]}, ["recipe.override", "'train.epochs'"]),
+        ({"recipe": "digits_lt", "trian": {"epochs": 3}}, ["recipe.unknown_key", "trian"]),
+        ({"dataset": {"a": digits("test"), "b": digits("test")}}, ["data.split", "'train'", "a, b"]),
     ],
 )
 def test_what_cannot_be_trained_is_told(words, expected, alone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=expected):
+    with raises(*expected):
         train(**words)
     assert not any(tmp_path.iterdir())
 
@@ -166,9 +163,9 @@ def test_sections_say_what_words_say(monkeypatch):
 
 def test_a_net_that_plain_timm_cannot_hold_is_read_otherwise(run, tmp_path):
     (tmp_path / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
-    with pytest.raises(ValueError, match="has no plain timm model .*: use pretrained()"):
+    with raises("run.export", tmp_path):
         Run(tmp_path).model()
-    with pytest.raises((CheckpointError, ValueError), match="no checkpoint"):
+    with raises("checkpoint.missing", tmp_path):
         Run(tmp_path, pictures()).evaluate()
 
 
@@ -239,17 +236,17 @@ def test_a_torch_data_set_trains_as_the_same_images_do_otherwise(run, tmp_path, 
     assert own.evaluate() == run.evaluate()
     again = train(dataset=parts, output=tmp_path, name="mine", resume=True, **SMALL)
     assert again.metrics == own.metrics
-    with pytest.warns(UserWarning, match="no robustness"):
+    with pytest.warns(UserWarning, match="robustness"):
         assert {path.suffix for path in own.figures("mistakes", "robustness")} == {".png", ".svg", ".csv"}
 
 
 def test_a_torch_data_set_that_transforms_is_told_and_labels_must_be_numbers(tmp_path):
-    with pytest.warns(UserWarning, match="has a transform of its own, .* a resumed run is not the uninterrupted one"):
-        with in_memory(Photos("test", transform=lambda image: image)):
-            assert load(DataConfig("memory", test="holdout(0.2)")).counts.sum() == 400
+    transformed = in_memory(Photos("test", transform=lambda image: image))
+    with pytest.warns(UserWarning, match="transform"), transformed:
+        assert load(DataConfig("memory", test="holdout(0.2)")).counts.sum() == 400
     odd = Photos("test")
     odd.targets = ["a"] * 500
-    with in_memory(odd), pytest.raises(ValueError, match="labels must be whole numbers, one of each image"):
+    with in_memory(odd), raises("data.labels"):
         load(DataConfig("memory", test="holdout(0.2)"))
 
 
@@ -314,21 +311,21 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(tried, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
-    with pytest.raises(RecipeError, match="weights of resnet50.tv_in1k cannot be read .* or say net.pretrained=false"):
+    with raises("net.weights", "resnet50.tv_in1k", "net.pretrained=false"):
         train(dataset=PHOTOS, train=LITTLE["train"], speed=LITTLE["speed"])
 
 
 @pytest.mark.parametrize(
-    ("views", "said"),
+    ("views", "named"),
     [
-        ({"train": "random_resized_crop(32)", "eval": "none"}, "views.eval: images of memory test differ in size"),
-        ({"train": "flip", "eval": "upscale(32)"}, "views.train: images of memory train differ in size"),
-        ({"train": "crop(100)", "eval": "upscale(100)"}, "views.train: row .* has no crop of 100"),
+        ({"train": "random_resized_crop(32)", "eval": "none"}, ["views.eval", "memory test"]),
+        ({"train": "flip", "eval": "upscale(32)"}, ["views.train", "memory train"]),
+        ({"train": "crop(100)", "eval": "upscale(100)"}, ["views.train", "100"]),
     ],
 )
-def test_sizes_are_checked_before_a_step(tmp_path, monkeypatch, views, said):
+def test_sizes_are_checked_before_a_step(tmp_path, monkeypatch, views, named):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    with pytest.raises(RecipeError, match=said):
+    with raises("image.size", *named):
         train({}, dataset=PHOTOS, views=views, output=tmp_path / "runs", **LITTLE)
     assert not (tmp_path / "runs").exists()
 

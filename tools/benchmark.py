@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rescom_timm.cli import answer, first_line, new_parser
+from rescom_timm.cli import answer, new_parser, print_loading
 from rescom_timm.errors import InputError
 
 PARTS = {
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         one = commands.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in arguments[:1]:
             if not {"-h", "--help"} & set(arguments):
-                first_line()
+                print_loading()
             part = import_module(f"benchmarks.{name}")
             one.description = part.__doc__
             part.arguments(one)

@@ -1,7 +1,7 @@
 """One module per subcommand, and what they share: parser, error lines, exit codes.
 
-Heavy imports follow argument parsing.
-Not here: the work itself, which the packages below do.
+A module has `main(argv, prog) -> exit code`, and its docstring is the text of --help. Heavy imports follow argument
+parsing; `parts` has what needs them from the first line. Not here: the work itself, which the packages below do.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line, error[usage.arguments]: MESSAGE, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error[usage.arguments]: {escape_controls(message, lines=True)}\n")
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """As argparse's, which calls a positional argument of any number required, unless it has a default."""
+        """Give nargs="*" a default, without which argparse lists the argument as required."""
         if options.get("nargs") == "*":
             options.setdefault("default", [])
         return super().add_argument(*names, **options)
 
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
-    """A parser that shows ``about`` as it is written, and ends with the exit codes and examples of the verb."""
+    """A parser whose help shows ``about`` as it is and ends with the exit codes and examples."""
     return Parser(
         prog=prog,
         description=about,
@@ -51,6 +52,7 @@ def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.
 
 
 def example(*lines: str) -> str:
+    """The exit codes and these examples, for the end of a help text."""
     return "\n".join([EXIT_CODES, "", f"example{'s' * (len(lines) > 1)}:", *(f"  {line}" for line in lines)])
 
 
@@ -61,29 +63,19 @@ def renamed(old: str, new: str) -> None:
     )
 
 
+@escaped_output()
 def answer(
     work: Callable[[], int],
     trains: bool = False,
     writes: Sequence[str | Path | None] = (),
     folders: Sequence[str | Path | None] = (),
 ) -> int:
-    """The exit code of a command: what its work returns, or 1 after one line on stderr, error[CODE]: MESSAGE.
+    """Run the work of a subcommand and return its exit code: what it returns, or 1 after an error line on stderr.
 
-    Ctrl-C ends it with 130; SIGTERM with 143, and its children and files half written go with it. trains: SIGTERM is
-    left to the training, which saves its state before it ends. writes, folders: files and folders that the work will
-    write, which is tried before it begins.
+    Ctrl-C returns 130. SIGTERM exits with 143 and removes half-written files. trains: leave SIGTERM to the training,
+    which saves its state. writes, folders: output files and folders, checked before the work starts.
     """
-    first_line()
-    with escaped_output():
-        return _answer(work, trains, writes, folders)
-
-
-def _answer(
-    work: Callable[[], int],
-    trains: bool,
-    writes: Sequence[str | Path | None],
-    folders: Sequence[str | Path | None],
-) -> int:
+    print_loading()
     with _stoppable():
         from rescom_timm.engine.errors import FAILURES, message, with_advice
         from rescom_timm.io import check_writable
@@ -96,7 +88,7 @@ def _answer(
                 if path:
                     check_writable(path, is_folder=path in folders)
             return work()
-    except BrokenPipeError:  # a reader such as head has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (*FAILURES, ImportError, MemoryError) as error:
@@ -110,17 +102,15 @@ def _answer(
             signal.signal(signal.SIGTERM, before)
 
 
-def first_line() -> None:
-    """Something to read within a second of the command, before the imports that take many; on stderr, in the first
-    process alone, and not where they are done or --quiet asks for silence."""
+def print_loading() -> None:
+    """Say on stderr that imports take seconds; only in the first process, before them, and without --quiet."""
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0" and "--quiet" not in sys.argv:
         print("loading PyTorch, timm and datasets ...", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process at once: for imports, which take seconds, hold no file, and may turn an
-    exception of a signal into another one."""
+    """Ctrl-C and SIGTERM end the process at once, as during imports, which may hide an exception of a signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,5 +129,5 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends at once, whatever the first has to clear away
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once, without cleaning up
     raise SystemExit(128 + number)

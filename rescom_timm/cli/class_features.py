@@ -1,22 +1,26 @@
-"""Class features from class names:  rescom-timm class-features CLASSES --model MODEL -o FILE [--prompt "a {}."]
+"""Class features from class names, by CLIP's text tower.
 
-A classifier over a frozen CLIP or SigLIP may start from what its text tower makes of the classes' names, with
+    rescom-timm class-features CLASSES --model MODEL -o FILE [--prompt "a {}."]
+
+A classifier over a frozen CLIP or SigLIP image tower can start from the text features of the class names:
 net.classifier.init=file net.classifier.file=FILE.
 
-CLASSES: an index file with class names, a recipe (by path or name), or a text file with one name a line, in the order
-of the classes. MODEL: a CLIP or SigLIP of transformers, a Hub id or a folder, whose image tower is the recipe's
-backbone. Several --prompt are averaged.
+CLASSES: an index with class names, a recipe (path or name), or a text file with one name a line, in the order of the
+classes. MODEL: a CLIP or SigLIP of transformers, a Hub id or a folder, whose image tower is the recipe's backbone.
+Several --prompt are averaged.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from rescom_timm.cli import answer, new_parser
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Write the features; returns the exit code."""
     parser = new_parser(
         __doc__,
         prog,
@@ -26,12 +30,12 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--model", required=True, help="a CLIP or SigLIP of transformers")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="with {} for the class; 'a photo of a {}.'")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a file of safetensors")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
 
     def work() -> int:
         from rescom_timm.models.text_features import PROMPT, save_class_features, text_features
 
-        names, prompts = names_of(options.classes), options.prompt or [PROMPT]
+        names, prompts = read_class_names(options.classes), options.prompt or [PROMPT]
         features = text_features(names, options.model, prompts)
         save_class_features(options.output, features, names, options.model, prompts)
         shown = ", ".join(prompts[0].replace("{}", name.replace("_", " ")) for name in names[:2])
@@ -41,24 +45,23 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     return answer(work, writes=[options.output])
 
 
-def names_of(source: str) -> list[str]:
-    """Class names, in order. Raises ValueError where there are none, or the same twice, and FileNotFoundError."""
+def read_class_names(source: str) -> list[str]:
+    """The K class names of an index, a recipe or a text file, in order. Raises InputError (net.class_names)."""
     from rescom_timm.config.loading import load as load_recipe
     from rescom_timm.data.index import Index
     from rescom_timm.data.sources import load
+    from rescom_timm.errors import InputError
     from rescom_timm.io import read_text
 
     path = Path(source).expanduser()
     if not path.is_file() or path.suffix in (".yaml", ".yml"):
         names: list[str] | None = load(load_recipe(source).data).class_names
+    elif (text := read_text(path)).startswith("# rescom_timm index"):
+        names = Index.load(path, allow_empty=True).class_names
     else:
-        lines = read_text(path).splitlines()
-        if lines and lines[0].startswith("# rescom_timm index"):
-            names = Index.load(path, allow_empty=True).class_names
-        else:
-            names = [line.strip() for line in lines if line.strip()]
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
-        raise ValueError(f"{source} tells no class names")
-    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
-        raise ValueError(f"{source} has class names twice: {', '.join(twice[:5])}")
+        raise InputError("net.class_names", f"{source} has no class names")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError("net.class_names", f"{source} has class names twice: {', '.join(twice[:5])}")
     return names

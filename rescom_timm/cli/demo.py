@@ -1,8 +1,10 @@
-"""A page on this machine to try a model on images:  rescom-timm demo MODEL [key=value ...]
+"""A local page to try a model on images.
 
-MODEL: a run's folder, an exported folder or a Hub id. Drop images: the most probable classes of each with their
-training images, for classes as frequent as in training, equally frequent, or as you say. Of a run whose data is there:
-also the nearest training images, and a map (t-SNE) of the test images. key=value changes the run's recipe, such as
+    rescom-timm demo MODEL [key=value ...]
+
+MODEL: a run's folder, an exported folder or a Hub id. The page shows the most probable classes of each image with
+their training images, for class frequencies as in training, uniform, or your own. If the data of a run is available,
+also the nearest training images and a map (t-SNE) of the test images; key=value changes the run's recipe, such as
 data.source=PATH. Nothing leaves this machine. Needs the extra demo: pip install 'rescom-timm[demo]'
 """
 
@@ -14,29 +16,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rescom_timm.cli import answer, new_parser
+from rescom_timm.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from rescom_timm.data.sources import Data
     from rescom_timm.data.splits import Split
+    from rescom_timm.inference.pretrained import Pretrained
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Serve the page until Ctrl-C; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm demo runs/digits_lt")
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--no-data", action="store_true", help="do not open the run's data: no nearest images, no map")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: other machines may call")
+    parser.add_argument("--no-data", action="store_true", help="without the run's data: no nearest images, no map")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 allows other machines")
     parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
-    parser.add_argument("--port", type=int, help="7860 by default, or the next that is free")
-    arguments = parser.parse_intermixed_args(words)
+    parser.add_argument("--port", type=int, help="default: 7860, or the next free port")
+    options = parser.parse_intermixed_args(argv)
 
     def work() -> int:
         from rescom_timm.inference.page_guard import own_uploads
 
         with own_uploads():
-            made = page(arguments.model, arguments.overrides, not arguments.no_data, arguments.revision)
+            made = page(options.model, options.overrides, not options.no_data, options.revision)
             made.launch(
-                server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True, **guarded(arguments.host)
+                server_port=options.port, share=False, quiet=True, prevent_thread_lock=True, **guarded(options.host)
             )
             print(f"{made.local_url}  (Ctrl-C ends it)", flush=True)
             made.block_thread()
@@ -46,7 +53,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def guarded(host: str) -> dict[str, Any]:
-    """Arguments of gradio's launch: listen on `host`, take files up to a bound, refuse other hosts and origins."""
+    """Arguments of gradio's launch: listen on `host`, bound the uploads, refuse other hosts and origins."""
     from starlette.middleware import Middleware
 
     from rescom_timm.inference.page_guard import MAX_UPLOAD, PageGuard
@@ -56,11 +63,16 @@ def guarded(host: str) -> dict[str, Any]:
 
 
 def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Any:
-    """The page, a gradio.Blocks to launch. Raises ImportError without the extra, and as from_pretrained does."""
+    """The page, a gradio.Blocks to launch.
+
+    Raises MissingPackageError (system.package) without the extra, and as from_pretrained does.
+    """
     try:
         import gradio
     except ImportError as error:
-        raise ImportError("the demo needs more packages: pip install 'rescom-timm[demo]'") from error
+        raise MissingPackageError(
+            "system.package", "the demo needs more packages: pip install 'rescom-timm[demo]'"
+        ) from error
     from rescom_timm.inference.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
     from rescom_timm.inference.page_guard import DELETE_CACHE
     from rescom_timm.inference.pretrained import from_pretrained
@@ -85,13 +97,13 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
             interactive=True,
             max_height=300,
             visible=False,
-            label=f"{OWN_NUMBERS}: write them beside the classes",
+            label=f"{OWN_NUMBERS}: edit the second column",
         )
         top_k = gradio.Slider(1, min(10, max(2, len(read.class_names))), value=3, step=1, label="classes shown")
-        told = gradio.HTML()
-        choice.change(lambda word: gradio.update(visible=word == OWN_NUMBERS), choice, numbers)
+        cards = gradio.HTML()
+        choice.change(lambda chosen: gradio.update(visible=chosen == OWN_NUMBERS), choice, numbers)
         for part in (files, choice, numbers, top_k):
-            part.change(show, [files, choice, numbers, top_k], told)
+            part.change(show, [files, choice, numbers, top_k], cards)
         if data and data.test is not None:
             with gradio.Accordion("map of the test images", open=True):
                 gradio.Plot(test_map(read, data, data.test), show_label=False)
@@ -99,7 +111,7 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
 
 
 def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
-    """The data of a run's recipe; None, told on stderr, where the model is no run or its data is not there."""
+    """The data of a run; None if the model is not a run, or, with a line on stderr, if its data cannot be read."""
     from rescom_timm.api import Run
 
     try:
@@ -107,12 +119,12 @@ def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
             return None
         return Run(run).data(overrides)
     except (ValueError, OSError) as error:
-        print(f"without nearest images and map, for the run's data cannot be opened: {error}", file=sys.stderr)
+        print(f"no nearest images and no map: the run's data cannot be read: {error}", file=sys.stderr)
         return None
 
 
-def test_map(model: Any, data: Data, test: Split) -> Any:
-    """A picture of the test images' features in the plane."""
+def test_map(model: Pretrained, data: Data, test: Split) -> Figure:
+    """A t-SNE plot of the features of at most 1,000 test images."""
     import torch
 
     from rescom_timm.analysis import tsne

@@ -1,13 +1,13 @@
-"""What may be wrong with a data set:  rescom-timm doctor RECIPE|RUN [key=value ...] [-o doctor.html]
+"""Find what may be wrong with a data set, image by image.
 
-Looks at every image of the recipe's splits: images that cannot be read, the same or nearly the same image in two
-splits, under two labels or twice, tiny, single-coloured, grey, long and rotated (EXIF) images, 16-bit images that hold
-fewer bits, classes too small to be held out or without test images, class names that look alike. Of a RUN it also names
-test and validation images whose labels the net disagrees with (confident learning, over classes of ten such images or
-more; training images were learnt by heart and say nothing). Text, and one HTML page with thumbnails. Exit code 3 where
-images cannot be read, are in two splits or
-have two labels.
-Data of your own: rescom-timm init FOLDER first.
+    rescom-timm doctor RECIPE|RUN [key=value ...] [-o doctor.html]
+
+Reads every image of the recipe's splits and reports: unreadable images; the same or nearly the same image in two
+splits, with two labels or twice; tiny, single-coloured, grey, long and rotated (EXIF) images; 16-bit images with fewer
+bits in use; classes too small for a validation split or without test images; class names that look alike. For a RUN it
+also reports test and validation images whose labels the net disagrees with (confident learning, over classes of at
+least ten such images; the net has memorised its training images). Prints text and writes an HTML page with thumbnails.
+Exit code 3 if images are unreadable, in two splits or have two labels. For your own images, first: rescom-timm init.
 """
 
 from __future__ import annotations
@@ -25,22 +25,21 @@ if TYPE_CHECKING:
 
 
 GRAVE = ("broken", "exact_leak", "exact_label")
+"""Findings with exit code 3."""
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = new_parser(
-        __doc__,
-        prog,
-        "rescom-timm doctor my_photos.yaml -o doctor.html",
-    )
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Examine a data set; returns the exit code."""
+    parser = new_parser(__doc__, prog, "rescom-timm doctor my_photos.yaml -o doctor.html")
     parser.add_argument("recipe", help="a recipe, by path or name, or a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="doctor.html by default")
-    options = parser.parse_intermixed_args(words)
+    parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="default: doctor.html")
+    options = parser.parse_intermixed_args(argv)
     return answer(lambda: look(options), writes=[options.output])
 
 
 def look(options: argparse.Namespace) -> int:
+    """Examine the images, print the findings and write the page."""
     from rescom_timm.analysis.doctor_page import page, told
     from rescom_timm.api import Run
     from rescom_timm.config.loading import load as load_recipe
@@ -71,7 +70,7 @@ def look(options: argparse.Namespace) -> int:
 
 
 def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) -> list[Finding]:
-    """Labels of held-out images that a run's net disagrees with."""
+    """Labels of test and validation images that a run's net disagrees with."""
     import numpy as np
 
     from rescom_timm.analysis.opened_run import open_run
@@ -82,12 +81,13 @@ def suspects(run: Path, overrides: Sequence[str], images: Examined, data: Data) 
     seen = [opened.look(images.splits[name]) for name in names]
     labels = np.concatenate([one.labels.numpy() for one in seen])
     shares = np.concatenate([one.logits.softmax(dim=1).numpy() for one in seen])
-    place = np.concatenate([np.flatnonzero(images.split == name) for name in names])
+    positions = np.concatenate([np.flatnonzero(images.split == name) for name in names])
     groups, notes = [], []
     for i, other in disputed(labels, shares):
-        groups.append([int(place[i])])
-        kinds = (other, int(labels[i]))
-        notes.append("the net says " + ", ".join(f"{data.class_names[k]} {shares[i, k]:.2f}" for k in kinds))
+        groups.append([int(positions[i])])
+        notes.append(
+            "the net says " + ", ".join(f"{data.class_names[k]} {shares[i, k]:.2f}" for k in (other, int(labels[i])))
+        )
     if not groups:
         return []
     advice = "label or net may be wrong: look at them, and do not tune on a test set that you clean so"

@@ -1,10 +1,12 @@
-"""Write a run's model for other programs:  rescom-timm export RUN [--format timm|onnx|torch] [-o OUTPUT]
+"""Write a run's model for other programs.
+
+    rescom-timm export RUN [--format timm|onnx|torch] [-o OUTPUT] [key=value ...]
 
 timm (default): a folder for timm, transformers and rescom_timm.from_pretrained: what push uploads, with its model card.
 key=value changes the recipe's hub section, such as hub.license=apache-2.0.
 onnx, torch: the classifier as an ONNX file or a program of torch.export (.pt2), from normalised float32 images
 (N, 3, H, W) to logits (N, K), with class names and preprocessing inside. The logits are compared with the net's.
-OUTPUT is RUN/export, RUN/model.onnx or RUN/model.pt2 by default.
+The default OUTPUT is RUN/export, RUN/model.onnx or RUN/model.pt2.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The best model for your images in a time budget:
+"""The best model for your images in a time budget.
 
     rescom-timm fit FOLDER|LIST|RECIPE|HUB_ID [--minutes 20] [--backbone NAME,...] [--size N] [-o RUN]
 
-A frozen pretrained net and a head that is balanced over the classes come first; with the rest of the minutes all
-weights are trained from there, and averaged with the start. The candidates are compared on validation images, and the
-chosen one becomes a run like any other, for predict, demo, report and push. --minutes 1 gives the head alone.
+First a class-balanced head is fitted on a frozen pretrained net. With the rest of the minutes all weights are trained
+from there, and averaged with the start. The candidates are compared on validation images, and the best one becomes a
+normal run, for predict, demo, plot and push. --minutes 1 gives only the head.
 
-FOLDER holds class folders, or train, val and test with class folders, or images with a list; LIST is such a list. Of a
-RECIPE its data, mean and deviation and loader are used, changed by key=value. Ctrl-C leaves the best so far as a run;
-the same command goes on.
+FOLDER: class folders, or train, val and test with class folders, or images with a list; LIST is such a list. Of a
+RECIPE the data, mean, std and loader are used, changed by key=value. After Ctrl-C the best so far is the run, and the
+same command resumes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from rescom_timm.cli import answer, new_parser
+from rescom_timm.cli.index import data_options
 
 IMAGES = (
     "list", "split", "test_split", "subset", "validation",
@@ -26,7 +27,8 @@ IMAGES = (
 """Options that say how the images are read, as of init."""
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Fit a model; returns the exit code."""
     parser = new_parser(
         __doc__,
         prog,
@@ -44,19 +46,17 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", metavar="RUN", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--list", metavar="FILE", help="paths and labels of the folder's images")
-    parser.add_argument("--split", default="train", help="of a data set (default: train)")
     parser.add_argument("--test-split", default="test", help="of a data set (default: test)")
-    parser.add_argument("--subset", help="configuration of a Hub data set that has several")
-    parser.add_argument("--validation", help="the folder val where it is, or holdout(0.1)")
-    for kind, about in (("image", "image or its path"), ("label", "label"), ("split", "split"), ("group", "group")):
-        parser.add_argument(f"--{kind}-column", help=f"of a data set or a table: the column of the {about}")
-    arguments = parser.parse_intermixed_args(words)
-    if odd := next((word for word in arguments.overrides if "=" not in word), None):
-        parser.error(f"one source is fitted at a time, not {arguments.source} and {odd}")
+    parser.add_argument("--validation", help="default: the folder val if it exists, else holdout(0.1)")
+    data_options(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    if odd := next((each for each in arguments.overrides if "=" not in each), None):
+        parser.error(f"give one source, not {arguments.source} and {odd}")
     return answer(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Fit with these arguments."""
     from rescom_timm.fitting.fit import Interrupted, fit
     from rescom_timm.fitting.plan import FitOptions
 

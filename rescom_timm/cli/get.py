@@ -1,8 +1,10 @@
-"""Get the data of a shipped recipe:  rescom-timm get NAME [--to DIR] [--from ARCHIVE] [--dry-run] [--yes]
+"""Get the data of a shipped recipe.
+
+    rescom-timm get NAME [--to DIR] [--from ARCHIVE] [--dry-run] [--yes]
 
 NAME: inat18, places_lt, imagenet_lt, cifar10_lt or cifar100_lt. Images, annotations and official lists go where the
-recipes look for them: ./data and ./lists, below DIR or RESCOM_DATA. Downloads resume and are verified; what is there is
-not fetched again. Data sets of the Hub go to the cache of Hugging Face.
+recipes expect them: ./data and ./lists, below DIR or RESCOM_DATA. Downloads resume and are verified; existing files are
+kept. Data sets of the Hub go to the cache of Hugging Face.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Sequence
 from rescom_timm.cli import answer, new_parser
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Download, verify and unpack; returns the exit code."""
     parser = new_parser(
         __doc__,
         prog,
@@ -31,7 +34,7 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--no-check", dest="check", action="store_false", help="accept files with other checksums")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
     parser.add_argument("-y", "--yes", action="store_true", help="accept the terms and the size without a question")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
 
     def work() -> int:
         from rescom_timm.data.benchmarks import BENCHMARKS, human

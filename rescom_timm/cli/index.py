@@ -1,4 +1,9 @@
-"""Index files, which list the images to train on:  rescom-timm index make|check|convert|describe|overlap ..."""
+"""Index files, which list the images to train on.
+
+    rescom-timm index make|check|convert|describe|overlap ...
+
+An index is a text file of rows or image paths with their labels. Official lists and iNaturalist's JSON are read too.
+"""
 
 import argparse
 import os

@@ -1,4 +1,6 @@
-"""Write a recipe for your own images:  rescom-timm init SOURCE -o RECIPE.yaml
+"""Write a recipe for your own images.
+
+    rescom-timm init SOURCE -o RECIPE.yaml
 
 SOURCE: a folder of class folders (or of train, val and test with class folders in each), a folder with a list, or a
 local or Hub data set. The lists of the images are written beside the recipe.

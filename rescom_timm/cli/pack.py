@@ -1,8 +1,10 @@
-"""Write a copy of a data set to train from:  rescom-timm pack RECIPE|FOLDER -o DIR [--size 256]
+"""Write a smaller copy of a data set to train from.
+
+    rescom-timm pack RECIPE|FOLDER -o DIR [--size 256]
 
 Images are resized once (shorter side, JPEG) and stored in a few large files that `datasets` maps into memory. For
 network disks and jobs that start often. Of a recipe its training, validation and test rows are copied, and
-DIR/recipe.yaml is the recipe over the copy. Interrupted, the same command goes on.
+DIR/recipe.yaml is the recipe for the copy. The same command resumes an interrupted copy.
 """
 
 from __future__ import annotations
@@ -20,18 +22,19 @@ if TYPE_CHECKING:
     from rescom_timm.data.sources import Data
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Write the copy; returns the exit code."""
     parser = new_parser(
         __doc__, prog, "rescom-timm pack inat18_r50 -o /fast/inat18_256", "rescom-timm pack photos -o packed --size 320"
     )
     parser.add_argument("source", metavar="RECIPE|FOLDER", help="a recipe by path or name, or a folder of images")
     parser.add_argument("keys", nargs="*", metavar="key=value", help="changes of the recipe")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder, or one to go on with")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder, or one to resume")
     parser.add_argument("--size", type=int, default=256, help="pixels of the shorter side (256)")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (95)")
     parser.add_argument("--format", choices=("arrow", "parquet"), default="arrow", help="parquet: for the Hub")
     parser.add_argument("--workers", type=int, default=1, help="threads that resize (1)")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     return answer(lambda: _work(options), folders=[options.output])
 
 

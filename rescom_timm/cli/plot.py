@@ -1,4 +1,4 @@
-"""Plots and an HTML report of one or several runs:
+"""Plots and an HTML report of one or several runs.
 
     rescom-timm plot RUN [RUN ...] [--only curves,tsne] [-o FOLDER] [key=value ...]
 
@@ -21,31 +21,30 @@ NAMES = (
 """FROM_FILES and FROM_NET of analysis/plots.py, which takes seconds to import."""
 
 
-def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = new_parser(
-        __doc__,
-        prog,
-        "rescom-timm plot runs/digits_lt --only curves,confusion",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; and key=value")
-    parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(NAMES)}, report")
-    parser.add_argument("--evaluation", default="", metavar="NAME", help="<split>-<checkpoint>; test-last by default")
-    parser.add_argument("--checkpoint", default="last", help="of the net: last, best, or the folder of a checkpoint")
-    parser.add_argument("-o", "--output", metavar="FOLDER", help="RUN/figures by default; ./figures for several runs")
-    options = parser.parse_intermixed_args(arguments)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Draw the plots; returns the exit code."""
+    parser = new_parser(__doc__, prog, "rescom-timm plot runs/digits_lt --only curves,confusion")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, and key=value")
+    parser.add_argument("--only", metavar="NAMES", help=f"of {', '.join(NAMES)}, report (default: all)")
+    parser.add_argument("--evaluation", default="", metavar="NAME", help="<split>-<checkpoint> (default: test-last)")
+    parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="default: RUN/figures, for several runs ./figures")
+    options = parser.parse_intermixed_args(argv)
     return answer(lambda: draw(options), folders=[options.output])
 
 
 def draw(options: argparse.Namespace) -> int:
+    """Draw, and print the paths written and what a run lacks."""
     from rescom_timm.analysis.run_files import open_runs
     from rescom_timm.analysis.writing import write_figures
     from rescom_timm.api import Run
+    from rescom_timm.errors import InputError
 
-    overrides = [word for word in options.runs if "=" in word and not Path(word).exists()]
-    runs = open_runs(Run(word).folder for word in options.runs if word not in overrides)
+    overrides = [each for each in options.runs if "=" in each and not Path(each).exists()]
+    runs = open_runs(Run(each).folder for each in options.runs if each not in overrides)
     if not runs:
-        raise ValueError("no run is named: give the folder of at least one")
+        raise InputError("usage.arguments", "give the folder of at least one run")
     names = [name.strip() for name in options.only.split(",")] if options.only else None
-    for told in write_figures(runs, names, options.output, options.evaluation, options.checkpoint, overrides):
-        print(told, flush=True)
+    for line in write_figures(runs, names, options.output, options.evaluation, options.checkpoint, overrides):
+        print(line, flush=True)
     return 0

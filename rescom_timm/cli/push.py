@@ -1,4 +1,6 @@
-"""Push a run to the Hub, or complete a push that failed:  rescom-timm push RUN [--repo owner/name] [key=value ...]
+"""Push a run to the Hub, or complete a push that failed.
+
+    rescom-timm push RUN [--repo owner/name] [key=value ...]
 
 Uploads what the training left in RUN/hub/, or else the run as it is. key=value changes the recipe's hub section, such
 as hub.strategy=checkpoint or hub.license=apache-2.0. --space OWNER/NAME also pushes a Space with the demo page.

@@ -1,8 +1,10 @@
-"""The recipes and presets of this package:  rescom-timm recipes [NAME | +PRESET]
+"""The recipes and presets of this package.
 
-Lists them, each with what it is; with a NAME or +PRESET, prints that file, to read or to copy and change:
-rescom-timm recipes digits_lt > mine.yaml. --show RECIPE [+PRESET ...] [key=value ...] prints the resolved recipe,
-every key with its value. --table prints the tables of recipes/README.md.
+    rescom-timm recipes [NAME | +PRESET]
+
+Lists them. With a NAME or +PRESET, prints that file, to read or to copy: rescom-timm recipes digits_lt > mine.yaml.
+--show RECIPE [+PRESET ...] [key=value ...] prints the resolved recipe, every key with its value. --table prints the
+tables of recipes/README.md.
 """
 
 from __future__ import annotations
@@ -15,22 +17,20 @@ from pathlib import Path
 from rescom_timm.cli import answer, new_parser
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = new_parser(
-        __doc__,
-        prog,
-        "rescom-timm recipes digits_lt > mine.yaml",
-    )
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """List or print recipes; returns the exit code."""
+    parser = new_parser(__doc__, prog, "rescom-timm recipes digits_lt > mine.yaml")
     parser.add_argument("name", nargs="?", help="print this one")
     parser.add_argument(
         "--show", nargs="+", metavar="RECIPE", help="print the resolved recipe: RECIPE +PRESET key=value"
     )
-    parser.add_argument("--table", action="store_true", help="in Markdown, with what each is expected to give")
-    options = parser.parse_args(words)
-    return answer(lambda: tell(options))
+    parser.add_argument("--table", action="store_true", help="in Markdown, with the expected results")
+    options = parser.parse_args(argv)
+    return answer(lambda: show(options))
 
 
-def tell(options: argparse.Namespace) -> int:
+def show(options: argparse.Namespace) -> int:
+    """Print what was asked for."""
     from rescom_timm.config.loading import find, load, presets, shipped
 
     if options.table:
@@ -55,7 +55,7 @@ def summary(path: Path) -> str:
 
 
 def table() -> str:
-    """Every shipped recipe and preset in Markdown: what it is, backbone and what is expected, by its header."""
+    """Markdown tables of the shipped recipes and presets, from their headers."""
     from rescom_timm.config.loading import load, presets, shipped
 
     rows = [("recipe", "what it is", "method", "backbone", "expected")]
@@ -71,7 +71,7 @@ def table() -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
+    """A Markdown table; the first row is its header."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 

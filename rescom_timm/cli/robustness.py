@@ -1,12 +1,13 @@
-"""Robustness to corruptions:
+"""Robustness of a run to image corruptions.
 
     rescom-timm robustness RUN [--baseline RUN|alexnet] [--prepared FOLDER] [--limit N] [key=value ...]
 
-Top-1 error of the fifteen kinds of ImageNet-C at five severities, their mean, and over a baseline mCE and relative mCE;
-as JSON, CSV and severity curves in RUN/robustness. Images are corrupted here (pip install 'rescom-timm[robustness]';
-with ImageNet-C's strengths, harsher than CIFAR-10-C's), or read from a prepared ImageNet-C or CIFAR-10-C as they are.
-What is already measured is kept, so that a stopped measurement goes on. key=value changes the run's recipe, such as
-data.source=PATH. Several processes share the work:  accelerate launch -m rescom_timm robustness RUN
+Top-1 error for the fifteen kinds of ImageNet-C at five severities, their mean, and relative to a baseline mCE and
+relative mCE; as JSON, CSV and severity curves in RUN/robustness. Images are corrupted here (pip install
+'rescom-timm[robustness]'; with ImageNet-C's strengths, which are harsher than CIFAR-10-C's), or read from a prepared
+ImageNet-C or CIFAR-10-C. Kinds that are measured already are kept, so a stopped measurement resumes. key=value changes
+the run's recipe, such as data.source=PATH. Several processes share the work:
+accelerate launch -m rescom_timm robustness RUN
 """
 
 from __future__ import annotations
@@ -24,12 +25,9 @@ if TYPE_CHECKING:
     from rescom_timm.analysis.robustness import Robustness
 
 
-def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
-    parser = new_parser(
-        __doc__,
-        prog,
-        "rescom-timm robustness runs/digits_lt --kinds gaussian_noise,fog",
-    )
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Measure and print the errors; returns the exit code."""
+    parser = new_parser(__doc__, prog, "rescom-timm robustness runs/digits_lt --kinds gaussian_noise,fog")
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--baseline", metavar="RUN", help="another run's folder, or alexnet (of ImageNet-C)")
@@ -37,28 +35,31 @@ def main(words: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--kinds", default="common", help="common (15), all (19), or names joined by commas")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
-    parser.add_argument("--limit", type=int, metavar="N", help="so many images, by seed the same of every kind")
+    parser.add_argument("--limit", type=int, metavar="N", help="images, the same for every kind (by --seed)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_intermixed_args(words)
+    options = parser.parse_intermixed_args(argv)
     return answer(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
+    """Measure the run, and the baseline if it is a run; print and write the results."""
     from rescom_timm.analysis import robustness, style
     from rescom_timm.analysis.opened_run import open_run
     from rescom_timm.analysis.robustness import Robustness
     from rescom_timm.analysis.run_files import open_runs
     from rescom_timm.api import Run
+    from rescom_timm.errors import InputError
 
     if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit must be at least 1, not {options.limit}")
+        raise InputError("usage.arguments", f"--limit must be at least 1, not {options.limit}")
     with_run = options.baseline not in (None, "alexnet")
     folders = open_runs(Run(run).folder for run in [options.run, *([options.baseline] if with_run else [])])
     opened = open_run(options.run, options.checkpoint, options.overrides, folders[0].name)
     if options.baseline == "alexnet" and len(opened.data.counts) != 1000:
-        raise ValueError(
-            f"AlexNet's errors are of ImageNet-C's 1,000 classes, and the run has {len(opened.data.counts)}: "
-            "name a run as the baseline"
+        raise InputError(
+            "usage.arguments",
+            f"--baseline alexnet is for the 1,000 classes of ImageNet, and the run has {len(opened.data.counts)}: "
+            "give the folder of a run",
         )
     everything, found, path = measured(opened, options.run, options)
     baseline: Robustness | str | None = options.baseline
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measured(opened: Opened, folder: Path, options: argparse.Namespace) -> tuple[Robustness, Robustness, Path]:
-    """A run's errors, measured or known: of all kinds that it ever met, of those asked for, and where they are kept."""
+    """A run's errors: for every kind measured so far, for the kinds asked for, and the file that has them."""
     from rescom_timm.analysis import robustness
     from rescom_timm.data.corruptions import COMMON, KINDS, prepared
 

@@ -154,4 +154,4 @@ def test_tool_draws_figures_of_the_net_and_reports_them(folder: Path, tmp_path: 
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "Keys of each class in the queue" in page
     assert command.main(["key=value"]) == 1
-    assert "no run is named" in capsys.readouterr().err
+    assert "error[usage.arguments]: " in capsys.readouterr().err

@@ -23,6 +23,7 @@ from rescom_timm.config import own_data
 from rescom_timm.data.digits import digits
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load
+from tests.raises import exits
 
 Run = Callable[..., tuple[int, str]]
 
@@ -114,7 +115,7 @@ def test_check_says_everything(run: Run) -> None:
         "3 of 4 classes have no image: 1, 2, 3",
     ):
         assert words in said
-    assert "and 3 more problems" in run("index", "check", "bad.txt", "--classes", 4, "--lines", 2)[1]
+    assert "and 3 more errors" in run("index", "check", "bad.txt", "--classes", 4, "--lines", 2)[1]
     assert run("index", "check", "absent.txt") == (1, "error[file.missing]: no index file absent.txt\n")
 
 
@@ -136,24 +137,24 @@ def test_check_against_images_and_data(run: Run, tmp_path: Path) -> None:
 def test_check_decodes_the_images(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     photos(tmp_path / "p", {"a": 3, "b": 2}, side=8)
     write("l.txt", "a/000.png 0\na/001.png 0\na/002.png 0\nb/000.png 1\nb/001.png 1\n")
-    assert "2 classes, its images not looked for, sha256" in run("index", "check", "l.txt")[1]
+    assert "2 classes, images not checked, sha256" in run("index", "check", "l.txt")[1]
     code, said = run("index", "check", "l.txt", "--source", "p", "--decode")
-    assert code == 0 and "2 classes, all its images decoded, sha256" in said
+    assert code == 0 and "2 classes, all images decoded, sha256" in said
     for name, content in (
         ("a/001", b""),
         ("a/002", b"some text"),
         ("b/000", (tmp_path / "p/b/000.png").read_bytes()[:50]),
     ):
         (tmp_path / "p" / f"{name}.png").write_bytes(content)
-    assert "its images there, but not decoded" in run("index", "check", "l.txt", "--source", "p")[1]
+    assert "images found but not decoded" in run("index", "check", "l.txt", "--source", "p")[1]
     code, said = run("index", "check", "l.txt", "--source", "p", "--decode")
     assert code == 3 and said.count("l.txt: cannot read the image of row") == 3 and "good" not in said
     assert "row 1 (p/a/001.png)" in said and "row 2 (p/a/002.png)" in said and "row 3 (p/b/000.png)" in said
-    with pytest.raises(SystemExit, match="2"):
+    with exits(2):
         run("index", "check", "l.txt", "--decode")
     assert "--source" in capsys.readouterr().err
     assert (
-        "all its images decoded"
+        "all images decoded"
         in run("index", "make", "digits", "step(2)", "-o", "d.txt")[1]
         + run("index", "check", "d.txt", "--source", "digits", "--decode")[1]
     )
@@ -194,7 +195,7 @@ def test_overlap(run: Run) -> None:
     write("a.txt", "x/1.jpg 0\nx/2.jpg 0\n")
     write("b.txt", "x/2.jpg 0\nx/3.jpg 0\n")
     code, said = run("index", "overlap", "a.txt", "b.txt")
-    assert code == 3 and said == "1 images stand in both a.txt and b.txt\nx/2.jpg\n"
+    assert code == 3 and said == "1 images are in both a.txt and b.txt\nx/2.jpg\n"
 
 
 def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from rescom_timm.__main__ import SUBCOMMANDS, main
 from rescom_timm.analysis import plots
 from rescom_timm.cli import index, plot
 from rescom_timm.config.loading import presets, shipped
+from tests.raises import exits
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_names_the_subcommand_as_it_is_called(name, capsys):
-    with pytest.raises(SystemExit, match="0"):
+    with exits(0):
         main([name, "--help"])
     told = capsys.readouterr().out
     assert told.startswith(f"usage: rescom-timm {name} ")
@@ -28,7 +29,7 @@ def test_help_names_the_subcommand_as_it_is_called(name, capsys):
 
 @pytest.mark.parametrize("name", SUBCOMMANDS)
 def test_help_ends_with_an_example(name, capsys):
-    with pytest.raises(SystemExit, match="0"):
+    with exits(0):
         main([name, "--help"])
     lines = capsys.readouterr().out.rstrip().splitlines()
     start = next(i for i, line in enumerate(lines) if line in ("example:", "examples:"))
@@ -55,7 +56,7 @@ def test_help_lists_every_plot_and_every_action_of_index(capsys):
     assert plot.NAMES == plots.NAMES
     assert index.ACTIONS.keys() == index.EXAMPLES.keys()
     for action in index.ACTIONS:
-        with pytest.raises(SystemExit, match="0"):
+        with exits(0):
             main(["index", action, "--help"])
         text = capsys.readouterr().out
         assert text.startswith(f"usage: rescom-timm index {action} ") and f"  rescom-timm index {action} " in text
@@ -95,7 +96,7 @@ def test_a_wrong_subcommand_is_answered_with_the_nearest(capsys):
 
 @pytest.mark.parametrize("words", [["evaluate"], ["doctor"], ["push"]])
 def test_only_what_is_required_is_asked_for(words, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with exits(2):
         main(words)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error[") and "key=value" not in error

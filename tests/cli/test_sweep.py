@@ -1,4 +1,4 @@
-"""tools/sweep.py over the digits: its cells, what it skips and resumes, its table."""
+"""rescom-timm sweep over the digits: its cells, what it skips and resumes, its table."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def test_cells_are_every_combination_with_readable_names(sweep):
     assert len(found) == 8 and len({cell.name for cell in found}) == 8
     assert found[0].name == "digits_lt-beta=0-queue.kind=fifo-seed=0"
     assert [cell.seed for cell in found] == [0] * 4 + [3] * 4
-    assert found[5].words == ("method.beta=0", "train.epochs=5", "method.queue.kind=reversed")
+    assert found[5].overrides == ("method.beta=0", "train.epochs=5", "method.queue.kind=reversed")
     recipe = sweep.cells([str(ROOT / "recipes" / "digits_lt.yaml")], grid, [3])[-1].load(Path("somewhere"))
     assert (recipe.seed, recipe.method.beta, recipe.method.queue.kind) == (3, 0.9, "reversed")
     assert (recipe.output, recipe.name) == ("somewhere", "digits_lt-beta=0.9-queue.kind=reversed-seed=3")
@@ -83,7 +83,8 @@ def test_a_sweep_trains_skips_resumes_and_ends_in_a_table(sweep, tmp_path, capsy
     assert command.main(["--table", "--output", str(tmp_path)]) == 0
     assert "| digits_lt_cross_entropy | 2 |" in (tmp_path / "sweep.md").read_text()
     assert command.main([*words, "optimizer.lr=0.3"]) == 1
-    assert "was made with another optimizer.lr: name another folder with --output" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "optimizer.lr" in error and "--output" in error
 
 
 def top1(folder):

@@ -60,6 +60,6 @@ def test_a_fault_is_told_in_a_line_and_harms_nothing(fault, alone, tmp_path, cap
     assert not any("Traceback" in line for line in lines)
     assert len(told) <= fault.lines or told[0].startswith("usage: "), output.err
     kept = {name: digest for name, digest in before.items() if fnmatch.fnmatch(name, fault.whole)}
-    assert kept and kept.items() <= after.items() or not before, "what was there is whole"
+    assert (kept and kept.items() <= after.items()) or not before, "what was there is whole"
     new = [name for name in after.keys() - before.keys() if not fnmatch.fnmatch(name, fault.new)]
     assert not new, "nothing else is written"

@@ -328,7 +328,7 @@ def test_folders_and_lists_with_labels_are_scored_by_name(folder, model, tmp_pat
     for name in names[1:]:
         (root / name).rename(root / f"not {name}")
     assert tool.main([str(folder), "--data", str(root), "-o", str(out)]) == 1
-    assert "none of the classes of" in capsys.readouterr().err
+    assert "error[data.classes]: " in capsys.readouterr().err
 
 
 def test_the_tool_gives_sets_neighbours_and_embeddings(digits, tmp_path, capsys):
@@ -359,7 +359,7 @@ def test_the_tool_gives_sets_neighbours_and_embeddings(digits, tmp_path, capsys)
 def test_what_the_tool_needs_for_that(folder, photos, tmp_path, capsys):
     for words in (["--coverage", "0.9"], ["--nearest", "2"]):
         assert tool.main([str(folder), str(photos), *words]) == 1
-        assert "is no run's folder" in capsys.readouterr().err
+        assert "error[run.missing]: " in capsys.readouterr().err
     for words in (["--by-group"], ["--among", "x"], ["--list", "x"]):
         with pytest.raises(SystemExit):
             tool.main([str(folder), str(photos), *words])

@@ -126,8 +126,8 @@ def test_files_that_are_no_class_features(tmp_path):
 def test_what_the_tool_cannot_do_is_one_line(clip, tmp_path, capsys):
     names, out = tmp_path / "names.txt", tmp_path / "out.safetensors"
     for text, words, expected in (
-        ("owl\nowl\n", ["--model", str(clip)], "has class names twice: owl"),
-        ("\n", ["--model", str(clip)], "tells no class names"),
+        ("owl\nowl\n", ["--model", str(clip)], "error[net.class_names]: "),
+        ("\n", ["--model", str(clip)], "error[net.class_names]: "),
         ("owl\n", ["--model", str(clip), "--prompt", "a photo"], "error[net.text]: "),
         ("owl\n", ["--model", str(tmp_path)], "error[net.text]: "),
     ):
@@ -138,6 +138,6 @@ def test_what_the_tool_cannot_do_is_one_line(clip, tmp_path, capsys):
 
 
 def test_names_of_a_recipe_and_of_an_index(clip, tmp_path):
-    assert tool.names_of("digits_lt") == [str(k) for k in range(10)]
+    assert tool.read_class_names("digits_lt") == [str(k) for k in range(10)]
     Index(["a.png", "b.png"], np.array([0, 1]), 2, class_names=["owl", "sea lion"]).save(tmp_path / "list.txt")
-    assert tool.names_of(str(tmp_path / "list.txt")) == ["owl", "sea lion"]
+    assert tool.read_class_names(str(tmp_path / "list.txt")) == ["owl", "sea lion"]

@@ -208,6 +208,6 @@ def test_a_name_adds_no_column_to_the_table_of_a_sweep(name):
 
 
 def _figures():
-    from rescom_timm.cli.parts.sweep import FIGURES
+    from rescom_timm.cli.parts.sweep import METRICS
 
-    return [key for name in FIGURES for key in (name, f"{name}_deviation")]
+    return [key for name in METRICS for key in (name, f"{name}_deviation")]

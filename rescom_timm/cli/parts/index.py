@@ -17,6 +17,7 @@ from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import training_index, training_split
 from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.errors import InputError
 from rescom_timm.io import atomic_path, errors_named, read_json, read_text
 
 
@@ -36,7 +37,7 @@ def make(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Bring an official list or an iNaturalist JSON into this package's format."""
+    """Convert an official list or an iNaturalist JSON to an index."""
     index = Index.load(options.file, options.classes, options.allow_empty)
     names = index.class_names
     if options.names:
@@ -46,11 +47,11 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Say everything that is wrong with an index; with --source, also against the images or the data set."""
+    """List every error in an index; with --source, also in the images or the data set."""
     index, problems = rows.read(options.file, options.classes, options.allow_empty, _columns(options), options.split)
-    images = "its images not looked for"
+    images = "images not checked"
     if index and options.source:
-        images = "its images there, but not decoded"
+        images = "images found but not decoded"
         try:
             split = training_split(_config(options, options.split, options.file), allow_empty=options.allow_empty)
         except (ValueError, FileNotFoundError) as error:
@@ -58,28 +59,28 @@ def check(options: argparse.Namespace) -> int:
         else:
             if options.decode or options.output:
                 found = broken_images(split)
-                images, problems = "all its images decoded", list(found.values())
+                images, problems = "all images decoded", list(found.values())
                 if options.output:
-                    broken = {int(split.rows[position]): told for position, told in found.items()}
+                    broken = {int(split.rows[position]): reason for position, reason in found.items()}
                     return _save(without(index, broken), options)
     for problem in problems[: options.lines]:
         print(f"{options.file}: {problem}")
     if len(problems) > options.lines:
-        print(f"{options.file}: and {len(problems) - options.lines:,} more problems")
+        print(f"{options.file}: and {len(problems) - options.lines:,} more errors")
     if index and not problems:
-        told = f"{len(index):,} rows of {index.num_classes:,} classes, {images}, sha256 {index.sha256}"
-        print(f"{options.file}: good, {told}")
+        size = f"{len(index):,} rows of {index.num_classes:,} classes"
+        print(f"{options.file}: good, {size}, {images}, sha256 {index.sha256}")
     return 3 if problems else 0
 
 
 def broken_images(split: Split) -> dict[int, str]:
-    """What is wrong with each image that cannot be decoded, by its position, found in one pass."""
+    """Position -> error of every image that cannot be decoded."""
     with image_bar(len(split.rows), split.name) as bar:
         return dict(unreadable(split, progress=bar.update))
 
 
 def without(index: Index, broken: Mapping[int, str]) -> Index:
-    """The index without these rows (of a list: counted from 0 in it), named in its header."""
+    """The index without these rows (for a list: counted from 0), which its header then names."""
     if not broken:
         return index
     rows_of = np.arange(len(index)) if isinstance(index.keys, list) else index.keys
@@ -87,8 +88,8 @@ def without(index: Index, broken: Mapping[int, str]) -> Index:
     kept = index.take(np.flatnonzero(~out), f"without {len(broken)} that cannot be read")
     lost = [str(index.keys[k]) for k in np.flatnonzero(out)]
     named = ", ".join([*filter(None, [index.info.get("left out")]), *lost[:20]]) + (" ..." if len(lost) > 20 else "")
-    for problem in list(broken.values())[:5]:
-        print(f"left out: {problem}")
+    for reason in list(broken.values())[:5]:
+        print(f"left out: {reason}")
     print(f"left out in all: {len(broken):,} images that cannot be read")
     return replace(kept, info={**kept.info, "left out": named})
 
@@ -109,10 +110,10 @@ def describe(options: argparse.Namespace) -> int:
 
 
 def overlap(options: argparse.Namespace) -> int:
-    """Say which images stand in both of two indexes."""
+    """List the images that are in both of two indexes."""
     first, second = (Index.load(file, allow_empty=True) for file in (options.file, options.other))
     shared = rows.overlap(first, second)
-    print(f"{len(shared):,} images stand in both {options.file} and {options.other}")
+    print(f"{len(shared):,} images are in both {options.file} and {options.other}")
     print(*shared[: options.lines], sep="\n", end="\n" if shared else "")
     return 3 if shared else 0
 
@@ -130,14 +131,16 @@ def _columns(options: argparse.Namespace) -> Columns:
 
 
 def _label_file(path: str, info: dict[str, str]) -> Index:
-    words = read_text(path).split()
-    if not words:
-        raise ValueError(f"{path} holds no labels: it is one whole number from 0 a line")
-    for number, word in enumerate(words, 1):
-        if not is_label(word):
+    texts = read_text(path).split()
+    if not texts:
+        raise InputError("index.format", f"{path} has no labels: write one whole number from 0 per line")
+    for number, text in enumerate(texts, 1):
+        if not is_label(text):
             most = f"{MAX_CLASSES - 1:,}"
-            raise ValueError(f"{path}: label number {number}, {word!r}, is not a whole number from 0 to {most}")
-    labels = np.array(words, dtype=np.int64)
+            raise InputError(
+                "index.format", f"{path}: label number {number}, {text!r}, is not a whole number from 0 to {most}"
+            )
+    labels = np.array(texts, dtype=np.int64)
     return Index(np.arange(len(labels)), labels, int(labels.max()) + 1, info)
 
 
@@ -147,7 +150,7 @@ def _counts_file(path: str) -> np.ndarray | None:
     content = read_json(path, object)
     is_counts = isinstance(content, list) and content and all(isinstance(n, int) and n >= 0 for n in content)
     if is_counts and not any(content):
-        raise ValueError(f"{path} holds class counts of 0 alone")
+        raise InputError("index.format", f"{path} has only class counts of 0")
     return np.array(content, dtype=np.int64) if is_counts else None
 
 
@@ -160,7 +163,7 @@ def _save(index: Index, options: argparse.Namespace) -> int:
 def _picture(counts: np.ndarray, title: str, path: str) -> None:
     from rescom_timm.analysis import style
 
-    ordered = np.sort(counts)[::-1].copy()  # torch takes no reversed view
+    ordered = np.sort(counts)[::-1].copy()  # torch does not accept a reversed view
     names = style.group_of(ordered)
     figure = style.new_figure(8, 4)
     axes = figure.subplots()
@@ -169,5 +172,5 @@ def _picture(counts: np.ndarray, title: str, path: str) -> None:
     style.group_legend(axes, names, loc="upper right")
     title = f"{style.plain(title, 60)}: {counts.sum():,} rows, imbalance {rows.imbalance(counts):.4g}"
     style.tidy(axes, title, "classes, largest first", "training images (log scale)", "y")
-    with errors_named(path), atomic_path(path) as beside:
-        figure.savefig(beside, dpi=150, format=Path(path).suffix[1:] or "png")
+    with errors_named(path), atomic_path(path) as new:
+        figure.savefig(new, dpi=150, format=Path(path).suffix[1:] or "png")

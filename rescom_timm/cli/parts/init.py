@@ -11,44 +11,51 @@ from rescom_timm.config.own_data import recipe_for
 from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
 from rescom_timm.data import index as rows
 from rescom_timm.data.sources import Data, load
+from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.io import write_text
 
 
 def init(options: argparse.Namespace) -> int:
-    """Write a recipe for one's own images: class folders, a folder with a list, or a local or Hub data set."""
+    """Write a recipe for class folders, a folder with a list, or a local or Hub data set, and its lists.
+
+    Raises InputError (file.exists, image.unreadable, and as own_splits.parts does); nothing is written then.
+    """
     recipe = Path(options.output)
     lists = {part: recipe.with_name(f"{recipe.stem}_{part}.txt") for part in ("train", "test", "validation")}
-    if taken := [str(path) for path in (recipe, *lists.values()) if path.exists()]:
-        if not options.force:
-            raise ValueError(f"{', '.join(taken)} would be overwritten: choose another -o, or say --force")
+    existing = [str(path) for path in (recipe, *lists.values()) if path.exists()]
+    if existing and not options.force:
+        raise InputError("file.exists", f"{', '.join(existing)} would be overwritten: choose another -o, or --force")
     if options.source != "digits" and hub_id(options.source, alone=True) is None:
         if not Path(options.source).expanduser().exists():
             raise missing(options.source)
         options.source = place(options.source)
     own = {one.name: getattr(options, one.name) for one in fields(OwnImages)}
     indexes, config = parts(OwnImages(**own))
-    with TemporaryDirectory() as folder:  # all is tried before anything is written where the user sees it
+    with TemporaryDirectory() as folder:  # nothing is written to the output unless everything works
 
-        def tried() -> Data:
+        def load_with_lists() -> Data:
             for part, index in indexes.items():
                 index.save(Path(folder) / lists[part].name)
             return load(with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
 
-        data = tried()
+        data = load_with_lists()
         splits = {"train": data.train, "test": data.test, "validation": data.validation}
         broken = {part: broken_images(split) for part, split in splits.items() if split is not None}
         if any(broken.values()):
-            told = [problem for found in broken.values() for problem in found.values()]
             if not options.leave_out or not indexes:
-                how = "repair or remove them" + (", or say --leave-out" if indexes else "")
-                raise ValueError(f"{len(told):,} images cannot be read; {how}:\n  " + "\n  ".join(told[:50]))
+                reasons = [reason for found in broken.values() for reason in found.values()]
+                remedy = "repair or remove them" + (", or give --leave-out" if indexes else "")
+                raise InputError(
+                    "image.unreadable",
+                    f"{len(reasons):,} images cannot be read; {remedy}:\n  " + "\n  ".join(reasons[:50]),
+                )
             lost: dict[str, dict[int, str]] = {part: {} for part in indexes}
             for part, found in broken.items():  # validation rows may be some of the training list's
-                numbers = {int(splits[part].rows[k]): problem for k, problem in found.items()}  # type: ignore[union-attr]
+                numbers = {int(splits[part].rows[k]): reason for k, reason in found.items()}  # type: ignore[union-attr]
                 lost[part if part in indexes else "train"] |= numbers
             indexes = {part: without(index, lost[part]) for part, index in indexes.items()}
-            data = tried()
+            data = load_with_lists()
         config = with_lists(config, {part: place(lists[part]) for part in indexes})
         text = recipe_for(data, config, options.source, options.tune)
     for part, index in indexes.items():
