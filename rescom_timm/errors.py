@@ -140,6 +140,18 @@ CODES = {
     # images
     "image.unreadable": "an image that cannot be decoded",
     "image.size": "images too small for the views, or of different sizes after them",
+    # plots, reports and metrics
+    "plot.name": "a plot that does not exist",
+    "plot.value": "arrays that a plot cannot show",
+    "plot.log": "a run without the log that a plot shows",
+    "plot.evaluation": "an evaluation that a plot needs is missing or unreadable",
+    "plot.queue": "a method without a queue, or a queue without keys",
+    "plot.no_mistakes": "a gallery of mistakes of a net that made none",
+    "plot.robustness": "results of rescom-timm robustness that are missing, unreadable or of different corruptions",
+    "plot.baseline": "a baseline of other images, corruptions or severities",
+    "metric.shape": "logits, labels or counts of a wrong shape or type",
+    "metric.labels": "labels outside the classes of the net",
+    "metric.empty": "a metric of no images",
     # methods, losses and queues
     "method.value": "a setting of a method or loss is out of its bounds or does not fit the others",
     "method.teacher": "the method learns from a teacher, and it has none",

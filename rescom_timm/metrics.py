@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rescom_timm.errors import InputError
+
 CONFIDENCE = 0.95
 """Coverage of every interval."""
 DRAWS = 1000
@@ -149,14 +151,14 @@ class Meter:
         limits: Limits = LIMITS,
     ) -> None:
         if num_classes < 1 or bins < 1:
-            raise ValueError(f"num_classes and bins must be at least 1, got {num_classes} and {bins}.")
+            raise InputError("metric.shape", f"num_classes and bins must be at least 1, not {num_classes} and {bins}")
         if any(k < 1 for k in topk):
-            raise ValueError(f"topk must hold numbers of at least 1, got {tuple(topk)}.")
+            raise InputError("metric.shape", f"topk must be numbers of at least 1, not {tuple(topk)}")
         self.num_classes, self.bins, self.limits = num_classes, bins, limits
         self.topk = tuple(k for k in topk if k == 1 or k < num_classes)
         self.counts = None if counts is None else torch.as_tensor(counts).detach().cpu().long()
         if self.counts is not None and self.counts.shape != (num_classes,):
-            raise ValueError(f"counts must have shape ({num_classes},), one per class; got {tuple(self.counts.shape)}.")
+            raise InputError("metric.shape", f"counts must be ({num_classes},), not {tuple(self.counts.shape)}")
         self.reset()
 
     def reset(self) -> None:
@@ -167,12 +169,13 @@ class Meter:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Takes logits (N, K) of any float type and labels (N,) of any integer type, both on one device."""
         if logits.ndim != 2 or logits.shape[1] != self.num_classes or labels.shape != logits.shape[:1]:
-            raise ValueError(
-                f"Expected logits (N, {self.num_classes}) and labels (N,), "
-                f"got {tuple(logits.shape)} and {tuple(labels.shape)}."
+            raise InputError(
+                "metric.shape",
+                f"logits must be (N, {self.num_classes}) and labels (N,), not {tuple(logits.shape)} and "
+                f"{tuple(labels.shape)}",
             )
         if labels.is_floating_point():
-            raise ValueError(f"labels must be whole class numbers, got {labels.dtype}.")
+            raise InputError("metric.shape", f"labels must be integers, not {labels.dtype}")
         logits, labels = logits.detach().float(), labels.detach().long()
         probability = logits.softmax(dim=1)
         valid = probability.isfinite().all(dim=1)
@@ -204,8 +207,11 @@ class Meter:
         return numbers | ({"invalid": invalid} if invalid else {})
 
     def per_class(self) -> dict[str, Tensor]:
-        """(K,) each, on the CPU: "correct" and "total" (int64 test images), "accuracy" and its interval "low" to "high"
-        (float64 percent, NaN where a class has no test image) and, where known, "count" (int64 training images)."""
+        """Columns (K,) on the CPU, by class.
+
+        "correct" and "total" (int64 test images), "accuracy" and its interval "low" to "high" (float64 percent, NaN if
+        a class has no test image) and, if known, "count" (int64 training images).
+        """
         kept = self._gathered()
         total = torch.bincount(kept["labels"], minlength=self.num_classes)
         correct = torch.bincount(kept["labels"][kept["predicted"] == kept["labels"]], minlength=self.num_classes)
@@ -240,8 +246,11 @@ class Meter:
         return found
 
     def record(self) -> dict[str, object]:
-        """All as plain JSON: "numbers" (compute), "intervals", "image_intervals" (of the same classes: images alone are
-        drawn), "sizes", "group_limits", "per_class" {column: list}; NaN as None."""
+        """All as plain JSON, NaN as None.
+
+        "numbers" (compute), "intervals", "image_intervals" (of the same classes: only images are drawn), "sizes",
+        "group_limits", "per_class" {column: list}.
+        """
         columns = {name: column.tolist() for name, column in self.per_class().items()}
         for name in ("accuracy", "low", "high"):
             columns[name] = [None if value != value else value for value in columns[name]]
@@ -259,13 +268,13 @@ class Meter:
 
     def _gathered(self) -> dict[str, Tensor]:
         if self._kept["labels"].buffer is None:
-            raise ValueError("The meter has seen no images: call update(logits, labels) before compute().")
+            raise InputError("metric.empty", "the meter has no images: call update(logits, labels) before compute()")
         kept = {name: column.tensor().cpu() for name, column in self._kept.items()}
         if not len(kept["labels"]):
-            raise ValueError("The meter has seen only empty batches: is the evaluation split empty?")
+            raise InputError("metric.empty", "the meter has only empty batches: check the evaluation split")
         low, high = int(kept["labels"].min()), int(kept["labels"].max())
         if low < 0 or high >= self.num_classes:
-            raise ValueError(f"labels must lie in 0..{self.num_classes - 1}, got {low}..{high}: do net and data agree?")
+            raise InputError("metric.labels", f"labels must be 0..{self.num_classes - 1}, not {low}..{high}")
         return kept
 
 
@@ -382,8 +391,10 @@ def corruption_errors(
 def mean_corruption_error(
     errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
 ) -> float:
-    """mCE: the mean of corruption_errors over the kinds; 100 is the baseline itself. Raises ValueError where the kinds
-    differ from the baseline's: a mean over fewer kinds is another number."""
+    """Mean corruption error (mCE), the mean of corruption_errors over the kinds; 100 is the baseline itself.
+
+    Raises InputError if the kinds differ from the baseline's: a mean over fewer kinds is another number.
+    """
     return _mean(list(corruption_errors(errors, baseline).values()))
 
 
@@ -400,9 +411,7 @@ def relative_mean_corruption_error(
     _same_kinds(errors, baseline)
     harmless = [kind for kind, error in baseline.items() if error <= baseline_clean_error]
     if harmless:
-        raise ValueError(
-            f"The baseline makes no more errors on {', '.join(harmless)}: relative mCE would divide by zero."
-        )
+        raise InputError("plot.baseline", f"relative mCE needs a baseline that loses accuracy on {', '.join(harmless)}")
     return _mean(
         [100 * (_mean(errors[kind]) - clean_error) / (baseline[kind] - baseline_clean_error) for kind in baseline]
     )
@@ -410,17 +419,18 @@ def relative_mean_corruption_error(
 
 def _mean(values: Sequence[float]) -> float:
     if not len(values):
-        raise ValueError("No errors given: every corruption needs at least one severity, and there must be one kind.")
+        raise InputError("metric.empty", "errors must have at least one corruption, each with at least one severity")
     return sum(values) / len(values)
 
 
 def _same_kinds(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float]) -> None:
     missing, extra = sorted(set(baseline) - set(errors)), sorted(set(errors) - set(baseline))
     if missing or extra:
-        raise ValueError(
-            f"The corruptions must be the baseline's {len(baseline)}; missing: {', '.join(missing) or 'none'}; "
-            f"not in the baseline: {', '.join(extra) or 'none'}. Pass a baseline of the kinds you measured."
+        raise InputError(
+            "plot.baseline",
+            f"the corruptions differ from the baseline's {len(baseline)}: missing {', '.join(missing) or 'none'}; not "
+            f"in the baseline {', '.join(extra) or 'none'}",
         )
     lengths = {len(values) for values in errors.values()}
     if len(lengths) > 1:
-        raise ValueError(f"Every corruption needs the same severities, got {sorted(lengths)} of them.")
+        raise InputError("plot.baseline", f"every corruption needs as many severities, not {sorted(lengths)}")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
-class Views:
+class ContactSheet:
     """images (N, V, H, W, 3) uint8; labels (N,); counts (K,) training images; class_names (K)."""
 
     title: str
@@ -32,22 +33,22 @@ def measure(
     most: int = 24,
     title: str = "augmented views",
     limits: metrics.Limits = metrics.LIMITS,
-) -> Views:
+) -> ContactSheet:
     """The first `most` of images uint8 (N, V, 3, H, W), as loaders batch them, or (N, 3, H, W); labels (N,).
 
     Raises ValueError for another shape or type: normalised images can not be shown as they were.
     """
     images = images[:, None] if images.ndim == 4 else images
     if images.ndim != 5 or images.shape[2] != 3 or str(images.dtype) != "torch.uint8" or len(labels) != len(images):
-        raise ValueError(f"Expected uint8 images (N, V, 3, H, W) and labels (N,), got {images.dtype} "
-                         f"{tuple(images.shape)} and {tuple(labels.shape)}.")  # fmt: skip
+        raise InputError("plot.value", f"images must be uint8 (N, V, 3, H, W) and labels (N,), not {images.dtype} "
+                         f"{tuple(images.shape)} and {tuple(labels.shape)}")  # fmt: skip
     counts = np.asarray(counts, dtype=np.int64)
     pixels = images[:most].permute(0, 1, 3, 4, 2).cpu().numpy()
     names = tuple(class_names) or tuple(map(str, range(len(counts))))
-    return Views(title, pixels, labels[:most].cpu().numpy().astype(np.int64), counts, names, limits)
+    return ContactSheet(title, pixels, labels[:most].cpu().numpy().astype(np.int64), counts, names, limits)
 
 
-def table(views: Views) -> style.Table:
+def table(views: ContactSheet) -> style.Table:
     """One row per image: place on the sheet, class, name, training images of the class."""
     return {
         "image": np.arange(len(views.labels)),
@@ -57,7 +58,7 @@ def table(views: Views) -> style.Table:
     }
 
 
-def draw(views: Views) -> Figure:
+def draw(views: ContactSheet) -> Figure:
     """Tiles of V views side by side, class and training images as captions in the group's colour."""
     n, v, height, width, _ = views.images.shape
     columns = max(1, min(n, 12 // v))

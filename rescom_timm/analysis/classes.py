@@ -1,4 +1,4 @@
-"""Each class of an evaluation: how often it is right, how often it is meant, and what it is taken for."""
+"""Recall, precision and the most frequent confusion of each class of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from rescom_timm.analysis.run_files import Evaluation
 
 @dataclass(frozen=True)
 class Classes:
-    """All (K,), in percent; NaN where there is nothing to divide by."""
+    """All (K,), in percent; NaN for 0 / 0."""
 
     recall: npt.NDArray[np.float64]
-    """Of the class's images, those labelled so: its accuracy."""
+    """Of the class's images, those predicted as it: its accuracy."""
     precision: npt.NDArray[np.float64]
-    """Of the images labelled so, those of the class."""
+    """Of the images predicted as the class, those of it."""
     f1: npt.NDArray[np.float64]
-    """Harmonic mean of the two; 0 where no image of the class is right."""
+    """Harmonic mean of the two; 0 if no image of the class is right."""
     confused: npt.NDArray[np.int64]
-    """The other class that its images are most often taken for; -1 for none."""
+    """The other class most often predicted for its images; -1 for none."""
     share: npt.NDArray[np.float64]
-    """Of its images, those taken for that."""
+    """Of its images, those predicted as that."""
 
 
 def measure(evaluation: Evaluation) -> Classes:
-    """Figures of every class from labels and predictions (N,), in O(N + K)."""
+    """Metrics of every class from labels and predictions (N,), in O(N + K)."""
     k, labels, predicted = evaluation.num_classes, evaluation.labels, evaluation.predicted
     images, meant = np.bincount(labels, minlength=k), np.bincount(predicted[predicted >= 0], minlength=k)
     right = np.bincount(labels[labels == predicted], minlength=k)

@@ -6,6 +6,7 @@ blocks: a cell is then the share of the block's images that are predicted as any
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,11 @@ _NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and th
 
 @dataclass(frozen=True)
 class Confusion:
-    """labels, predicted (N,) of the test images (predicted -1: no valid output); order (K,) class numbers as shown;
-    groups (K,) names by class number, "" where the training counts are unknown; class_names (K)."""
+    """Labels and predictions (N,) of the test images (predicted -1: no valid output).
+
+    order: (K,) class numbers as shown. groups: (K,) names by class number, "" if the training counts are unknown.
+    class_names: (K).
+    """
 
     title: str
     labels: npt.NDArray[np.int64]
@@ -74,8 +78,10 @@ def table(confusion: Confusion) -> style.Table:
 
 
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
-    """The matrix in percent of each row's images and, where groups are known, beside it the
-    same by the group of the predicted class, right or wrong: not the accuracy of a group."""
+    """The matrix in percent of each row's images and, if groups are known, the same by group of the predicted class.
+
+    The second is not the accuracy of a group: it counts right and wrong predictions of a class of the group.
+    """
     present = style.present(confusion.groups)
     figure = style.new_figure(11 if present else 8, 6.8)
     main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
@@ -103,7 +109,7 @@ def _block_sizes(confusion: Confusion, cells: int) -> npt.NDArray[np.int64]:
     borders = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1), k]
     sizes = [
         len(part)
-        for start, end in zip(borders[:-1], borders[1:], strict=True)
+        for start, end in pairwise(borders)
         for part in np.array_split(np.arange(start, end), -(-(end - start) // merge))
     ]
     return np.array(sizes)

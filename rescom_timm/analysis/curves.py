@@ -34,15 +34,15 @@ class Curve:
 
 
 def last_part(name: str) -> str:
-    """ "loss" of "train/loss" or "train.loss"."""
+    """Last part of a name: "loss" of "train/loss" or "train.loss"."""
     return re.split(r"[/.]", name)[-1]
 
 
 def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 5) -> list[Curve]:
-    """The curves of these names, or of the up to `most` most telling figures, each on every split that has it. Runs
-    without a log are left out.
+    """The curves of these names, or of the up to `most` most important metrics, each on every split that has it.
 
-    After a resume the same step may be logged twice: the later line counts. Missing where nothing is left.
+    Runs without a log are left out. After a resume the same step may be logged twice: the later line counts. Raises
+    Missing if nothing is left.
     """
     logs: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
@@ -51,15 +51,15 @@ def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 5)
         except Missing:
             continue
     if not logs:
-        raise Missing(f"no training log (metrics.jsonl) in {', '.join(run.name for run in runs)}")
+        raise Missing("plot.log", f"no training log (metrics.jsonl) in {', '.join(run.name for run in runs)}")
     known = {name for rows in logs.values() for row in rows for name, value in row.items() if _is_number(value)}
-    telling = sorted(filter(_is_telling, known), key=_importance)
-    figures = list(dict.fromkeys(map(last_part, telling)))[:most]
-    chosen = list(names) or [name for name in telling if last_part(name) in figures]
+    curves = sorted(filter(_has_curve, known), key=_importance)
+    shown = list(dict.fromkeys(map(last_part, curves)))[:most]
+    chosen = list(names) or [name for name in curves if last_part(name) in shown]
     chosen += [name + CHANCE for name in chosen if name + CHANCE in known]
     series = {(run, name): _series(rows, name) for run, rows in logs.items() for name in chosen}
     if not any(len(x) for x, _, _ in series.values()):
-        raise Missing(f"the training log holds none of {', '.join(chosen) or 'a curve'}; there: {sorted(known)}")
+        raise Missing("plot.log", f"the training log has no {', '.join(chosen) or 'curve'}, only {sorted(known)}")
     # All runs of a panel share its axis: the epoch, unless some run logs several lines an epoch.
     fine = {name for (_, name), (_, epoch, _) in series.items() if len(np.unique(epoch)) < len(epoch)}
     return [
@@ -137,7 +137,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_telling(name: str) -> bool:
+def _has_curve(name: str) -> bool:
     return name not in _AXES and not name.endswith(CHANCE) and last_part(name) not in _NO_CURVE
 
 

@@ -1,4 +1,4 @@
-"""What the doctor found, as text and as one HTML page with thumbnails that opens offline."""
+"""The doctor's findings as text and as one HTML page with thumbnails, which opens offline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rescom_timm.text.pages import render
 
 SIDE = 96
 """Pixels of a thumbnail's longer side."""
-MOST = 40
+GROUPS_SHOWN = 40
 """Groups shown of each finding."""
-MOST_OF_A_GROUP = 8
+IMAGES_SHOWN = 8
 
 
-def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str], examples: int = 3) -> str:
+def as_text(images: Examined, found: Sequence[Finding], class_names: Sequence[str], examples: int = 3) -> str:
     """The findings as text, each with a few examples."""
     lines = []
     for finding in found:
@@ -29,7 +29,7 @@ def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
             if finding.key == "broken":
                 lines.append(f"    {images.broken[group[0]]}")
             else:
-                names = "  ~  ".join(_name(images, one, class_names) for one in group[:MOST_OF_A_GROUP])
+                names = "  ~  ".join(_name(images, one, class_names) for one in group[:IMAGES_SHOWN])
                 lines.append(f"    {names}" + (f": {finding.notes[i]}" if finding.notes else ""))
         lines += [f"    {line}" for line in finding.lines[:examples]]
         if finding.count > examples:
@@ -38,17 +38,17 @@ def told(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
 
 
 def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str], title: str) -> str:
-    """The findings as HTML, with thumbnails of at most MOST groups each; everything from the data is escaped."""
+    """The findings as HTML, with thumbnails of GROUPS_SHOWN groups at most; everything from the data is escaped."""
     counts = ", ".join(f"{(images.split == name).sum():,} in {name}" for name in images.splits)
     findings = [
         {
             "about": one,
             "lines": one.lines[:1000],
             "groups": [
-                [_figure(images, i, class_names, note) for i in group[:MOST_OF_A_GROUP]]
-                for group, note in zip(one.groups[:MOST], one.notes or repeat(""), strict=False)
+                [_figure(images, i, class_names, note) for i in group[:IMAGES_SHOWN]]
+                for group, note in zip(one.groups[:GROUPS_SHOWN], one.notes or repeat(""), strict=False)
             ],
-            "more": len(one.groups) - MOST,
+            "more": len(one.groups) - GROUPS_SHOWN,
         }
         for one in found
     ]

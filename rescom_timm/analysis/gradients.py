@@ -1,5 +1,6 @@
-"""What each pair pulls and pushes: the gradient of the contrastive loss over positives and negatives, sorted by
-similarity (paper, eq. 4 and Fig. 1 right). Easy pairs, similar positives and unlike negatives, give next to none.
+"""Gradient of the contrastive loss with respect to each pair's similarity, sorted by similarity.
+
+Paper, eq. 4 and Fig. 1 right. Easy pairs, similar positives and dissimilar negatives, have almost no gradient.
 """
 
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """For positives and negatives apart, in `points` bins of equally many pairs from hard to easy: mean similarity and
-    mean |gradient| of a pair, and the number of pairs behind them."""
+    """Mean similarity and mean |gradient| of a pair, for positives and for negatives, and the number of pairs.
+
+    Bins of equally many pairs, from hard to easy.
+    """
 
     title: str
     positive_similarity: npt.NDArray[np.float64]
@@ -37,7 +41,7 @@ def pair_gradients(
     positive, valid (N, M) bool, weights w (N,). Zero for a pair that is not valid and for a query without positives.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}.")
+        raise InputError("plot.value", f"temperature must be above 0, not {temperature}")
     positive = positive & valid
     has_positive = positive.any(dim=1, keepdim=True)
     logits = (similarity.double() / temperature).masked_fill(~valid, -torch.inf)
@@ -67,7 +71,7 @@ def measure(
     for name, kind, hard_first in (("positive", positive, 1), ("negative", ~positive, -1)):
         chosen = counted & kind
         if not chosen.any():
-            raise ValueError(f"There is no {name} pair among the valid ones: nothing to draw.")
+            raise InputError("plot.value", f"no valid pair is {name}")
         near, norm = similarity[chosen].double().cpu().numpy(), gradient[chosen].abs().cpu().numpy()
         order = np.argsort(hard_first * near, kind="stable")
         bins = np.array_split(order, min(points, len(order)))

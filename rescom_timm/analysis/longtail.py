@@ -1,4 +1,4 @@
-"""The long tail picture: training images of each class above, what the net makes of them below."""
+"""The long tail: training images of each class above, its accuracy below."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ _BARS = 60  # more classes than this are points
 
 @dataclass(frozen=True)
 class LongTail:
-    """Per class, from most to fewest training images (K,): its number, name, training and test images, group, accuracy
-    and its 95% interval in percent (NaN without test images). intervals: of the groups."""
+    """Classes (K,) from most to fewest training images.
+
+    Number, name, training and test images, group, accuracy and its 95% interval in percent (NaN without test images).
+    intervals: of the groups.
+    """
 
     title: str
     classes: npt.NDArray[np.int64]
@@ -34,7 +37,7 @@ class LongTail:
 
 
 def measure(evaluation: Evaluation) -> LongTail:
-    """Per-class accuracy beside the training counts. Missing where the run records no counts."""
+    """Per-class accuracy and training counts. Raises Missing if the run has no counts."""
     counts, tested, correct = evaluation.training_counts(), evaluation.tested, evaluation.correct
     order = style.by_count(counts)
     low, high = metrics.wilson(correct, tested)
@@ -69,8 +72,10 @@ def table(tail: LongTail) -> style.Table:
 
 
 def draw(tail: LongTail) -> Figure:
-    """Counts (logarithmic) over accuracy, one column per class, coloured by group; group means as lines, with their
-    intervals."""
+    """Counts (logarithmic) above accuracy, one column per class, in the colours of the groups.
+
+    Lines show the mean accuracy of each group, with its interval.
+    """
     k = len(tail.classes)
     figure = style.new_figure(min(5 + 0.12 * k, 11), 6.0)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])

@@ -1,4 +1,4 @@
-"""Galleries of mistakes: the most confident ones, and what the rarest classes are taken for.
+"""Galleries of mistakes: the most confident ones, and those of the rarest classes.
 
 N images, K classes.
 """
@@ -28,6 +28,8 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Tile:
+    """One image of a gallery."""
+
     image: npt.NDArray[np.uint8]
     caption: str
     row: int
@@ -39,7 +41,7 @@ class Tile:
 
 
 class Judged(NamedTuple):
-    """What a net makes of N images: labels, predicted (-1: no valid output) and the probability of that, (N,) each."""
+    """Labels, predictions (-1: no valid output) and their probability, (N,) each."""
 
     labels: npt.NDArray[np.int64]
     predicted: npt.NDArray[np.int64]
@@ -53,7 +55,7 @@ def most_confident(judged: Judged, most: int) -> npt.NDArray:
 
 
 def of_class(judged: Judged, label: int, most: int) -> npt.NDArray:
-    """Positions of the images of a class that are most confidently taken for another."""
+    """Positions of the most confident mistakes on images of a class."""
     own = np.flatnonzero(judged.labels == label)
     return own[most_confident(Judged(judged.labels[own], judged.predicted[own], judged.confidence[own]), most)]
 
@@ -66,9 +68,9 @@ def tile(image: npt.NDArray[np.uint8], row: int, judged: Judged, i: int, names: 
 
 
 def grid(title: str, tiles: Sequence[Tile], columns: int = 6) -> Gallery:
-    """Raises Missing where there is no tile."""
+    """Raises Missing if there is no tile."""
     if not tiles:
-        raise Missing("every image was labelled right")
+        raise Missing("plot.no_mistakes", "the net made no mistakes")
     rows = tuple(tuple(tiles[start : start + columns]) for start in range(0, len(tiles), columns))
     return Gallery(title, (), rows)
 

@@ -1,6 +1,6 @@
-"""The figures of an opened run: its net and queue, looked at with its own data, by name.
+"""Plots of an opened run's net and queue over its own data, by name.
 
-Each function measures; drawing and tables are those of the figure's module.
+Each function measures; drawing and tables are those of the plot's module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.analysis import augmentations, gradients, mistakes, pair_counts, queues, similarity, style, tsne
-from rescom_timm.analysis.opened_run import Opened, take
+from rescom_timm.analysis.opened_run import OpenedRun, take
 from rescom_timm.analysis.run_files import Missing
 from rescom_timm.contrastive.pairs import Pairs, against_queue
 from rescom_timm.data.decoding import decode
@@ -25,7 +25,7 @@ from rescom_timm.methods.rescom import QueueConfig
 _QUERIES = 512  # training images that are compared with the queue
 
 
-def contact_sheet(run: Opened) -> augmentations.Views:
+def contact_sheet(run: OpenedRun) -> augmentations.ContactSheet:
     """Training images, of as many classes as possible from most to fewest images, in the views that a step takes."""
     data, recipe = run.data, run.recipe
     rows = style.balanced(data.train.labels, 24, recipe.seed)
@@ -34,54 +34,40 @@ def contact_sheet(run: Opened) -> augmentations.Views:
     config = recipe.loader
     dataset = ViewsDataset(take(data.train, rows), policy, run.method.views, config.broken, config.reading)
     batch = dataset.__getitems__([(i, recipe.seed + i) for i in range(len(rows))])
-    title = f"{run.name}, views of {data.train.name}"
-    return augmentations.measure(
-        batch["image"],
-        batch["label"],
-        data.counts,
-        data.class_names,
-        title=title,
-        limits=recipe.evaluation.group_limits,
-    )
+    title, limits = f"{run.name}, views of {data.train.name}", recipe.evaluation.group_limits
+    images, labels = batch["image"], batch["label"]
+    return augmentations.measure(images, labels, data.counts, data.class_names, title=title, limits=limits)
 
 
-def batch_pairs(run: Opened) -> pair_counts.PairFrequency:
+def batch_pairs(run: OpenedRun) -> pair_counts.PairFrequency:
     """Pairs within the batches of the recipe, every view against every other one."""
-    batch, n = run.recipe.train.batch_size // run.recipe.train.accumulate, run.method.views
+    recipe, n = run.recipe, run.method.views
+    batch, limits = recipe.train.batch_size // recipe.train.accumulate, recipe.evaluation.group_limits
     title = f"in the batch, {batch} images, {n} view{'s' * (n > 1)}"
-    return pair_counts.measure(
-        run.data.counts, batch, n, seed=run.recipe.seed, title=title, limits=run.recipe.evaluation.group_limits
-    )
+    return pair_counts.measure(run.data.counts, batch, n, seed=recipe.seed, title=title, limits=limits)
 
 
-def queue_pairs(run: Opened) -> pair_counts.PairFrequency:
-    """Pairs of a batch against the keys that the run's queue holds, before mining."""
-    queue, batch = run.queue(), run.recipe.train.batch_size
-    slots = np.bincount(queue.labels[queue.valid].cpu().numpy(), minlength=len(run.data.counts))
+def queue_pairs(run: OpenedRun) -> pair_counts.PairFrequency:
+    """Pairs of a batch with the keys of the run's queue, before mining."""
+    queue, counts, recipe = run.queue(), run.data.counts, run.recipe
+    batch, limits = recipe.train.batch_size, recipe.evaluation.group_limits
+    slots = np.bincount(queue.labels[queue.valid].cpu().numpy(), minlength=len(counts))
     title = f"against the queue ({int(slots.sum()):,} keys), {batch} images"
-    return pair_counts.measure(
-        run.data.counts,
-        batch,
-        slots=slots,
-        seed=run.recipe.seed,
-        title=title,
-        limits=run.recipe.evaluation.group_limits,
-    )
+    return pair_counts.measure(counts, batch, slots=slots, seed=recipe.seed, title=title, limits=limits)
 
 
-def pair_gradients(run: Opened) -> gradients.Gradients:
-    """Gradients over training images, as frequent as in training, against every key of the queue (no mining)."""
+def pair_gradients(run: OpenedRun) -> gradients.Gradients:
+    """Gradients over training images, as frequent as in training, with every key of the queue (no mining)."""
     order = np.random.default_rng(run.recipe.seed).permutation(len(run.data.train.labels))
     found, labels = _against_queue(run, np.sort(order[:_QUERIES]))
-    weights = getattr(run.method, "weights", None)
-    temperature = float(getattr(run.recipe.method, "temperature", 0.2))
+    temperature, weights = run.method.pair_loss()
     n, keys = found.similarity.shape
     title = f"{run.name}: {n} training images against {keys:,} keys, unmined, temperature {temperature:g}"
-    weights = weights[labels] if isinstance(weights, Tensor) else None
+    weights = None if weights is None else weights[labels]
     return gradients.measure(*found, temperature=temperature, weights=weights, title=title)
 
 
-def positive_similarity(run: Opened) -> similarity.Similarity:
+def positive_similarity(run: OpenedRun) -> similarity.Similarity:
     """Positives of training images, as many of each class as possible, and the keys of their class in the queue."""
     rows = style.balanced(run.data.train.labels, 2 * _QUERIES, run.recipe.seed)
     found, labels = _against_queue(run, rows)
@@ -89,25 +75,19 @@ def positive_similarity(run: Opened) -> similarity.Similarity:
     return similarity.measure(*found, labels, run.data.counts, title=title, limits=run.recipe.evaluation.group_limits)
 
 
-def feature_map(run: Opened) -> tsne.Tsne:
+def feature_map(run: OpenedRun) -> tsne.Tsne:
     """t-SNE of the backbone's features of test images, as many of each class as possible."""
     rows = style.balanced(run.tested.labels, 2000, run.recipe.seed)
     seen = run.look(take(run.tested, rows))
-    title = f"{run.name}, features of {run.tested.name}"
-    return tsne.measure(
-        seen.features,
-        seen.labels,
-        run.data.counts,
-        tuple(run.data.class_names),
-        title=title,
-        limits=run.recipe.evaluation.group_limits,
-    )
+    title, limits = f"{run.name}, features of {run.tested.name}", run.recipe.evaluation.group_limits
+    names = tuple(run.data.class_names)
+    return tsne.measure(seen.features, seen.labels, run.data.counts, names, title=title, limits=limits)
 
 
-def queue_slots(run: Opened) -> queues.Slots:
-    """The run's queue as it stands, beside the other kinds of Fig. 3 with as many slots, filled by the same data."""
+def queue_slots(run: OpenedRun) -> queues.Slots:
+    """The run's queue, and the other kinds of Fig. 3 with as many slots, filled by the same data."""
     queue, counts = run.queue(), torch.as_tensor(run.data.counts)
-    own = getattr(getattr(run.recipe.method, "queue", None), "kind", "fifo")
+    own = run.recipe.method.queue_kind
     held = {f"{own} (this run)": queue.labels[queue.valid]}
     per_class = max(1, round(len(queue.keys) / len(counts)))
     generator = np.random.default_rng(run.recipe.seed)
@@ -124,15 +104,15 @@ def queue_slots(run: Opened) -> queues.Slots:
     return queues.measure(held, run.data.counts, run.recipe.evaluation.group_limits)
 
 
-def confident_mistakes(run: Opened) -> mistakes.Gallery:
-    """Test images that are most surely taken for another class."""
+def confident_mistakes(run: OpenedRun) -> mistakes.Gallery:
+    """The test images that the net misclassifies with the highest confidence."""
     split, judged = run.tested, _judged(run)
     tiles = [_tile(run, int(i), judged) for i in mistakes.most_confident(judged, 24)]
     return mistakes.grid(f"{style.plain(run.name, 40)}: the most confident mistakes on {split.name}", tiles)
 
 
-def rare_classes(run: Opened) -> mistakes.Gallery:
-    """The rarest classes: a training image of each, and the images of it that are most surely taken for another."""
+def rare_classes(run: OpenedRun) -> mistakes.Gallery:
+    """The rarest classes: a training image of each, and its most confident mistakes."""
     judged, split, counts, names = _judged(run), run.tested, run.data.counts, run.data.class_names
     rows: list[tuple[mistakes.Tile, ...]] = []
     headings = []
@@ -143,47 +123,46 @@ def rare_classes(run: Opened) -> mistakes.Gallery:
         if not len(wrong):
             continue
         first = int(np.flatnonzero(run.data.train.labels == label)[0])
-        learnt = mistakes.Tile(
-            _thumbnail(run, run.data.train, first), "in training", -1, names[label], names[label], float("nan")
-        )
-        rows.append((learnt, *(_tile(run, int(i), judged) for i in wrong)))
+        picture = _thumbnail(run, run.data.train, first)
+        trained = mistakes.Tile(picture, "in training", -1, names[label], names[label], float("nan"))
+        rows.append((trained, *(_tile(run, int(i), judged) for i in wrong)))
         right = 100 * float((judged.predicted[judged.labels == label] == label).mean())
         headings.append(f"{style.plain(names[label], 20)}\n{counts[label]:,} training\n{right:.0f}% right")
     if not rows:
-        raise Missing("every image was labelled right")
+        raise Missing("plot.no_mistakes", "the net made no mistakes")
     title = f"{style.plain(run.name, 40)}: the rarest classes with mistakes, on {split.name}"
     return mistakes.Gallery(title, tuple(headings), tuple(rows))
 
 
-def _judged(run: Opened) -> mistakes.Judged:
+def _judged(run: OpenedRun) -> mistakes.Judged:
     """Of the test images."""
     return mistakes.Judged(*(column.numpy() for column in run.judge(run.tested).predictions().values()))
 
 
-def _tile(run: Opened, i: int, judged: mistakes.Judged) -> mistakes.Tile:
+def _tile(run: OpenedRun, i: int, judged: mistakes.Judged) -> mistakes.Tile:
     """Of a test image."""
     split = run.tested
     return mistakes.tile(_thumbnail(run, split, i), int(split.rows[i]), judged, i, run.data.class_names)
 
 
-def _thumbnail(run: Opened, split: Split, i: int, side: int = 192) -> np.ndarray:
+def _thumbnail(run: OpenedRun, split: Split, i: int, side: int = 192) -> np.ndarray:
     image = decode(split.dataset[i]["image"], int(split.rows[i]), run.recipe.loader.reading)
     image.thumbnail((side, side))
     return np.asarray(image)
 
 
-def _against_queue(run: Opened, rows: np.ndarray) -> tuple[Pairs, Tensor]:
-    """Training images, seen as in training, against the run's queue: their pairs and labels, on the CPU."""
+def _against_queue(run: OpenedRun, rows: np.ndarray) -> tuple[Pairs, Tensor]:
+    """Pairs of training images, in training views, with the run's queue, and their labels; on the CPU."""
     queue = run.queue()  # Missing before anything is computed
     seen = run.look(take(run.data.train, rows), run.recipe.views.train)
     near = against_queue(seen.embeddings.to(queue.keys.device), seen.labels.to(queue.keys.device), queue)
     found = Pairs(*(part.cpu() for part in near))
     if not bool((found.positive & found.valid).any()):
-        raise Missing(f"the queue of run {run.name} holds no key of the classes looked at")
+        raise Missing("plot.queue", f"the queue of run {run.name} has no key of the classes of these images")
     return found, seen.labels
 
 
-FIGURES: dict[str, tuple[ModuleType, Callable[[Opened], object]]] = {
+PLOTS: dict[str, tuple[ModuleType, Callable[[OpenedRun], object]]] = {
     "views": (augmentations, contact_sheet),
     "pairs": (pair_counts, batch_pairs),
     "queue_pairs": (pair_counts, queue_pairs),
@@ -194,4 +173,4 @@ FIGURES: dict[str, tuple[ModuleType, Callable[[Opened], object]]] = {
     "mistakes": (mistakes, confident_mistakes),
     "rare": (mistakes, rare_classes),
 }
-"""Name: the module that draws it, and how it is measured."""
+"""Name: the module that draws it, and the function that measures it."""

@@ -1,4 +1,4 @@
-"""A run opened again: its net, its queue and its data, for the figures that need more than its files.
+"""A run with its net, its queue and its data, for plots that need more than its files.
 
 Shapes: N images, F features, D the width of an embedding, K classes.
 """
@@ -32,6 +32,7 @@ from rescom_timm.engine.build import base_net, build_method, whole_weights
 from rescom_timm.engine.evaluate import data_of, digest_of, evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import run_recipe
+from rescom_timm.errors import InputError
 from rescom_timm.io import read_json
 from rescom_timm.methods import Method
 from rescom_timm.metrics import Meter
@@ -47,7 +48,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedRun:
     """A run's recipe, data and method, with the weights and the queue of one of its checkpoints, in evaluation mode."""
 
     name: str
@@ -55,42 +56,46 @@ class Opened:
     data: Data
     method: Method
     checkpoint: str
-    """last, best or the checkpoint's folder name, and what was opened otherwise than the run's recipe says: part of the
-    names of what is written about it."""
+    """last, best or the checkpoint's folder name, with a suffix for overrides: part of the names of written files."""
     chosen: str
-    """How the checkpoint was chosen, in words."""
+    """How the checkpoint was chosen, as text."""
     weights: str
     """sha256 of the net's weights."""
     accelerator: Accelerator
 
     def queue(self) -> Queue:
-        """The method's queue. Missing, in words, where it has none or none of its slots is filled."""
+        """The method's queue. Raises Missing if there is none or it has no keys."""
         queue = self.method.queue
         if queue is None:
-            raise Missing(f"method {self.recipe.method.name} of run {self.name} keeps no queue of keys")
+            raise Missing("plot.queue", f"method {self.recipe.method.name} of run {self.name} has no queue")
         if not bool(queue.valid.any()):
-            raise Missing(f"the queue of run {self.name} is empty: its checkpoint is from before the first step")
+            raise Missing("plot.queue", f"the queue of run {self.name} is empty: the checkpoint is of step 0")
         return queue
 
     @property
     def tested(self) -> Split:
-        """The test images; those of validation where there are none. Missing where there are neither."""
+        """The test images, else those of validation. Raises Missing if there are neither."""
         found = self.data.test if self.data.test is not None else self.data.validation
         if found is None:
-            raise Missing(f"run {self.name} has neither test nor validation images")
+            raise Missing("data.split", f"run {self.name} has neither test nor validation images")
         return found
 
     def split(self, name: str) -> Split:
-        """train, test or validation. Raises ValueError where the recipe has none of that name."""
+        """The train, test or validation split. Raises InputError if the recipe has none of that name."""
         known = {"train": self.data.train, "test": self.data.test, "validation": self.data.validation}
         found = known.get(name)
         if found is None:
-            raise ValueError(f"run {self.name} has no {name} split (data.{name}: {getattr(self.recipe.data, name)})")
+            raise InputError(
+                "data.split", f"run {self.name} has no {name} split (data.{name}: {getattr(self.recipe.data, name)})"
+            )
         return found
 
     def loader(self, split: Split, policy: str | None = None) -> DataLoader[Batch]:
-        """The split's images once, in order. policy: another one than the recipe's views.eval, such as its views.train
-        (each image's draws depend on its place alone)."""
+        """The split's images once, in order.
+
+        policy: instead of the recipe's views.eval, such as its views.train (the draws of an image depend on its
+        position alone).
+        """
         views = self.recipe.views if policy is None else dataclasses.replace(self.recipe.views, eval=policy)
         return eval_loader(split, views, self.recipe.evaluation.batch_size, self.recipe.loader, self.recipe.speed)
 
@@ -130,11 +135,11 @@ def take(split: Split, positions: npt.NDArray[np.int64]) -> Split:
     return Split(split.name, split.dataset.select(positions), split.labels[positions], split.rows[positions])
 
 
-def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), name: str = "") -> Opened:
+def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), name: str = "") -> OpenedRun:
     """A run with the net and the queue of a checkpoint: "last", "best" (on validation), its name or folder.
 
-    overrides: key=value words over the run's own recipe, such as data.source=PATH. Needs no pretrained weights and no
-    network beyond the data's. Raises RecipeError, CheckpointError, FileNotFoundError or ValueError, in words.
+    overrides: key=value arguments over the run's own recipe, such as data.source=PATH. Needs no pretrained weights, and
+    the network only for the data. Raises RecipeError, CheckpointError, MissingFileError or InputError.
     """
     own = run_recipe(folder)
     recipe = run_recipe(folder, overrides) if overrides else own
@@ -151,9 +156,9 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
         method.load_state_dict(state.get("method", {}), strict=False)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path} does not fit the recipe and its data: {reason}") from None
+        raise InputError("checkpoint.differs", f"{path} does not fit the recipe and its data: {reason}") from None
     label = (which if which in ("last", "best") else path.name) + suffix
     chosen += f"; {changed}" if changed else ""
     sha256 = read_json(path / "hashes.json").get("net.safetensors", "")
     name = name or folder.resolve().name
-    return Opened(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)
+    return OpenedRun(name, recipe, data, method.to(accelerator.device).eval(), label, chosen, sha256, accelerator)

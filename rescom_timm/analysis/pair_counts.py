@@ -14,12 +14,15 @@ from matplotlib.ticker import NullLocator
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
 class PairFrequency:
-    """simulated, expected (C, C): mean ordered pairs of a batch, [query's class, key's class]; counts (C,) training
-    images; classes (C,) which of the num_classes these are, in the data set's order."""
+    """Mean ordered pairs of a batch, [query's class, key's class], simulated and expected (C, C).
+
+    counts: (C,) training images. classes: (C,) numbers of these classes in the data set, of num_classes.
+    """
 
     title: str
     counts: npt.NDArray[np.int64]
@@ -42,13 +45,11 @@ def expected(
     slots: npt.ArrayLike | None = None,
     classes: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.float64]:
-    """Mean pairs (C, C) among the given classes (C,), by default all K, of a batch drawn without replacement from
-    counts (K,).
+    """Mean pairs (C, C) of a batch drawn without replacement from counts (K,).
 
-    With n_k the batch's images of class k, N images in all and V views of each:
-    E[n_a n_b] = B (B-1) N_a (N_b - [a=b]) / (N (N-1)) + [a=b] B N_a / N. In the batch, each view against every view but
-    itself: V^2 E[n_a n_b] - [a=b] V E[n_a]. Against a queue that holds slots (K,) keys of each class:
-    V E[n_a] slots_b.
+    classes: (C,), by default all K. With n_k the batch's images of class k, N images in all and V views of each, E[n_a
+    n_b] = B (B-1) N_a (N_b - [a=b]) / (N (N-1)) + [a=b] B N_a / N. In the batch, each view with every view but itself:
+    V^2 E[n_a n_b] - [a=b] V E[n_a]. With a queue of slots (K,) keys of each class: V E[n_a] slots_b.
     """
     n = np.asarray(counts, dtype=np.float64)
     total = n.sum()
@@ -72,18 +73,18 @@ def measure(
     most: int = 300,
     limits: metrics.Limits = metrics.LIMITS,
 ) -> PairFrequency:
-    """Counts the pairs of `steps` batches of `batch` images, drawn epoch by epoch in random order, as training does.
+    """Count the pairs of `steps` batches of `batch` images, drawn epoch by epoch in random order, as in training.
 
-    views: of each image, all against all (1: different images only). slots (K,): filled queue keys of each class;
-    pairs are then batch against queue. Of more than `most` classes as many are kept, evenly spaced from the most
-    frequent to the rarest. Raises ValueError for a batch larger than the data or slots of another length.
+    views: of each image, all with all (1: different images only). slots (K,): filled queue keys of each class; pairs
+    are then batch with queue. Of more than `most` classes as many are kept, evenly spaced from the most frequent to the
+    rarest. Raises InputError for a batch larger than the data or slots of another length.
     """
     counts = np.asarray(counts, dtype=np.int64)
     total, k = int(counts.sum()), len(counts)
     if not 1 <= batch <= total or total < 2:
-        raise ValueError(f"A batch must hold 1 to {total} images, as many as there are; got {batch}.")
+        raise InputError("plot.value", f"batch must be from 1 to the {total} images of the data, not {batch}")
     if slots is not None and np.shape(slots) != counts.shape:
-        raise ValueError(f"slots must have one number per class ({k},), got {np.shape(slots)}.")
+        raise InputError("plot.value", f"slots must be one number per class ({k},), not {np.shape(slots)}")
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(k), counts)
     per_epoch = total // batch
@@ -147,7 +148,7 @@ def draw(pairs: PairFrequency) -> Figure:
         look = {"color": style.GROUP_COLORS[name], "marker": style.GROUP_MARKERS[name], "zorder": 2}
         size = max(6.0, min(36.0, 2000 / len(x)))
         right.scatter(
-            x[inside], found[inside], s=size, label=f"simulated, {style.group_rules(pairs.limits)[name]}", **look
+            x[inside], found[inside], s=size, label=f"simulated, {style.group_labels(pairs.limits)[name]}", **look
         )
     scaled = pairs.counts[order] / pairs.counts[order[0]] * max(formula[0], found[0])
     right.plot(x, scaled, color=style.GREY, linestyle="--", linewidth=1, label="training images (scaled)")

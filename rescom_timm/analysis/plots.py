@@ -1,4 +1,4 @@
-"""Every figure by name: what rescom-timm plot and the report can draw."""
+"""Every plot by name, for rescom-timm plot and the report."""
 
 import difflib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +10,23 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rescom_timm.analysis import confusion, curves, longtail, net_plots, reliability, robustness, schedule, style
-from rescom_timm.analysis.opened_run import Opened, open_run
+from rescom_timm.analysis.opened_run import OpenedRun, open_run
 from rescom_timm.analysis.run_files import Missing, RunFolder
 from rescom_timm.engine.errors import CheckpointError
+from rescom_timm.errors import InputError, code_of
 
 ONE_RUN: dict[str, ModuleType] = {"longtail": longtail, "confusion": confusion, "reliability": reliability}
 SEVERAL_RUNS: dict[str, ModuleType] = {"curves": curves, "schedule": schedule, "robustness": robustness}
 FROM_FILES = (*SEVERAL_RUNS, *ONE_RUN)
 """These read a run's files alone."""
-FROM_NET = tuple(net_plots.FIGURES)
+FROM_NET = tuple(net_plots.PLOTS)
 """These need a run's checkpoint and its data."""
 NAMES = (*FROM_FILES, *FROM_NET)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure ready to save: its name, the run it shows ("" for all), and the figure or why there is none."""
+    """A plot ready to save: its name, the run it shows ("" for all), and the figure or why there is none."""
 
     name: str
     run: str
@@ -35,12 +36,12 @@ class Drawn:
 
 
 def check_names(names: Sequence[str], known: Sequence[str] = NAMES) -> None:
-    """Raises ValueError with the nearest right name for a name that is no figure's."""
+    """Raises InputError, with the nearest name, for an unknown plot."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"No figure is called {name!r}.{hint} There are: {', '.join(known)}.")
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError("plot.name", f"unknown plot {name!r}{hint}; there are: {', '.join(known)}")
 
 
 def draw_all(
@@ -50,20 +51,20 @@ def draw_all(
     checkpoint: str = "last",
     overrides: Sequence[str] = (),
 ) -> Iterator[Drawn]:
-    """The figures of these names: one of all runs for SEVERAL_RUNS, one per run for the others.
+    """The plots of these names: one of all runs for SEVERAL_RUNS, one per run for the others.
 
-    evaluation: "<split>-<checkpoint>", by default each run's own choice (folder.RunFolder.evaluations).
-    checkpoint, overrides: of the runs opened for FROM_NET, as in opened.open_run. A figure whose run lacks what it
-    needs comes with `missing`, in words.
+    evaluation: "<split>-<checkpoint>", by default each run's own choice (run_files.RunFolder.evaluations).
+    checkpoint, overrides: of the runs opened for FROM_NET, as in opened_run.open_run. A plot that a run has no data for
+    has the reason in `missing`.
     """
     check_names(names)
 
     @cache
-    def opened(run: RunFolder) -> Opened | Missing:
+    def opened(run: RunFolder) -> OpenedRun | Missing:
         try:
             return open_run(run.path, checkpoint, overrides, run.name)
         except (ValueError, OSError, CheckpointError) as error:
-            return Missing(f"run {run.name} cannot be opened: {error}")
+            return Missing(code_of(error), f"cannot open run {run.name}: {error}")
 
     for name in names:
         if name in SEVERAL_RUNS:
@@ -84,12 +85,12 @@ def _drawn(name: str, run: str, module: ModuleType, source: Callable[[], Any]) -
     return Drawn(name, run, module.draw(measured), module.table(measured))
 
 
-def _from_net(name: str, run: str, opened: Opened | Missing) -> Drawn:
+def _from_net(name: str, run: str, opened: OpenedRun | Missing) -> Drawn:
     if isinstance(opened, Missing):
         return Drawn(name, run, missing=str(opened))
-    module, measure = net_plots.FIGURES[name]
+    module, measure = net_plots.PLOTS[name]
     try:
         measured = measure(opened)
-    except ValueError as error:  # Missing, or images and features that cannot be drawn
+    except ValueError as error:  # Missing, or images and features without a plot
         return Drawn(name, run, missing=str(error))
     return Drawn(name, run, module.draw(measured), module.table(measured))

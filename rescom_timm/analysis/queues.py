@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike, limits: metrics.
     found = {name: np.bincount(labels.cpu().numpy(), minlength=len(counts)) for name, labels in kinds.items()}
     for name, slots in found.items():
         if len(slots) > len(counts):
-            raise ValueError(f"Queue {name} holds class {len(slots) - 1}, but there are only {len(counts)} classes.")
+            raise InputError("plot.value", f"queue {name} has class {len(slots) - 1} of {len(counts)} classes")
     return Slots(found, counts, limits)
 
 

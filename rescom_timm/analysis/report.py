@@ -1,7 +1,7 @@
-"""One HTML file about one or several runs side by side: opens offline and holds its pictures. A script of its own,
-which it can do without, sorts and searches the table of classes.
+"""One HTML file about one or several runs side by side: it opens offline and contains its pictures.
 
-Everything that comes from a run is escaped by the template, text/report.html. What a run lacks is named.
+A script in it sorts and searches the table of classes. The template text/report.html escapes everything that comes from
+a run. Data that a run lacks is named.
 """
 
 import base64
@@ -59,7 +59,9 @@ _NONE = "\N{EN DASH}"
 _SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
 
 
-class Cell(NamedTuple):
+class Td(NamedTuple):
+    """A cell of a table."""
+
     text: str
     kind: str = ""
     """Classes of HTML: n for a number, best, text for what needs width."""
@@ -69,9 +71,11 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
-    head: list[Cell]
-    rows: list[list[Cell]]
+class ReportTable:
+    """Rows under a head, with a note."""
+
+    head: list[Td]
+    rows: list[list[Td]]
     note: str = ""
     sortable: bool = False
 
@@ -82,20 +86,23 @@ class Section:
 
     heading: str
     missing: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[ReportTable] = field(default_factory=list)
     pictures: list[dict[str, str]] = field(default_factory=list)
     runs: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
+        """Name of the section's link."""
         return re.sub(r"\W+", "-", self.heading.lower())
 
 
 def write(
     runs: Sequence[RunFolder], path: str | Path, drawn: Iterable[Drawn] | None = None, evaluation: str = ""
 ) -> Path:
-    """Writes the report of `runs` to one HTML file and returns its path. drawn: its figures, by default all those of
-    plots.FROM_FILES; evaluation as in plots.draw_all."""
+    """Write the report of `runs` to one HTML file and return its path.
+
+    drawn: its plots, by default all of plots.FROM_FILES; evaluation as in plots.draw_all.
+    """
     path = Path(path)
     text = page(runs, drawn, evaluation)
     write_text(path, text)
@@ -124,13 +131,13 @@ def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evalua
 
 
 def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:
-    """One line of the summary: what the recipe says, which evaluation, its numbers in percent; None: not recorded."""
+    """One row of the summary: settings, evaluation, and its metrics in percent; None: not recorded."""
     recipe = run.recipe()
-    said = {name: _at(recipe, path) for name, path in _RECIPE.items()}
+    settings = {name: _at(recipe, path) for name, path in _RECIPE.items()}
     numbers = found.numbers or _recomputed(found) if found else {}
     return (
         {"run": run.name}
-        | {name: None if value is None else str(value) for name, value in said.items()}
+        | {name: None if value is None else str(value) for name, value in settings.items()}
         | {"evaluation": found.name if found else None, "chosen": (found.chosen or None) if found else None}
         | {"images": float(len(found.labels)) if found else None}
         | {shown: _number(numbers.get(name)) for name, shown in _NUMBERS.items()}
@@ -147,7 +154,7 @@ def _recomputed(found: Evaluation) -> dict[str, float]:
     return numbers
 
 
-def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Table:
+def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> ReportTable:
     rows = [summary(run, found.get(run.name)) for run in runs]
     best = {name: _best(name, [row[name] for row in rows]) for name in _NUMBERS.values()}
     doubts = [_doubts(found.get(run.name)) for run in runs]
@@ -161,7 +168,7 @@ def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Tabl
         f"accuracies. {metrics.INTERVALS_DEFINED}, beside the number of test images and classes. "
         "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
     )
-    return Table([_th(name) for name in rows[0]], cells, note)
+    return ReportTable([_th(name) for name in rows[0]], cells, note)
 
 
 def _doubts(found: Evaluation | None) -> dict[str, str]:
@@ -182,8 +189,10 @@ def _best(name: str, values: Sequence[object]) -> float | None:
 def over_seeds(
     runs: Sequence[RunFolder], found: Mapping[str, Evaluation]
 ) -> list[tuple[list[str], dict[str, tuple[float, float]]]]:
-    """Runs whose recipes differ in nothing but the seed (and where they are written, and their speed), with at least
-    two seeds and an evaluation of the same name: their names, and of each number the mean and the sample deviation."""
+    """Runs that differ only in the seed (and in output and speed), with evaluations of one name and at least two seeds.
+
+    Returns their names, and the mean and the sample standard deviation of each number.
+    """
     alike: dict[str, dict[str, RunFolder]] = {}
     for run in runs:
         recipe = _whole(run)
@@ -212,7 +221,7 @@ def _whole(run: RunFolder) -> dict[str, Any]:
     return run.recipe()
 
 
-def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[Table]:
+def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[ReportTable]:
     groups = over_seeds(runs, found)
     if not groups:
         return []
@@ -227,16 +236,15 @@ def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[T
         row = [_td(None if value is None else str(value)) for value in cells]
         for name in names:
             both = "{:.1f} \N{PLUS-MINUS SIGN} {:.1f}".format(*numbers[name]) if name in numbers else _NONE
-            row.append(Cell(both, "n"))
+            row.append(Td(both, "n"))
         rows.append(row)
-    return [Table(head, rows, "Mean and sample standard deviation of runs that differ in nothing but their seed.")]
+    return [ReportTable(head, rows, "Mean and sample standard deviation of runs that differ only in the seed.")]
 
 
-def _pictures(figures: Iterable[Drawn], missing: list[str]) -> list[Section]:
-    """A section of each figure, with the runs' pictures side by side; in `missing`, in words, those that are not
-    there."""
+def _pictures(drawings: Iterable[Drawn], missing: list[str]) -> list[Section]:
+    """A section of each plot, with the runs' pictures side by side; adds to `missing` those that cannot be drawn."""
     found: dict[str, Section] = {}
-    for drawn in figures:
+    for drawn in drawings:
         title = _TITLES[drawn.name]
         if drawn.figure is None:
             missing.append(f"No picture of {title}: {drawn.missing}.")
@@ -268,7 +276,7 @@ def _same_classes(one: longtail.LongTail, other: longtail.LongTail) -> bool:
     return one.class_names == other.class_names and np.array_equal(one.counts, other.counts)
 
 
-def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> Table:
+def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None) -> ReportTable:
     first = next(iter(tails.values()))
     accuracies: list[npt.NDArray[np.float64]] = [tail.accuracy for tail in tails.values()]
     head = ["class", "name", "training images", "group", "test images", *(f"{name}, percent" for name in tails)]
@@ -282,19 +290,19 @@ def _class_table(tails: Mapping[str, longtail.LongTail], details: Classes | None
         row_spans = [_span(tail.low[place], tail.high[place]) for tail in tails.values()]
         numbers = [_number(accuracy[place]) for accuracy in accuracies]
         row = [
-            Cell(str(label), "n"), Cell(first.class_names[place]), Cell(f"{first.counts[place]:,}", "n"),
-            Cell(group, group=group), Cell(f"{first.tested[place]:,}", "n"),
+            Td(str(label), "n"), Td(first.class_names[place]), Td(f"{first.counts[place]:,}", "n"),
+            Td(group, group=group), Td(f"{first.tested[place]:,}", "n"),
         ]  # fmt: skip
-        row += [Cell(_cell(number), thin, small=small) for number, small in zip(numbers, row_spans, strict=True)]
+        row += [Td(_cell(number), thin, small=small) for number, small in zip(numbers, row_spans, strict=True)]
         if details is not None:
-            row += [Cell(_cell(_number(value)), "n") for value in (details.precision[label], details.f1[label])]
+            row += [Td(_cell(_number(value)), "n") for value in (details.precision[label], details.f1[label])]
         if details is not None:
             other = int(details.confused[label])
-            row.append(Cell(f"{names[other]}, {details.share[label]:.0f}%" if other >= 0 else _NONE))
+            row.append(Td(f"{names[other]}, {details.share[label]:.0f}%" if other >= 0 else _NONE))
         rows.append(row)
     note = f"Accuracy with its 95% interval (Wilson); grey: below {style.THIN} test images."
     note += "" if details is None else " Accuracy, precision and F1 in percent, of test images."
-    return Table([Cell(name) for name in head], rows, note, sortable=True)
+    return ReportTable([Td(name) for name in head], rows, note, sortable=True)
 
 
 def _sources(run: RunFolder) -> dict[str, str]:
@@ -319,16 +327,16 @@ def _span(low: float, high: float) -> str:
     return metrics.span((low, high)) if np.isfinite(low) else ""
 
 
-def _th(name: str) -> Cell:
+def _th(name: str) -> Td:
     """Headings of numbers stand over them, at the right."""
-    return Cell(name, "n" if name in (*_NUMBERS.values(), "images") else "")
+    return Td(name, "n" if name in (*_NUMBERS.values(), "images") else "")
 
 
-def _td(value: str | float | None, best: bool = False, small: str = "") -> Cell:
+def _td(value: str | float | None, best: bool = False, small: str = "") -> Td:
     kind = "n best" if best else "n"
     if not isinstance(value, float):
         kind = "text" if value is not None and " " in value else ""
-    return Cell(_cell(value), kind, small=small if value is not None else "")
+    return Td(_cell(value), kind, small=small if value is not None else "")
 
 
 def _cell(value: str | float | None) -> str:

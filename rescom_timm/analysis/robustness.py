@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
-from rescom_timm.analysis.opened_run import Opened, take
+from rescom_timm.analysis.opened_run import OpenedRun, take
 from rescom_timm.analysis.run_files import Missing, RunFolder
 from rescom_timm.data import corruptions
 from rescom_timm.data.corruptions import COMMON, KINDS, SEVERITIES, Prepared
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.evaluate import evaluate
+from rescom_timm.errors import InputError
 from rescom_timm.io import read_json, refuse_links, write_json
 
 _FOLDER = "robustness"
@@ -69,7 +70,7 @@ class Robustness:
 
 
 def corrupted(
-    run: Opened,
+    run: OpenedRun,
     split: Split,
     kinds: Sequence[str] = COMMON,
     folder: Prepared | None = None,
@@ -118,7 +119,7 @@ def corrupted(
 
 
 def _loader(
-    run: Opened, clean: Split, folder: Prepared | None, kind: str, severity: int, limit: int | None, seed: int
+    run: OpenedRun, clean: Split, folder: Prepared | None, kind: str, severity: int, limit: int | None, seed: int
 ) -> Any:
     recipe = run.recipe
     size, config, speed = recipe.evaluation.batch_size, recipe.loader, recipe.speed
@@ -128,7 +129,7 @@ def _loader(
     return eval_loader(split, corruptions.unprocessed(recipe.views), size, config, speed)
 
 
-def _errors(run: Opened, loader: Any) -> dict[str, float]:
+def _errors(run: OpenedRun, loader: Any) -> dict[str, float]:
     """Top-1 error of all images and of each group, in percent."""
     limits = run.recipe.evaluation.group_limits
     with run.autocast():
@@ -154,12 +155,12 @@ def of_kinds(found: Robustness, kinds: Iterable[str]) -> Robustness:
 
 
 def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict[str, Any]:
-    """The figures of a result, in percent: clean_error, mean_error over kinds and severities and, over a baseline,
-    corruption_errors, mCE and relative_mCE (normalised by errors over the clean one; None where the baseline loses
-    nothing on a kind).
+    """The metrics of a result, in percent: clean_error and mean_error over kinds and severities.
 
-    baseline: another net's result, or "alexnet" for the errors that ImageNet-C's mCE is normalised by. Only the fifteen
-    common kinds count in mCE. Raises ValueError where the baseline is of other images or kinds.
+    With a baseline also corruption_errors, mCE and relative_mCE (normalised by errors minus the clean one; None if the
+    baseline loses nothing on a kind). baseline: another net's result, or "alexnet" for the errors that normalise
+    ImageNet-C's mCE. Only the fifteen common kinds count in mCE. Raises InputError for a baseline of other images or
+    kinds.
     """
     common = {kind: errors for kind, errors in found.errors.items() if kind in COMMON}
     counted = common or found.errors
@@ -172,13 +173,15 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
         return numbers
     if isinstance(baseline, Robustness):
         if baseline.setting != found.setting:
-            raise ValueError(f"the baseline was measured on {baseline.setting}, the run on {found.setting}")
+            raise InputError(
+                "plot.baseline", f"the baseline was measured on {baseline.setting}, the run on {found.setting}"
+            )
         name, clean = baseline.run, baseline.clean["top1"]
         reference = {kind: float(np.mean(errors)) for kind, errors in baseline.errors.items() if kind in COMMON}
     elif baseline == "alexnet":
         name, clean, reference = "AlexNet on ImageNet-C", metrics.ALEXNET_CLEAN, metrics.ALEXNET_IMAGENET_C
     else:
-        raise ValueError(f"the baseline is a run or alexnet, not {baseline!r}")
+        raise InputError("plot.baseline", f"baseline must be a run or alexnet, not {baseline!r}")
     numbers |= {
         "baseline": name,
         "corruption_errors": metrics.corruption_errors(common, reference),
@@ -200,7 +203,7 @@ def path_of(run: Path, split: str, checkpoint: str, folder: Prepared | None = No
 
 
 def read(path: Path, run: str = "") -> Robustness | None:
-    """The result in a file, None where there is none. run: what to call it. Raises ValueError where it is damaged."""
+    """The result in a file, None if there is no file. run: its name in plots. Raises InputError for a damaged file."""
     if not path.is_file():
         return None
     try:
@@ -208,25 +211,29 @@ def read(path: Path, run: str = "") -> Robustness | None:
         fields = {name: plain[name] for name in Robustness.__dataclass_fields__}
         found = Robustness(**{**fields, "setting": Setting(**plain["setting"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no result of rescom-timm robustness ({error}): remove it and measure again"
+        raise InputError(
+            "plot.robustness", f"{path} is no result of rescom-timm robustness ({error}): delete it and measure again"
         ) from None
     return replace(found, run=run) if run else found
 
 
-def write(path: Path, found: Robustness, figures: dict[str, Any]) -> None:
-    """A result and its figures as JSON, written aside first. path: in a run's evaluation/. Raises ValueError where that
-    is a link out of the run's folder."""
+def write(path: Path, found: Robustness, numbers: dict[str, Any]) -> None:
+    """Write a result and its metrics as JSON, atomically. path: in a run's robustness/.
+
+    Raises an error if that is a symlink out of the run's folder.
+    """
     refuse_links(path.parent.parent, [path.parent.name])
-    write_json(path, {**asdict(found), "figures": figures})
+    write_json(path, {**asdict(found), "figures": numbers})
 
 
 # -------------------------------------------------------------------------------------------------------------- picture
 
 
 def measure(runs: Sequence[RunFolder]) -> list[Robustness]:
-    """What the runs keep, each one's first result that names a kind, whose setting is that of the first run's. Missing
-    where there is none."""
+    """The first result of each run, with the setting of the first run's, reduced to their common kinds.
+
+    Raises Missing if there is none.
+    """
     found: list[Robustness] = []
     for run in runs:
         results = [read(path, run.name) for path in sorted((run.path / _FOLDER).glob("*.json"))]
@@ -234,11 +241,11 @@ def measure(runs: Sequence[RunFolder]) -> list[Robustness]:
         found += usable[:1]
     if not found:
         raise Missing(
-            f"robustness of {', '.join(run.name for run in runs)} was not measured: rescom-timm robustness RUN"
+            "plot.robustness", f"no robustness of {', '.join(run.name for run in runs)}: rescom-timm robustness RUN"
         )
     kinds = [kind for kind in KINDS if all(kind in one.errors for one in found)]
     if not kinds:
-        raise Missing("the runs' robustness was measured on different corruptions")
+        raise Missing("plot.robustness", "the runs were measured on different corruptions")
     return [of_kinds(one, kinds) for one in found]
 
 
@@ -266,7 +273,7 @@ def draw(found: Sequence[Robustness]) -> Figure:
                   "black", marker="o", markersize=4, linewidth=1.8, label=style.plain(result.run, 40)
                   if len(found) > 1 else "all")  # fmt: skip
     if len(found) == 1:
-        rules = style.group_rules(one.limits)
+        rules = style.group_labels(one.limits)
         for name in one.groups:
             left.plot([0, *SEVERITIES], one.curve(name), color=style.GROUP_COLORS[name], linewidth=1.2,
                       marker=style.GROUP_MARKERS[name], markersize=4, label=rules[name])  # fmt: skip

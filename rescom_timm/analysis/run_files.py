@@ -1,8 +1,8 @@
-"""Reads a run folder for the figures; needs no model, no data set and no recipe schema.
+"""Reads a run folder for plots; needs no model, no data set and no recipe schema.
 
     recipe.yaml  environment.json  metrics.jsonl  evaluation/<split>-<checkpoint>.json and .safetensors
 
-What is missing is None or empty here; the figure that needs it says so in words (Missing).
+What is missing is None or empty here; the plot that needs it raises Missing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +19,14 @@ from safetensors.numpy import load_file
 from rescom_timm import metrics
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.engine.run_folder import CHANGED, check_run, lines
+from rescom_timm.errors import InputError
 from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
 
 _PREFERRED = ("test-last", "test-best", "validation-last")
 
 
-class Missing(ValueError):
-    """A run lacks what a figure needs; the message says what."""
+class Missing(InputError):
+    """A run lacks what a plot needs."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,13 @@ class Evaluation:
 
     @property
     def title(self) -> str:
+        """Run and evaluation, for titles."""
         return f"{self.run}, {self.name}"
 
     def training_counts(self) -> npt.NDArray[np.int64]:
-        """counts, or Missing in words."""
+        """Training images (K,). Raises Missing if they are unknown."""
         if self.counts is None:
-            raise Missing(f"{self.title} records no training counts (per_class.count in its JSON)")
+            raise Missing("plot.evaluation", f"{self.title} has no training counts (per_class.count in its JSON)")
         return self.counts
 
 
@@ -110,25 +112,30 @@ class RunFolder:
         return read_json(path) if path.is_file() else {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without torn ones. Missing where there is no line."""
+        """The lines of metrics.jsonl, without incomplete ones. Raises Missing if there is none."""
         rows = lines(self.path / "metrics.jsonl")
         if not rows:
-            raise Missing(f"run {self.name} has no training log (metrics.jsonl)")
+            raise Missing("plot.log", f"run {self.name} has no training log (metrics.jsonl)")
         return rows
 
     def evaluations(self) -> list[str]:
-        """Names <split>-<checkpoint> of the evaluations with predictions, the one to show by default first: the test
-        split at the last checkpoint, else at the best, else by name; those of other data or settings than the run's
-        own last."""
+        """Names <split>-<checkpoint> of the evaluations with predictions, the default one first.
+
+        That is the test split at the last checkpoint, else at the best, else by name; evaluations with other data or
+        settings than the run's own come last.
+        """
         names = sorted(path.stem for path in (self.path / "evaluation").glob("*.safetensors"))
         names = sorted(names, key=lambda name: _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED))
         return sorted(names, key=lambda name: CHANGED in name)
 
     def evaluation(self, name: str = "") -> Evaluation:
-        """The evaluation of this name, or the default one. Missing where there is none."""
+        """The evaluation of this name, or the default one. Raises Missing if there is none."""
         known = self.evaluations()
         if not known or (name and name not in known) or (not name and CHANGED in known[0]):
-            raise Missing(f"run {self.name} has no evaluation {name or 'with predictions'}; there: {known or 'none'}")
+            wanted = name or "with predictions"
+            raise Missing(
+                "plot.evaluation", f"run {self.name} has no evaluation {wanted}, only {known}: rescom-timm evaluate"
+            )
         stem = self.path / "evaluation" / (name or known[0])
         predictions, json_path = (stem.with_name(stem.name + ending) for ending in (".safetensors", ".json"))
         try:
@@ -137,17 +144,17 @@ class RunFolder:
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
         except (SafetensorError, ValueError, OSError) as error:
             raise Missing(
-                f"{predictions} cannot be read ({error}): write it again with rescom-timm evaluate {self.path}"
+                "plot.evaluation", f"cannot read {predictions} ({error}): rescom-timm evaluate {self.path} writes it"
             ) from error
         record = read_json(json_path) if json_path.is_file() else {}
         counts = record.get("per_class", {}).get("count")
         class_names = [str(name) for name in record.get("class_names") or ()]
         highest = 1 + max(int(arrays[key].max(initial=-1)) for key in ("labels", "predicted"))
         if highest > MAX_CLASSES:
-            raise ValueError(f"{predictions} names class {highest - 1}, of at most {MAX_CLASSES:,} classes.")
+            raise InputError("plot.evaluation", f"{predictions}: class {highest - 1} is above {MAX_CLASSES:,} classes")
         num_classes = len(counts or class_names) or highest
         if num_classes < highest or (counts and class_names and len(counts) != len(class_names)):
-            raise ValueError(f"{json_path} and its predictions disagree on the number of classes.")
+            raise InputError("plot.evaluation", f"{json_path} and its predictions have different numbers of classes")
         return Evaluation(
             self.name,
             stem.name,
@@ -165,7 +172,7 @@ class RunFolder:
 
 
 def open_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
-    """The run folders, each with a name of its own: the folder's, with its parents' where two would be the same."""
+    """The run folders, with unique names: the folder's, preceded by its parents' if two would be equal."""
     runs = [RunFolder(path) for path in paths]
     for depth in range(1, 8):
         names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]

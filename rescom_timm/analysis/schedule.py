@@ -16,13 +16,16 @@ _NAMES = ("lr", "learning_rate")
 
 
 def measure(runs: Sequence[RunFolder]) -> list[Curve]:
-    """The logged learning rate of each run ("lr" or "learning_rate", also "train/lr"). Missing where none is logged."""
+    """The logged learning rate of each run ("lr" or "learning_rate", also "train/lr").
+
+    Raises Missing if none is logged.
+    """
     names: set[str] = set()
     for run in runs:
         with suppress(Missing):
             names |= {name for row in run.rows() for name in row if curves.last_part(name) in _NAMES}
     if not names:
-        raise Missing(f"no learning rate is logged in {', '.join(run.name for run in runs)}")
+        raise Missing("plot.log", f"no learning rate is logged in {', '.join(run.name for run in runs)}")
     return curves.measure(runs, sorted(names))
 
 

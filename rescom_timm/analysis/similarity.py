@@ -9,12 +9,15 @@ from torch import Tensor
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """edges (bins + 1,) of the similarity; per group: share of its pairs in each bin in percent (bins,), median,
-    number of pairs."""
+    """Distribution of similarities by group: percent of its pairs in each bin (bins,), median, number of pairs.
+
+    edges: (bins + 1,).
+    """
 
     title: str
     edges: npt.NDArray[np.float64]
@@ -36,8 +39,8 @@ def measure(
 ) -> Similarity:
     """Distribution of the positives' similarity by the group of the query's class.
 
-    similarity, positive, valid (N, M) as in contrast.pairs.Pairs; labels (N,) of the queries; counts (K,) training
-    images. Raises ValueError where no positive pair is valid.
+    similarity, positive, valid: (N, M) as in contrastive.pairs.Pairs. labels: (N,) of the queries. counts: (K,)
+    training images. Raises InputError if no positive pair is valid.
     """
     groups = style.group_of(counts, limits)[labels.cpu().numpy()]
     chosen = (positive & valid).cpu().numpy()
@@ -45,7 +48,7 @@ def measure(
     found = {name: values[groups == name][chosen[groups == name]] for name in style.present(groups)}
     found = {name: near for name, near in found.items() if len(near)}
     if not found:
-        raise ValueError("There is no positive pair among the valid ones: nothing to draw.")
+        raise InputError("plot.value", "no valid pair is positive")
     # A trained net's positives all lie near 1: the bins begin at the least similar pair.
     lowest = min(float(near.min()) for near in found.values())
     edges = np.linspace(max(-1, np.floor(10 * min(lowest, 0.9)) / 10), 1, bins + 1)
@@ -72,7 +75,7 @@ def draw(similarity: Similarity) -> Figure:
     axes = figure.subplots()
     for name, share in similarity.share.items():
         shade, median = style.GROUP_COLORS[name], similarity.median[name]
-        label = f"{style.group_rules(similarity.limits)[name]}: {similarity.pairs[name]:,} pairs, median {median:.3f}"
+        label = f"{style.group_labels(similarity.limits)[name]}: {similarity.pairs[name]:,} pairs, median {median:.3f}"
         axes.stairs(share, similarity.edges, color=shade, fill=True, alpha=0.25)
         axes.stairs(share, similarity.edges, color=shade, linewidth=1.4, label=label)
         axes.axvline(median, color=shade, linestyle="--", linewidth=1)

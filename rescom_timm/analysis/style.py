@@ -1,4 +1,4 @@
-"""How every picture looks, and how it is saved: colours, groups, class order, one `save`.
+"""Style of all plots, and how they are saved: colours, groups, class order, `save`.
 
 Figures are built on matplotlib.figure.Figure, which needs no backend and leaves pyplot and rcParams alone.
 """
@@ -17,12 +17,13 @@ from PIL.Image import Image
 from PIL.Image import open as open_image
 
 from rescom_timm import metrics
+from rescom_timm.errors import InputError
 from rescom_timm.io import atomic_path, errors_named, write_rows
 from rescom_timm.text import escape_controls
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
 
-# Blue, orange and purple of Okabe & Ito (2008), told apart with every common colour blindness and in grey.
+# Blue, orange and purple of Okabe & Ito (2008), distinct with every common colour blindness and in grey.
 GROUP_COLORS = {"many": "#0072B2", "medium": "#E69F00", "few": "#CC79A7"}
 GROUP_MARKERS = {"many": "o", "medium": "^", "few": "s"}
 # Petroff (2021, arXiv 2107.02270): ten colours chosen for colour-blind readers, the ninth, a second grey, darkened.
@@ -35,7 +36,7 @@ THIN = 10
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches whose parts keep clear of each other."""
+    """An empty figure of this size in inches with constrained layout."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -51,12 +52,12 @@ def line(index: int) -> Literal["-", "--", "-.", ":"]:
 
 def plain(text: object, longest: int = 28) -> str:
     """Text from outside, made safe for matplotlib: one line, cut in the middle, no mathematics."""
-    words = escape_controls(" ".join(str(text).split()))
-    if len(words) > longest:
+    line = escape_controls(" ".join(str(text).split()))
+    if len(line) > longest:
         head = (longest - 1) // 2
-        words = words[: longest - 1 - head] + "\N{HORIZONTAL ELLIPSIS}" + words[-head:]
-    words = words.replace("$", r"\$")
-    return " " + words[1:] if words.startswith("_") else words  # a legend hides labels that begin with _
+        line = line[: longest - 1 - head] + "\N{HORIZONTAL ELLIPSIS}" + line[-head:]
+    line = line.replace("$", r"\$")
+    return " " + line[1:] if line.startswith("_") else line  # a legend hides labels that begin with _
 
 
 def by_count(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -64,7 +65,7 @@ def by_count(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
     return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
 
 
-def group_rules(limits: metrics.Limits = metrics.LIMITS) -> dict[str, str]:
+def group_labels(limits: metrics.Limits = metrics.LIMITS) -> dict[str, str]:
     """The groups with their rule, for a legend."""
     low, high = limits
     return {"many": f"many (> {high})", "medium": f"medium ({low} to {high})", "few": f"few (< {low})"}
@@ -101,7 +102,7 @@ def group_legend(
 ) -> None:  # fmt: skip
     """A legend of the groups that occur, with their rule and the number of their classes."""
     sizes = {name: int((names == name).sum()) for name in present(names)}
-    rules = group_rules(limits)
+    rules = group_labels(limits)
     patches = [
         Patch(color=GROUP_COLORS[name], label=f"{rules[name]}: {size:,} class{'es' * (size != 1)}")
         for name, size in sizes.items()
@@ -113,8 +114,10 @@ def columns(
     axes: Axes, heights: npt.NDArray, names: npt.NDArray[np.str_], base: float = 0,
     hollow: npt.NDArray[np.bool_] | None = None,
 ) -> None:  # fmt: skip
-    """Heights (K,) of classes in order of their counts, in the colours of their groups (K,): bars, those of `hollow`
-    (K,) as outlines, or past 60 classes one outline per group, which stays small with thousands."""
+    """Heights (K,) of classes in order of their counts, in the colours of their groups (K,).
+
+    Bars, those of `hollow` (K,) as outlines; above 60 classes one outline per group, which stays small for thousands.
+    """
     if len(heights) <= 60:
         colors = [GROUP_COLORS[name] for name in names]
         faces = colors if hollow is None else ["white" if h else c for h, c in zip(hollow, colors, strict=True)]
@@ -141,7 +144,7 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal[""
 def write(figure: Figure, to: Path | BinaryIO, dpi: int, **options: Any) -> None:
     """One picture, cropped to what is drawn: square pictures leave the layout margins."""
     figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, **options)
-    figure.set_layout_engine("none")  # the layout is found; to find it again for each format takes most of the time
+    figure.set_layout_engine("none")  # keep the layout: computing it again for each format takes most of the time
 
 
 def picture(figure: Figure, dpi: int = 100) -> Image:
@@ -160,7 +163,7 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
     columns = {name: np.asarray(values).tolist() for name, values in table.items()}
     if len({len(values) for values in columns.values()}) > 1:
         lengths = {name: len(values) for name, values in columns.items()}
-        raise ValueError(f"The columns of {stem.name}.csv differ in length: {lengths}.")
+        raise InputError("plot.value", f"the columns of {stem.name}.csv differ in length: {lengths}")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
     for path, options in ((paths[0], {}), (paths[1], {"metadata": {"Date": None}})):

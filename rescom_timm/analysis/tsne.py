@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
+from rescom_timm.errors import InputError
 
 _CLASSES = 10  # more classes than this are coloured by group
 
@@ -38,20 +39,20 @@ def measure(
     title: str = "t-SNE",
     limits: metrics.Limits = metrics.LIMITS,
 ) -> Tsne:
-    """Places up to `most` of the features (N, F), labels (N,), in the plane; cosine distances, the same for a seed.
+    """Project up to `most` of the features (N, F), labels (N,), onto the plane; cosine distances, the same for a seed.
 
-    With more than `most`, as many of each class as possible are drawn at random. Raises ValueError for fewer than 4
-    rows or values that are not finite.
+    Above `most`, as many of each class as possible are drawn at random. Raises InputError for fewer than 4 rows or
+    values that are not finite.
     """
     from sklearn.manifold import TSNE  # slow to import
 
     if len(features) < 4 or len(features) != len(labels):
-        raise ValueError(f"t-SNE needs at least 4 features with a label each, got {len(features)} and {len(labels)}.")
+        raise InputError("plot.value", f"t-SNE needs 4 features with labels, not {len(features)} and {len(labels)}")
     classes = labels.cpu().numpy().astype(np.int64)
     rows = style.balanced(classes, most, seed)
     chosen = features.detach().double().cpu().numpy()[rows]
     if not np.isfinite(chosen).all():
-        raise ValueError("The features hold values that are not finite: look at the training loss first.")
+        raise InputError("plot.value", "features are not finite: see the training loss")
     perplexity = min(perplexity, (len(rows) - 1) / 3)
     points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(chosen)
     groups = style.group_of(counts, limits)
@@ -71,7 +72,7 @@ def draw(tsne: Tsne) -> Figure:
     by_class = len(shown) <= _CLASSES
     figure = style.new_figure(7.6, 5.6)
     axes = figure.subplots()
-    handles, rules = [], style.group_rules(tsne.limits)
+    handles, rules = [], style.group_labels(tsne.limits)
     for index, label in enumerate(shown if by_class else style.present(tsne.groups[shown])):
         group = str(tsne.groups[label]) if by_class else str(label)
         inside = tsne.labels == label if by_class else tsne.groups[tsne.labels] == label

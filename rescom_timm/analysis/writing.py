@@ -1,4 +1,4 @@
-"""Figures of runs, drawn and written as PNG, SVG and CSV, and the report over them."""
+"""Plots of runs as PNG, SVG and CSV files, and the report over them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def write_figures(
     checkpoint: str = "last",
     overrides: Sequence[str] = (),
 ) -> Iterator[Path | str]:
-    """Draw and write, one after the other: the paths written, or, as text, which figure there is none of and why.
+    """Draw and write plots one by one: yields the paths written, or, as text, the plots that cannot be drawn and why.
 
     names: of plots.NAMES, and "report"; all by default, of several runs those that need no net. folder: RUN/figures by
-    default, ./figures for several runs. evaluation, checkpoint, overrides: as plots.draw_all. Raises ValueError for a
-    name that is no figure's, and for a run's folder with a link out of it.
+    default, ./figures for several runs. evaluation, checkpoint, overrides: as plots.draw_all. Raises InputError for an
+    unknown plot, and an error for a run's folder with a symlink out of it.
     """
     default = plots.NAMES if len(runs) == 1 else plots.FROM_FILES
     names = [*default, "report"] if names is None else list(names)
@@ -35,7 +35,7 @@ def write_figures(
     pictures = [name for name in names if name != "report"] or list(default)
     for run in runs:
         refuse_links(run.path, FOLDERS)
-    beside_its_own = folder is None  # elsewhere nothing of the run's own is replaced
+    in_run = folder is None  # where names must not replace the run's own plots
     folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
     drawn = []
     for one in plots.draw_all(runs, pictures, evaluation, checkpoint, overrides):
@@ -44,7 +44,7 @@ def write_figures(
             yield f"no {one.name}: {one.missing}"
         elif names != ["report"]:
             stem = one.name + (f"-{one.run.replace('/', '-')}" if one.run and len(runs) > 1 else "")
-            if beside_its_own and overrides and one.name in plots.FROM_NET:
+            if in_run and overrides and one.name in plots.FROM_NET:
                 own = next(run.path for run in runs if run.name == one.run)
                 stem += evaluated_otherwise(run_recipe(own), run_recipe(own, overrides), "")[2]
             yield from map(Path, style.save(one.figure, one.table, folder / stem))
@@ -53,11 +53,11 @@ def write_figures(
 
 
 SENT = ("curves", "longtail", "confusion", "reliability")
-"""What a training sends to its trackers: read from its files, within a second."""
+"""Plots that training sends to its trackers: read from its files, within a second."""
 
 
 def pictures(run: Path) -> dict[str, Image]:
-    """figures/NAME -> picture, of SENT; without those that the run lacks something for."""
+    """Pictures figures/NAME of SENT; without those that the run lacks data for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # names of classes in scripts that the font lacks
         drawn = plots.draw_all([RunFolder(run)], SENT)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     """Examine the images, print the findings and write the page."""
-    from rescom_timm.analysis.doctor_page import page, told
+    from rescom_timm.analysis.doctor_page import as_text, page
     from rescom_timm.api import Run
     from rescom_timm.config.loading import load as load_recipe
     from rescom_timm.data.doctor import examine, findings
@@ -62,7 +62,7 @@ def look(options: argparse.Namespace) -> int:
     found = findings(images, data.class_names, data.counts)
     if run:
         found += suspects(run, options.overrides, images, data)
-    print(told(images, found, data.class_names))
+    print(as_text(images, found, data.class_names))
     title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
     write_text(options.output, page(images, found, data.class_names, title))
     print(options.output)

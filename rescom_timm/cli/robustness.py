@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from rescom_timm.cli import answer, new_parser
 
 if TYPE_CHECKING:
-    from rescom_timm.analysis.opened_run import Opened
+    from rescom_timm.analysis.opened_run import OpenedRun
     from rescom_timm.analysis.robustness import Robustness
 
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measured(opened: Opened, folder: Path, options: argparse.Namespace) -> tuple[Robustness, Robustness, Path]:
+def measured(opened: OpenedRun, folder: Path, options: argparse.Namespace) -> tuple[Robustness, Robustness, Path]:
     """A run's errors: for every kind measured so far, for the kinds asked for, and the file that has them."""
     from rescom_timm.analysis import robustness
     from rescom_timm.data.corruptions import COMMON, KINDS, prepared

@@ -24,7 +24,7 @@ from rescom_timm.contrastive.supcon import supcon
 from rescom_timm.errors import InputError
 
 NEVER = -1e30  # logit of a pair that is not valid: finite, so that it gives zeros where infinity gives NaN
-AT_ONCE = 2**28
+SIMILARITIES_AT_ONCE = 2**28
 """Similarities in memory at a time, 1 GiB in float32: 512 queries against 524,288 keys."""
 
 
@@ -51,8 +51,8 @@ def mined_supcon(
     themselves for the local batch, gathered ones for all processes, none for the queue alone; key_labels are the
     queries' by default.
 
-    chunk: queries compared at a time, which limits memory to about chunk x S x 4 bytes. None: as many as AT_ONCE
-    allows.
+    chunk: queries compared at a time, which limits memory to about chunk x S x 4 bytes. None: as many as
+    SIMILARITIES_AT_ONCE allows.
 
     Returns the scalar mean over the N queries, in float32 or float64; gradients flow into queries and keys (once
     differentiable). No host synchronisation. FIFO and reversed queues use `composed`. Raises InputError if more pairs
@@ -71,7 +71,7 @@ def mined_supcon(
     key_labels = labels if key_labels is None else key_labels
     if chunk is not None and chunk < 1:
         raise InputError("method.value", f"chunk must be at least 1 or None, not {chunk}")
-    chunk = chunk or max(1, min(len(queries), AT_ONCE // len(queue.keys)))
+    chunk = chunk or max(1, min(len(queries), SIMILARITIES_AT_ONCE // len(queue.keys)))
     weights = queries.new_ones(len(queries)) if weights is None else weights.to(queries.dtype)
     with torch.autocast(queries.device.type, enabled=False):
         return _MinedSupcon.apply(

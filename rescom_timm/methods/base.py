@@ -35,6 +35,11 @@ class BaseConfig:
         """
         return False
 
+    @property
+    def queue_kind(self) -> str:
+        """The kind of the queue, if there is one: class_balanced, reversed or fifo."""
+        return "fifo"
+
     def queue_slots(self, num_classes: int) -> tuple[str, int] | None:
         """The key that sets the queue's size, and its slots for num_classes classes. None: there is no queue."""
         return None
@@ -97,6 +102,10 @@ class Method(nn.Module):
         with a gradient, logits (B, K) or, view by view, (V * B, K), and any other scalars to log, detached.
         """
         raise NotImplementedError
+
+    def pair_loss(self) -> tuple[float, Tensor | None]:
+        """Temperature and class weights (K,), if any, of the loss over pairs with the queue, if any."""
+        return self.config.temperature, None
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, 0 <= epoch < epochs. See `epoch_changes_host`."""

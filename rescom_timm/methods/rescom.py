@@ -79,6 +79,11 @@ class RescomConfig(BaseConfig):
                 "positives or raise queue.per_class",
             )
 
+    @property
+    def queue_kind(self) -> str:
+        """The queue's own kind."""
+        return self.queue.kind
+
     def queue_slots(self, num_classes: int) -> tuple[str, int]:
         """The key and the number of slots."""
         return "queue.per_class", num_classes * self.queue.per_class
@@ -150,6 +155,10 @@ class ResCom(Method):
             "loss_contrast": contrast.detach(),
             "loss_contrast_chance": chance,
         }
+
+    def pair_loss(self) -> tuple[float, Tensor | None]:
+        """Temperature and class weights (K,)."""
+        return self.config.temperature, self.weights
 
     def chance(self, labels: Tensor) -> Tensor:
         """The contrastive loss of embeddings that are all equal. labels: (2B,) of the stacked views."""

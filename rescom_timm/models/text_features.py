@@ -21,7 +21,7 @@ from rescom_timm.io import write_tensors
 
 PROMPT = "a photo of a {}."
 """LIFT's (Shi et al. 2024)."""
-BATCH = 256
+TEXTS_AT_ONCE = 256
 
 
 @torch.inference_mode()
@@ -58,9 +58,9 @@ def text_features(class_names: Sequence[str], model: str, prompts: Sequence[str]
     for prompt in prompts:
         texts = [prompt.replace("{}", name.replace("_", " ")) for name in class_names]
         parts = []
-        for start in range(0, len(texts), BATCH):
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
             tokens = tokenizer(
-                texts[start : start + BATCH],
+                texts[start : start + TEXTS_AT_ONCE],
                 padding="max_length",
                 truncation=True,
                 max_length=length,

@@ -5,6 +5,7 @@ import pytest
 
 from rescom_timm.analysis import classes, mistakes
 from rescom_timm.analysis.run_files import Evaluation, Missing
+from tests.raises import raises
 
 
 def evaluation(labels: list[int], predicted: list[int], k: int) -> Evaluation:
@@ -56,5 +57,5 @@ def test_a_gallery_has_rows_a_table_and_a_picture() -> None:
     assert table["confidence_percent"] == pytest.approx([80.0, 70.0, 60.0])
     figure = mistakes.draw(gallery)
     assert len(figure.axes) == 4 and sum(bool(axes.images) for axes in figure.axes) == 3
-    with pytest.raises(Missing, match="every image was labelled right"):
+    with raises("plot.no_mistakes", kind=Missing):
         mistakes.grid("title", [])

@@ -8,6 +8,7 @@ import torch
 
 from rescom_timm.analysis import augmentations, gradients, pair_counts, queues, similarity, style, tsne
 from tests.analysis.made_up import long_tail
+from tests.raises import raises
 
 COUNTS = long_tail(5, 200, 20)
 
@@ -53,9 +54,9 @@ def test_pairs_are_drawn_also_where_the_rarest_has_none(tmp_path: Path) -> None:
 
 
 def test_pairs_refuse_impossible_batches() -> None:
-    with pytest.raises(ValueError, match="1 to 3 images"):
+    with raises("plot.value", 3, 4):
         pair_counts.measure([2, 1], batch=4)
-    with pytest.raises(ValueError, match="one number per class"):
+    with raises("plot.value", "slots"):
         pair_counts.measure([2, 1], batch=2, slots=[1])
 
 
@@ -100,11 +101,11 @@ def test_gradients_are_sorted_from_hard_to_easy(tmp_path: Path) -> None:
 
 def test_gradients_refuse_nothing_to_draw() -> None:
     near, positive, valid = _pairs()
-    with pytest.raises(ValueError, match="no positive pair"):
+    with raises("plot.value", "positive"):
         gradients.measure(near, torch.zeros_like(positive), valid)
-    with pytest.raises(ValueError, match="no negative pair"):
+    with raises("plot.value", "negative"):
         gradients.measure(near, torch.ones_like(positive), valid)
-    with pytest.raises(ValueError, match="above 0"):
+    with raises("plot.value", "temperature"):
         gradients.measure(near, positive, valid, temperature=0)
 
 
@@ -120,7 +121,7 @@ def test_similarity_splits_positives_by_group(tmp_path: Path) -> None:
     assert found.median["many"] == pytest.approx(0.5) and found.median["few"] == pytest.approx(-0.35)
     assert found.share["many"].tolist() == [0, 0, 50, 50] and found.share["few"].tolist() == [50, 0, 50, 0]
     _saved(similarity, found, tmp_path)
-    with pytest.raises(ValueError, match="no positive"):
+    with raises("plot.value", "positive"):
         similarity.measure(near, positive, torch.zeros_like(valid), torch.tensor([0, 1]), counts=[500, 5])
 
 
@@ -143,9 +144,9 @@ def test_tsne_of_many_classes_and_bad_features() -> None:
     features = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     found = tsne.measure(features, labels, counts=long_tail(12, 500, 100))
     assert len(tsne.draw(found).legends[0].get_texts()) == 3  # the groups
-    with pytest.raises(ValueError, match="not finite"):
+    with raises("plot.value"):
         tsne.measure(features * torch.nan, labels, counts=[1] * 12)
-    with pytest.raises(ValueError, match="at least 4"):
+    with raises("plot.value", 4):
         tsne.measure(features[:3], labels[:3], counts=[1] * 12)
 
 
@@ -163,9 +164,9 @@ def test_contact_sheet_shows_pixels_as_they_are(tmp_path: Path) -> None:
 
 
 def test_contact_sheet_refuses_normalised_images() -> None:
-    with pytest.raises(ValueError, match="uint8"):
+    with raises("plot.value", "float32"):
         augmentations.measure(torch.zeros(2, 2, 3, 8, 8), torch.zeros(2), [1])
-    with pytest.raises(ValueError, match="labels"):
+    with raises("plot.value", "labels"):
         augmentations.measure(torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3), [1])
 
 
@@ -175,5 +176,5 @@ def test_queue_slots(tmp_path: Path) -> None:
     assert found.slots["fifo"].tolist() == [3, 1, 0]
     assert queues.table(found)["slots_fifo"].tolist() == [1, 0, 3]
     _saved(queues, found, tmp_path)
-    with pytest.raises(ValueError, match="only 2 classes"):
+    with raises("plot.value", "2 classes"):
         queues.measure(kinds, counts=[5, 500])

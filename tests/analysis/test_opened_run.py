@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from rescom_timm.analysis import net_plots, plots, style
-from rescom_timm.analysis.opened_run import Opened, open_run, take
+from rescom_timm.analysis.opened_run import OpenedRun, open_run, take
 from rescom_timm.analysis.run_files import Missing, RunFolder
 from rescom_timm.cli import plot as command
-from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method
 from rescom_timm.engine.errors import CheckpointError
+from tests.raises import raises
 from tests.recipes import load_recipe
 
 
@@ -45,11 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Opened:
+def run(folder: Path) -> OpenedRun:
     return open_run(folder)
 
 
-def test_a_run_is_opened_with_its_weights_and_its_queue(run: Opened, folder: Path) -> None:
+def test_a_run_is_opened_with_its_weights_and_its_queue(run: OpenedRun, folder: Path) -> None:
     _, weights, state = checkpoint.newest(folder / "checkpoints") or pytest.fail("no checkpoint")
     assert all(torch.equal(value, run.method.net.state_dict()[name]) for name, value in weights.items())
     assert torch.equal(run.queue().keys, state["method"]["queue.keys"]) and not run.method.training
@@ -66,7 +66,7 @@ def test_a_run_opened_otherwise_has_another_name(folder: Path) -> None:
     assert open_run(folder, overrides=["evaluation.batch_size=7"]).checkpoint == "last", "which changes no figure"
 
 
-def test_one_pass_is_the_nets_output_in_the_splits_order(run: Opened) -> None:
+def test_one_pass_is_the_nets_output_in_the_splits_order(run: OpenedRun) -> None:
     split = take(run.data.test, np.array([3, 400, 40]))
     seen = run.look(split)
     assert seen.features.shape == (3, 64) and seen.embeddings.shape == (3, 32) and seen.logits.shape == (3, 10)
@@ -79,29 +79,29 @@ def test_one_pass_is_the_nets_output_in_the_splits_order(run: Opened) -> None:
     assert torch.equal(augmented.logits, run.look(split, run.recipe.views.train).logits)
 
 
-def test_judging_is_looking_without_the_outputs(run: Opened) -> None:
+def test_judging_is_looking_without_the_outputs(run: OpenedRun) -> None:
     seen, judged = run.look(run.data.test), run.judge(run.data.test).predictions()
     assert torch.equal(judged["labels"], seen.labels) and torch.equal(judged["predicted"], seen.logits.argmax(dim=1))
     assert torch.equal(judged["confidence"], seen.logits.softmax(dim=1).amax(dim=1))
 
 
-def test_splits_by_name(run: Opened) -> None:
+def test_splits_by_name(run: OpenedRun) -> None:
     assert run.split("validation") is run.data.validation
     without = dataclasses.replace(run, data=dataclasses.replace(run.data, validation=None))
-    with pytest.raises(ValueError, match="no validation split"):
+    with raises("data.split", "validation"):
         without.split("validation")
 
 
 @pytest.mark.parametrize("name", plots.FROM_NET)
-def test_every_figure_of_a_net_is_drawn(name: str, run: Opened, tmp_path: Path) -> None:
-    module, measure = net_plots.FIGURES[name]
+def test_every_figure_of_a_net_is_drawn(name: str, run: OpenedRun, tmp_path: Path) -> None:
+    module, measure = net_plots.PLOTS[name]
     measured = measure(run)
     paths = style.save(module.draw(measured), module.table(measured), tmp_path / name, dpi=40)
     assert [path.suffix for path in paths] == [".png", ".svg", ".csv"]
     assert len(paths[2].read_text().splitlines()) > 1
 
 
-def test_figures_tell_what_the_run_holds(run: Opened) -> None:
+def test_figures_tell_what_the_run_holds(run: OpenedRun) -> None:
     counts = run.data.counts
     slots = net_plots.queue_slots(run)
     held = slots.slots["class_balanced (this run)"]
@@ -127,21 +127,21 @@ def test_methods_without_a_queue_and_empty_queues_say_so(tmp_path: Path) -> None
         assert drawn[name].missing == "method cross_entropy of run ce keeps no queue of keys"
     assert drawn["pairs"].figure is not None  # the batch's pairs are the data's
     empty = open_run(save_run(tmp_path / "empty", fill=False))
-    with pytest.raises(Missing, match="empty: its checkpoint is from before the first step"):
+    with raises("plot.queue", "empty", kind=Missing):
         net_plots.queue_slots(empty)
 
 
 def test_runs_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no best checkpoint"):
+    with raises("checkpoint.missing"):
         open_run(folder, "best")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with raises("checkpoint.damaged"):
         open_run(folder, str(tmp_path))
-    with pytest.raises(RecipeError, match="did you mean data.source"):
+    with raises("recipe.unknown_key", "data.sorce", "data.source"):
         open_run(folder, overrides=["data.sorce=x"])
-    with pytest.raises(CheckpointError, match="does not fit.* is it the net that the recipe says"):
+    with raises("checkpoint.differs", kind=CheckpointError):
         open_run(folder, overrides=["net.backbone=resnet32_cifar"])
     (tmp_path / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
-    with pytest.raises(CheckpointError, match="never saved"):
+    with raises("checkpoint.missing", kind=CheckpointError):
         open_run(tmp_path)
 
 

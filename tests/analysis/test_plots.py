@@ -15,7 +15,7 @@ from rescom_timm.analysis import confusion, curves, longtail, plots, reliability
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder, open_runs
 from rescom_timm.analysis.writing import pictures
 from tests.analysis.made_up import add_evaluation, long_tail, make_run
-from tests.raises import warns
+from tests.raises import raises, warns
 
 COUNTS = long_tail(8, 400, 100)
 
@@ -45,7 +45,7 @@ def test_every_figure_is_saved_with_its_numbers(run: RunFolder, tmp_path: Path) 
 
 
 def test_save_refuses_ragged_numbers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="differ in length"):
+    with raises("plot.value", ".csv"):
         style.save(style.new_figure(1, 1), {"a": [1, 2], "b": [1]}, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
@@ -108,7 +108,7 @@ def test_longtail_is_ordered_and_agrees_with_the_record(run: RunFolder) -> None:
     assert [bar.get_facecolor()[:3] == (1, 1, 1) for bar in bottom.patches] == [True, True, True], "below ten images"
     means = [line for line in bottom.lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in means] == [0, 100]  # of medium and of few; no class of many was tested
-    with pytest.raises(Missing, match="training counts"):
+    with raises("plot.evaluation", "training counts", kind=Missing):
         longtail.measure(_evaluation([0], [0], None))
 
 
@@ -164,7 +164,7 @@ def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:
     assert {curve.axis for curve in curves.measure([run])} == {"step"}
     (line,) = curves.draw(curves.measure([run], ["test/top1"])).axes[0].lines
     assert list(line.get_xdata()) == [0, 1, 2, 3] and list(line.get_ydata()) == [5] * 4
-    with pytest.raises(Missing, match="accuracy"):
+    with raises("plot.log", "accuracy", kind=Missing):
         curves.measure([run], ["accuracy"])
 
 
@@ -176,7 +176,7 @@ def test_schedule_logged_planned_and_missing(run: RunFolder, tmp_path: Path) -> 
     linear, logarithmic = schedule.draw(planned).axes
     assert [line.get_ydata().tolist() for line in linear.lines] == [[0.1, 0.01], [0.0, 0.1]]
     assert logarithmic.get_yscale() == "log" and np.isnan(logarithmic.lines[1].get_ydata()[0])
-    with pytest.raises(Missing, match="no learning rate"):
+    with raises("plot.log", kind=Missing):
         schedule.measure([_log(tmp_path / "a", ['{"epoch": 0, "loss": 1}'])])
 
 
@@ -196,7 +196,7 @@ def test_default_evaluation_and_others_by_name(tmp_path: Path) -> None:
     add_evaluation(folder, COUNTS, None, evaluation="test-last")
     assert run.evaluations()[:2] == ["test-last", "test-best"]
     assert run.evaluation("validation-best").name == "validation-best"
-    with pytest.raises(Missing, match="test-frist"):
+    with raises("plot.evaluation", "test-frist", kind=Missing):
         run.evaluation("test-frist")
 
 
@@ -215,10 +215,10 @@ def test_json_that_does_not_fit_its_predictions_is_refused(tmp_path: Path) -> No
     record = json.loads(path.read_text())
     record["per_class"]["count"] = [1, 2]
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="number of classes"):
+    with raises("plot.evaluation", path.name):
         RunFolder(folder).evaluation()
     path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match=path.name):
         RunFolder(folder).evaluation()
 
 
@@ -227,7 +227,7 @@ def test_predictions_that_cannot_be_read_are_told(tmp_path: Path, kind: str) -> 
     folder = make_run(tmp_path / "r", COUNTS)
     path = folder / "evaluation" / "test-last.safetensors"
     path.write_bytes(path.read_bytes()[:40] if kind == "torn" else save({"labels": np.zeros(3, np.int64)}))
-    with pytest.raises(Missing, match=r"cannot be read \(.*write it again with rescom-timm evaluate"):
+    with raises("plot.evaluation", "rescom-timm evaluate", kind=Missing):
         RunFolder(folder).evaluation()
 
 
@@ -241,9 +241,9 @@ def test_what_was_not_written_by_us_is_refused_in_a_line(tmp_path: Path, file: s
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with raises("run.missing", "absent"):
         RunFolder(tmp_path / "absent")
-    with pytest.raises(ValueError, match="no run folder"):
+    with raises("run.missing"):
         RunFolder(tmp_path)
 
 
@@ -268,9 +268,9 @@ def test_balanced_takes_turns_and_keeps_order() -> None:
 
 
 def test_unknown_figure_names_the_nearest(run: RunFolder) -> None:
-    with pytest.raises(ValueError, match="Did you mean confusion"):
+    with raises("plot.name", "confusoin", "confusion"):
         list(plots.draw_all([run], ["confusoin"]))
-    with pytest.raises(ValueError, match="There are: curves"):
+    with raises("plot.name", "curves"):
         plots.check_names(["qqq"])
 
 

@@ -18,6 +18,7 @@ from rescom_timm.data.corruptions import COMMON, prepared
 from rescom_timm.engine import checkpoint
 from tests.analysis.made_up import made_up_errors
 from tests.analysis.test_opened_run import save_run
+from tests.raises import raises
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_what_is_known_is_not_measured_again(folder: Path, digits_c: Path, monke
     retrained = replace(made_up, weights="other")
     again = robustness.corrupted(run, run.data.test, ["contrast"], source, limit=20, known=retrained)
     assert again.errors == half.errors
-    with pytest.raises(ValueError, match="did you mean"):
+    with raises("data.corrupted"):
         robustness.corrupted(run, run.data.test, ["frost"], source)
 
 
@@ -98,11 +99,11 @@ def test_summary_over_baselines() -> None:
 
 def test_baselines_that_do_not_fit() -> None:
     found = made_up_errors()
-    with pytest.raises(ValueError, match="missing: brightness"):
+    with raises("plot.baseline", "brightness"):
         robustness.summary(found, "alexnet")
-    with pytest.raises(ValueError, match="was measured on"):
+    with raises("plot.baseline"):
         robustness.summary(found, replace(found, setting=replace(found.setting, images=3)))
-    with pytest.raises(ValueError, match="a run or alexnet"):
+    with raises("plot.baseline", "alexnet"):
         robustness.summary(found, "alexnt")
 
 
@@ -130,10 +131,10 @@ def test_results_are_read_compared_and_drawn(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "metrics.jsonl").write_text("{}")
-    with pytest.raises(Missing, match="was not measured: rescom-timm robustness"):
+    with raises("plot.robustness", "rescom-timm robustness", kind=Missing):
         robustness.measure([RunFolder(bare)])
     robustness.path_of(one.path, "test", "last").write_text("{}")
-    with pytest.raises(ValueError, match="remove it and measure again"):
+    with raises("plot.robustness"):
         robustness.measure([one])
 
 

@@ -178,7 +178,7 @@ def test_similarities_are_held_within_the_limit(limit: int, rows: list[int], mon
         return plain(bias, queries, keys, out=out)
 
     plain = torch.addmm
-    monkeypatch.setattr(mined, "AT_ONCE", limit)
+    monkeypatch.setattr(mined, "SIMILARITIES_AT_ONCE", limit)
     monkeypatch.setattr(torch, "addmm", product)
     torch.testing.assert_close(fast(case, 1, 5, keys=case.queries, key_labels=case.labels), together)
     assert seen == rows

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from rescom_timm.analysis.doctor_page import MOST, page, told
+from rescom_timm.analysis.doctor_page import GROUPS_SHOWN, as_text, page
 from rescom_timm.data.doctor import (
     Examined,
     Finding,
@@ -103,7 +103,7 @@ def test_a_good_data_set_has_no_finding() -> None:
         {"train": split_of("a", rows), "test": split_of("b", [(f"t{k}", encoded(scene(90 + k)), k) for k in (0, 1)])}
     )
     assert findings(images, ["a", "b"], np.array([6, 6])) == []
-    assert told(images, [], ["a", "b"]) == "nothing found"
+    assert as_text(images, [], ["a", "b"]) == "nothing found"
 
 
 def test_near_duplicates_are_those_of_every_pair() -> None:
@@ -130,9 +130,9 @@ def test_near_duplicates_are_those_of_every_pair() -> None:
 
 
 def test_the_page_opens_offline_is_bounded_and_escapes(images: Examined) -> None:
-    many = Finding("many", "T <i>", "A & B", [[0]] * (MOST + 7), ("line <script>",))
+    many = Finding("many", "T <i>", "A & B", [[0]] * (GROUPS_SHOWN + 7), ("line <script>",))
     text = page(images, [many, Finding("one", "O", "B", [[18], [30]])], NAMES, "data <x>")
-    assert text.count("data:image/jpeg;base64,") == MOST + 1, "a broken image has a caption alone"
+    assert text.count("data:image/jpeg;base64,") == GROUPS_SHOWN + 1, "a broken image has a caption alone"
     assert "and 7 more." in text and "<script>" not in text and "T <i>" not in text and "data <x>" not in text
     assert "http" not in text and 'src="data:' in text
     assert "&lt;b&gt;&amp;eel" in page(images, [Finding("one", "O", "B", [[22]])], NAMES, "t")
@@ -198,7 +198,7 @@ def test_disputed_labels_are_named_once_with_probabilities(monkeypatch: pytest.M
     data = SimpleNamespace(class_names=["cat", "dog"])
     (found,) = suspects(Path("run"), [], images, data)  # type: ignore[arg-type]
     assert named(images, found) == [["test0.png"]] and "disagrees" in found.title and "wrong" not in found.title
-    text = told(images, [found], ["cat", "dog"])
+    text = as_text(images, [found], ["cat", "dog"])
     assert text.count("test0.png") == 1 and "dog 0.98, cat 0.02" in text
     html = page(images, [found], ["cat", "dog"], "t")
     assert html.count("test0.png") == 1 and "dog 0.98, cat 0.02" in html

@@ -118,7 +118,7 @@ DRAWN = [
           half("run/evaluation/test-last.safetensors"), code=0),
     drawn("record that is a list", "run --only confusion", "holds list, not dict", text("run/evaluation/test-last.json",
           "[]")),
-    drawn("record that counts other classes", "run --only confusion", "disagree on the number of classes",
+    drawn("record that counts other classes", "run --only confusion", "test-last.json...numbers of classes",
           changed("run/evaluation/test-last.json", per_class__count=[1, 2])),
     drawn("log without a line", "run --only curves", "no training log (metrics.jsonl) in run",
           empty("run/metrics.jsonl"), code=0),

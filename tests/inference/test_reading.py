@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import rescom_timm
-from rescom_timm.analysis.doctor_page import told
+from rescom_timm.analysis.doctor_page import as_text
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
@@ -184,7 +184,7 @@ def test_the_doctor_counts_turned_photographs_and_shows_them_as_training_does(tm
         images = examine(splits, reading=ReadConfig(exif=exif))
         [found] = [one for one in findings(images, ["a", "b"], data.counts) if one.key == "turned"]
         assert found.count == 18 and advice in found.advice
-        assert "Images with an EXIF orientation tag: 18" in told(images, [found], ["a", "b"])
+        assert "Images with an EXIF orientation tag: 18" in as_text(images, [found], ["a", "b"])
         assert {images.image(i).size == (14, 20) for [i] in found.groups} == {True, exif}
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from rescom_timm.api import train_recipe as train
 from rescom_timm.config.loading import load, presets
-from rescom_timm.config.recipe import RecipeError
 from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import DataConfig
@@ -29,6 +28,7 @@ from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.methods import METHODS
 from rescom_timm.methods.momentum import MomentumNet
 from rescom_timm.methods.rescom import ResCom
+from tests.raises import raises
 from tests.recipes import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -100,7 +100,7 @@ def test_experts_in_a_run_are_saved_and_read_back(tmp_path):
     assert len(net.experts) == 2
     saved = weights(folder)
     assert torch.equal(net.state_dict()["experts.1.layer3.0.conv1.weight"], saved["experts.1.layer3.0.conv1.weight"])
-    with pytest.raises(RecipeError, match="of another net"):
+    with raises("train.from", "from"):
         run("digits_lt +crt", tmp_path, f"from={folder}")
 
 
@@ -224,19 +224,19 @@ def test_a_run_is_evaluated_without_the_weights_that_it_started_from(first, tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "message"),
+    ("name", "words", "code", "named"),
     [
-        ("digits_lt +lws", [], "lws is a second stage: name the run to start from, from=RUN"),
-        ("digits_lt +lws", ["from={tmp}/nothing"], "no run, checkpoint or file of weights"),
-        ("digits_lt +lws", ["from={tmp}"], "holds no checkpoint; train it first"),
-        ("digits_lt +lws", ["from={first}/model"], "is an exported model: name the run's folder"),
-        ("digits_lt +crt", ["from={first}", "net.backbone=resnet32_cifar"], "of another net .*encoder.layer1.3"),
+        ("digits_lt +lws", [], "recipe.missing_key", ["lws", "from="]),
+        ("digits_lt +lws", ["from={tmp}/nothing"], "train.from", ["nothing"]),
+        ("digits_lt +lws", ["from={tmp}"], "train.from", ["from"]),
+        ("digits_lt +lws", ["from={first}/model"], "train.from", ["model"]),
+        ("digits_lt +crt", ["from={first}", "net.backbone=resnet32_cifar"], "train.from", ["encoder.layer1.3"]),
     ],
 )
-def test_a_second_stage_without_a_fitting_run_is_refused(first, tmp_path, name, words, message):
+def test_a_second_stage_without_a_fitting_run_is_refused(first, tmp_path, name, words, code, named):
     (tmp_path / "checkpoints").mkdir()
     words = [word.format(tmp=tmp_path, first=first) for word in words]
-    with pytest.raises(RecipeError, match=message):
+    with raises(code, *named):
         train(load_recipe(name, [f"output={tmp_path}", *QUICK, *words]), dry_run=True)
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import clocked, common_arguments, heading, keep, machine, peak, positive
-from rescom_timm.contrastive.mined import AT_ONCE, mined_supcon
+from rescom_timm.contrastive.mined import SIMILARITIES_AT_ONCE, mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.errors import InputError
 from rescom_timm.losses import balanced_softmax
@@ -90,7 +90,7 @@ class Classes:
 def on_paper(classes: int, views: int, options: argparse.Namespace) -> dict[str, float]:
     """Bytes that stay and that a step takes on top, by hand."""
     q, f, d = options.per_class, options.features, options.dim
-    at_a_time = max(1, min(views, AT_ONCE // (classes * q)))
+    at_a_time = max(1, min(views, SIMILARITIES_AT_ONCE // (classes * q)))
     logits, similarities = 4 * views * classes, 16 / 3 * at_a_time * classes * q
     return {
         "held": 8 * classes * (f + 1) + classes * q * (4 * d + 9) + 24 * classes,
