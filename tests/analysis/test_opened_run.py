@@ -124,7 +124,7 @@ def test_methods_without_a_queue_and_empty_queues_say_so(tmp_path: Path) -> None
     plain = RunFolder(save_run(tmp_path / "ce", "digits_lt +cross_entropy"))
     drawn = {one.name: one for one in plots.draw_all([plain], ["queues", "gradients", "similarity", "pairs"])}
     for name in ("queues", "gradients", "similarity"):
-        assert drawn[name].missing == "method cross_entropy of run ce keeps no queue of keys"
+        assert "method cross_entropy" in drawn[name].missing and "queue" in drawn[name].missing
     assert drawn["pairs"].figure is not None  # the batch's pairs are the data's
     empty = open_run(save_run(tmp_path / "empty", fill=False))
     with raises("plot.queue", "empty", kind=Missing):

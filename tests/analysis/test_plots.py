@@ -257,7 +257,7 @@ def test_runs_of_one_folder_name_get_names_of_their_own(tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_says_so(run: RunFolder) -> None:
     (drawn,) = plots.draw_all([run], ["tsne"])
-    assert drawn.figure is None and "cannot be opened" in drawn.missing and "data is missing" in drawn.missing
+    assert drawn.figure is None and "rescom" in drawn.missing and "data" in drawn.missing
 
 
 def test_balanced_takes_turns_and_keeps_order() -> None:

@@ -114,7 +114,7 @@ DRAWN = [
     drawn("figure that there is not", "run --only confusio", "confusion"),
     drawn("figure of an evaluation that there is not", "run --only confusion --evaluation test-best9",
           "has no evaluation test-best9", code=0),
-    drawn("predictions torn", "run --only confusion", "write it again with rescom-timm evaluate",
+    drawn("predictions torn", "run --only confusion", "rescom-timm evaluate",
           half("run/evaluation/test-last.safetensors"), code=0),
     drawn("record that is a list", "run --only confusion", "holds list, not dict", text("run/evaluation/test-last.json",
           "[]")),
