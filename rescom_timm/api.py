@@ -36,9 +36,9 @@ from rescom_timm.engine.evaluate import data_of, evaluate_run
 from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
 from rescom_timm.errors import InputError
-from rescom_timm.fitting.fit import Interrupted
 from rescom_timm.fitting.fit import fit as fit_images
 from rescom_timm.fitting.plan import FitOptions
+from rescom_timm.fitting.steps import Interrupted
 from rescom_timm.hub.publish import Publisher
 from rescom_timm.hub.push import export_push, push_run
 from rescom_timm.inference.conformal import PredictionSets

@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit with these arguments."""
-    from rescom_timm.fitting.fit import Interrupted, fit
+    from rescom_timm.fitting.fit import fit
     from rescom_timm.fitting.plan import FitOptions
+    from rescom_timm.fitting.steps import Interrupted
 
     usual = {"split": "train", "test_split": "test"}
     images = {name: value for name in IMAGES if (value := getattr(arguments, name)) not in (None, usual.get(name))}

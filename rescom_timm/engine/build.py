@@ -112,7 +112,7 @@ def build_method(
         source, names = first or (Path(recipe.init_from).expanduser(), None)
         anew = kind.new_classifier or recipe.net.classifier.init != "random"
         load_weights(net, source, data.class_names, names, classifier=not anew, projector=not kind.new_classifier)
-    elif start and kind.second_stage:
+    elif start and kind.second_stage and not (kind.fits_head and recipe.net.pretrained):
         raise RecipeError(
             "recipe.missing_key", f"method {recipe.method.name} is a second stage: name the run to start from, from=RUN"
         )

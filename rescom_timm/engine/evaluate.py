@@ -128,6 +128,8 @@ def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[
     """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
     of its own above its figures, so that all fits a terminal. beside: further lines below an evaluation's, label ->
     {figure: text}."""
+    if not rows:
+        return "nothing is evaluated"
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     texts = [text for lines in beside.values() for line in lines.values() for text in line.values()]
     widths = {name: max(9, *(2 + len(text) for text in (name, *texts))) for name in names}

@@ -90,6 +90,7 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         outside += ["train.ema"] if recipe.train.ema is not None else []
         outside += ["optimizer.sam"] if recipe.optimizer.sam is not None else []
         outside += ["net.frozen_precision: bf16"] if recipe.net.frozen_precision == "bf16" else []
+        outside += [f"method {recipe.method.name}"] if method.fits_head else []
         if outside:
             raise RecipeError("train.distributed", f"FSDP2 shards only the net and does not support {outside[0]}")
         if recipe.net.classifier.init == "class_means":

@@ -34,6 +34,7 @@ from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.engine.evaluate import about, evaluate, file_name, table_of, title, write
+from rescom_timm.engine.features import read_features
 from rescom_timm.engine.fit_batch import fitted
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
@@ -364,8 +365,11 @@ class Trainer:
         elif self.recipe.net.classifier.init == "class_means":
             sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
             start_from_means(self.net.classifier, sums.to(self.accelerator.device))
-            if self.average is not None:
-                self.average.set(self.net)
+        elif self.method.fits_head:
+            found = read_features(self.accelerator, self.net, self.recipe, self.data.train, flipped=True)
+            self.method.fit_head(found.rows())
+        if before is None and self.average is not None:
+            self.average.set(self.net)
         if self.main:
             processes = self.accelerator.num_processes
             record = {"processes": processes, "weights": self.weights, "data": self.data.provenance}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rescom_timm.engine.features import Features
 from rescom_timm.fitting.choice import ENOUGH, Scored, choose
-from rescom_timm.fitting.features import Features
-from rescom_timm.fitting.heads import Head
 from rescom_timm.fitting.training import Kind, floor_of
+from rescom_timm.methods.heads import Head
 
 Weights = dict[str, Tensor]
 SHARES = (0.5, 0.25, 0.75)
@@ -30,10 +30,18 @@ class Candidate:
     """Of the whole net."""
     scored: Scored | None
     """On validation; None: there is nothing to score it on."""
-    start: Scored | None = None
-    """Of a soup: its start's, on validation."""
     by: str = "validation"
     """On what: validation, or cross-validation of the training images."""
+    shown: Scored | None = None
+    """On the validation images, few as they may be."""
+    start: Scored | None = None
+    """Of a soup: its start's `shown`."""
+    fitted: tuple[str, int] | None = None
+    """Of a head over features: its kind and the place of its setting."""
+    factor: float = 1.0
+    """By which that head was scaled."""
+    share: float = 1.0
+    """Of the trained net in a soup."""
 
 
 def row(candidate: Candidate) -> dict[str, Any]:
@@ -69,6 +77,6 @@ def decide(candidates: Sequence[Candidate], enough: bool) -> tuple[int, str]:
     for place, one in enumerate(candidates):
         if one.name.startswith("soup"):
             floor = floor_of(one.start)
-            if one.scored is None or floor is None or one.scored.mean_class >= floor:
+            if one.shown is None or floor is None or one.shown.mean_class >= floor:
                 return place, f"{few}: half of the probe and half of the trained net, which never lost where measured"
     return 0, f"{few}: the probe"

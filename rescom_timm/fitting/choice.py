@@ -6,14 +6,14 @@ Shapes: N scored images, K classes, S settings of a head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rescom_timm.fitting.features import Features
-from rescom_timm.fitting.heads import Fitted, standard, temperature
+from rescom_timm.engine.features import Features
+from rescom_timm.methods.heads import Fitted, standard, temperature
 from rescom_timm.metrics import bootstrap
 
 ENOUGH = 5
@@ -34,6 +34,10 @@ class Scored:
     labels: Tensor
     repeats: int = 1
     """How often each image stands there, as by repeated cross-validation; errors count it once."""
+
+    def scaled(self, factor: float) -> Scored:
+        """With all logits times the factor."""
+        return replace(self, logits=self.logits * factor)
 
     @property
     def correct(self) -> np.ndarray:
@@ -90,8 +94,10 @@ def choose(candidates: Sequence[Scored]) -> tuple[int, int]:
 
 
 def temperature_of(scored: Scored) -> float:
-    """T by which the logits are divided so that the loss, a mean over classes, is least."""
-    return temperature(scored.logits, scored.labels, torch.from_numpy(scored.weights))
+    """T by which the logits are divided so that the loss, a mean over classes, is least. Labels are smoothed by
+    1 / (N + 2), as Platt (1999) does: of a few images that are all right, no confidence would be too high."""
+    smoothing = 1 / (len(scored.labels) // scored.repeats + 2)
+    return temperature(scored.logits, scored.labels, torch.from_numpy(scored.weights), smoothing)
 
 
 def folds(labels: np.ndarray, parts: int, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

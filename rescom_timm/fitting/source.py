@@ -6,12 +6,16 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from rescom_timm.config.loading import find, load, load_dict, shipped
 from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.in_memory import MEMORY
+from rescom_timm.data.index import Index
+from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.samples import LoaderConfig
-from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.splits import VALIDATION, DataConfig, index_path
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.hub_client import hub_id, missing
@@ -50,6 +54,18 @@ def read(options: FitOptions, folder: Path) -> Recipe:
         raise InputError("fit.argument", f"{options.overrides[0]}: keys are of recipes, and {options.source} is none")
     data = _own(options, folder)
     return replace(load_dict({"data": {"source": "digits"}}), data=data, loader=PHOTOGRAPHS)
+
+
+def joined(config: DataConfig, folder: Path) -> DataConfig | None:
+    """The data with the validation images among the training images, perhaps by a list in `folder`; None where they
+    come from another split of a data set, which is not trained on."""
+    name, argument = parse_call(config.validation, VALIDATION) or ("", "")
+    if name == "index" and config.index not in ("all", None) and not parse_call(config.index, RULES):
+        first, second = Index.load(index_path(config.index)), Index.load(index_path(argument), allow_empty=True)
+        both = replace(first, keys=[*first.keys, *second.keys], labels=np.concatenate([first.labels, second.labels]))
+        both.save(folder / "all.txt")
+        return replace(config, index=place(folder / "all.txt"), validation="none")
+    return replace(config, validation="none") if name == "holdout" else None
 
 
 def _own(options: FitOptions, folder: Path) -> DataConfig:

@@ -46,7 +46,7 @@ from rescom_timm.methods.momentum import MocoConfig, PacoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
 from rescom_timm.methods.rsg import RsgConfig
-from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, TauNormConfig
+from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, ProbeConfig, TauNormConfig
 from rescom_timm.models.net import Net
 
 METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
@@ -76,6 +76,7 @@ METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
     "las": (LasConfig, second_stage.Las),
     "disalign": (DisAlignConfig, second_stage.DisAlign),
+    "probe": (ProbeConfig, second_stage.Probe),
 }
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rescom_timm.contrastive.queue import Queue
+from rescom_timm.methods.heads import Rows
 from rescom_timm.methods.parts import MomentumNet, Teacher
 from rescom_timm.models.net import Net
 
@@ -62,6 +63,8 @@ class Method(nn.Module):
     """Whether it starts from a trained net (from=RUN)."""
     new_classifier: ClassVar[bool] = False
     """Whether it keeps only the encoder of the net that it starts from."""
+    fits_head: ClassVar[bool] = False
+    """Whether its classifier is fitted over the features of the training images before training, by fit_head."""
     needs_teacher: ClassVar[bool] = False
     """Whether it cannot train without a teacher."""
     second_sampler: ClassVar[Literal["class_balanced", "reversed"] | None] = None
@@ -106,6 +109,10 @@ class Method(nn.Module):
     def pair_loss(self) -> tuple[float, Tensor | None]:
         """Temperature and class weights (K,), if any, of the loss over pairs with the queue, if any."""
         return self.config.temperature, None
+
+    def fit_head(self, rows: Rows) -> None:
+        """Called before training, of a method that fits_head. rows: features and labels of the training images, as they
+        are and flipped, on the CPU."""
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, 0 <= epoch < epochs. See `epoch_changes_host`."""

@@ -17,7 +17,8 @@ from rescom_timm import losses
 from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
-from rescom_timm.methods.bounds import NOT_NEGATIVE, check
+from rescom_timm.methods.bounds import NOT_NEGATIVE, POSITIVE, check
+from rescom_timm.methods.heads import Rows, adjusted, class_means, softmax_regression, standard
 from rescom_timm.models.net import Net
 
 
@@ -104,7 +105,28 @@ class DisAlignConfig(BaseConfig):
         return self.power == 0
 
 
-SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig
+@dataclass(frozen=True)
+class ProbeConfig(BaseConfig):
+    """A head fitted over the features of the frozen net before training, with nothing left to train: epochs 0."""
+
+    name: Literal["probe"] = "probe"
+    views: Literal[1] = 1
+    head: Literal["balanced_softmax", "logistic", "class_means"] = "balanced_softmax"
+    """Balanced Softmax regression; logistic regression, adjusted afterwards by tau; means of standardised features."""
+    ridge: float = 0.1
+    """Of the mean loss + ridge / 2 |W|^2, over standardised features."""
+    tau: float = 1.0
+    """Of the adjustment of logistic regression."""
+
+    def __post_init__(self) -> None:
+        check(self, ridge=POSITIVE, tau=NOT_NEGATIVE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.head == "logistic" and self.tau == 0
+
+
+SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig | ProbeConfig
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
@@ -265,3 +287,25 @@ class DisAlign(SecondStage):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy weighted by inverse powers of the class prior."""
         return losses.weighted_cross_entropy(logits, labels, self.weights)
+
+
+class Probe(SecondStage):
+    new_classifier = True
+    fits_head = True
+
+    def fit_head(self, rows: Rows) -> None:
+        """rows: features and labels of the training images."""
+        config, counts = self.config, self.counts.cpu()
+        scale = standard(rows)
+        if config.head == "class_means":
+            head = class_means(rows, len(counts), scale)
+        elif config.head == "logistic":
+            plain = softmax_regression(rows, torch.zeros(len(counts)), config.ridge, scale)
+            head = adjusted(plain, counts, config.tau)
+        else:
+            head = softmax_regression(rows, losses.log_prior(counts), config.ridge, scale)
+        weight, bias = scale.folded(head)
+        self.net.classifier.load_state_dict({"weight": weight, "bias": bias})
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return losses.balanced_softmax(logits, labels, self.counts)

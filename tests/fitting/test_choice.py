@@ -5,9 +5,10 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from rescom_timm.fitting import choice, heads
+from rescom_timm.engine.features import Features
+from rescom_timm.fitting import choice
 from rescom_timm.fitting.choice import Scored
-from rescom_timm.fitting.features import Features
+from rescom_timm.methods import heads
 
 
 def scored(predicted: list[int], labels: list[int], classes: int = 3) -> Scored:

@@ -1,17 +1,20 @@
 """`fit` as a whole, on photographs that a random net tells apart."""
 
+import itertools
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import timm
 from PIL import Image
+from safetensors.torch import load_file
 
 import rescom_timm
 from rescom_timm.__main__ import main
-from rescom_timm.fitting import fit as fitting
-from rescom_timm.fitting import plan, source
+from rescom_timm.fitting import plan, source, steps, training
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
 from tests.fitting.made_up import NET, photographs
 from tests.raises import raises
@@ -58,8 +61,8 @@ def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
 
 
 def test_training_gives_soups_and_a_refitted_head(photos, tmp_path, monkeypatch, capsys):
-    planned(monkeypatch, Training("linear", 2), Training("cosine", 1))
-    monkeypatch.setattr("rescom_timm.fitting.training.FALL", 100.0)
+    planned(monkeypatch, Training("linear", 1), Training("cosine", 1))
+    monkeypatch.setattr(training, "FALL", 100.0)
     words = [
         "--backbone",
         NET,
@@ -86,7 +89,7 @@ def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
     """Heads are cross-validated, and the soup of probe and trained net is taken unless it fell far."""
     photos = photographs(tmp_path / "photos", [12, 6, 3], validation=2)
     planned(monkeypatch, Training("linear", 1))
-    monkeypatch.setattr("rescom_timm.fitting.training.FALL", 100.0)
+    monkeypatch.setattr(training, "FALL", 100.0)
     run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
     found = record(run)
     assert found["chosen"] == "soup 0.5 from the probe" and "fewer than 5" in found["why"]
@@ -96,7 +99,7 @@ def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
 
 def test_a_diverging_candidate_is_left_out(photos, tmp_path, monkeypatch):
     planned(monkeypatch, Training("linear", 3))
-    monkeypatch.setitem(fitting.training_recipe.__globals__["RATES"], "linear", 50.0)
+    monkeypatch.setitem(training.RATES, "linear", 50.0)
     run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
     found = record(run)
     assert "diverged" in found["trained"]["linear"] and found["chosen"] in (
@@ -181,3 +184,64 @@ def test_sources(photos, tmp_path):
     assert own.data.source == str(tmp_path) and own.loader.exif and own.data.index == str(tmp_path / "train.txt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         source.read(FitOptions("./nowhere"), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_fit_that_is_interrupted_goes_on_to_the_same_end(photos, tmp_path, monkeypatch):
+    """Interrupted before a head, in two trainings, before a soup is scored and while a head is re-fitted: each time the
+    best so far is a run, the time adds up, and choice and weights are those of an uninterrupted fit."""
+    planned(monkeypatch, Training("linear", 3), Training("cosine", 2))
+    monkeypatch.setattr(training, "FALL", 100.0)
+    monkeypatch.setattr(training, "BATCH", 8)  # to be stopped within an epoch
+    whole = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "whole")
+
+    def interrupt(owner, name, stop, calls):
+        original, count = getattr(owner, name), itertools.count(1)
+
+        def counted(*words, **named):
+            if next(count) in calls:
+                print("interrupted:", name)
+                stop()
+            return original(*words, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    def ctrl_c():
+        raise KeyboardInterrupt
+
+    interrupt(steps, "features_of", ctrl_c, {1, 9})
+    interrupt(training.Watcher, "evaluated", lambda: os.kill(os.getpid(), signal.SIGINT), {2, 4})
+    interrupt(steps.Steps, "_logits", ctrl_c, {2})
+    with pytest.raises(KeyboardInterrupt):
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
+    seconds = []
+    for finished in (False, False, False, False, True):
+        run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
+        found = record(run)
+        seconds.append(found["seconds"])
+        assert found["finished"] == finished, found
+        assert run.predict([photos / "test/a/0.png"])[0].labels
+        assert (run.folder / "evaluation/test-last.json").is_file() == finished, "test images are for the end"
+    assert seconds == sorted(seconds)
+    ours, theirs = record(run), record(whole)
+    assert [row["mean_class"] for row in ours["table"]] == [row["mean_class"] for row in theirs["table"]]
+    assert ours["chosen"] == theirs["chosen"]
+    one, other = (load_file(r.folder / "fit/chosen.safetensors") for r in (run, whole))
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+def test_validation_images_are_fitted_too_where_asked(photos, tmp_path, monkeypatch):
+    planned(monkeypatch)
+    rescom_timm.fit(photos, 1, **HOW, use_validation=True, output=tmp_path / "run")
+    lines = (tmp_path / "run/fit/all.txt").read_text().splitlines()
+    assert sum(not line.startswith("#") for line in lines) == 63
+
+
+@pytest.mark.slow
+def test_a_chosen_soup_is_trained_again_on_validation_images_too(photos, tmp_path, monkeypatch):
+    planned(monkeypatch, Training("linear", 1))
+    monkeypatch.setattr(training, "FALL", 100.0)
+    monkeypatch.setattr(steps, "decide", lambda candidates, _: (3, "a soup"))
+    run = rescom_timm.fit(photos, 1, **HOW, use_validation=True, output=tmp_path / "soup")
+    metrics = (tmp_path / "soup/fit/all/linear/metrics.jsonl").read_text()
+    assert metrics and record(run)["chosen"] == "soup 0.5 from the probe"

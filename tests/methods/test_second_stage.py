@@ -182,6 +182,7 @@ def test_cross_entropy_is_the_loss_of_crt():
         "tau_norm",
         "las",
         "disalign",
+        "probe",
     }
 
 

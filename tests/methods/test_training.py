@@ -22,10 +22,13 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method, build_optimizer
 from rescom_timm.engine.errors import Stopped
 from rescom_timm.engine.evaluate import evaluate_run
+from rescom_timm.engine.features import read_features
+from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.step import TrainingStep
 from rescom_timm.engine.trainer import Trainer
 from rescom_timm.inference.pretrained import from_pretrained
-from rescom_timm.methods import METHODS
+from rescom_timm.losses import log_prior
+from rescom_timm.methods import METHODS, heads
 from rescom_timm.methods.momentum import MomentumNet
 from rescom_timm.methods.rescom import ResCom
 from tests.raises import raises
@@ -74,6 +77,29 @@ def test_las_in_a_run_shifts_statistics_and_its_export_is_read_back(first, tmp_p
     scale = after["classifier.class_scale"]
     w, b = after["classifier.weight"] * scale[:, None], after["classifier.bias"] * scale
     check_export(folder, w, b)
+
+
+@torch.no_grad()
+def test_a_probe_is_the_regression_on_the_features_of_its_run(first, tmp_path):
+    folder = run("digits_lt +probe", tmp_path, f"from={first}", "train.epochs=0", "method.ridge=0.3")
+    before, after = weights(first), weights(folder)
+    assert moved(before, after) & before.keys() <= {"classifier.weight", "classifier.bias"}
+    recipe = load_recipe("digits_lt", QUICK)
+    data = load_data(recipe.data)
+    net = build_method(recipe, data).net
+    net.load_state_dict(after, strict=False)
+    features = read_features(new_accelerator("no"), net, recipe, data.train, flipped=True)
+    scale = heads.standard(features.rows())
+    prior = log_prior(torch.as_tensor(data.counts))
+    head = scale.folded(heads.softmax_regression(features.rows(), prior, 0.3, scale))
+    torch.testing.assert_close(after["classifier.weight"], head.weight)
+    torch.testing.assert_close(after["classifier.bias"], head.bias)
+    check_export(folder, head.weight, head.bias)
+
+
+def test_a_probe_needs_a_run_or_pretrained_weights(tmp_path):
+    with pytest.raises(RecipeError, match="from=RUN"):
+        run("digits_lt +probe", tmp_path, "train.epochs=0")
 
 
 def check_export(folder, weight, bias):

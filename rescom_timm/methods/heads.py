@@ -6,15 +6,15 @@ is fitted over standardised features and folded into a plain linear layer over t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rescom_timm import losses
-from rescom_timm.fitting.features import Rows
 
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Of the mean loss + ridge / 2 |W|^2 over standardised features, the strongest first."""
@@ -22,6 +22,14 @@ TAUS = (1.0, 0.75, 1.25, 0.5, 1.5)
 """Of logit adjustment, the theoretical one first (Menon et al. 2021, eq. 9)."""
 STEPS, TOLERANCE = 100, 1e-4
 """Most iterations of L-BFGS, and the largest gradient at its end: scikit-learn's."""
+
+
+class Rows(Protocol):
+    """Chunks of (features (m, F), labels (m,)), the same each time; `length` rows in all."""
+
+    length: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class Head(NamedTuple):
@@ -134,22 +142,22 @@ def adjusted(head: Head, counts: Tensor, tau: float) -> Head:
     return Head(head.weight, head.bias - tau * losses.log_prior(counts).to(head.bias))
 
 
-def temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
+def temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> float:
     """T by which logits (M, K) are divided so that their mean negative log-likelihood is least (Guo et al. 2017, arXiv
-    1706.04599). weights: (M,) of the rows; None: all alike. Within 0.01 to 100."""
+    1706.04599). weights: (M,) of the rows; None: all alike. smoothing: of the labels. Within 0.01 to 100."""
     logits = logits.double()
+    own = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0] + smoothing * logits.mean(dim=1)
     share = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
 
     def slope(log_factor: float) -> float:
-        scaled = logits * torch.tensor(log_factor, dtype=torch.float64).exp()
-        own = scaled.gather(1, labels[:, None])[:, 0]
-        return float((share * ((scaled.softmax(dim=1) * scaled).sum(dim=1) - own)).sum())
+        chance = (logits * math.exp(log_factor)).softmax(dim=1)
+        return float((share * ((chance * logits).sum(dim=1) - own)).sum())
 
     low, high = -4.6, 4.6  # the loss is convex in the factor: its slope changes sign once
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
-    return float(torch.tensor(-(low + high) / 2, dtype=torch.float64).exp())
+    return math.exp(-(low + high) / 2)
 
 
 Fitted = Callable[[Rows, Tensor, Standard], Sequence[Head]]

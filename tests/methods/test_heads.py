@@ -6,9 +6,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from rescom_timm.fitting import heads
-from rescom_timm.fitting.features import Features
-from rescom_timm.fitting.heads import Head
+from rescom_timm.engine.features import Features
+from rescom_timm.methods import heads
+from rescom_timm.methods.heads import Head
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_constant_feature_keeps_its_scale():
 @pytest.mark.parametrize("chunk", [4096, 7])
 def test_regression_is_scikit_learns(features, monkeypatch, chunk):
     """ridge is 1 / (C M): their sum of losses + |W|^2 / 2C over M is ours."""
-    monkeypatch.setattr("rescom_timm.fitting.features.CHUNK", chunk)
+    monkeypatch.setattr("rescom_timm.engine.features.CHUNK", chunk)
     rows = features.rows()
     scale = heads.standard(rows)
     found = heads.softmax_regression(rows, torch.zeros(4), 0.05, scale, tolerance=1e-9)
@@ -105,3 +105,6 @@ def test_temperature_is_the_least_loss():
     grid = torch.linspace(0.5, 40, 4000)
     losses = [torch.nn.functional.cross_entropy(logits / t, labels) for t in grid]
     assert found == pytest.approx(float(grid[int(torch.stack(losses).argmin())]), rel=0.01) and found > 3
+    smooth = [torch.nn.functional.cross_entropy(logits / t, labels, label_smoothing=0.1) for t in grid]
+    found = heads.temperature(logits, labels, smoothing=0.1)
+    assert found == pytest.approx(float(grid[int(torch.stack(smooth).argmin())]), rel=0.01)

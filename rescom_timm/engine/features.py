@@ -1,0 +1,96 @@
+"""Features of a net over the images of a split, in one pass without training.
+
+Shapes: N images in V versions (as they are, flipped), F features of the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.progress import image_bar
+from rescom_timm.data.splits import Split
+from rescom_timm.engine.stop_signals import in_own_process_group
+from rescom_timm.models.net import Net
+
+CHUNK = 4096
+"""Rows that are read and multiplied at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Of a split, in its order."""
+
+    values: np.ndarray
+    """(N, V, F) float32, perhaps of a file; V = 1 without flipped images."""
+    labels: np.ndarray
+    """(N,) int64."""
+
+    def rows(self, positions: np.ndarray | None = None, versions: int | None = None, device: Any = "cpu") -> Rows:
+        """The rows at some positions (all by default), in so many versions (all by default)."""
+        positions = np.arange(len(self.labels)) if positions is None else positions
+        return Rows(self, positions, versions or self.values.shape[1], device)
+
+
+class Rows:
+    """Chunks of (features (m, F), labels (m,)), the same each time; one alone is read once."""
+
+    def __init__(self, features: Features, positions: np.ndarray, versions: int, device: Any) -> None:
+        self.features, self.positions, self.versions, self.device = features, positions, versions, device
+        self.length = len(positions) * versions
+        self.only: tuple[Tensor, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.only is not None:
+            yield self.only
+            return
+        step = max(1, CHUNK // self.versions)
+        for start in range(0, len(self.positions), step):
+            chosen = self.positions[start : start + step]
+            values = torch.from_numpy(self.features.values[chosen, : self.versions]).flatten(0, 1)
+            labels = torch.from_numpy(self.features.labels[chosen]).repeat_interleave(self.versions)
+            chunk = values.to(self.device), labels.to(self.device)
+            if len(self.positions) <= step:
+                self.only = chunk
+            yield chunk
+
+
+@torch.no_grad()
+def read_features(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool) -> Features:
+    """The features of a split's images as the recipe's views.eval shows them, in every process.
+
+    net: whole, on its device; in evaluation mode afterwards. flipped: in a second version too. Raises BrokenImage for
+    an image that cannot be read.
+    """
+    labels = np.asarray(split.labels, dtype=np.int64)
+    values, done = np.empty((len(labels), 1 + flipped, int(net.classifier.in_features)), dtype=np.float32), 0
+    net.eval()
+    with image_bar(len(split.rows), f"features of {split.name}") as bar:
+        for batch in loader_of(accelerator, recipe, split):
+            images = net.normalize(batch["image"])
+            both = torch.cat([images, images.flip(-1)]) if flipped else images
+            with accelerator.autocast():
+                by_image = net.encoder(both).float().unflatten(0, (1 + flipped, -1)).transpose(0, 1)
+            found = accelerator.gather_for_metrics(by_image.contiguous()).cpu().numpy()
+            values[done : done + len(found)] = found
+            done += len(found)
+            bar.update(len(found))
+    return Features(values, labels)
+
+
+def loader_of(accelerator: Accelerator, recipe: Recipe, split: Split) -> DataLoader[Any]:
+    """Batches of a split as evaluation sees them."""
+    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
+    loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
+    loader.worker_init_fn = in_own_process_group
+    prepared: DataLoader[Any] = accelerator.prepare(loader)
+    return prepared
