@@ -98,7 +98,7 @@ def test_a_probe_is_the_regression_on_the_features_of_its_run(first, tmp_path):
 
 
 def test_a_probe_needs_a_run_or_pretrained_weights(tmp_path):
-    with pytest.raises(RecipeError, match="from=RUN"):
+    with raises("recipe.missing_key", "from=RUN"):
         run("digits_lt +probe", tmp_path, "train.epochs=0")
 
 
