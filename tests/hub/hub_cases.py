@@ -164,6 +164,7 @@ def test_a_folder_that_is_further_is_left_alone(ready, capsys):
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_another_local_run_of_the_name_stays_as_it_is(ready, tmp_path, monkeypatch):
     """--resume hf:// takes the folder of that run, or a new one; a recipe from the Hub decides no folder."""
     push(ready)
@@ -190,6 +191,7 @@ def test_no_checkpoint_to_go_on_from(tmp_path):
         PushedRun("hf://me/nothing").fetch(tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_stay_unless_all_are_wanted(tmp_path):
     names = {}
     for strategy in ("checkpoint", "all_checkpoints"):
@@ -208,6 +210,7 @@ def test_only_the_newest_checkpoints_stay_unless_all_are_wanted(tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "kept"), [("checkpoint", [6]), ("all_checkpoints", [4, 6])])
+@pytest.mark.slow
 def test_of_several_that_wait_the_newest_is_pushed_or_all_are(tmp_path, strategy, kept):
     run = make_run(tmp_path / "run", steps=(4, 6), best=None)
     for step in (4, 6):
@@ -353,6 +356,7 @@ def test_a_checkpoint_that_arrives_damaged(ready, tmp_path):
     assert not checkpoint.listed(tmp_path / "elsewhere" / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut(ready):
     run = ready
     push(run)
@@ -425,6 +429,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=["info", "tree", "file"])
+@pytest.mark.slow
 def test_an_answer_that_is_none_is_an_error_in_words(ready, tmp_path, route):
     push(ready)
     right = read_all(tmp_path)
@@ -450,6 +455,7 @@ def test_a_token_is_not_sent_to_where_an_answer_points(ready):
     assert there and not any("Authorization" in headers or "authorization" in headers for headers in there)
 
 
+@pytest.mark.slow
 def test_names_in_a_repository_lead_nowhere_else(tmp_path):
     run, _ = pushed(tmp_path)
     repo, evil = SERVER.repos[REPO], b"evil"
@@ -605,6 +611,7 @@ def train(run, config, bests):
         ("all_checkpoints", [2, 4, 6, 4]),
     ],
 )
+@pytest.mark.slow
 def test_strategies(tmp_path, monkeypatch, strategy, exported):
     monkeypatch.setattr(staging.subprocess, "Popen", Here)
     run = make_run(tmp_path / "run", steps=(2, 4, 6), best=(2, 4, 4))
@@ -656,6 +663,7 @@ def test_a_push_that_is_killed_is_told_and_tried_once_more(ready, monkeypatch, c
     assert "pushed step-00000004-end" in capsys.readouterr().out and arrived()
 
 
+@pytest.mark.slow
 def test_what_is_staged_is_what_is_pushed(tmp_path):
     run = make_run(tmp_path / "run")
     weights = from_pretrained(run).net
@@ -667,6 +675,7 @@ def test_what_is_staged_is_what_is_pushed(tmp_path):
     assert SERVER.repos[REPO].files["metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_real_process(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     pusher = Pusher(HubConfig(repo=REPO, strategy="checkpoint"), run)
@@ -683,6 +692,7 @@ def test_a_real_process(tmp_path, capsys):
     assert SERVER.url in log and TOKEN not in log
 
 
+@pytest.mark.slow
 def test_a_space_shows_what_was_pushed(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert tool.main([str(run), "--repo", REPO, "--space", "me/rescom-demo"]) == 0
@@ -705,6 +715,7 @@ def test_a_space_shows_what_was_pushed(tmp_path, capsys):
         push_space("demo", REPO)
 
 
+@pytest.mark.slow
 def test_the_tool(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     assert tool.main([str(run)]) == 1 and "--repo owner/name" in capsys.readouterr().err

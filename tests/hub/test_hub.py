@@ -21,15 +21,23 @@ from tests.hub.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "hub" / "hub_cases.py"
-NAMES = [node.name for node in ast.parse(CASES.read_text()).body if getattr(node, "name", "").startswith("test_")]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Test name -> the texts of its failures."""
-    report = tmp_path_factory.mktemp("hub") / "report.xml"
-    words = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+def names(slow: bool) -> list[str]:
+    """The cases that are marked slow, or those that are not."""
+    return [
+        node.name
+        for node in ast.parse(CASES.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if slow == any(ast.unparse(mark) == "pytest.mark.slow" for mark in node.decorator_list)
+    ]
+
+
+def outcomes(folder: Path, marked: str) -> dict[str, list[str]]:
+    """Name of a case -> the texts of its failures."""
+    report = folder / "report.xml"
+    words = [sys.executable, "-m", "pytest", str(CASES), "-m", marked, "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*words, f"--junitxml={report}"], cwd=ROOT, capture_output=True, text=True)
     assert report.exists(), done.stdout + done.stderr
     found: dict[str, list[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -41,10 +49,22 @@ def outcomes(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_against_a_server(outcomes, name):
-    assert name in outcomes, f"{name} did not run"
-    assert not outcomes[name], "\n\n".join(outcomes[name])
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return outcomes(tmp_path_factory.mktemp("hub"), "not slow")
+
+
+@pytest.mark.parametrize("name", names(slow=False))
+def test_against_a_server(quick, name):
+    assert name in quick, f"{name} did not run"
+    assert not quick[name], "\n\n".join(quick[name])
+
+
+@pytest.mark.slow
+def test_against_a_server_slowly(tmp_path):
+    found = outcomes(tmp_path, "slow")
+    assert sorted(found) == sorted(names(slow=True))
+    assert not any(found.values()), found
 
 
 @pytest.mark.parametrize(
