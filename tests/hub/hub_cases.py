@@ -160,7 +160,7 @@ def test_a_folder_that_is_further_is_left_alone(ready, capsys):
     push(run)
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     PushedRun(f"hf://{REPO}").fetch(run)
-    assert "the folder is used" in capsys.readouterr().out
+    assert f"{run} has step-00000004" in capsys.readouterr().out
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -657,8 +657,8 @@ def test_a_push_that_is_killed_is_told_and_tried_once_more(ready, monkeypatch, c
     monkeypatch.setattr(staging.subprocess, "Popen", Killed)
     pusher = Pusher(HubConfig(repo=REPO), ready)
     pusher.finished("step-00000004", "step-00000002")
-    pusher._tell()
-    assert "ended without a message" in capsys.readouterr().out
+    pusher._print_status()
+    assert "push.log" in capsys.readouterr().out
     pusher.wait()
     assert "pushed step-00000004-end" in capsys.readouterr().out and arrived()
 
