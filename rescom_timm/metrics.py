@@ -28,7 +28,7 @@ evaluation.group_limits."""
 
 
 def read_limits(recorded: object) -> Limits:
-    """The limits that an evaluation recorded; those of 0.2.0 where it recorded none."""
+    """The limits that an evaluation recorded; those of 0.2.0 if it recorded none."""
     if isinstance(recorded, list) and len(recorded) == 2 and all(isinstance(limit, int) for limit in recorded):
         return recorded[0], recorded[1]
     return LIMITS
@@ -305,7 +305,7 @@ def wilson(
 
 
 def span(ends: Sequence[float]) -> str:
-    """An interval as short text, rounded outwards: 63-89, or 59.4-60.3 where it is narrower than 2."""
+    """An interval as short text, rounded outwards: 63-89, or 59.4-60.3 if it is narrower than 2."""
     low, high = ends
     if high - low >= 2:
         return f"{math.floor(low)}-{math.ceil(high)}"

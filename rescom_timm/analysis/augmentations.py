@@ -36,7 +36,7 @@ def measure(
 ) -> ContactSheet:
     """The first `most` of images uint8 (N, V, 3, H, W), as loaders batch them, or (N, 3, H, W); labels (N,).
 
-    Raises ValueError for another shape or type: normalised images can not be shown as they were.
+    Raises InputError for another shape or type: normalised images cannot be shown.
     """
     images = images[:, None] if images.ndim == 4 else images
     if images.ndim != 5 or images.shape[2] != 3 or str(images.dtype) != "torch.uint8" or len(labels) != len(images):

@@ -62,7 +62,7 @@ def measure(
 ) -> Gradients:
     """Sorts the pairs of a batch (as in contrast.pairs.Pairs) from hard to easy and averages them in bins.
 
-    Raises ValueError where there is no positive or no negative pair of a query that has positives.
+    Raises InputError if no query with positives has a positive or a negative pair.
     """
     gradient = pair_gradients(similarity, positive, valid, temperature, weights)
     counted = valid & (positive & valid).any(dim=1, keepdim=True)

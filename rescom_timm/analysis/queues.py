@@ -25,7 +25,7 @@ class Slots:
 def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike, limits: metrics.Limits = metrics.LIMITS) -> Slots:
     """Counts the classes of the held keys: kind -> labels (S,) of its FILLED slots (`queue.labels[queue.valid]`).
 
-    Raises ValueError where a label is not one of the counts' classes.
+    Raises InputError for a label outside the counts' classes.
     """
     counts = np.asarray(counts, dtype=np.int64)
     found = {name: np.bincount(labels.cpu().numpy(), minlength=len(counts)) for name, labels in kinds.items()}

@@ -215,7 +215,7 @@ def over_seeds(
 
 
 def _whole(run: RunFolder) -> dict[str, Any]:
-    """The recipe with every key that later versions have added; as it was saved where it is not one of ours."""
+    """The recipe with the keys that later versions added; as saved if it cannot be read."""
     with suppress(RecipeError):
         return load_recipe(run.path / "recipe.yaml").to_dict()
     return run.recipe()
@@ -312,7 +312,7 @@ def _sources(run: RunFolder) -> dict[str, str]:
 
 
 def _at(recipe: Mapping[str, Any], path: str) -> object:
-    """The value at a dotted path; None where it leads nowhere."""
+    """The value at a dotted path; None if there is none."""
     value: Any = recipe
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -1,7 +1,7 @@
 """Robustness to corruptions: error by kind and severity, mCE, relative mCE, severity curves (paper, Table 3, Fig. 4).
 
 A run keeps what was measured in robustness/<split>-<checkpoint>[-<folder>].json, written after every kind, so that a
-long measurement goes on where it stopped.
+long measurement can be continued.
 """
 
 from __future__ import annotations

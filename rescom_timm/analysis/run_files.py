@@ -89,7 +89,7 @@ class Evaluation:
 class RunFolder:
     """A run folder at `path`; `name` is what the pictures call it.
 
-    Raises FileNotFoundError where there is no folder, ValueError where the folder holds none of a run's files.
+    Raises MissingFileError if there is no folder, InputError if it has none of a run's files.
     """
 
     def __init__(self, path: str | Path, name: str = "") -> None:

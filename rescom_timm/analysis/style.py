@@ -157,7 +157,7 @@ def picture(figure: Figure, dpi: int = 100) -> Image:
 def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list[Path]:
     """Writes stem.png, stem.svg and stem.csv (the numbers, one row per entry); makes the folder.
 
-    Raises ValueError where the table's columns differ in length.
+    Raises InputError if the table's columns differ in length.
     """
     stem = Path(stem)
     columns = {name: np.asarray(values).tolist() for name, values in table.items()}

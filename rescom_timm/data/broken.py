@@ -15,7 +15,7 @@ AT_ONCE = 1024
 def unreadable(
     split: Split,
     full: bool = True,
-    reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
+    reading: ReadConfig = ReadConfig(),
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(position in the split, problem) of each image that cannot be read.

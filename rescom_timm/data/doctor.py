@@ -96,7 +96,7 @@ class Finding:
 def examine(
     splits: Mapping[str, Split],
     progress: Callable[[int], Any] | None = None,
-    reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
+    reading: ReadConfig = ReadConfig(),
 ) -> Examined:
     """Read every image of the splits as training reads it.
 

@@ -120,7 +120,7 @@ class ViewsDataset(Dataset[Batch]):
         policy: Policy,
         num_views: int | None,
         broken: str = "stop",
-        reading: ReadConfig = ReadConfig(),  # noqa: B008 (frozen)
+        reading: ReadConfig = ReadConfig(),
         speed: SpeedConfig = SpeedConfig(cache=0),
         device: bool = False,
     ) -> None:

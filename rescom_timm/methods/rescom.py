@@ -123,7 +123,7 @@ class ResCom(Method):
     views = 2
     embeds = True
 
-    def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:  # noqa: B008
+    def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:
         """counts: (K,) training images of each class. Raises InputError if Q, Qp, Qn and K do not fit."""
         config = config.for_classes(len(counts))
         super().__init__(net, config)

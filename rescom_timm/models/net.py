@@ -118,7 +118,7 @@ class Net(nn.Module):
         self,
         encoder: nn.Module,
         num_classes: int,
-        projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
+        projector: ProjectorConfig | None = ProjectorConfig(),
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         recreate: dict[str, Any] | None = None,
@@ -344,7 +344,7 @@ def create_model(
     *,
     pretrained: bool = False,
     weights_file: str | None = None,
-    projector: ProjectorConfig | None = ProjectorConfig(),  # noqa: B008 (frozen)
+    projector: ProjectorConfig | None = ProjectorConfig(),
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     tuning: TuningConfig = TuningConfig(),  # noqa: B008 (frozen)

@@ -46,7 +46,7 @@ def turned(image: Image.Image, tag: int, kind: str = "PNG") -> bytes:
     return saved(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
-def pixels(value: object, reading: ReadConfig = ReadConfig()) -> np.ndarray:  # noqa: B008 (frozen)
+def pixels(value: object, reading: ReadConfig = ReadConfig()) -> np.ndarray:
     return np.asarray(decode(value, reading=reading))
 
 

@@ -129,7 +129,7 @@ WORDS = [
     value("prompts with a rank", "net.tuning={name: prompt, rank: 4}", "rank...lora...tokens"),
     value("cosine of scale 0", "net.classifier={kind: cosine, scale: 0}", "scale must be above 0"),
     value("class features without a file", "net.classifier={init: file}",
-          "init: file..."),
+          "init: file"),
     value("class features that are not there", "net.classifier={init: file, file: none.safetensors}",
           "none.safetensors"),
     value("evaluation batch of 1e20", "evaluation.batch_size=100000000000000000000",

@@ -104,7 +104,7 @@ def measure_loader(
     split = Split(origin, dataset, np.zeros(count, np.int64), np.arange(count))
     views, start = ViewsConfig(train=policy), [0]
 
-    def ours(config: LoaderConfig = LoaderConfig(), **speed: Any) -> Callable[[], Any]:  # noqa: B008 (frozen)
+    def ours(config: LoaderConfig = LoaderConfig(), **speed: Any) -> Callable[[], Any]:
         loader = train_loader(split, views, 2, batch, config=config, speed=SpeedConfig(workers=0, **speed))
         samples = list(loader.sampler)
         return lambda: loader.dataset.__getitems__(  # type: ignore[attr-defined]
