@@ -49,21 +49,21 @@ def numbers_in(
         raise InputError(
             "data.classes",
             f"{there} has classes that {here} lacks: {', '.join(unknown[:5])}{' ...' * (len(unknown) > 5)}; {here} has "
-            f"{known}: give both the same class names",
+            f"{known}: use the same class names in both",
         )
     if unknown or missing:
         only = [f"it lacks {first_names(missing)}"] if missing else []
         only += [f"only it has {first_names(unknown)}"] if unknown else []
         raise InputError(
             "data.classes",
-            f"{there} has other classes than {here}: {'; '.join(only)}; {here} has {first_names(names)}: give both the "
-            "same class names",
+            f"{there} has other classes than {here}: {'; '.join(only)}; {here} has {first_names(names)}: use the "
+            "same names",
         )
     if len(place) < len(own) or len(found) < len(other):
         twice = next(name for name in (*own, *other) if own.count(name) > 1 or other.count(name) > 1)
         raise InputError(
             "data.classes",
-            f"{there} and {here} order their classes differently, and one of them has a name twice: rename {twice!r}",
+            f"{there} and {here} order their classes differently, and {twice!r} is the name of two: rename one",
         )
     if ordered:
         k = next(k for k, (one, two) in enumerate(zip(own, other, strict=False)) if one != two)
@@ -99,8 +99,7 @@ def refuse_two_forms(names: Sequence[str], where: str) -> None:
         both = next(sorted(found) for found in forms.values() if len(found) > 1)
         raise InputError(
             "data.classes",
-            f"{where} has two classes of one name, {both[0]!r}, in two Unicode forms ({', '.join(map(ascii, both))}): "
-            "merge them, or rename one",
+            f"{where} has class {both[0]!r} in two Unicode forms ({', '.join(map(ascii, both))}): merge or rename them",
         )
 
 

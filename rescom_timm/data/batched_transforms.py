@@ -160,9 +160,7 @@ class _Crop(BatchedStep):
 
     def size(self, size: Size) -> Size:
         if min(size) + 2 * self.pad < self.side:
-            raise InputError(
-                "image.size", f"images of {size[1]} x {size[0]} pixels are too small for a crop of {self.side}"
-            )
+            raise InputError("image.size", f"an image of {size[1]} x {size[0]} pixels has no crop of {self.side}")
         return self.side, self.side
 
     def words(self, size: Size) -> int:

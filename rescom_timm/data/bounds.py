@@ -95,9 +95,7 @@ def check_lines(path: str | Path, columns: int = 1) -> None:
     if columns > MAX_COLUMNS:
         raise InputError("data.bounds", f"has {columns:,} columns; at most {MAX_COLUMNS:,} are read")
     if 16 * lines * columns > limit(size):
-        raise InputError(
-            "data.bounds", f"has {lines:,} lines of {columns:,} columns in {size:,} bytes: most of its cells are empty"
-        )
+        raise InputError("data.bounds", f"most of its {lines:,} x {columns:,} cells in {size:,} bytes are empty")
 
 
 # -------------------------------------------------------------------------------------------------------------- Parquet
@@ -198,9 +196,7 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> pa.Table:
                 if isinstance(values, pa.DictionaryArray):
                     longest = pc.max(pc.binary_length(values.dictionary)).as_py() or 0
                     if longest > MAX_TEXT:
-                        raise InputError(
-                            "data.bounds", f"column {name!r} holds a text of {longest:,} bytes; at most {MAX_TEXT:,}"
-                        )
+                        raise InputError("data.bounds", f"column {name!r} has a text of {longest:,} bytes")
                     total += text_bytes(values)
             if total > most:
                 raise InputError("data.bounds", _decodes(total, path))
@@ -329,9 +325,7 @@ def check_tar(path: str | Path) -> None:
             with tarfile.open(fileobj=members, mode="r|" if opened else "r:") as archive:
                 for member in archive:
                     if member.issparse() or member.name.lower().endswith(_PACKED_MEMBERS):
-                        raise InputError(
-                            "data.bounds", f"its member {shown(member.name)} is compressed: save it as it is"
-                        )
+                        raise InputError("data.bounds", f"member {shown(member.name)} is compressed")
                     archive.members = []  # type: ignore[attr-defined]
         except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
             raise InputError("data.damaged", f"is no archive of a web data set ({error})") from None

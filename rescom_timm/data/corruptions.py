@@ -60,7 +60,7 @@ def check_kind(kind: str, known: Sequence[str] = KINDS) -> None:
 
         near = get_close_matches(kind, known, n=1, cutoff=0)
         raise InputError(
-            "data.corrupted", f"unknown corruption {kind!r}: did you mean {near[0]}? There are: {', '.join(known)}"
+            "data.corrupted", f"unknown corruption {kind!r}: did you mean {near[0]}? Known: {', '.join(known)}"
         )
 
 
@@ -143,7 +143,7 @@ def _package() -> Any:
             hint = "OpenCV lacks a system library, such as that of apt-get install libgl1"
         raise MissingPackageError(
             "system.package",
-            f"corrupting images needs the package imagecorruptions-imaug ({error}): {hint}; or give a prepared folder",
+            f"corruptions need imagecorruptions-imaug ({error}): {hint}; or use a folder of corrupted images",
         ) from error
     return imagecorruptions
 
@@ -193,24 +193,21 @@ class Prepared:
         pixels, labels = _read_array(place), _read_array(self.folder / "labels.npy")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise InputError(
-                "data.corrupted",
-                f"{self.folder}/labels.npy holds {labels.dtype} {labels.shape}, not whole numbers (N,)",
+                "data.corrupted", f"{self.folder}/labels.npy: {labels.dtype} {labels.shape}, not whole numbers (N,)"
             )
         labels = labels.astype(np.int64)
         each = len(pixels) // len(SEVERITIES)
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or each * len(SEVERITIES) != len(pixels):
-            raise InputError(
-                "data.corrupted", f"{place} holds {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3) by severity"
-            )
+            raise InputError("data.corrupted", f"{place}: {pixels.dtype} {pixels.shape}, not uint8 (5 N, H, W, 3)")
         if len(labels) not in (each, len(pixels)):
             raise InputError(
                 "data.corrupted",
-                f"{self.folder}/labels.npy has {len(labels)} labels, {place.name} {len(pixels)} images",
+                f"{self.folder}: {len(labels)} labels in labels.npy, {len(pixels)} images in {place.name}",
             )
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             known = len(self.class_names)
             raise InputError(
-                "data.corrupted", f"{self.folder}/labels.npy goes up to {labels.max()}, and the run has {known} classes"
+                "data.corrupted", f"{self.folder}/labels.npy has label {labels.max()}, the run {known} classes"
             )
         rows = np.arange((severity - 1) * each, severity * each)
         return Split(name, _Pixels(pixels, rows), labels[rows % len(labels)], rows)  # type: ignore[arg-type]
@@ -219,7 +216,7 @@ class Prepared:
         root = place / str(severity)
         if not root.is_dir():
             raise MissingFileError(
-                "file.missing", f"no folder {root}: {self.folder} lacks severity {severity} of {place.name}"
+                "file.missing", f"{self.folder} has no severity {severity} of {place.name}: no folder {root}"
             )
         index, _ = class_folders(root)
         labels, folders = index.labels, list(index.class_names or [])
@@ -229,8 +226,8 @@ class Prepared:
         elif len(folders) != len(self.class_names):
             raise InputError(
                 "data.corrupted",
-                f"{root} holds {len(folders)} class folders ({folders[0]}, ...), and the run has "
-                f"{len(self.class_names)} classes of other names: they cannot be matched",
+                f"{root}: its {len(folders)} class folders ({folders[0]}, ...) do not match the run's "
+                f"{len(self.class_names)} classes",
             )
         features = Features(image=Image(decode=False), label=Value("int64"))
         images = [{"bytes": None, "path": str(root / str(key))} for key in index.keys]
@@ -255,8 +252,7 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
     if not places:
         raise InputError(
             "data.corrupted",
-            f"{folder} is neither ImageNet-C (kind/severity/class/image) nor CIFAR-10-C (kind.npy, labels.npy): it "
-            f"holds no {COMMON[0]} nor another of the {len(KINDS)} kinds",
+            f"{folder} is neither ImageNet-C (kind/severity/class/image) nor CIFAR-10-C (kind.npy, labels.npy)",
         )
     return Prepared(folder, class_names, places)
 

@@ -67,7 +67,7 @@ class ReadConfig:
     def __post_init__(self) -> None:
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
             raise InputError(
-                "recipe.value", f"white_level must be from 1 to 65535, such as 4095 for 12 bits, not {self.white_level}"
+                "recipe.value", f"white_level must be from 1 to 65535 (12 bits: 4095), not {self.white_level}"
             )
         if self.max_pixels is not None and not 1 <= self.max_pixels <= 2**33:
             raise InputError("recipe.value", f"max_pixels must be from 1 to {2**33:,}, not {self.max_pixels}")

@@ -106,7 +106,7 @@ def examine(
         from imagehash import phash
     except ImportError as error:
         raise MissingPackageError(
-            "system.package", "finding duplicates needs a package: pip install 'rescom-timm[doctor]'"
+            "system.package", "doctor needs imagehash: pip install 'rescom-timm[doctor]'"
         ) from error
 
     def seen(row: int, value: Any) -> Any:

@@ -122,14 +122,11 @@ def folder_part(
         path, classes, allow_empty or like is not None, columns=config.columns, split=split, class_names=names
     )
     if not isinstance(index.keys, list):
-        raise InputError(
-            "index.kind", f"{path} holds row numbers, and {root} is a folder of images: it needs a list of paths"
-        )
+        raise InputError("index.kind", f"{path} has row numbers, and the folder of images {root} needs paths")
     if like is not None and spec == "all" and not lead and "split" not in index.info:
         raise InputError(
             "index.missing",
-            f"{path} has no column of splits, so test images are not known: set data.test_index to a list of them, or "
-            "data.test=holdout(0.2)",
+            f"{path} has no column of splits: set data.test_index to a list of test images, or data.test=holdout(0.2)",
         )
     keys = [f"{lead}{key}" for key in below(root, index.keys)]
     disk = Disk(root)
@@ -137,8 +134,8 @@ def folder_part(
     if out := [key for key in paths if key.startswith("/") or (".." in key and ".." in key.split("/"))]:
         raise InputError(
             "data.outside",
-            f"{path} names images outside {root}, the first: {first_few(out, 3)}; nothing outside of it is read: name "
-            "a folder that holds them all as data.source",
+            f"{path} names images outside {root}, which are not read, the first: {first_few(out, 3)}; set "
+            "data.source to a folder that has them all",
         )
     there = [disk.spelled(path) for path in paths]
     if missing := missing_files(root, there):
@@ -151,8 +148,8 @@ def folder_part(
         double = [key for key, number in Counter(there).items() if number > 1]
         raise InputError(
             "index.data",
-            f"{path}: several rows mean one image under {root} (paths {layout}), the first: {first_few(double, 3)}; "
-            "remove all but one, or name another folder as data.source",
+            f"{path} has several rows of one image under {root} (paths {layout}), the first: "
+            f"{first_few(double, 3)}; keep one of them, or set data.source to another folder",
         )
     if layout != LAYOUTS[0][0]:
         log.info("%s: paths are read %s", path, layout)
@@ -205,8 +202,7 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part |
     key = "index" if like is None else "test_index"
     raise InputError(
         "index.missing",
-        f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list of 'path label' lines, or make "
-        f"one with  rescom-timm init {root}",
+        f"{root} is a folder of images, and {key} is {spec!r}: set {key} to a list, or run  rescom-timm init {root}",
     )
 
 
@@ -351,7 +347,7 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
     if len(classes) < 2:
         raise InputError(
             "data.class_folders",
-            f"{root} holds {len(classes)} class folders: put each class's images in a folder of its own",
+            f"{root} holds {len(classes)} class folders: put each class's images into its own folder",
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -413,8 +409,8 @@ def _utf8(path: str, root: Path) -> str:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise InputError(
             "data.class_folders",
-            f"{root}: the name of {shown} is not UTF-8: rename it (convmv -r -f latin1 -t utf8 --notest does it for a "
-            "whole folder)",
+            f"{root}: the name of {shown} is not UTF-8: rename it (whole folders: convmv -r -f latin1 -t utf8 "
+            "--notest)",
         ) from None
     return path
 
@@ -436,9 +432,7 @@ def _by_name(index: Index, like: Part, path: str) -> Index:
     elif not like.from_folders or not {*map(nfc, names or ())}.isdisjoint(map(nfc, index.class_names)):
         index = index.numbered_as(names, like.name, path)
     if index.num_classes != like.index.num_classes:
-        raise InputError(
-            "index.data", f"{path} is of {index.num_classes} classes where {like.index.num_classes} are expected"
-        )
+        raise InputError("index.data", f"{path} has {index.num_classes} classes instead of {like.index.num_classes}")
     return replace(index, class_names=names or index.class_names)
 
 

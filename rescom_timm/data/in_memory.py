@@ -119,11 +119,11 @@ def memory_split(name: str) -> Dataset | Pairs:
     if splits is None:
         raise InputError(
             "data.memory",
-            "data.source is memory: the images were a data set in memory. Give it again in Python, "
-            "rescom_timm.Run(folder, dataset=...), or name the same data elsewhere: data.source=PATH",
+            "data.source is memory, a data set in Python: use rescom_timm.Run(folder, dataset=...), or "
+            "data.source=PATH for the same data on disk",
         )
     if name not in splits:
         raise InputError(
-            "data.split", f"the data set in memory has no split {name!r}, only {', '.join(splits)}: say data.test=NAME"
+            "data.split", f"the data set in memory has no split {name!r}, only {', '.join(splits)}: set data.test"
         )
     return splits[name]

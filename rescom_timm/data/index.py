@@ -64,7 +64,8 @@ class Index:
             set_(self, "keys", np.asarray(self.keys, dtype=np.int64).reshape(-1))
         if len(self.keys) != len(self.labels):
             raise InputError(
-                "index.format", f"an index needs a label for each key: {len(self.keys)} keys, {len(self.labels)} labels"
+                "index.format",
+                f"an index needs a label per key, not {len(self.labels)} labels for {len(self.keys)} keys",
             )
         if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < self.num_classes):
             raise InputError(
@@ -150,13 +151,9 @@ class Index:
             header[f"class {k}"] = f"{count} {name}".rstrip()
         for key, value in header.items():
             if "\n" in key + value or "\r" in key + value or ":" in key:
-                raise InputError(
-                    "index.format", f"an index header cannot hold {key!r}: {value!r} (a line break, or ':' in the key)"
-                )
+                raise InputError("index.format", f"an index header cannot hold {key!r}: {value!r}")
         if taken := [key for key in self.info if RESERVED.fullmatch(key)]:
-            raise InputError(
-                "index.format", f"the index header writes {', '.join(taken)} itself: choose other keys for info"
-            )
+            raise InputError("index.format", f"the index header has its own {', '.join(taken)}: use other keys in info")
         if isinstance(self.keys, list) and (bad := next((k for k in self.keys if "\n" in k or "\r" in k), None)):
             raise InputError("index.format", f"an index cannot hold the path {bad!r}: it has a line break")
         top = [FORMAT + VERSION, *(f"# {key}: {value}" for key, value in header.items())]

@@ -53,13 +53,12 @@ def train_loader(
         raise InputError(
             "recipe.value",
             f"a batch of {batch_size} images cannot be drawn from the {len(split.labels)} images of {split.name}: "
-            f"choose a batch size from 1 to {len(split.labels)}",
+            "set a smaller train.batch_size",
         )
     policy = parse(views.train, views.mean)
     if config.device_views and not BatchedPolicy(policy, near=True).steps:
         raise InputError(
-            "recipe.conflict",
-            f"loader.device_views: the end of {policy.text!r} cannot be done on the device; turn it off",
+            "recipe.conflict", f"loader.device_views: a device cannot do the last step of {policy.text!r}: turn it off"
         )
     dataset = ViewsDataset(split, policy, num_views, config.broken, config.reading, speed, config.device_views)
     if policy.moves and epochs is None:

@@ -158,9 +158,7 @@ def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: b
     except ValueError as error:
         raise InputError("data.column", f"{error}; set data.{key}") from None
     if found is None and needed:
-        raise InputError(
-            "data.column", f"has no column that could be the {kind} among {', '.join(there)}; set data.{key}"
-        )
+        raise InputError("data.column", f"has no {kind} column among {', '.join(there)}; set data.{key}")
     return found
 
 

@@ -52,8 +52,8 @@ def within(folder: str | Path, path: str | Path) -> None:
     if not any(real == one or real.startswith(os.path.join(one, "")) for one in roots):
         raise InputError(
             "data.outside",
-            f"{path} leads out of {folder}, and nothing outside of it is read: put the file itself into the folder, or "
-            "name the folder that holds it as data.source",
+            f"{path} leads out of {folder}, and files outside are not read: move the file into the folder, or set "
+            "data.source to the folder that has it",
         )
 
 
@@ -191,21 +191,17 @@ def _check_builder(builder: Any, source: str, local: bool) -> None:
     if kind == "imagefolder":
         raise InputError("data.source", LOOSE.format(source))
     if kind not in BUILDERS:
-        raise InputError(
-            "data.source", f"{source} holds {kind} files, not images: {', '.join(BUILDERS[:3])} files are read"
-        )
+        raise InputError("data.source", f"{source} holds {kind} files; only {', '.join(BUILDERS[:3])} files are read")
     for path in (path for paths in (builder.config.data_files or {}).values() for path in paths):
         if local and ("://" in str(path) or "::" in str(path)):
             raise InputError(
-                "data.outside",
-                f"the card of {source} names {shown(path)}, which is no file of that folder and is not read",
+                "data.outside", f"the card of {source} names {shown(path)}, which is not a file of that folder"
             )
         if local:
             within(source, path)
         elif not str(path).startswith(f"hf://datasets/{source}@"):
             raise InputError(
-                "data.outside",
-                f"the card of {source} names {path}, which is no file of that repository and is not read",
+                "data.outside", f"the card of {source} names {path}, which is not a file of that repository"
             )
     if kind in ("parquet", "arrow"):
         _bound(builder, kind)
@@ -230,7 +226,7 @@ def _bound(builder: Any, kind: str) -> None:
             left -= table.nbytes
             if left < 0:
                 raise InputError(
-                    "data.bounds", f"{first_few(sorted(set(paths)), 1)} decodes to more than {RATIO} times its size"
+                    "data.bounds", f"{first_few(sorted(set(paths)), 1)} decodes to over {RATIO} times its size"
                 )
             yield key, table
 
@@ -282,8 +278,8 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
     if folder is None:
         raise InputError(
             "data.outside",
-            f"{name}: {number:,} rows have no image but the path of one, which is not followed: it would be a file of "
-            "this machine; download the data set and name its folder as data.source",
+            f"{name}: {number:,} rows have only the path of an image, which is not read: it would be a file of this "
+            "machine; download the data set and set data.source to its folder",
         )
     roots = {os.path.abspath(folder), os.path.realpath(folder)}
     written = paths.to_pylist()
@@ -297,8 +293,8 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
         if not any(full.startswith(os.path.join(root, "")) for root in roots):
             raise InputError(
                 "data.outside",
-                f"{name}: row {row} names an image outside {folder}, {shown(path)}; nothing outside of it is read: "
-                "name the folder of images as data.source and this table's .parquet file as data.index",
+                f"{name}: row {row} names {shown(path)}, an image outside {folder}, which is not read: set "
+                "data.source to the folder of images and data.index to this table's .parquet file",
             )
         written[row] = full
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -56,9 +56,7 @@ def parse_rule(rule: str) -> tuple[str, float, int]:
     except (TypeError, ValueError):
         raise InputError("data.rule", f"{rule!r} is no long-tail rule: write exponential(100) or step(100)") from None
     if not 1 <= factor < float("inf"):
-        raise InputError(
-            "data.rule", f"{rule!r}: the imbalance is the largest class over the smallest, a number from 1"
-        )
+        raise InputError("data.rule", f"{rule!r}: the imbalance (largest over smallest class) must be at least 1")
     return name, factor, seed
 
 
@@ -83,7 +81,7 @@ def _counts(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarra
         raise InputError("data.rule", "a long-tail profile needs at least two classes")
     if not imbalance >= 1:
         raise InputError(
-            "data.rule", f"an imbalance of {imbalance} is none: it is the largest class over the smallest, from 1"
+            "data.rule", f"the imbalance (largest over smallest class) must be at least 1, not {imbalance}"
         )
     return np.bincount(labels, minlength=num_classes)
 
@@ -135,7 +133,7 @@ def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndar
     if not chosen:
         raise InputError(
             "data.empty_class",
-            f"holdout({fraction:g}) by group holds nothing: each group is too large a part of a class, or all of it",
+            f"holdout({fraction:g}) by group takes no row: each group has too much of a class; use a larger fraction",
         )
     return np.flatnonzero(np.isin(code, chosen)).astype(np.int64)
 
@@ -151,7 +149,5 @@ def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: 
     by_class = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     chosen = np.sort(np.concatenate([random.permutation(rows)[: size(len(rows))] for rows in by_class]))
     if not chosen.size:
-        raise InputError(
-            "data.empty_class", f"{rule} takes no row: the classes are too small; take a larger part, or none"
-        )
+        raise InputError("data.empty_class", f"{rule} takes no row: the classes are too small; use a larger fraction")
     return chosen.astype(np.int64)

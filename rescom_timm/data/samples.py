@@ -143,27 +143,27 @@ class ViewsDataset(Dataset[Batch]):
         if self.cache is None:
             raise InputError(
                 "recipe.conflict",
-                f"speed.resident is for training images of one size that fit into speed.cache ({speed.cache} MB), "
-                "which these do not; turn it off, or raise speed.cache",
+                f"speed.resident needs images of one size that fit into speed.cache ({speed.cache} MB): turn it "
+                "off, or increase speed.cache",
             )
         pixels, readable = self.cache
         if not readable.all():
             row = int(self.rows[np.flatnonzero(~readable)[0]])
             raise InputError(
-                "image.unreadable", f"speed.resident: the image of row {row} cannot be read; leave it out of the index"
+                "image.unreadable", f"speed.resident: cannot read the image of row {row}: leave it out of the index"
             )
         size = (pixels.shape[1], pixels.shape[2])
         if not self.device and (self.batched is None or not self.batched.serves(self.policy, size)):
             raise InputError(
                 "recipe.conflict",
-                f"speed.resident: {self.policy.text!r} has a step that a device does not do as Pillow does; turn it "
-                "off, or let such steps come out a level or two away (loader.device_views=true)",
+                f"speed.resident: a device gives other pixels than Pillow for {self.policy.text!r}: turn it off, or "
+                "allow differences of a level or two with loader.device_views=true",
             )
         assert self.batched is not None
         if self.batched.head:
             raise InputError(
                 "recipe.conflict",
-                f"speed.resident: {self.policy.text!r} begins with a step that a device cannot do; turn it off",
+                f"speed.resident: a device cannot do the first step of {self.policy.text!r}: turn it off",
             )
         return size
 
@@ -314,7 +314,7 @@ class ViewsDataset(Dataset[Batch]):
             with contextlib.suppress(BrokenImage):
                 return other, self._rgb(value, other)
         raise BrokenImage(
-            f"no image of class {self.labels[position]} can be read, the last one tried is {where(value, other)}"
+            f"no image of class {self.labels[position]} can be read; the last one tried is {where(value, other)}"
         )
 
     def _rgb(self, value: Any, position: int) -> Image.Image:
@@ -354,8 +354,8 @@ def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
         (h0, w0, _), (h1, w1, _) = sorted(sizes)[:2]
         raise InputError(
             "image.size",
-            f"the images of a batch differ in size ({w0} x {h0} and {w1} x {h1}) after the policy {policy.text!r}: "
-            "let it end in one size, for instance with center_crop(224) or upscale(32)",
+            f"images differ in size ({w0} x {h0} and {w1} x {h1}) after {policy.text!r}: end it with one size, such as "
+            "center_crop(224) or upscale(32)",
         )
     height, width, channels = arrays[0].shape
     stacked = np.empty((len(arrays), channels, height, width), np.uint8)

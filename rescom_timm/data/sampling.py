@@ -49,9 +49,7 @@ class Order(Sampler[Item | tuple[Item, Item]]):
     ) -> None:
         """progress: is told at the start of each epoch how far the run is, from 0 in the first to 1 in the last."""
         if "progressive" in (sampler, second) and epochs is None:
-            raise InputError(
-                "recipe.value", "the progressive sampler moves over the whole run: give the number of epochs"
-            )
+            raise InputError("recipe.value", "the progressive sampler needs the number of epochs")
         if not 0 <= seed < 2**63:
             raise InputError("recipe.value", f"seed must be from 0 to 2**63 - 1, not {seed}")
         self.labels = np.asarray(labels)

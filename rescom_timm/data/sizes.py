@@ -95,6 +95,6 @@ def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = RE
             raise InputError(
                 "image.size",
                 f"{key}: images of {split.name} differ in size ({w0} x {h0} and {w1} x {h1}) after {policy.text!r}: "
-                f"let it end in one size, such as {key}='resize(256) | center_crop(224)'",
+                f"end it with one size, such as {key}='resize(256) | center_crop(224)'",
             )
     return next(iter(made), None)

@@ -76,8 +76,7 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
         raise InputError(
             "data.empty_class",
             f"{len(empty)} of {num_classes} classes have no training image in {train.name}: "
-            f"{first_few(empty.tolist())}; "
-            "Balanced Softmax and the queue need at least one of each",
+            f"{first_few(empty.tolist())}; Balanced Softmax and the queue need at least one per class",
         )
     return Data(
         train=parts["train"].split(),
@@ -217,7 +216,7 @@ def _unused(train: Part, number: int, rule: str) -> Part:
     if train.all_labels is None:
         raise InputError(
             "recipe.conflict",
-            f"validation {rule}: a list over a folder of images has no unused rows; use holdout(0.1) or index(FILE)",
+            f"validation {rule}: a list of images has no unused rows; use holdout(0.1) or index(FILE)",
         )
     rest = np.setdiff1d(np.arange(len(train.all_labels)), train.rows)
     if not rest.size:
@@ -252,6 +251,6 @@ def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     if shared:
         raise InputError(
             "data.overlap",
-            f"{len(shared):,} images stand both in {a} ({first.name}) and {b} ({second.name}), the first: "
-            f"{first_few(shared)}; an accuracy on images that were trained on would say nothing",
+            f"{len(shared):,} images are in both {a} ({first.name}) and {b} ({second.name}), the first: "
+            f"{first_few(shared)}; remove them from one",
         )

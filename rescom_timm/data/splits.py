@@ -56,7 +56,7 @@ class DataConfig:
         for split in (self.train, self.test, other):
             if Path(split).is_absolute() or ".." in re.split(r"[/\\]", split):
                 raise InputError(
-                    "data.outside", f"split {split!r} leads out of data.source: name a split, or a folder in it"
+                    "data.outside", f"split {split!r} leads out of data.source: use a split or a folder in it"
                 )
         for rule in (self.index, self.test_index):
             if parse_call(rule, RULES):
@@ -66,22 +66,19 @@ class DataConfig:
         if call := parse_call(self.test, ("holdout",)):
             _check_part(self.test, call[1])
             if self.test_index != "all":
-                raise InputError(
-                    "recipe.conflict",
-                    f"test {self.test} takes training rows, and test_index names others: say one of them",
-                )
+                raise InputError("recipe.conflict", f"test {self.test} excludes test_index: set only one of them")
         if self.validation == "none":
             return
         name, argument = parse_call(self.validation, VALIDATION) or ("", "")
         if not name:
             raise InputError(
-                "data.rule", f"validation {self.validation!r} is neither none nor one of {', '.join(VALIDATION)} (...)"
+                "data.rule", f"validation {self.validation!r} is neither none nor {', '.join(VALIDATION)} (...)"
             )
         if name == "holdout":
             _check_part(self.validation, argument)
         if name == "unused" and not (argument.isdigit() and int(argument) > 0):
             raise InputError(
-                "data.rule", f"{self.validation}: a whole number of rows a class is taken, such as unused(50)"
+                "data.rule", f"{self.validation}: needs a whole number of rows per class, such as unused(50)"
             )
         if not argument:
             raise InputError("data.rule", f"{self.validation}: nothing is named between the brackets")
@@ -182,7 +179,7 @@ def index_path(spec: str) -> Path:
         raise MissingFileError("data.missing", f"{spec} does not exist{hint}")
     if not path.is_file():
         raise MissingFileError(
-            "file.missing", f"no index {spec!r}: it is all, a rule such as exponential(100), or a file"
+            "file.missing", f"no index {spec!r}: use all, a rule such as exponential(100), or a file"
         )
     return path
 

@@ -72,7 +72,7 @@ def table_part(
             if isinstance(getattr(like.dataset, "features", {}).get("label"), ClassLabel):
                 raise InputError(
                     "data.classes",
-                    f"{name} has plain numbers as labels, and the class names of {like.name} are other numbers "
+                    f"{name} has plain numbers as labels, {like.name} other numbers as class names "
                     f"({first_names(known or ())}): cast its label column to the same ClassLabel",
                 )
             log.warning("%s has numbers as labels, which are taken as the class names of %s", name, like.name)
@@ -109,9 +109,7 @@ def table_part(
             raise InputError("index.data", f"{spec} is of {index.num_classes} classes where {classes} are expected")
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
-            raise InputError(
-                "index.data", f"{spec} names row {rows.max()}, and {name} has {len(dataset):,} rows, from 0"
-            )
+            raise InputError("index.data", f"{spec} has row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
         if labels is None:  # the list knows the labels, the data set only the files
             whole = np.full(len(dataset), -1)
             whole[rows] = index.labels
@@ -193,8 +191,7 @@ def _as_classes(texts: list[str], names: Sequence[str], there: str, here: str) -
     if odd := [text for text in values if nfc(text) not in known]:
         raise InputError(
             "data.classes",
-            f"{there} has labels that training lacks: {first_names(odd)}; training is {here}, which has "
-            f"{first_names(names)}",
+            f"{there} has labels that training lacks: {first_names(odd)}; {here} has {first_names(names)}",
         )
     numbers = {text: known[nfc(text)] for text in values}
     return np.array([numbers[text] for text in texts], dtype=np.int64)
@@ -214,9 +211,7 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
         if folder is not None and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
             splits = saved_splits(folder)
             if splits is None:
-                raise InputError(
-                    "data.split", f"{source} is one saved data set without splits: save a DatasetDict of train and test"
-                )
+                raise InputError("data.split", f"{source} is a saved data set without splits: save a DatasetDict")
             if split not in splits:
                 raise ValueError(f"Unknown split {split!r}. Should be one of {splits}.")
             return load_saved(folder / split, folder)
@@ -230,15 +225,14 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
     except (ConnectionError, HfHubHTTPError) as error:
         raise MissingFileError(
             "hub.unreachable",
-            f"the Hub cannot be reached for {source!r} and this machine's cache does not hold it, nor is there such a "
-            "folder here: set data.source to a local folder of its parquet files, or load it once with a network "
-            f"({first_line(error)})",
+            f"cannot reach the Hub for {source!r}, which is not cached ({first_line(error)}): set data.source to a "
+            "local folder of its parquet files, or load it once with a network",
         ) from None
     except DatasetNotFoundError as error:
         raise MissingFileError(
             "hub.not_found",
-            f"no data set {source!r} on the Hub, or one that asks for  hf auth login  and consent to its terms, and no "
-            f"such folder here; set data.source to its right name or to a local folder ({first_line(error)})",
+            f"no data set {source!r} on the Hub, unless it needs  hf auth login  and consent, and no such folder "
+            f"({first_line(error)}): correct data.source, or set it to a local folder",
         ) from None
     except RuntimeError as error:  # a script, which datasets no longer runs
         raise InputError("data.source", f"{source} is not read: {first_line(error)}") from None
@@ -260,7 +254,7 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
     image = _pick("image", config.image_column, images, features, config.source)
     if image is None:
         raise InputError(
-            "data.column", f"{config.source} has no column of images among {', '.join(features)}: set image_column="
+            "data.column", f"{config.source} has no image column among {', '.join(features)}: set image_column="
         )
     others = {name: feature for name, feature in features.items() if name != image}
     kinds = {name: getattr(feature, "dtype", "") for name, feature in others.items() if isinstance(feature, Value)}
@@ -279,12 +273,10 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str | None]:
     if isinstance(feature, list) or type(feature).__name__ in ("List", "LargeList", "Sequence"):
         raise InputError(
             "data.column",
-            f"label column {label!r} of {config.source} holds several labels of an image, which is not supported: "
-            "choose a column with one class, label_column=",
+            f"{config.source}: label column {label!r} has several labels per image, which is not supported: set "
+            "label_column= to one with a single class",
         )
-    raise InputError(
-        "data.column", f"label column {label!r} of {config.source} holds no classes: cast it to ClassLabel"
-    )
+    raise InputError("data.column", f"{config.source}: label column {label!r} has no classes: cast it to ClassLabel")
 
 
 def _is_image(feature: Any) -> bool:
@@ -302,8 +294,7 @@ def _pick(kind: str, asked: str | None, found: list[str], features: Features, so
     if len(found) > 1:
         raise InputError(
             "data.column",
-            f"{source} has {len(found)} columns that could be the {kind}: {', '.join(found)}; "
-            f"choose one, such as {kind}_column={found[0]}",
+            f"{source} has several {kind} columns: {', '.join(found)}; choose one, such as {kind}_column={found[0]}",
         )
     return found[0] if found else None
 
@@ -316,9 +307,7 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
     """
     have = pc.struct_field(pa.chunked_array(_column(dataset, "image").chunks), "path").combine_chunks()
     if have.null_count == len(have):
-        raise InputError(
-            "index.kind", f"{spec} lists file names, but the rows of {name} have none: use an index of row numbers"
-        )
+        raise InputError("index.kind", f"{spec} lists file names, which {name} does not have: use row numbers")
     want = pa.array(paths, have.type)
     rows = pc.index_in(want, value_set=have)
     if rows.null_count and not (pc.all(pc.string_is_ascii(have)).as_py() and pc.all(pc.string_is_ascii(want)).as_py()):
@@ -341,9 +330,7 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
             f"{rows.null_count:,} of {len(paths):,} files of {spec} are not in {name}, the first: {first_few(missing)}",
         )
     if pc.sum(pc.is_in(have, value_set=want)).as_py() > len(paths) or pc.count_distinct(rows).as_py() < len(paths):
-        raise InputError(
-            "index.data", f"file names of {spec} stand for several rows of {name}: use a folder of images as source"
-        )
+        raise InputError("index.data", f"file names of {spec} match several rows of {name}: use a folder of images")
     return rows.to_numpy().astype(np.int64)
 
 
@@ -373,7 +360,7 @@ def _keep(index: Index, labels: np.ndarray, cache: Path) -> str | None:
 def _needed(labels: np.ndarray | None, name: str) -> np.ndarray:
     if labels is None:
         raise InputError(
-            "data.column", f"{name} has no column of labels: set label_column=, or index= to a list with labels"
+            "data.column", f"{name} has no label column: set label_column=, or index= to a list with labels"
         )
     return labels
 
@@ -384,7 +371,7 @@ def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str
         raise InputError(
             "index.data",
             f"{spec} and {name} disagree on {len(bad):,} of {len(here):,} labels, first in row {rows[i]}: {here[i]} in "
-            f"the index, {there[i]} in the data set; was it made for another data set, split or label column?",
+            f"the index, {there[i]} in the data set; check data set, split and label column",
         )
 
 

@@ -135,9 +135,7 @@ def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
             arguments = _bind(name, tokens)
             steps.append(STEPS[name](*arguments, **_colour(name, colour)))
         except (TypeError, ValueError) as error:
-            raise InputError(
-                "recipe.views", f"{name}({', '.join(tokens)}): {error}; it is written {usage(name)}"
-            ) from error
+            raise InputError("recipe.views", f"{name}({', '.join(tokens)}): {error}; use {usage(name)}") from error
         texts.append(f"{name}({','.join(map(str, arguments))})")
     return Policy(steps, " | ".join(texts))
 
@@ -158,7 +156,7 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
         match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", part)
         if match is None:
             raise InputError(
-                "recipe.views", f"cannot read {part!r} in the policy {line!r}: steps are name(arguments) joined by '|'"
+                "recipe.views", f"cannot read {part!r} in {line!r}: steps are name(arguments) joined by '|'"
             )
         name, arguments = match.groups()
         if name in POLICIES and arguments is None:
@@ -170,8 +168,8 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
             raise InputError(
                 "recipe.views",
-                f"unknown step {name!r} in the policy {line!r}: did you mean {nearest!r}? "
-                f"Steps: {', '.join(sorted(STEPS))}. Policies: {', '.join(sorted(POLICIES))}.",
+                f"unknown step {name!r} in {line!r}: did you mean {nearest!r}? Steps: {', '.join(sorted(STEPS))}. "
+                f"Policies: {', '.join(sorted(POLICIES))}.",
             )
     return found
 
@@ -326,8 +324,8 @@ def _randaugment_settings(settings: Iterable[str]) -> list[str]:
         match = re.fullmatch(r"(n|m|mmax|inc)(\d+)|(p|mstd)(\d*\.?\d+)|(t)(weights|3aw|3a)", setting)
         if match is None:
             raise ValueError(
-                f"cannot read the setting {setting!r}; there are n2 operations, magnitude m10, mstd0.5, "
-                f"mmax10, p0.5, inc1 (increasing severities), tweights / t3a / t3aw"
+                f"unknown setting {setting!r}; known: n2 (operations), m10 (magnitude), mstd0.5, mmax10, p0.5, "
+                "inc1, tweights, t3a, t3aw"
             )
         key, value = (group for group in match.groups() if group)
         if key == "n" and not 1 <= int(value) <= MAX_LAYERS:
