@@ -137,17 +137,11 @@ def _blend_table(factor: float) -> np.ndarray:
 class BatchedAutoAugment(BatchedStep):
     """AutoAugment by precomputed tables of pixel sources and levels."""
 
+    of = AutoAugment
+    draws = 5
+
     def __init__(self, step: transforms.AutoAugment) -> None:
         self.subpolicies, self.fill = tuple(step.policies), cast(int, step.fill)
-
-    @staticmethod
-    def takes(step: Any) -> bool:
-        """See `BatchedStep.takes`."""
-        return type(step) is AutoAugment
-
-    def words(self, size: Size) -> int:
-        """See `BatchedStep.words`."""
-        return 5
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         """See `BatchedStep.__call__`."""

@@ -1,19 +1,17 @@
-"""The steps of views.py without Pillow, over whole batches of small images, on any device.
+"""The steps of transforms.py over whole batches of small images, on any device.
 
-*Equal* steps (crop, flip, autoaugment, grayscale, cutout) give Pillow's pixels, bit for bit: their maps and tables are
-made by letting Pillow work on images of pixel numbers and of gray levels, the rest is integer arithmetic. loaders.py
-takes them wherever all steps of a policy are such and all images of a batch have one size; speed.batched switches that
-off, and nothing but the time changes.
+*Equal* steps (crop, flip, autoaugment, grayscale, cutout) give Pillow's pixels, bit for bit: Pillow makes their maps
+and tables from images of pixel numbers and gray levels, the rest is integer arithmetic. samples.py uses them if all
+steps of a policy are equal and all images of a batch have one size; speed.batched=false gives the same pixels without.
 
-*Near* steps (jitter, randaugment) are for a GPU, on request (loader.device_views): they draw what torchvision and timm
-draw, but sum and interpolate in another order than Pillow does, so a few pixels differ by a level or two.
+*Near* steps (jitter, randaugment) are for a GPU (loader.device_views): they draw what torchvision and timm draw, but
+sum and interpolate in another order than Pillow, so a few pixels differ by a level or two.
 
-Draws come from the generators that Pillow's steps draw from, seeded alike and read in the same order. Torch's is read
-in bulk: each of its draws here is one 32-bit word w of the Mersenne Twister, w mod n for an integer below n and the
-lower 24 bits for a number in [0, 1).
+Draws come from the same generators, in the same order, as those of Pillow's steps. torch's is read in bulk: a draw is
+one 32-bit word w of the Mersenne Twister, w mod n for an integer below n, the lower 24 bits for a number in [0, 1).
 
-N views are uint8 (N, 3, H, W). What was drawn stays on the host, so a GPU is never waited for. plane_views.py is for
-images larger than a batch gains from.
+N views are uint8 (N, 3, H, W). Draws stay on the host, so nothing waits for a GPU. plane_transforms.py is for large
+images.
 """
 
 import functools
@@ -36,8 +34,8 @@ from rescom_timm.data.transforms import Cutout, Policy, seed_all
 from rescom_timm.errors import InputError
 
 LARGEST = 128 * 128
-"""Pixels of an image up to which a CPU gains: of the time that Pillow takes image by image, a batch of 64 with CIFAR's
-policy takes a fifth at 32 x 32, a third at 64 x 64, four fifths at 128 x 128, and all of it at 224 x 224."""
+"""Pixels of an image up to which this is faster on a CPU: a batch of 64 with CIFAR's policy takes a fifth of Pillow's
+time at 32 x 32, a third at 64 x 64, four fifths at 128 x 128, the same at 224 x 224."""
 
 
 class BatchedPolicy:
@@ -69,7 +67,7 @@ class BatchedPolicy:
         try:
             return not self.count(size) or agrees(self, reference, size)
         except ValueError:
-            return False  # Pillow's steps will say so
+            return False  # Pillow's steps report it
 
     def draw(self, seeds: Sequence[int], num_views: int, size: Size) -> Draws:
         """The draws of all views, one seed an image, (len(seeds) * num_views, ...). Where there is no head."""
@@ -82,7 +80,7 @@ class BatchedPolicy:
         return Draws(drawn, np.array(notes, dtype=np.float64).reshape(len(notes), -1))
 
     def draw_next(self, size: Size) -> tuple[np.ndarray, np.ndarray]:
-        """Words (k,) and notes (m,) of one view from the global generators as they stand, after the head."""
+        """Words (k,) and notes (m,) of one view from the global generators, after the head."""
         return next_words(self.count(size)), np.array(self.note(), dtype=np.float64)
 
     def note(self) -> list[float]:
@@ -151,12 +149,10 @@ def _batched(step: Any, near: bool) -> BatchedStep | None:
 
 
 class _Crop(BatchedStep):
+    of = transforms.RandomCrop
+
     def __init__(self, step: transforms.RandomCrop) -> None:
         self.side, self.pad = step.size[0], cast(int, step.padding or 0)
-
-    @staticmethod
-    def takes(step: Any) -> bool:
-        return type(step) is transforms.RandomCrop
 
     def size(self, size: Size) -> Size:
         if min(size) + 2 * self.pad < self.side:
@@ -178,15 +174,11 @@ class _Crop(BatchedStep):
 
 
 class _Flip(BatchedStep):
+    of = transforms.RandomHorizontalFlip
+    draws = 1
+
     def __init__(self, step: transforms.RandomHorizontalFlip) -> None:
         self.p = np.float32(step.p)
-
-    @staticmethod
-    def takes(step: Any) -> bool:
-        return type(step) is transforms.RandomHorizontalFlip
-
-    def words(self, size: Size) -> int:
-        return 1
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         change(views, draws.uniform() < self.p, lambda part, _: part.flip(3))
@@ -194,15 +186,11 @@ class _Flip(BatchedStep):
 
 
 class _Grayscale(BatchedStep):
+    of = transforms.RandomGrayscale
+    draws = 1
+
     def __init__(self, step: transforms.RandomGrayscale) -> None:
         self.p = np.float32(step.p)
-
-    @staticmethod
-    def takes(step: Any) -> bool:
-        return type(step) is transforms.RandomGrayscale
-
-    def words(self, size: Size) -> int:
-        return 1
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         change(views, draws.uniform() < self.p, lambda part, _: gray(part).expand_as(part).to(torch.uint8))
@@ -210,15 +198,11 @@ class _Grayscale(BatchedStep):
 
 
 class _Cutout(BatchedStep):
+    of = Cutout
+    draws = 2
+
     def __init__(self, step: Cutout) -> None:
         self.side, self.colour = step.size, step.colour
-
-    @staticmethod
-    def takes(step: Any) -> bool:
-        return type(step) is Cutout
-
-    def words(self, size: Size) -> int:
-        return 2
 
     def __call__(self, views: Tensor, draws: Draws) -> Tensor:
         height, width = views.shape[2:]

@@ -1,7 +1,7 @@
 """Bounds on tables and lists of images, checked before their text or rows take memory.
 
-A few bytes of a compressed or dictionary-encoded file can stand for gigabytes. What a file may decode to is therefore
-bounded by its own size.
+A few bytes of a compressed or dictionary-encoded file can decode to gigabytes, so the decoded size is bounded by the
+file's size.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def check_parquet(path: str | Path) -> int:
     most, largest = limit(regular_size(path)), Counter[int]()
     with pq.ParquetFile(path) as file:
         about = file.metadata
-        if about.num_rows > MAX_ROWS:  # a few bytes may stand for any number of equal rows
-            raise InputError("data.bounds", f"it says {about.num_rows:,} rows; at most {MAX_ROWS:,} are read")
+        if about.num_rows > MAX_ROWS:  # a few bytes can encode any number of equal rows
+            raise InputError("data.bounds", f"it has {about.num_rows:,} rows; at most {MAX_ROWS:,} are read")
         decoded = 0
         for group, number, chunk in _chunks(about):
             column = file.schema.column(number)
@@ -239,7 +239,7 @@ def check_arrow(path: str | Path) -> None:
         for batch in reader:
             rows += batch.num_rows  # rows of nulls take no bytes
             if rows > MAX_ROWS:
-                raise InputError("data.bounds", f"it says more than {MAX_ROWS:,} rows")
+                raise InputError("data.bounds", f"it has more than {MAX_ROWS:,} rows")
             batch.validate(full=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, look
 from rescom_timm.data.splits import Split
 
-AT_ONCE = 1024
+IMAGES_AT_ONCE = 1024
 
 
 def unreadable(
@@ -33,9 +33,9 @@ def unreadable(
         return ""
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(split.rows), AT_ONCE):
-            images = split.dataset[start : start + AT_ONCE]["image"]
-            told = pool.map(wrong, split.rows[start : start + AT_ONCE].tolist(), images)
-            yield from ((start + i, problem) for i, problem in enumerate(told) if problem)
+        for start in range(0, len(split.rows), IMAGES_AT_ONCE):
+            images = split.dataset[start : start + IMAGES_AT_ONCE]["image"]
+            problems = pool.map(wrong, split.rows[start : start + IMAGES_AT_ONCE].tolist(), images)
+            yield from ((start + i, problem) for i, problem in enumerate(problems) if problem)
             if progress is not None:
                 progress(len(images))

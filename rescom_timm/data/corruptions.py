@@ -98,7 +98,7 @@ class Corrupt:
         except FloatingPointError:
             return image  # no drop fell on this image
         found = Pillow.fromarray(pixels)
-        # One pixel of each block, not their mean, which would take the noise away.
+        # One pixel of each block; their mean would remove the noise.
         return found if factor == 1 else found.resize(image.size, Pillow.Resampling.NEAREST)
 
 

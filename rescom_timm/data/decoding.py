@@ -20,14 +20,11 @@ from rescom_timm.io import regular_size
 FORMATS = (
     "JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "PCX", "SGI",
 )  # fmt: skip
-"""What is read as an image, whatever its name says. Pillow knows more, of which EPS is a program that it hands to
-Ghostscript."""
+"""Image formats, whatever the file's name. Pillow reads more, among them EPS, which Ghostscript executes."""
 MAX_BYTES = 2**30
-"""Of the largest image file that is read."""
-
-
+"""Bytes of the largest image file that is read."""
 MAX_PIXELS = 178_956_970
-"""Of the largest image that is read where `max_pixels` is None: where Pillow, too, sees a decompression bomb."""
+"""Pixels of the largest image that is read if `max_pixels` is None: Pillow's limit for decompression bombs."""
 STRIP = 2**22
 """Pixels that are converted at a time, so that a conversion needs little memory beside its source and its result."""
 _ORIENTATION = 0x0112
@@ -58,7 +55,7 @@ class ReadConfig:
     """
 
     exif: bool = False
-    """Turn an image as its EXIF orientation says."""
+    """Rotate an image by its EXIF orientation."""
     white_level: int | None = None
     """Level of 16-bit gray that is white, 1 to 65535; None: 65535."""
     max_pixels: int | None = None
@@ -112,14 +109,14 @@ def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig(
 
 def inspect(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Decoded:
     """As `decode`, with the orientation and the levels of the file."""
-    with _told(value, row):
+    with _as_broken(value, row):
         return _rgb(_open(value, reading), reading)
 
 
 def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> tuple[int, int]:
     """Width and height of an image as it is read, from its header alone. Arguments and errors as in `decode`."""
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-    with _told(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
+    with _as_broken(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
         image = _image(source, reading) if source is not value else _open(value, reading)
         _refuse_mode(image, reading)
         turned = reading.exif and image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns a TIFF itself
@@ -127,7 +124,7 @@ def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig())
 
 
 @contextmanager
-def _told(value: Any, row: int | None) -> Iterator[None]:
+def _as_broken(value: Any, row: int | None) -> Iterator[None]:
     try:
         yield
     except MemoryError:
@@ -222,7 +219,7 @@ def _icon_size(source: BinaryIO) -> tuple[int, int]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of FORMATS that this Pillow reads: AVIF, say, is a plugin, which is only known after init."""
+    """The FORMATS that this Pillow reads; plugins such as AVIF are known only after init."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

@@ -21,7 +21,7 @@ def digits(split: str) -> Dataset:
         raise InputError("data.split", f"digits has no split {split!r}, only 'train' and 'test'")
     digits = load_digits()
     labels = digits.target.astype(np.int64)
-    rank = np.empty_like(labels)  # the how-manieth image of its class
+    rank = np.empty_like(labels)  # number of the image in its class
     for k in range(10):
         rank[labels == k] = np.arange((labels == k).sum())
     is_test = (rank % 3 == 0) & (rank < 150)

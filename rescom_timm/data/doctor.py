@@ -17,19 +17,19 @@ import numpy as np
 from PIL import Image
 
 from rescom_timm.class_names import nfc
-from rescom_timm.data.broken import AT_ONCE
+from rescom_timm.data.broken import IMAGES_AT_ONCE
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, inspect, name_of
 from rescom_timm.data.splits import Split
 from rescom_timm.errors import MissingPackageError
 
 BITS = 4
-"""Hashes of near duplicates differ in at most so many of 64 bits."""
+"""Hashes of near duplicates differ in at most this many of 64 bits."""
 BANDS = np.array_split(np.arange(64), BITS + 1)
 """Of two hashes that differ in BITS bits, one of these is the same in both."""
 LEVELS = 10.0
-"""Thumbnails of near duplicates differ by at most so many levels in the mean."""
+"""Thumbnails of near duplicates differ by at most this many levels on average."""
 CROWD = 200
-"""A band shared by more images than this says nothing and is passed over."""
+"""A band that more images share is skipped."""
 SMALL, LONG, FLAT, GRAY = 32, 3.0, 2.0, 4
 DEPTHS = (8, 10, 12, 14)
 """Bits of cameras and microscopes whose images are stored with 16."""
@@ -81,11 +81,11 @@ class Finding:
     title: str
     advice: str
     groups: list[list[int]]
-    """Images that belong together, as numbers in Examined; empty where the finding is about classes or names."""
+    """Images that belong together, as positions in Examined; empty for findings about classes or names."""
     lines: tuple[str, ...] = ()
-    """What is told where there are no images to show."""
+    """Text lines of a finding without images."""
     notes: tuple[str, ...] = ()
-    """Of each group, what is said beside its images; empty: nothing."""
+    """A caption for each group, or empty."""
 
     @property
     def count(self) -> int:
@@ -127,12 +127,12 @@ def examine(
     places: list[tuple[str, int, int]] = []
     with ThreadPoolExecutor() as pool:
         for name, split in splits.items():
-            for start in range(0, len(split.rows), AT_ONCE):
-                values = split.dataset[start : start + AT_ONCE]["image"]
-                numbers = split.rows[start : start + AT_ONCE].tolist()
+            for start in range(0, len(split.rows), IMAGES_AT_ONCE):
+                values = split.dataset[start : start + IMAGES_AT_ONCE]["image"]
+                numbers = split.rows[start : start + IMAGES_AT_ONCE].tolist()
                 rows += pool.map(seen, numbers, values)
                 names += [name_of(value) or f"row {row}" for row, value in zip(numbers, values, strict=True)]
-                labels = split.labels[start : start + AT_ONCE].tolist()
+                labels = split.labels[start : start + IMAGES_AT_ONCE].tolist()
                 places += [(name, start + i, label) for i, label in enumerate(labels)]
                 if progress is not None:
                     progress(len(values))
@@ -215,10 +215,10 @@ def _of_duplicates(images: Examined, groups: list[list[int]], kind: str, what: s
     torn = [group for group in groups if len(set(images.label[group])) > 1]
     rest = [group for group in groups if group not in leaks and group not in torn]
     what = what.capitalize()
-    advice = "an accuracy on images that were trained on says too much: remove one of the two"
+    advice = "accuracy on images that were trained on is too high: remove one of the two"
     yield Finding(f"{kind}_leak", f"{what} in two splits", advice, leaks)
     yield Finding(f"{kind}_label", f"{what} under two labels", "one of the labels is wrong, or classes overlap", torn)
-    advice = "classes have fewer different images than they count"
+    advice = "a class has fewer different images than its count"
     yield Finding(f"{kind}_twice", f"{what} more than once in a split", advice, rest)
 
 
@@ -235,7 +235,7 @@ def _odd_images(images: Examined) -> Iterator[Finding]:
         return Finding(key, title, advice, [[int(i)] for i in np.flatnonzero(chosen)])
 
     title = f"Images below {SMALL} pixels, half of the usual {usual:.0f} and less"
-    yield finding("tiny", title, "they are blown up to the size of the views", tiny)
+    yield finding("tiny", title, "they are enlarged to the size of the views", tiny)
     dim, most = _dim(images)
     title = f"16-bit images whose levels stay below {most + 1:,} ({most.bit_length()}-bit data)"
     advice = (
@@ -269,7 +269,7 @@ def _dim(images: Examined) -> tuple[np.ndarray, int]:
 
 def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> Iterator[Finding]:
     small = tuple(f"{names[k]}: {counts[k]} training images" for k in np.flatnonzero(counts < 5).tolist())
-    advice = "nothing of them can be held out for validation, and their figures are noise"
+    advice = "too few to hold any out for validation, and their accuracy is noise"
     yield Finding("small", "Classes with fewer than five training images", advice, [], small)
     for split in images.splits:
         if split != "train":
@@ -293,7 +293,7 @@ def _of_names(names: Sequence[str]) -> Finding:
 
 
 HELD_OUT = 10
-"""Images by which a class's mean probability is known well enough to say that a label is wrong."""
+"""Images that a class needs for a reliable mean probability."""
 
 
 def disputed(labels: np.ndarray, probabilities: np.ndarray, least: int = HELD_OUT) -> list[tuple[int, int]]:

@@ -62,17 +62,22 @@ def next_words(count: int) -> np.ndarray:
 class BatchedStep:
     """One step over N views, which it may change in place."""
 
+    of: type = object
+    """The class of the step in transforms.py."""
     equal = True
+    """Whether the pixels are Pillow's, bit for bit."""
+    draws = 0
+    """Words of torch's generator that a view draws, unless `words` says otherwise."""
     notes = 0
     """Numbers that `note` gives of each view."""
 
     def __init__(self, step: Any) -> None:
         """step: one that `takes` is true of."""
 
-    @staticmethod
-    def takes(step: Any) -> bool:
+    @classmethod
+    def takes(cls, step: Any) -> bool:
         """Whether this is the batched form of a step of transforms.py."""
-        raise NotImplementedError
+        return type(step) is cls.of
 
     def size(self, size: Size) -> Size:
         """(H, W) after the step. Raises InputError (image.size) for images that are too small."""
@@ -80,7 +85,7 @@ class BatchedStep:
 
     def words(self, size: Size) -> int:
         """How many words of torch's generator a view of this size draws."""
-        return 0
+        return self.draws
 
     def note(self) -> list[float]:
         """What a view draws from the generators of NumPy and random."""

@@ -47,10 +47,6 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A root of image files, and lists of paths under it
-
-
 def holds_tables(folder: Path) -> bool:
     """Whether a folder holds parquet, arrow or save_to_disk files, by its first thousand files."""
     return any(path.endswith((".parquet", ".arrow")) for path in islice(files_under(folder), 1000))

@@ -20,7 +20,7 @@ InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
 _there: ContextVar[Mapping[str, Any] | None] = ContextVar("in_memory", default=None)
 
 
-class Pairs:
+class PairDataset:
     """A map-style data set of (image, label), with the methods of datasets.Dataset that are used.
 
     Rows are {"image": image}; images are PIL images or 8-bit arrays, before any transform to tensors.
@@ -45,11 +45,11 @@ class Pairs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
-    def select(self, positions: Any) -> Pairs:
+    def select(self, positions: Any) -> PairDataset:
         """The rows at these positions."""
-        return Pairs(self.source, self.rows[np.asarray(positions)])
+        return PairDataset(self.source, self.rows[np.asarray(positions)])
 
-    def select_columns(self, name: str) -> Pairs:
+    def select_columns(self, name: str) -> PairDataset:
         """Itself: a row has only an image."""
         return self
 
@@ -97,7 +97,7 @@ def in_memory(dataset: InMemory | None) -> Iterator[None]:
 _WANTED = "dataset is a datasets.Dataset or a torch Dataset of (image, label), or a mapping of splits to such"
 
 
-def _split(part: Any) -> Dataset | Pairs:
+def _split(part: Any) -> Dataset | PairDataset:
     if isinstance(part, Dataset):
         return part
     if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")) or isinstance(
@@ -110,10 +110,10 @@ def _split(part: Any) -> Dataset | Pairs:
             "resumed run is not the uninterrupted one",
             stacklevel=4,
         )
-    return Pairs(part)
+    return PairDataset(part)
 
 
-def memory_split(name: str) -> Dataset | Pairs:
+def memory_split(name: str) -> Dataset | PairDataset:
     """A split of the data set in memory. Raises InputError: data.memory without one, data.split without that split."""
     splits = _there.get()
     if splits is None:

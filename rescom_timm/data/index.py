@@ -52,7 +52,7 @@ class Index:
     """(N,) int64."""
     num_classes: int
     info: dict[str, str] = field(default_factory=dict)
-    """What the header says besides: source, split, rule ..."""
+    """Other header lines: source, split, rule ..."""
     class_names: list[str] | None = None
     groups: np.ndarray | None = None
     """(N,) int64: rows of one number stay together where some are held out (a patient, a camera, a burst)."""
@@ -100,7 +100,7 @@ class Index:
 
     @property
     def sha256(self) -> str:
-        """Digest of the lines ``key label`` alone, whatever the header says.
+        """Digest of the lines `key label`, without the header.
 
         For an official list with blanks and plain line ends this is what ``sha256sum`` prints of the file.
         """
@@ -205,10 +205,6 @@ def read(
     return Index(keys, labels, rows.classes, info, rows.class_names, groups), []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Describing
-
-
 def imbalance(counts: np.ndarray) -> float:
     """Largest count over the smallest; infinite where a class has none."""
     return float(counts.max() / counts.min()) if counts.min() else float("inf")
@@ -240,19 +236,19 @@ def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
     A bar is the mean count, on a logarithmic scale, of one of at most `lines` runs of classes, largest first.
     """
     ordered = np.sort(counts)[::-1]
-    told = [
+    text = [
         f"{counts.sum():,} rows, {len(counts):,} classes, {ordered[0]:,} to {ordered[-1]:,} a class, "
         f"imbalance {imbalance(counts):.4g}"
     ]
     found = groups(counts)
     for name in GROUPS:
         rows = counts[found[name].numpy()] if name in found else counts[:0]
-        told.append(f"{name:>6}: {len(rows):,} classes, {rows.sum():,} rows")
+        text.append(f"{name:>6}: {len(rows):,} classes, {rows.sum():,} rows")
     start = 1
     for run in np.array_split(ordered, min(lines, len(ordered))):
         bar = "█" * round(width * np.log1p(run.mean()) / max(np.log1p(ordered[0]), 1e-9))
         ranks = f"{start}-{start + len(run) - 1}" if len(run) > 1 else f"{start}"
         mean = f"{run.mean():,.1f}".removesuffix(".0")
-        told.append(f"{ranks:>13}{mean:>9} {bar}".rstrip())
+        text.append(f"{ranks:>13}{mean:>9} {bar}".rstrip())
         start += len(run)
-    return "\n".join(told)
+    return "\n".join(text)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rescom_timm.data.bounds import Problems, check_lines, check_size, length_problem, shown
-from rescom_timm.errors import MissingFileError
+from rescom_timm.errors import InputError, MissingFileError
 
 FORMAT = "# rescom_timm index: "
 VERSION = "1"
@@ -31,7 +31,7 @@ class Rows:
     header: dict[str, str] = field(default_factory=dict)
     class_names: list[str] | None = None
     num_classes: int | None = None
-    """What the header says."""
+    """From the header."""
     groups: "array[int] | None" = None
     """What must stay together in a hold-out: a number for each row."""
     classes: int = 0
@@ -56,6 +56,9 @@ def read_rows(
         rows = (table or (_read_json if path.suffix.lower() == ".json" else _read_lines))(path, problems)
     except UnicodeDecodeError as error:
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
+    except InputError as error:
+        problems.append(str(error))
+        return None, problems
     if not rows.labels:
         return None, problems or ["holds no rows"]
     if by_name and rows.class_names is not None:
@@ -67,11 +70,7 @@ def read_rows(
 
 def _read_lines(path: Path, problems: list[str]) -> Rows:
     rows = Rows("line")
-    try:
-        check_lines(path)
-    except ValueError as error:
-        problems.append(str(error))
-        return rows
+    check_lines(path)
     blank = 0
     with open(path, encoding="utf-8-sig") as file:
         by_path: bool | None = True
@@ -160,55 +159,42 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
             problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
     if not is_label(header.get("classes", "")):
         if header.get("classes", "").isdigit():
-            problems.append(f"the header says {header['classes']} classes; at most {MAX_CLASSES - 1:,} are read")
+            problems.append(f"the header has {header['classes']} classes; at most {MAX_CLASSES - 1:,} are read")
         return
     rows.num_classes = int(header["classes"])
     names = []
     for k in range(rows.num_classes):
         if f"class {k}" not in header:
-            problems.append(f"the header says {rows.num_classes} classes and has no line 'class {k}'")
+            problems.append(f"the header has {rows.num_classes} classes and no line 'class {k}'")
             return
         names.append(header[f"class {k}"].partition(" ")[2])
     rows.class_names = names if any(names) else None
 
 
 def _read_json(path: Path, problems: list[str]) -> Rows:
-    """INaturalist's (and COCO's) annotations: images, annotations and, where given, categories."""
+    """Annotations of iNaturalist (and COCO): images, annotations and optional categories."""
     rows = Rows("annotation")
-    try:
-        check_size(path)
-    except ValueError as error:
-        problems.append(str(error))
-        return rows
+    check_size(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=_slim)
-    except json.JSONDecodeError as error:
-        problems.append(f"line {error.lineno}: is not JSON ({error.msg})")
-        return rows
-    except RecursionError:
-        problems.append("is JSON nested too deep: iNaturalist's files are flat")
-        return rows
     except UnicodeDecodeError:
         raise
-    except ValueError as error:  # a number of thousands of digits
-        problems.append(f"is not JSON ({error})")
-        return rows
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError("index.format", f"{line}is not JSON, or nested too deep ({error})") from None
     if not isinstance(content, dict) or not content.get("images") or not content.get("annotations"):
-        problems.append("is JSON without 'images' and 'annotations': iNaturalist's train and val files have both")
-        return rows
+        raise InputError("index.format", "has no 'images' and 'annotations', as iNaturalist's JSON files have")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key, []), list | None):
-            problems.append(f"{key!r} is not a list of objects, as iNaturalist's is")
-            return rows
+            raise InputError("index.format", f"{key!r} is not a list of objects, as in iNaturalist's JSON files")
     files, bad = _pairs(content["images"])
     if bad:
         problems.append(f"{bad:,} of the 'images' have no 'id' or no 'file_name'")
     names, _ = _pairs(content.get("categories") or [])
     for what, texts in (("a file_name", files.values()), ("a name of a category", names.values())):
         if wrong := next(filter(None, (length_problem(what, text) for text in texts)), ""):
-            problems.append(f"holds {wrong}")
-            return rows
+            raise InputError("index.format", f"holds {wrong}")
     seen = set()
     for number, annotation in enumerate(content["annotations"], 1):
         image, label = annotation if isinstance(annotation, tuple) else (None, None)
@@ -264,11 +250,11 @@ def _judge_classes(
         hint = "; labels count from 0" if empty.tolist() == [0] else ""
         problems.append(f"{len(empty):,} of {classes:,} classes have no image: {first_few(empty.tolist())}{hint}")
     if is_count(header.get("rows", "")) and int(header["rows"]) != len(labels):
-        problems.append(f"the header says {header['rows']} rows, the file has {len(labels)}")
+        problems.append(f"the header has {header['rows']} rows, the file {len(labels)}")
     for k in range(classes if header else 0):
-        said = header.get(f"class {k}", str(counts[k])).partition(" ")[0]
-        if said != str(counts[k]):
-            problems.append(f"the header says {said} rows of class {k}, the file has {counts[k]}")
+        count = header.get(f"class {k}", str(counts[k])).partition(" ")[0]
+        if count != str(counts[k]):
+            problems.append(f"the header has {count} rows of class {k}, the file {counts[k]}")
     return classes
 
 

@@ -78,23 +78,18 @@ def read_table(
     class_names: the allowed classes of text labels. num_classes without names: the labels are class numbers.
     """
     rows = Rows("row")
-    try:
-        there = _names(path)
-        image = pick("image", columns.image, there, "image_column")
-        label = pick("label", columns.label, there, "label_column")
-        group = pick("group", columns.group, there, "group_column") if columns.group else None
-        part = pick("split", columns.split, there, "split_column", needed=False)
-        frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
-    except ValueError as error:
-        problems.append(str(error))
-        return rows
+    there = _names(path)
+    image = pick("image", columns.image, there, "image_column")
+    label = pick("label", columns.label, there, "label_column")
+    group = pick("group", columns.group, there, "group_column") if columns.group else None
+    part = pick("split", columns.split, there, "split_column", needed=False)
+    frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
     whole = frame[label]  # the classes are those of all splits
     if part is not None and split is not None:
         splits = dict.fromkeys(frame[part].astype(str))
         frame = frame[[_same(value, split) for value in frame[part].astype(str)]]
         if frame.empty:
-            problems.append(f"column {part!r} has no row of split {split!r}, only {first_few(list(splits))}")
-            return rows
+            raise InputError("data.split", f"column {part!r} has no split {split!r}, only {first_few(list(splits))}")
     texts, numbers = [_text(value) for value in frame[label]], (frame.index.to_numpy() + 1).tolist()
     names = None if class_names is None else list(class_names)
     if class_names is None and num_classes is None:

@@ -29,8 +29,6 @@ from rescom_timm.data.pixels import (
     warp,
 )
 
-# --------------------------------------------------------------------------------------------------------- near steps
-
 
 class Jitter(BatchedStep):
     """torchvision's ColorJitter without hue."""
@@ -40,8 +38,8 @@ class Jitter(BatchedStep):
     def __init__(self, step: transforms.ColorJitter) -> None:
         self.ranges = [step.brightness, step.contrast, step.saturation]
 
-    @staticmethod
-    def takes(step: Any) -> bool:
+    @classmethod
+    def takes(cls, step: Any) -> bool:
         """See `BatchedStep.takes`."""
         return type(step) is transforms.ColorJitter and step.hue is None
 
@@ -104,11 +102,10 @@ class NearRandAugment(BatchedStep):
         for operation in self.recorder.ops:
             operation.aug_fn = functools.partial(self._note, operation.name.removesuffix("Increasing"))
 
-    @staticmethod
-    def takes(step: Any) -> bool:
+    @classmethod
+    def takes(cls, step: Any) -> bool:
         """See `BatchedStep.takes`."""
-        names = NearRandAugment.NAMES
-        return type(step) is TimmRandAugment and all(op.name.removesuffix("Increasing") in names for op in step.ops)
+        return type(step) is TimmRandAugment and all(op.name.removesuffix("Increasing") in cls.NAMES for op in step.ops)
 
     def note(self) -> list[float]:
         """See `BatchedStep.note`."""

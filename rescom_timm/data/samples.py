@@ -30,23 +30,23 @@ class LoaderConfig:
 
     sampler: SamplerName = "uniform"
     """uniform: every image once an epoch. The others make as many draws, with replacement, and choose the class first:
-    evenly (class_balanced), by the root of its count (square_root), by its count in the first epoch and evenly in
-    the last (progressive), or by the inverse of its count (reversed). See `class_probabilities`. Methods that learn
-    from two draws at a time (bbn, gistnet) bring the second one's sampler themselves."""
+    uniformly (class_balanced), by the root of its count (square_root), by its count in the first epoch and uniformly in
+    the last (progressive), or by the inverse of its count (reversed). See `class_probabilities`. Methods with two draws
+    (bbn, gistnet) set the second sampler themselves."""
     broken: Literal["stop", "skip"] = "stop"
-    """An unreadable training image stops the run, or is skipped: another of its class takes its place and a warning
-    names it. Evaluation always stops, for its figures are those of the whole split."""
+    """An unreadable training image stops the run, or is replaced by another of its class, with a warning. Evaluation
+    always stops, because its metrics are those of the whole split."""
     exif: bool = False
-    """Turn images as their EXIF orientation says, here and wherever the trained model reads images. For photographs of
-    your own; the papers' pipelines do not."""
+    """Rotate images by their EXIF orientation, also when the trained model reads them. For your own photographs; the
+    papers' pipelines do not."""
     white_level: int | None = None
     """Level of 16-bit gray images that is white: 4095 for images that hold 12 bits. null: 65535."""
     max_pixels: int | None = None
-    """Of the largest image that is read; larger ones are refused before they are decoded. null: 178,956,970."""
+    """Larger images are refused before they are decoded. null: 178,956,970."""
     device_views: bool = False
-    """The workers only decode and do a policy's first steps (random_resized_crop, say); flip, jitter, grayscale,
-    randaugment, autoaugment and cutout follow on the device, in batches. The same is drawn, but jitter and randaugment
-    come out a level or two away from Pillow's in some pixels. For GPUs that wait for their images."""
+    """The workers only decode and do a policy's first steps, such as random_resized_crop; flip, jitter, grayscale,
+    randaugment, autoaugment and cutout follow on the device, in batches. The draws are the same; jitter and randaugment
+    change some pixels by a level or two. For GPUs that wait for their images."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -75,19 +75,19 @@ class SpeedConfig:
     prefetch: int = 4
     """Batches that each worker prepares ahead."""
     timeout: float = TIMEOUT
-    """Seconds that a batch of the workers is waited for: longer than the slowest disk takes for one."""
+    """Seconds to wait for a batch of the workers."""
     pin_memory: bool = True
-    """Page-locked batches, for whose copy to a GPU the host does not wait; without a GPU nothing is pinned."""
+    """Page-locked batches, which are copied to a GPU asynchronously; ignored without a GPU."""
     batched: bool = True
-    """Augment a whole batch at once where its images have one size, at most 128 x 128 pixels, and every step of the
-    policy is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow.
-    Pixels are the same as without; see batched_views.py and plane_views.py."""
+    """Augment a whole batch at once if its images have one size, at most 128 x 128 pixels, and every step of the policy
+    is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow. The
+    pixels are the same; see batched_transforms.py and plane_transforms.py."""
     cache: int = 256
-    """Megabytes. Training images that are all of one size and fit in when decoded are decoded once, at the start, and
-    kept in memory, which forked workers share (CIFAR: 150). 0 keeps none."""
+    """Megabytes. Training images of one size that fit in are decoded once, at the start, and kept in memory, which
+    forked workers share (CIFAR: 150). 0: none."""
     resident: bool = False
-    """Training images of one size (within `cache`) stay on the device and are augmented there, some batches at once;
-    the workers only draw. For small images on a GPU, which is done with a batch before a CPU has made the next."""
+    """Training images of one size (within `cache`) stay on the device and are augmented there, several batches at once;
+    the workers only draw. For small images on a GPU, which is faster than the CPU's workers."""
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -98,9 +98,6 @@ class SpeedConfig:
             raise InputError("recipe.value", f"timeout must be above 0 seconds, not {self.timeout}")
         if self.cache < 0:
             raise InputError("recipe.value", f"cache must be 0 or more megabytes, not {self.cache}")
-
-
-# ----------------------------------------------------------------------------------------------------------- samples
 
 
 class ViewsDataset(Dataset[Batch]):
@@ -289,7 +286,7 @@ class ViewsDataset(Dataset[Batch]):
                 try:
                     image = np.asarray(self._rgb(value["image"], position))
                 except BrokenImage:
-                    continue  # told when it is drawn
+                    continue  # reported when it is drawn
                 if pixels.size == 0:
                     if count * image.nbytes > limit:
                         return None
@@ -305,7 +302,7 @@ class ViewsDataset(Dataset[Batch]):
             return position, self._rgb(value, position)
         except BrokenImage as error:
             if self.replaced is None:
-                or_skip = "" if self.num_views is None else ", or say loader.broken=skip"
+                or_skip = "" if self.num_views is None else ", or set loader.broken=skip"
                 raise BrokenImage(f"{error}; repair it or leave it out of the index{or_skip}") from error
             self._note(position, error)
         others = np.flatnonzero(self.labels == self.labels[position])

@@ -11,11 +11,8 @@ from rescom_timm.errors import InputError
 Item = tuple[int, int]
 SamplerName = Literal["uniform", "class_balanced", "square_root", "progressive", "reversed"]
 
-AT_ONCE = 2**14
+CHUNK = 2**14
 """Items that are made at a time."""
-
-
-# ------------------------------------------------------------------------------------------------------------- order
 
 
 class InOrder(Sampler[Item]):
@@ -47,7 +44,6 @@ class Order(Sampler[Item | tuple[Item, Item]]):
         second: SamplerName | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """progress: is told at the start of each epoch how far the run is, from 0 in the first to 1 in the last."""
         if "progressive" in (sampler, second) and epochs is None:
             raise InputError("recipe.value", "the progressive sampler needs the number of epochs")
         if not 0 <= seed < 2**63:
@@ -82,8 +78,8 @@ class Order(Sampler[Item | tuple[Item, Item]]):
     def _items(self, sampler: SamplerName, stream: int) -> Iterator[Item]:
         seeds = _random_bits(len(self), self.seed, self.epoch, stream + 1) >> np.uint64(1)  # torch takes 63 bits
         positions = self._positions(sampler, stream)
-        for start in range(0, len(self), AT_ONCE):  # Python's numbers take eight times the memory, for the whole epoch
-            part = slice(start, start + AT_ONCE)
+        for start in range(0, len(self), CHUNK):  # Python's numbers take eight times the memory, for the whole epoch
+            part = slice(start, start + CHUNK)
             yield from zip(positions[part].tolist(), seeds[part].tolist(), strict=True)
 
     def _positions(self, sampler: SamplerName, stream: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 PLACE = "/dev/shm"
 TIMEOUT = 600.0
-"""Seconds: longer than the slowest disk takes for a batch."""
+"""Seconds to wait for a batch; slow disks need less."""
 SPARE = 2
 """Batches beside those ahead: the one in use, and the one that accelerate looks ahead to."""
 

@@ -7,18 +7,18 @@ from typing import TypeAlias
 import numpy as np
 from torchvision import transforms
 
-from rescom_timm.data.broken import AT_ONCE
+from rescom_timm.data.broken import IMAGES_AT_ONCE
 from rescom_timm.data.crops import CornerCrop, RisingCrop
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, look
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy
 from rescom_timm.errors import InputError
 
-Size: TypeAlias = tuple[int, int]
+PixelSize: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
 READ = ReadConfig()
 SAMPLE = 256
-"""Images whose size stands for those of a split."""
+"""Images whose sizes represent those of a split."""
 
 
 def sample(labels: np.ndarray, number: int = SAMPLE) -> np.ndarray:
@@ -32,11 +32,11 @@ def sample(labels: np.ndarray, number: int = SAMPLE) -> np.ndarray:
     return np.sort(order[np.lexsort((tie, turn))][:number])
 
 
-def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> list[tuple[Size, int]]:
+def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> list[tuple[PixelSize, int]]:
     """(size, position) of the readable images at these positions, by their headers. reading: EXIF orientation."""
     found = []
-    for start in range(0, len(positions), AT_ONCE):
-        some = positions[start : start + AT_ONCE].tolist()
+    for start in range(0, len(positions), IMAGES_AT_ONCE):
+        some = positions[start : start + IMAGES_AT_ONCE].tolist()
         for position, row in zip(some, split.dataset.select(some), strict=True):
             try:
                 found.append((look(row["image"], int(split.rows[position]), reading), position))
@@ -45,7 +45,7 @@ def sizes(split: Split, positions: np.ndarray, reading: ReadConfig = READ) -> li
     return found
 
 
-def after(policy: Policy, size: Size) -> Size:
+def after(policy: Policy, size: PixelSize) -> PixelSize:
     """The size of an image after the policy. Raises InputError (image.size) if it is too small for a crop."""
     for step in policy.steps:
         width, height = size
@@ -75,14 +75,14 @@ def one_size(policy: Policy) -> bool:
         return True
 
 
-def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = READ) -> Size | None:
+def check_views(policy: Policy, split: Split, key: str, reading: ReadConfig = READ) -> PixelSize | None:
     """The size of a split's images after the policy of the recipe's `key`; None if no image can be read.
 
     Checks a sample of images, or all if the policy does not end in one size. Raises InputError (image.size), naming key
     and image, if an image is too small or the sizes differ.
     """
     ends = one_size(policy)
-    made: dict[Size, int] = {}
+    made: dict[PixelSize, int] = {}
     for size, position in sizes(split, sample(split.labels) if ends else np.arange(len(split.rows)), reading):
         try:
             made.setdefault(after(policy, size), position)

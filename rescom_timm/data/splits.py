@@ -29,14 +29,14 @@ class DataConfig:
     train: str = "train"
     """Name of the split to train on."""
     test: str = "test"
-    """Name of the split to test on; where there is none, "holdout(0.2)": that part of each class's training rows;
-    "none": nothing is tested."""
+    """Name of the split to test on; without one, "holdout(0.2)": that fraction of each class's training rows; "none":
+    nothing is tested."""
     index: str = "all"
     """Training rows: "all", "exponential(100)", "step(100)", an index file, official list or iNaturalist JSON."""
     test_index: str = "all"
     """Test rows, likewise."""
     validation: str = "none"
-    """"none"; "holdout(0.1)": that part of each class's training rows; "unused(50)": rows a class of the training split
+    """"none"; "holdout(0.1)": that fraction of each class's training rows; "unused(50)": rows per class of the split
     that the index leaves out; "split(NAME)": another split; "index(FILE)": rows of the training split or image root."""
     image_column: str | None = None
     """Of a data set or a list with named columns. None: found by its feature type, or by its name."""
@@ -45,7 +45,7 @@ class DataConfig:
     split_column: str | None = None
     """Of a list with named columns: whose values are train, test ... None: split, subset, set or partition, if any."""
     group_column: str | None = None
-    """What must not stand on two sides of a hold-out: patient, camera, burst. None: every image may."""
+    """What a hold-out must not divide: patient, camera, burst. None: single images."""
     subset: str | None = None
     """Configuration of a Hub data set that has several."""
 

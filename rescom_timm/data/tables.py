@@ -1,5 +1,6 @@
 """Tables of images: the Hub, parquet, arrow, save_to_disk and the embedded digits."""
 
+import functools
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, other_numbers, refuse_two_forms
 from rescom_timm.data.bounds import MAX_TEXT, length_problem
 from rescom_timm.data.digits import digits
-from rescom_timm.data.in_memory import MEMORY, Pairs, memory_split
+from rescom_timm.data.in_memory import MEMORY, PairDataset, memory_split
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import called
@@ -32,9 +33,6 @@ from rescom_timm.hub_client import hub_id, missing, online
 
 log = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables: the Hub, parquet, arrow, save_to_disk, digits
-
 
 class NoSplit(InputError):
     """The data set has no split of that name (data.split)."""
@@ -42,10 +40,10 @@ class NoSplit(InputError):
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    dataset: Dataset  # "image" and, where there is one, "label"
+    dataset: Dataset  # "image" and, if there is one, "label"
     labels: np.ndarray | None
     class_names: list[str] | None
-    texts: list[str] | None = None  # the labels as they stand there, where they are no class numbers
+    texts: list[str] | None = None  # the labels, if they are not class numbers
     groups: np.ndarray | None = None
 
 
@@ -137,7 +135,7 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
     """A split of a source. folder: of a local source; None for the Hub."""
     if config.source == MEMORY:
         dataset = memory_split(split)
-        if isinstance(dataset, Pairs):
+        if isinstance(dataset, PairDataset):
             if config.group_column is not None:
                 raise InputError("data.column", "data.group_column: a data set of (image, label) has no columns")
             return _Table(dataset, dataset.labels(), dataset.class_names())  # type: ignore[arg-type]
@@ -310,15 +308,11 @@ def _join(dataset: Dataset, paths: list[str], spec: str, name: str) -> np.ndarra
         raise InputError("index.kind", f"{spec} lists file names, which {name} does not have: use row numbers")
     want = pa.array(paths, have.type)
     rows = pc.index_in(want, value_set=have)
-    if rows.null_count and not (pc.all(pc.string_is_ascii(have)).as_py() and pc.all(pc.string_is_ascii(want)).as_py()):
-        have, want = (pc.utf8_normalize(x, form="NFC") for x in (have, want))
-        rows = pc.index_in(want, value_set=have)
-    if rows.null_count:
-        have, want = (pc.utf8_normalize(x, form="NFC") for x in (have, want))
-        rows = pc.index_in(want, value_set=have)
-    if rows.null_count:
-        have, want = (pc.replace_substring_regex(x, pattern="^.*/", replacement="") for x in (have, want))
-        rows = pc.index_in(want, value_set=have)
+    base_name = functools.partial(pc.replace_substring_regex, pattern="^.*/", replacement="")
+    for form in (functools.partial(pc.utf8_normalize, form="NFC"), base_name):
+        if rows.null_count:
+            have, want = form(have), form(want)
+            rows = pc.index_in(want, value_set=have)
     if rows.null_count:
         plain = pc.replace_substring_regex(have, pattern=r"_n\d{8}(\.\w+)$", replacement=r"\1")
         if (again := pc.index_in(want, value_set=plain)).null_count < rows.null_count:

@@ -227,7 +227,7 @@ def _read(key: str, token: str, kind: Any) -> int | float | str:
 
 MAX_LAYERS = 20
 MAX_SIDE = 8192
-"""Pixels of the largest side that a step may make: what is larger is a slip, and would take gigabytes an image."""
+"""Pixels of the largest side that a step may make; larger values are typing errors and would take gigabytes."""
 
 
 def _positive(**sizes: int) -> None:
@@ -443,21 +443,7 @@ def corner_crop(size: int, corner: int) -> Step:
 STEPS: dict[str, Callable[..., Step]] = {
     step.__name__: step
     for step in (
-        crop,
-        random_resized_crop,
-        rising_crop,
-        flip,
-        rotate,
-        autoaugment,
-        trivialaugment,
-        randaugment,
-        jitter,
-        grayscale,
-        blur,
-        cutout,
-        resize,
-        upscale,
-        center_crop,
-        corner_crop,
+        crop, random_resized_crop, rising_crop, flip, rotate, autoaugment, trivialaugment, randaugment, jitter,
+        grayscale, blur, cutout, resize, upscale, center_crop, corner_crop,
     )
-}
+}  # fmt: skip
