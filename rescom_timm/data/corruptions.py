@@ -262,6 +262,7 @@ def _read_array(path: Path) -> np.ndarray:
     regular_size(path)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):
+        array.close()
         raise InputError("data.corrupted", f"{path} is an archive of arrays, not one array")
     return array
 

@@ -132,7 +132,7 @@ def _readable(source: str) -> Iterator[None]:
         tarfile.TarError,
         zipfile.BadZipFile,
         yaml.YAMLError,
-        pa.ArrowNotImplementedError,
+        pa.ArrowException,
     ) as error:
         what = shown(" ".join(str(error).split()))
         raise InputError("data.damaged", f"{source} cannot be read: {type(error).__name__}: {what}") from error

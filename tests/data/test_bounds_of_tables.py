@@ -24,6 +24,7 @@ from rescom_timm.data.index import read
 from rescom_timm.data.own_files import within
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.errors import code_of
 from tests.raises import raises
 
 
@@ -154,7 +155,7 @@ def test_a_card_names_plain_files_alone_from_within_the_folder_too(tmp_path, mon
     with pytest.raises((ValueError, OSError)) as error:
         opened(theirs)
     if place.startswith("local"):
-        assert "no file of that folder" in str(error.value)
+        assert code_of(error.value) == "data.outside" and "local://" in str(error.value)
 
 
 @pytest.mark.parametrize(
