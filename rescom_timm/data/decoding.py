@@ -192,14 +192,16 @@ def _image(source: BinaryIO, reading: ReadConfig) -> Image.Image:
 def _check_size(size: tuple[int, int], most: int) -> None:
     if math.prod(size) > most:
         raise ValueError(
-            f"it has {size[0]:,} x {size[1]:,} pixels, more than {most:,}, and may be a decompression bomb; "
-            f"if it is a photograph, allow it with loader.max_pixels={math.prod(size)}"
+            f"it has {size[0]:,} x {size[1]:,} pixels, more than {most:,} (a decompression bomb?); allow a photograph "
+            f"with loader.max_pixels={math.prod(size)}"
         )
 
 
 def _icon_size(source: BinaryIO) -> tuple[int, int]:
-    """Size of the largest image in an ICO, by the images' own headers: its directory may name others. (0, 0) for
-    another format."""
+    """Size of the largest image in an ICO, by the images' own headers; (0, 0) for another format.
+
+    The ICO's directory may state other sizes.
+    """
     sizes = [(0, 0)]
     start = source.read(6)
     for k in range(struct.unpack("<H", start[4:])[0] if start[:4] == b"\0\0\1\0" and len(start) == 6 else 0):

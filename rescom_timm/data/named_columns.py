@@ -79,10 +79,10 @@ def read_table(
     """
     rows = Rows("row")
     there = _names(path)
-    image = pick("image", columns.image, there, "image_column")
-    label = pick("label", columns.label, there, "label_column")
-    group = pick("group", columns.group, there, "group_column") if columns.group else None
-    part = pick("split", columns.split, there, "split_column", needed=False)
+    image = pick("image", columns.image, there)
+    label = pick("label", columns.label, there)
+    group = pick("group", columns.group, there) if columns.group else None
+    part = pick("split", columns.split, there, needed=False)
     frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
     whole = frame[label]  # the classes are those of all splits
     if part is not None and split is not None:
@@ -127,7 +127,7 @@ def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str
     """Rows of each split of a table except `without`; empty without a column of splits."""
     if not is_table(path):
         return {}
-    part = pick("split", columns.split, _names(path), "split_column", needed=False)
+    part = pick("split", columns.split, _names(path), needed=False)
     values = Counter(_frame(path, [part])[part].astype(str)) if part is not None else Counter[str]()
     return {value: count for value, count in values.items() if not any(_same(value, split) for split in without)}
 
@@ -141,19 +141,18 @@ def class_values(texts: Iterable[str]) -> list[str] | None:
     return distinct(sorted(values))
 
 
-def pick(kind: str, asked: str | None, there: Sequence[str], key: str, needed: bool = True) -> Any:
+def pick(kind: str, asked: str | None, there: Sequence[str], needed: bool = True) -> str | None:
     """The column of that kind. Raises InputError (data.column) if it is missing or ambiguous."""
     if asked is not None:
         asked = as_spelled([asked], there)[0]
         if asked not in there:
-            raise InputError("data.column", f"has no column {asked!r}: it has {', '.join(there)}; set data.{key}")
+            raise InputError(
+                "data.column", f"has no column {asked!r}: it has {', '.join(there)}; set data.{kind}_column"
+            )
         return asked
-    try:
-        found = called(kind, there)
-    except ValueError as error:
-        raise InputError("data.column", f"{error}; set data.{key}") from None
+    found = called(kind, there)
     if found is None and needed:
-        raise InputError("data.column", f"has no {kind} column among {', '.join(there)}; set data.{key}")
+        raise InputError("data.column", f"has no {kind} column among {', '.join(there)}; set data.{kind}_column")
     return found
 
 
@@ -164,9 +163,9 @@ def called(kind: str, there: Sequence[str]) -> str | None:
     """
     plain = [(re.sub(r"[\s-]+", "_", str(name).strip().lower()), name) for name in there]
     for names in NAMES[kind]:
-        found = [own for name in names for words, own in plain if words == name]
+        found = [own for name in names for form, own in plain if form == name]
         if len(found) > 1:
-            raise InputError("data.column", f"has {len(found)} columns that could be the {kind}: {', '.join(found)}")
+            raise InputError("data.column", f"has several {kind} columns: {', '.join(found)}; set data.{kind}_column")
         if found:
             return found[0]
     return None
@@ -279,7 +278,7 @@ def _text(value: Any) -> str:
     return str(value).strip()
 
 
-def _wrong(text: str, label: str, known: dict[str, int] | None) -> str:
+def _wrong(text: str, label: str | None, known: dict[str, int] | None) -> str:
     if text == "\0several":
         return f"column {label!r} holds several labels: images of several classes at once are not supported"
     if not text:

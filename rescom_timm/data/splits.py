@@ -185,16 +185,12 @@ def index_path(spec: str) -> Path:
 
 
 def _check_part(rule: str, argument: str) -> None:
-    if not (is_number(argument) and 0 < float(argument) < 1):
-        raise InputError("data.rule", f"{rule}: a part between 0 and 1 is held out, such as holdout(0.1)")
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number other than NaN."""
     try:
-        return float(text) == float(text)
+        valid = 0 < float(argument) < 1
     except ValueError:
-        return False
+        valid = False
+    if not valid:
+        raise InputError("data.rule", f"{rule}: needs a fraction between 0 and 1, such as holdout(0.1)")
 
 
 def short_name(text: str) -> str:

@@ -90,7 +90,8 @@ def table_part(
         notes["numbering"] = "by class name"
     classes = like.index.num_classes if like is not None else (len(names) if names else None)
     if spec == "all" or parse_call(spec, RULES):
-        labels = _needed(labels, name)
+        if labels is None:
+            raise InputError("data.column", f"{name} has no label column: set label_column=, or index= to a list")
         classes = classes or int(labels.max()) + 1
         check_range(labels, classes, name)
         rows = np.arange(len(labels)) if spec == "all" else draw(spec, labels, classes)
@@ -349,14 +350,6 @@ def _keep(index: Index, labels: np.ndarray, cache: Path) -> str | None:
         log.warning("the drawn index could not be kept in %s (%s); training goes on", path, error)
         return None
     return str(path)
-
-
-def _needed(labels: np.ndarray | None, name: str) -> np.ndarray:
-    if labels is None:
-        raise InputError(
-            "data.column", f"{name} has no label column: set label_column=, or index= to a list with labels"
-        )
-    return labels
 
 
 def _check_same(there: np.ndarray, here: np.ndarray, rows: np.ndarray, spec: str, name: str) -> None:

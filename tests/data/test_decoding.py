@@ -2,6 +2,7 @@
 
 import ast
 import io
+import pickle
 import struct
 import tracemalloc
 import zlib
@@ -258,3 +259,9 @@ def test_icons_of_pillow_are_read_as_before():
     assert look(content) == (32, 32) and np.array_equal(decode(content), square.convert("RGB"))
     plain = saved(square, "ICO", sizes=[(32, 32)], bitmap_format="bmp")
     assert look(plain) == (32, 32) and np.array_equal(decode(plain), square.convert("RGB"))
+
+
+def test_an_unreadable_image_keeps_its_code_between_processes() -> None:
+    error = BrokenImage("row 3")
+    for copied in (pickle.loads(pickle.dumps(error)), type(error)(str(error))):  # by torch's workers: from its text
+        assert type(copied) is BrokenImage and (copied.code, str(copied)) == ("image.unreadable", "row 3")

@@ -176,7 +176,7 @@ VERBS = [
     refused("imbalance above what is there", "init p -o p.yaml --imbalance 30", "[data.empty_class]...30", photos()),
     refused("list for a data set", "init digits -o p.yaml --list l.txt", "--list names images of a folder",
             text("l.txt", LIST)),
-    refused("validation of all", "init p -o p.yaml --validation 'holdout(1)'", "a part between 0 and 1 is held out",
+    refused("validation of all", "init p -o p.yaml --validation 'holdout(1)'", "holdout(1): ...holdout(0.1)",
             photos()),
     refused("column that the list lacks", "init p -o p.yaml --list l.csv --label-column kind",
             "'kind'...image, label", photos(), text("l.csv", "image,label\na/0.png,a\n")),
