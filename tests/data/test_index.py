@@ -157,8 +157,8 @@ HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1\n# class
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (HEADER + "5 0\n", "the header says 2 rows, the file has 1"),
-        (HEADER + "5 0\n6 0\n", "the header says 1 rows of class 0, the file has 2"),
+        (HEADER + "5 0\n", "2 rows, the file 1"),
+        (HEADER + "5 0\n6 0\n", "1 rows of class 0, the file 2"),
         (HEADER + "5 0\n6 7\n", "line 8: label 7 is outside 0 .. 1"),
         (HEADER + "5 0\n5 1\n", "line 8: 5 is already in line 7"),
         (HEADER + "5 0\nx 1\n", "line 8: row 'x' is not a whole number"),
@@ -225,7 +225,7 @@ def test_inaturalist_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda a: a.pop("annotations"), "without 'images' and 'annotations'"),
+        (lambda a: a.pop("annotations"), "'images' and 'annotations'"),
         (lambda a: a["annotations"].pop(), "1 images have no annotation: x/a.jpg"),
         (lambda a: a["annotations"][1].update(image_id=99), "annotation 2: its image 99 is not among the images"),
         (lambda a: a["annotations"][1].update(category_id=-1), "annotation 2: category_id -1"),
