@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from rescom_timm.data.image_folders import (
     metadata_in,
 )
 from rescom_timm.data.index import Index
+from rescom_timm.data.index_files import NoSplit
 from rescom_timm.data.named_columns import split_rows
 from rescom_timm.data.sources import training_index
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.data.tables import NoSplit
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,8 @@ def _listed(own: OwnImages, config: DataConfig) -> dict[str, Index]:
     if train.by_path and "split" not in train.info:
         return _part(_told(train), own.validation)
     for part in ("test", "validation"):
-        try:
+        with suppress(NoSplit):
             found[part] = training_index(replace(config, train=part), allow_empty=True)
-        except ValueError as error:
-            if f"no row of split '{part}'" not in str(error):
-                raise
     used = ("train", *found)
     for name, count in split_rows(Path(config.index).expanduser(), config.columns, used).items():
         print(f"{count:,} rows of split {name!r} are left out: those of train, test and validation are read")

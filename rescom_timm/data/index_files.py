@@ -20,6 +20,10 @@ RESERVED = re.compile(r"rows|classes|class \d+|rescom_timm index")
 MAX_CLASSES = 10_000_000  # a label above this is a typing mistake, and would ask for gigabytes of counts
 
 
+class NoSplit(InputError):
+    """The data set or list has no split of that name (data.split)."""
+
+
 @dataclass
 class Rows:
     """The rows of a file. `places`: line (or annotation) number of each row."""
@@ -47,7 +51,7 @@ def read_rows(
 ) -> tuple[Rows | None, list[str]]:
     """(rows, no problems) of a file, or (None, its problems); see `index.read`.
 
-    table: reads a table of named columns. by_name: a file with class names has its own number of classes.
+    Raises MissingFileError, and NoSplit for a table. table: reads a table of named columns. by_name: a file with class names has its own number of classes.
     """
     if not path.is_file():
         raise MissingFileError("file.missing", f"no index file {path}")
@@ -56,6 +60,8 @@ def read_rows(
         rows = (table or (_read_json if path.suffix.lower() == ".json" else _read_lines))(path, problems)
     except UnicodeDecodeError as error:
         return None, [f"is not UTF-8 text ({error.reason} at byte {error.start})"]
+    except NoSplit:
+        raise
     except InputError as error:
         problems.append(str(error))
         return None, problems

@@ -25,7 +25,7 @@ from pyarrow import ArrowException
 
 from rescom_timm.class_names import as_spelled, distinct, nfc
 from rescom_timm.data.bounds import MAX_COLUMNS, check_lines, length_problem, read_columns
-from rescom_timm.data.index_files import Rows, first_few, is_label
+from rescom_timm.data.index_files import NoSplit, Rows, first_few, is_label
 from rescom_timm.errors import InputError
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -89,7 +89,9 @@ def read_table(
         splits = dict.fromkeys(frame[part].astype(str))
         frame = frame[[_same(value, split) for value in frame[part].astype(str)]]
         if frame.empty:
-            raise InputError("data.split", f"column {part!r} has no split {split!r}, only {first_few(list(splits))}")
+            raise NoSplit(
+                "data.split", f"{path}: column {part!r} has no split {split!r}, only {first_few(list(splits))}"
+            )
     texts, numbers = [_text(value) for value in frame[label]], (frame.index.to_numpy() + 1).tolist()
     names = None if class_names is None else list(class_names)
     if class_names is None and num_classes is None:

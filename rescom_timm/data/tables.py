@@ -23,7 +23,7 @@ from rescom_timm.data.bounds import MAX_TEXT, length_problem
 from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import MEMORY, PairDataset, memory_split
 from rescom_timm.data.index import Index
-from rescom_timm.data.index_files import first_few
+from rescom_timm.data.index_files import NoSplit, first_few
 from rescom_timm.data.named_columns import called
 from rescom_timm.data.own_files import LOOSE, load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
@@ -32,10 +32,6 @@ from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.hub_client import hub_id, missing, online
 
 log = logging.getLogger(__name__)
-
-
-class NoSplit(InputError):
-    """The data set has no split of that name (data.split)."""
 
 
 @dataclass(frozen=True, eq=False)
