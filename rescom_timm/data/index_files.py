@@ -51,7 +51,8 @@ def read_rows(
 ) -> tuple[Rows | None, list[str]]:
     """(rows, no problems) of a file, or (None, its problems); see `index.read`.
 
-    Raises MissingFileError, and NoSplit for a table. table: reads a table of named columns. by_name: a file with class names has its own number of classes.
+    table: reads a table of named columns. by_name: a file with class names has its own number of classes. Raises
+    MissingFileError, and NoSplit for a table.
     """
     if not path.is_file():
         raise MissingFileError("file.missing", f"no index file {path}")
