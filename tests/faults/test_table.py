@@ -33,9 +33,9 @@ def files(place: Path) -> dict[str, str]:
 
 def holds(line: str, said: str) -> bool:
     """Whether the parts of `said` that ... joins stand in the line, in their order."""
-    for part in said.split("..."):
+    for part in filter(None, said.split("...")):
         _, found, line = line.partition(part)
-        if part and not found:
+        if not found:
             return False
     return True
 
