@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "doctor": ("doctor", "find what may be wrong with a data set, image by image"),
     "class-features": ("class_features", "class features from class names, by CLIP's text tower"),
     "evaluate": ("evaluate", "evaluate a checkpoint of a run"),
+    "compare": ("compare", "compare runs image by image: paired tests, differences with intervals"),
     "predict": ("predict", "labels for images"),
     "demo": ("demo", "a local page to try a model on images"),
     "plot": ("plot", "plots and an HTML report of runs"),

@@ -50,6 +50,7 @@ CODES = {
     "run.output": "an output folder that cannot hold runs",
     "run.export": "a trained run whose model could not be exported",
     "run.locked": "a run folder that another process writes to",
+    "run.rows": "runs to compare that were evaluated on different images",
     "run.evaluation": "an evaluation, or a table of predictions, that cannot be read",
     "run.not_shared": "processes that see different files of a run",
     "checkpoint.missing": "a checkpoint that does not exist",

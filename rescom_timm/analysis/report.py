@@ -23,8 +23,7 @@ from rescom_timm.analysis.classes import Classes
 from rescom_timm.analysis.classes import measure as measure_classes
 from rescom_timm.analysis.plots import Drawn
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder
-from rescom_timm.config.loading import load as load_recipe
-from rescom_timm.config.recipe import RecipeError
+from rescom_timm.analysis.seeds import setting_of
 from rescom_timm.io import write_text
 from rescom_timm.text.pages import render
 
@@ -56,7 +55,6 @@ _TITLES = {
     "rare": "The rarest classes and what they are taken for",
 }
 _NONE = "\N{EN DASH}"
-_SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")  # keys in which runs of one setting may differ
 
 
 class Td(NamedTuple):
@@ -195,12 +193,9 @@ def over_seeds(
     """
     alike: dict[str, dict[str, RunFolder]] = {}
     for run in runs:
-        recipe = _whole(run)
-        if run.name in found and recipe:
-            kept = {key: value for key, value in recipe.items() if key not in _SAME}
-            setting = json.dumps([kept, found[run.name].name], sort_keys=True, default=str)
+        if run.name in found and (setting := setting_of(run)):
             # The same seed twice is no second sample.
-            alike.setdefault(setting, {}).setdefault(str(recipe.get("seed", 0)), run)
+            alike.setdefault(f"{setting[0]} {found[run.name].name}", {}).setdefault(setting[1], run)
     groups = []
     for seeds in alike.values():
         rows = [summary(run, found[run.name]) for run in seeds.values()]
@@ -212,13 +207,6 @@ def over_seeds(
         if numbers:
             groups.append(([run.name for run in seeds.values()], numbers))
     return groups
-
-
-def _whole(run: RunFolder) -> dict[str, Any]:
-    """The recipe with the keys that later versions added; as saved if it cannot be read."""
-    with suppress(RecipeError):
-        return load_recipe(run.path / "recipe.yaml").to_dict()
-    return run.recipe()
 
 
 def _seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[ReportTable]:

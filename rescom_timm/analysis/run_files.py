@@ -174,8 +174,15 @@ class RunFolder:
 def open_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
     """The run folders, with unique names: the folder's, preceded by its parents' if two would be equal."""
     runs = [RunFolder(path) for path in paths]
+    names = names_of(run.path for run in runs)
+    return [RunFolder(run.path, name) for run, name in zip(runs, names, strict=True)]
+
+
+def names_of(paths: Iterable[Path]) -> list[str]:
+    """The last part of each path, with its parents' where two would be the same."""
+    parts = [path.resolve().parts for path in paths]
     for depth in range(1, 8):
-        names = ["/".join(run.path.resolve().parts[-depth:]) for run in runs]
+        names = ["/".join(one[-depth:]) for one in parts]
         if len(set(names)) == len(names):
             break
-    return [RunFolder(run.path, name) for run, name in zip(runs, names, strict=True)]
+    return names

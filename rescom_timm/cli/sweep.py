@@ -11,9 +11,10 @@ together. {seed} in a value becomes the cell's seed. --table writes the table of
 `timeout --signal TERM 9m` saves within the epoch, and the same command resumes there.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and sample standard deviation over the seeds of the
-metrics at the last epoch, in percent, and of the minutes of training. To choose settings, give the runs validation
-rows, data.validation=unused(50) or holdout(0.1): the first columns and the plot then show these. Never choose by test
-metrics.
+metrics at the last epoch, in percent, with the mean 95% interval of a run over images and classes, and of the minutes
+of training. To choose settings, give the runs validation rows, data.validation=unused(50) or holdout(0.1): the first
+columns and the plot then show these, rows are ranked by --by, and one is proposed: of those within one standard error
+of the best, the cheapest. Never choose by test metrics.
 
 The paper's grids, here on CIFAR-10-LT (its own are on ImageNet-LT: recipes/imagenet_lt_r50.yaml):
 
@@ -54,6 +55,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
     parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the table")
     parser.add_argument("--table", action="store_true", help="write the table of the finished cells; train nothing")
+    parser.add_argument(
+        "--by",
+        default="top1",
+        choices=["top1", "many", "medium", "few", "mean_class"],
+        help="validation metric that rows are ranked by",
+    )
     options = parser.parse_intermixed_args(argv)
     recipes = [each for each in options.arguments if "=" not in each and each[0] != "+"]
     try:
@@ -90,5 +97,5 @@ def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], par
     if PartialState().is_main_process:
         table = summary(measure(known, output))
         if table:
-            write(table, output)
+            write(table, output, options.by)
     return 1 if wrong else 0

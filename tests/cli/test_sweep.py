@@ -170,6 +170,26 @@ def test_validation_comes_first_and_is_drawn_where_there_is_one(sweep, held):
     assert axes.get_xlabel().startswith("validation" if any(held) else "test")
 
 
+def test_rows_are_ranked_by_validation_and_the_cheapest_near_the_best_is_proposed(sweep):
+    rows = {
+        ("slow",): [{"validation_few": n, "top1": 1.0, "minutes": 9.0} for n in (70.0, 72.0, 74.0)],
+        ("quick",): [{"validation_few": n, "top1": 2.0, "minutes": 3.0} for n in (70.5, 71.0, 71.5)],
+        ("bad",): [{"validation_few": n, "top1": 99.0, "minutes": 1.0} for n in (60.0, 61.0, 62.0)],
+        ("untested",): [{"top1": 50.0, "minutes": 1.0}],
+    }
+    table = sweep.summary(rows)
+    assert [line["run"] for line in sweep.ranked(table, "few")] == ["slow", "quick", "bad", "untested"]
+    told = sweep.proposed(table, "few")  # the best has 72 with a standard error of 2 / sqrt(3) = 1.15
+    assert told.startswith("proposed: quick (validation_few 71.0") and "1.2" in told and "slow 72.0" in told
+    assert sweep.proposed(table, "top1") == "", "never by the test figures"
+    single = {name: [{"validation_top1": value, "validation_top1_low": value - 4, "validation_top1_high": value + 4,
+                      "trained_thousands": size}] for name, value, size in (("a", 80.0, 9.0), ("b", 79.0, 2.0),
+                                                                             ("c", 70.0, 1.0))}  # fmt: skip
+    assert sweep.proposed(sweep.summary({(name,): runs for name, runs in single.items()}), "top1").startswith(
+        "proposed: b"
+    )
+
+
 def test_a_cell_that_does_not_fit_is_left_out_with_its_reason(sweep, tmp_path, capsys):
     words = [str(ROOT / "recipes" / "digits_lt.yaml"), "method.positives=99", "--seeds", "0", "--output", str(tmp_path)]
     assert command.main(words) == 1

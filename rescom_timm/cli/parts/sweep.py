@@ -30,10 +30,10 @@ from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, writ
 from rescom_timm.metrics import span
 from rescom_timm.text.pages import markdown as escaped
 
-_NUMBERS = ("top1", "many", "medium", "few", "mean_class")
+NUMBERS = ("top1", "many", "medium", "few", "mean_class")
 METRICS = (
-    *(f"validation_{name}" for name in _NUMBERS),
-    *_NUMBERS,
+    *(f"validation_{name}" for name in NUMBERS),
+    *NUMBERS,
     *("ece", "trained_thousands", "minutes", "memory_gib"),
 )
 """Columns of the table; those of validation rows, by which settings are chosen, come first."""
@@ -207,6 +207,38 @@ def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[st
     return table
 
 
+def ranked(table: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """The lines by their figure on validation, the best first; as they are where no line has it."""
+    name = f"validation_{by}"
+    return sorted(table, key=lambda line: -math.inf if line[name] is None else line[name], reverse=True)
+
+
+def proposed(table: list[dict[str, Any]], by: str) -> str:
+    """A row by the one-standard-error rule (Breiman et al. 1984, 3.4.3): of those whose mean on validation is within
+    one standard error of the best, the one that trains the fewest weights, then the quickest. "" without validation.
+
+    The standard error is the deviation of the seeds over the root of their number, of a single seed that of its
+    interval over images and classes.
+    """
+    name = f"validation_{by}"
+    lines = [line for line in ranked(table, by) if line[name] is not None]
+    if not lines:
+        return ""
+    best = lines[0]
+    error = 0.0
+    if best[f"{name}_deviation"] is not None:
+        error = best[f"{name}_deviation"] / math.sqrt(best["seeds"])
+    elif best[f"{name}_low"] is not None:
+        error = (best[f"{name}_high"] - best[f"{name}_low"]) / (2 * 1.96)
+    near = [line for line in lines if line[name] >= best[name] - error]
+    cost = ("trained_thousands", "minutes")
+    chosen = min(near, key=lambda line: [math.inf if line[key] is None else line[key] for key in cost])
+    text = f"proposed: {chosen['run']} ({name} {chosen[name]:.1f}"
+    if chosen is not best:
+        text += f", within one standard error, {error:.1f}, of the best, {best['run']} {best[name]:.1f}, and cheaper"
+    return text + ")"
+
+
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table, with the metrics that any row has."""
     shown = [metric for metric in METRICS if any(line[metric] is not None for line in table)]
@@ -242,9 +274,11 @@ def draw(table: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def write(table: list[dict[str, Any]], output: Path) -> None:
-    """Write sweep.md, .csv, .png and .svg, and print the table."""
-    text = markdown(table)
+def write(table: list[dict[str, Any]], output: Path, by: str = "top1") -> None:
+    """Write sweep.md, .csv, .png and .svg, ranked by the validation metric `by`, and print the table and a proposal."""
+    table = ranked(table, by)
+    proposal = escaped(proposed(table, by))
+    text = markdown(table) + (f"\n{proposal}\n" if proposal else "")
     write_text(output / "sweep.md", text)
     rows = io.StringIO()
     writer = csv.DictWriter(rows, list(table[0]), lineterminator="\n")
