@@ -32,10 +32,12 @@ class Download:
 
     @property
     def name(self) -> str:
+        """The file's name."""
         return self.url.rpartition("/")[2]
 
     @property
     def is_archive(self) -> bool:
+        """Whether the file is a tar archive."""
         return self.name.endswith((".tar", ".tar.gz"))
 
     @property
@@ -151,8 +153,11 @@ BENCHMARKS = {
 
 
 def data_path(path: str | Path) -> Path:
-    """Where a path of a recipe is on this machine: ./data/... and ./lists/... are looked for below RESCOM_DATA, where
-    that is set and has them; every other path, and ~, as usual."""
+    """Where a path of a recipe is on this machine.
+
+    ./data/... and ./lists/... are looked up below RESCOM_DATA, if it is set and has them; every other path, and ~, as
+    usual.
+    """
     found = Path(path).expanduser()
     root = os.environ.get("RESCOM_DATA")
     if root and not found.is_absolute() and found.parts[:1] in (("data",), ("lists",)):
