@@ -81,8 +81,11 @@ _state: dict[str, Any] = {"asked": -REMEMBERED, "trouble": "", "depth": 0}
 
 @contextmanager
 def online() -> Iterator[None]:
-    """Requests to the Hub in this block are bounded in time. If the Hub does not answer within PATIENCE seconds, the
-    libraries in the block see HF_HUB_OFFLINE and read their caches at once. Raises Unreachable if they lack it."""
+    """Requests to the Hub in this block are bounded in time.
+
+    If the Hub does not answer within PATIENCE seconds, the libraries in the block see HF_HUB_OFFLINE and read their
+    caches at once. Raises Unreachable if they lack it.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,10 @@ def _line(error: BaseException) -> str:
 
 
 def at_revision(source: str | Path, revision: str) -> str:
-    """The address of a Hub id at a branch, tag or commit. Raises InputError (hub.id) for a path, an invalid revision
-    and an id that names another revision."""
+    """The address of a Hub id at a branch, tag or commit.
+
+    Raises InputError (hub.id) for a path, an invalid revision and an id that names another revision.
+    """
     name, _, own = (hub_id(source) or "").partition("@")
     if not name:
         message = f"revision belongs to a Hub id such as me/rescom-r50, not to the folder {source}: leave it out"
@@ -127,10 +129,8 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
     name, _, revision = repo.partition("@")
     about: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(names), "force_download": force}
     with asked(repo, "reading"):
-        try:
+        with suppress(DryRunError):  # the Hub cannot be reached: perhaps the files are in the cache
             check_sizes(repo, snapshot_download(name, **about, dry_run=True))
-        except DryRunError:  # the Hub cannot be reached: perhaps the files are in the cache
-            pass
         folder = Path(snapshot_download(name, **about))
     if not (folder / needed).is_file():
         raise InputError(
@@ -143,8 +143,11 @@ def download(repo: str, names: Sequence[str], needed: str, force: bool = False) 
 
 @contextmanager
 def asked(repo: str, doing: str) -> Iterator[None]:
-    """A block of requests to the Hub. Raises MissingFileError with the code of `explain` if something is not there or
-    cannot be reached, and hub.refused for a malformed answer, such as the page of a proxy."""
+    """A block of requests to the Hub.
+
+    Raises MissingFileError with the code of `explain` if something is not there or cannot be reached, and hub.refused
+    for a malformed answer, such as the page of a proxy.
+    """
     try:
         with online():
             yield
@@ -160,8 +163,10 @@ def asked(repo: str, doing: str) -> Iterator[None]:
 
 
 def check_sizes(repo: str, files: Sequence[DryRunFileInfo]) -> None:
-    """Raises InputError (hub.size) if files to download are larger than what is read of their kind or than the free
-    disk."""
+    """Refuse to download files that are too large.
+
+    Raises InputError (hub.size) if one is larger than what is read of its kind, or all than the free disk.
+    """
     sizes = {file.filename: file.file_size or 0 for file in files if file.will_download}
     for name, size in sizes.items():
         most = MAX_RECIPE if name.endswith(".yaml") else MAX_JSON
@@ -204,8 +209,10 @@ class PushedRun(RunElsewhere):
         return self.address
 
     def recipe(self) -> Path:
-        """The recipe that was pushed with the run, in the Hub's cache. If its hash differs it is downloaded once more;
-        if it still differs, this warns."""
+        """The recipe that was pushed with the run, in the Hub's cache.
+
+        If its hash differs it is downloaded once more; if it still differs, this warns.
+        """
         for force in (False, True):
             path = self._file("recipe.yaml", "reading the recipe of", force)
             try:
@@ -232,15 +239,14 @@ class PushedRun(RunElsewhere):
         about: dict[str, Any] = {"revision": self.revision, "force_download": force}
         try:
             with asked(self.name, doing):
-                try:
+                with suppress(DryRunError):
                     check_sizes(self.name, [hf_hub_download(self.name, name, **about, dry_run=True)])
-                except DryRunError:
-                    pass
                 return Path(hf_hub_download(self.name, name, **about))
         except (FileNotFoundError, ValueError) as error:
             raise HubError(code_of(error), str(error)) from error
 
     def lines(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; empty if there is none."""
         log = self.log()
         return lines(log) if log is not None else []
 

@@ -70,8 +70,10 @@ _writing: set[Path] = set()
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files of killed writers from a folder, of the file `name` or of all files: those whose process
-    on this machine has ended, and those older than a day."""
+    """Remove temporary files of killed writers from a folder, of the file `name` or of all files.
+
+    Those whose process on this machine has ended, and those older than a day.
+    """
     for left in folder.glob(f".{glob.escape(name)}.*" if name else ".*"):
         ending = re.fullmatch(r"\..+\.([0-9a-f]{8})([0-9a-f]{8})[0-9a-f]{16}", left.name)
         if ending is None or (name and len(left.name) != len(name) + 34):
@@ -124,8 +126,10 @@ def _warn_no_locks(folder: str) -> None:
 
 
 def check_writable(path: str | Path, is_folder: bool = False) -> None:
-    """Check that a file (or with is_folder a folder) can be written, before the work whose result it holds. Missing
-    folders are no error: they are made later. Raises OSError, which names `path`."""
+    """Check that a file (or with is_folder a folder) can be written, before the work whose result it holds.
+
+    Missing folders are no error: they are made later. Raises OSError, which names `path`.
+    """
     path = Path(os.path.abspath(path))
     if path.is_dir() and not is_folder:
         raise IsADirectoryError(errno.EISDIR, "cannot write the file: a folder has its name", str(path))
@@ -146,8 +150,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically, with the umask's permissions (safetensors ignores the umask). Raises
-    OSError, which names `path`."""
+    """Write tensors as safetensors, atomically, with the umask's permissions (safetensors ignores the umask).
+
+    Raises OSError, which names `path`.
+    """
     with errors_named(path), atomic_path(path) as beside:
         beside.touch()
         mode = beside.stat().st_mode
@@ -162,8 +168,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 @contextmanager
 def atomic_folder(path: str | Path, own: Sequence[str]) -> Iterator[Path]:
-    """An empty folder beside `path` to write the files `own` to. When the block succeeds it replaces `path` and keeps
-    all other files of `path`; else it is removed and `path` stays as it was.
+    """An empty folder beside `path` to write the files `own` to.
+
+    When the block succeeds it replaces `path` and keeps all other files of `path`; else it is removed and `path` stays
+    as it was.
 
     Leftovers of killed processes are removed, or restored if the process was killed between the two renames. A folder
     that cannot be renamed, such as a mount point, gets the files one by one. Raises OSError.
@@ -216,8 +224,11 @@ def _clear_leftovers(stem: Path, path: Path) -> None:
 
 
 def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows as CSV. Text that a spreadsheet would run as a formula (not a number, and =, +, -, @, a tab or a
-    carriage return first) gets an apostrophe before it."""
+    """Write rows as CSV.
+
+    Text that a spreadsheet would run as a formula (not a number, and =, +, -, @, a tab or a carriage return first) gets
+    an apostrophe before it.
+    """
     writer = csv.writer(file)
     for row in rows:
         writer.writerow([_harmless(cell) if isinstance(cell, str) else cell for cell in row])
@@ -295,8 +306,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_text(path: str | Path, most: int = MAX_JSON, errors: str = "strict") -> str:
-    """The text of a regular UTF-8 file of at most `most` bytes. errors: as of open. Raises FileNotFoundError, or
-    InputError (file.format, file.size, file.kind), which names the file."""
+    """The text of a regular UTF-8 file of at most `most` bytes.
+
+    errors: as of open. Raises FileNotFoundError, or InputError (file.format, file.size, file.kind), which names the
+    file.
+    """
     path = Path(path)
     size = regular_size(path)
     if size > most:
@@ -312,8 +326,10 @@ def read_text(path: str | Path, most: int = MAX_JSON, errors: str = "strict") ->
 
 
 def regular_size(path: str | Path) -> int:
-    """Bytes of a regular file. Raises FileNotFoundError, or InputError (file.kind) for a folder, a pipe or a device:
-    the last two may have no end."""
+    """Bytes of a regular file.
+
+    Raises FileNotFoundError, or InputError (file.kind) for a folder, a pipe or a device: the last two may have no end.
+    """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise InputError("file.kind", f"{path} is not a regular file: name a file")
@@ -331,8 +347,10 @@ def sha256(path: str | Path) -> str:
 
 
 def refuse_links(folder: str | Path, within: Sequence[str] = ()) -> None:
-    """Refuse a folder in which an entry, or anything in its subfolders `within`, is a symlink to outside of it: writing
-    or uploading would reach other files. Raises InputError (file.link)."""
+    """Refuse a folder with a symlink to outside of it: writing or uploading would reach other files.
+
+    Checks its entries and everything in its subfolders `within`. Raises InputError (file.link).
+    """
     root = os.path.realpath(folder)
     entries = [entry.path for entry in os.scandir(root)] if os.path.isdir(root) else []
     for path in entries:
@@ -352,9 +370,12 @@ def _refuse_link(path: str, root: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where users expect it: 1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 also
+    """YAML 1.2 where users expect it.
+
+    1e-4 is a number (1.1 wants 1.0e-4), only true and false are booleans (1.1 also
     reads no, off, yes and on, and train.precision may be `no`). A key given twice is an error, and so are aliases, with
-    which a short file grows to gigabytes."""
+    which a short file grows to gigabytes.
+    """
 
     depth = 0
 

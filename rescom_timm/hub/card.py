@@ -67,14 +67,17 @@ class Facts:
 
     @property
     def name(self) -> str:
+        """The model's name: the repository without its owner."""
         return self.repo.split("/")[-1]
 
     @property
     def train_name(self) -> str:
+        """The training data's name."""
         return self.environment.get("data", {}).get("train", {}).get("name") or str(self.recipe["data"]["source"])
 
     @property
     def counts(self) -> list[int]:
+        """(K,) training images of each class, or empty."""
         return self.details.get("counts") or []
 
     @property
@@ -220,7 +223,7 @@ def _results(facts: Facts) -> list[EvalResult]:
 
 
 def _sections(facts: Facts) -> dict[str, str]:
-    """name -> Markdown of every section, in order."""
+    """Markdown of every section by name, in order."""
     environment, recipe, details = facts.environment, facts.recipe, facts.details
     data, gpus = environment.get("data", {}), environment.get("gpus") or []
     progress = details.get("progress") or {}

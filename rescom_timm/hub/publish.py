@@ -25,18 +25,23 @@ class Publisher(Follower):
         self.draw = draw
 
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
+        """Write classes.json."""
         self.folder, self.pusher = folder, Pusher(recipe.hub, folder)
         describe(folder, data, recipe)
 
     def saved(self, newest: str, best: str | None) -> None:
+        """Push by hub.strategy."""
         self.pusher.saved(newest, best)
 
     def finished(self, newest: str, best: str | None) -> None:
+        """Export the model and push it."""
         print(save_model(self.folder))
         self.pusher.finished(newest, best)
 
     def pictures(self) -> dict[str, Image]:
+        """The plots of the run, for trackers."""
         return self.draw(self.folder)
 
     def closed(self) -> None:
+        """Wait for the push."""
         self.pusher.wait()

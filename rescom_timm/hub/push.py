@@ -1,4 +1,6 @@
-"""Uploads the staged folders of RUN/hub/ (hub/staging.py) in a separate process: python -m rescom_timm.hub.push RUN
+"""Uploads the staged folders of RUN/hub/ (hub/staging.py) in a separate process.
+
+    python -m rescom_timm.hub.push RUN
 
 Each staged folder becomes one commit: the export, the model card, the evaluations and, by the strategy, checkpoints.
 It is removed after the commit; on failure it stays for the next attempt.
@@ -66,8 +68,11 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
 
 
 def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
-    """Push what is staged in RUN/hub/, or the run as it is if nothing is staged or overrides are given; returns the
-    commit's address. overrides: key=value arguments of the hub section. Raises HubError, and as stage_now does."""
+    """Push what is staged in RUN/hub/, or else the run as it is; returns the commit's address.
+
+    With overrides, always the run as it is. overrides: key=value arguments of the hub section. Raises HubError, and as
+    stage_now does.
+    """
     refuse_links(run, FOLDERS)
     config = run_recipe(run, overrides).hub
     for folder in staged(run):
@@ -84,8 +89,10 @@ def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
 
 
 def stage_now(run: Path, config: HubConfig) -> Path:
-    """Stage the run as it is; replaces an earlier staging of the same checkpoint. Raises MissingFileError
-    (checkpoint.missing) if there is no checkpoint."""
+    """Stage the run as it is; replaces an earlier staging of the same checkpoint.
+
+    Raises MissingFileError (checkpoint.missing) if there is no checkpoint.
+    """
 
     def read() -> Path:
         newest = checkpoint.newest(run / "checkpoints")
@@ -98,8 +105,10 @@ def stage_now(run: Path, config: HubConfig) -> Path:
 
 
 def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
-    """Copy what would be pushed into a folder, without a network. weights: as in export_run. Raises as stage_now and
-    build do."""
+    """Copy what would be pushed into a folder, without a network.
+
+    weights: as in export_run. Raises as stage_now and build do.
+    """
     config = run_recipe(run, overrides).hub
     request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
     waiting = stage_now(run, config)
@@ -175,8 +184,10 @@ def _upload(stage: Path, request: dict[str, Any]) -> str:
 
 
 def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> dict[str, Path]:
-    """Export a staged folder (or a run's) into STAGE/upload and write its card over `readme`, the card that the
-    repository has. Returns the files to push: name in the repository -> file."""
+    """Export a staged folder (or a run's) into STAGE/upload and write its card.
+
+    readme: the repository's present card. Returns the files to push: name in the repository -> file.
+    """
     upload, refusal = stage / "upload", stage / "refusal.txt"
     if not (upload / "hashes.json").is_file():
         try:
@@ -231,6 +242,7 @@ def _refuse_secrets(files: dict[str, Path]) -> None:
 
 
 def main() -> int:
+    """Push sys.argv[1] or print its last status; returns the exit code."""
     escape_output()
     try:
         print(push(sys.argv[1]) or status(Path(sys.argv[1])))

@@ -33,8 +33,10 @@ def space_files(repo: str) -> dict[str, str]:
 
 
 def push_space(space: str, repo: str, private: bool = True) -> str:
-    """Write a Space's files as one commit; returns the commit's address. space, repo: owner/name. Raises HubError, also
-    for a Space that holds other files (hub.occupied)."""
+    """Write a Space's files as one commit; returns the commit's address.
+
+    space, repo: owner/name. Raises HubError, also for a Space that holds other files (hub.occupied).
+    """
     space, repo = target(space), target(repo)
     for name in (space, repo):
         if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):

@@ -26,8 +26,11 @@ WAITING = 5
 
 
 class Pusher:
-    """The pushes of one run, from its main process: one at a time, in the background. Errors of the Hub, the network or
-    a full disk are printed, not raised, and the push is retried with the next checkpoint and at the end."""
+    """The pushes of one run, from its main process: one at a time, in the background.
+
+    Errors of the Hub, the network or a full disk are printed, not raised, and the push is retried with the next
+    checkpoint and at the end.
+    """
 
     def __init__(self, config: HubConfig, run: Path) -> None:
         self.config, self.run = config, run
@@ -103,8 +106,10 @@ class Pusher:
 
 
 def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:
-    """An immutable copy of what a push needs, in RUN/hub/: a run folder with one or two checkpoints. Raises InputError
-    (file.link) if something in the run's folder is a symlink to outside of it."""
+    """An immutable copy of what a push needs, in RUN/hub/: a run folder with one or two checkpoints.
+
+    Raises InputError (file.link) if something in the run's folder is a symlink to outside of it.
+    """
     refuse_links(run, FOLDERS)
     final = run / "hub" / (newest + ("-end" if end else ""))
     if final.exists():

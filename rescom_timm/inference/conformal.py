@@ -29,8 +29,10 @@ class PredictionSets:
     """The guarantee in words: the number of calibration images, and the groups without a guarantee."""
 
     def of(self, probabilities: Tensor) -> Tensor:
-        """Which classes are in the sets, bool (N, K), for probabilities (N, K). The most probable class is always in,
-        which only adds to the coverage."""
+        """Which classes are in the sets, bool (N, K), for probabilities (N, K).
+
+        The most probable class is always in, which only adds to the coverage.
+        """
         inside = 1 - probabilities.double() <= self.thresholds.to(probabilities.device)
         return inside.scatter(1, probabilities.argmax(dim=1, keepdim=True), True)
 

@@ -78,8 +78,11 @@ def answers(
     model: Pretrained, files: Sequence[str], choice: str, numbers: Numbers, top_k: int,
     training: TrainingImages | None = None,
 ) -> str:  # fmt: skip
-    """HTML: for each file its most probable classes, the training images of each class and the nearest training images,
-    or its error. Names of files and classes are escaped."""
+    """The predictions of uploaded files as HTML.
+
+    For each file: its most probable classes, the training images of each class and the nearest training images, or its
+    error. Names of files and classes are escaped.
+    """
     if not files:
         return render("demo.html", note="Drop images above.")
     among, nearest = (training.embeddings, 5) if training else (None, 0)

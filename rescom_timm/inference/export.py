@@ -161,8 +161,10 @@ def export_run(
 
 
 def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:
-    """Check names (K,) and counts (K,) of classes; place: their file, for messages. counted: counts may not be None.
-    Raises InputError (model.details)."""
+    """Check names (K,) and counts (K,) of classes; place: their file, for messages.
+
+    counted: counts may not be None. Raises InputError (model.details).
+    """
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InputError("model.details", f"class_names in {place} must be a list of names")
     if counts is None and not counted:
@@ -191,8 +193,10 @@ def _described(
 
 
 def save_model(run: Path) -> str:
-    """Export a run's best checkpoint to RUN/model after its training; returns a line to print. Raises as export_run if
-    no model can be written."""
+    """Export a run's best checkpoint to RUN/model after its training; returns a line to print.
+
+    Raises as export_run if no model can be written.
+    """
     try:
         folder = export_run(run, run / "model")
         saved = f'saved: {run}; plain timm model: timm.create_model("local-dir:{folder}", pretrained=True)'

@@ -89,6 +89,7 @@ class Gatherer:
     labels: list[str] = field(default_factory=list)
 
     def add(self, features: Tensor, embeddings: Tensor, images: list[str], labels: list[str]) -> None:
+        """Add a batch: features (B, F), embeddings (B, D), names and labels of B images."""
         self.features.append(features.cpu())
         self.embeddings.append(embeddings.cpu())
         self.images += images

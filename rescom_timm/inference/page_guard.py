@@ -25,14 +25,17 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class PageGuard:
-    """ASGI middleware: 403 for a request to another host name (DNS rebinding) or from another page (Origin), and 413
-    for one above MAX_REQUEST bytes."""
+    """ASGI middleware that refuses requests.
+
+    403 for a request to another host name (DNS rebinding) or from another page (Origin), 413 above MAX_REQUEST bytes.
+    """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], host: str) -> None:
         """host: the address that the server listens on."""
         self.app, self.host = app, host
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer or refuse one request."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -51,8 +54,10 @@ class PageGuard:
 
 
 def _counted(receive: Receive) -> Receive:
-    """`receive` of a request that ends like a client's disconnect after MAX_REQUEST bytes: a chunked one does not state
-    its length."""
+    """`receive` of a request that ends like a client's disconnect after MAX_REQUEST bytes.
+
+    A chunked request does not state its length.
+    """
     left = MAX_REQUEST
 
     async def counted() -> Message:
@@ -77,8 +82,11 @@ def refusal(headers: MutableMapping[str, list[str]], host: str) -> int | None:
 
 
 def _own_host(asked: str, listening: str) -> bool:
-    """Whether a Host header names this machine: a loopback name, the listening address and, if other machines may
-    connect, any IP address (which DNS cannot redirect) and the machine's own names."""
+    """Whether a Host header names this machine.
+
+    Accepted are loopback names, the listening address and, if other machines may connect, any IP address (which DNS
+    cannot redirect) and the machine's own names.
+    """
     try:
         name = (urlsplit(f"//{asked}").hostname or "").lower()
     except ValueError:

@@ -96,8 +96,10 @@ def predictions(
     nearest: int = 0,
     gatherer: Gatherer | None = None,
 ) -> Iterator[Prediction]:
-    """The predictions of a reader's images one after the other, for more images than results fit in memory; arguments
-    and errors as in predict. gatherer: collects the embeddings of all images that can be read."""
+    """The predictions of a reader's images one by one, for more images than results fit in memory.
+
+    Arguments and errors as in predict. gatherer: collects the embeddings of all images that can be read.
+    """
     if top_k < 1:
         raise InputError("predict.value", f"top_k must be at least 1, not {top_k}")
     if nearest < 0 or bool(nearest) != (among is not None):
@@ -172,9 +174,12 @@ def calibrate(
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
 ) -> PredictionSets:
-    """Prediction sets that contain the true class with probability `coverage`, from labelled images that the model was
-    not trained on, such as a run's validation split. by_group: separately for many, medium and few. prior: as later in
-    predict. Raises InputError (predict.calibration) for too few or unreadable images and for unknown classes."""
+    """Prediction sets that contain the true class with probability `coverage`.
+
+    split: labelled images that the model was not trained on, such as a run's validation split. by_group: separately for
+    many, medium and few. prior: as later in predict. Raises InputError
+    (predict.calibration) for too few or unreadable images and for unknown classes.
+    """
     reader = Reader(model, split, prior, batch_size, workers, device, class_names)
     numbers = {name: k for k, name in enumerate(reader.names)}
     probabilities, labels = [], []
@@ -192,8 +197,11 @@ def calibrate(
 
 
 class _Batch(NamedTuple):
-    """about: fields of each image's Prediction, with `error` if it could not be read. The tensors are of the R others:
-    probabilities (R, K), and if requested features (R, F), embeddings (R, D), the mean of five crops (R, K)."""
+    """about: fields of each image's Prediction, with `error` if it could not be read.
+
+    The tensors are of the R others: probabilities (R, K), and if requested features (R, F), embeddings (R, D), the mean
+    of five crops (R, K).
+    """
 
     about: list[dict[str, str]]
     probabilities: Tensor
@@ -377,8 +385,10 @@ def _name(image: dict[str, Any], row: Any) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or all images in and below the folder except hidden ones. Raises MissingFileError, and InputError
-    (predict.images) for a folder without images."""
+    """The file, or all images in and below the folder except hidden ones.
+
+    Raises MissingFileError, and InputError (predict.images) for a folder without images.
+    """
     if path.is_dir():
         left = LeftOut()
         files = list(map(Path, files_under(path, left)))

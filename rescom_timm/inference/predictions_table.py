@@ -22,10 +22,13 @@ def write_csv(
     nearest: int = 0,
     crops: bool = False,
 ) -> tuple[int, int]:
-    """Write the columns image, label_1, probability_1 ... label_k, probability_k, error, true_label, and on request
+    """Write predictions as CSV.
+
+    The columns are image, label_1, probability_1 ... label_k, probability_k, error, true_label, and on request
     set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
     five_crops_probability. On a failure other than a full disk, the rows so far stay in PATH.partial and an earlier
-    table stays. Returns (images, unreadable). Raises OSError, which names `path`."""
+    table stays. Returns (images, unreadable). Raises OSError, which names `path`.
+    """
     images = broken = 0
 
     def rows() -> Iterator[list[str]]:

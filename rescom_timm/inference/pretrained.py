@@ -58,9 +58,11 @@ class Pretrained:
         return LIMITS if self.recipe is None else self.recipe.evaluation.group_limits
 
     def method(self, counts: Tensor | None = None) -> Method:
-        """The recipe's method over this net, to continue training: with its queue, or with an empty one for the
-        `counts` (K,) of new classes. Raises InputError: model.missing without a recipe, model.classes for counts that
-        do not fit."""
+        """The recipe's method over this net, to continue training.
+
+        It has its queue, or an empty one for the `counts` (K,) of new classes. Raises InputError: model.missing without
+        a recipe, model.classes for counts that do not fit.
+        """
         if self.recipe is None:
             message = "this export has no recipe: build a method with rescom_timm.methods.create_method"
             raise InputError("model.missing", message)
@@ -146,8 +148,10 @@ def _download(repo: str) -> Path:
 
 
 def damaged(folder: Path) -> list[str]:
-    """The files of an export that do not have the hash of hashes.json, and weights without a hash there; other files
-    that it names are ignored. Raises InputError (model.damaged) if hashes.json cannot be read."""
+    """The files of an export that do not have their hash of hashes.json, and weights without one.
+
+    Other files that it names are ignored. Raises InputError (model.damaged) if hashes.json cannot be read.
+    """
     try:
         hashes = read_json(folder / HASHES)
     except (OSError, ValueError) as error:
@@ -231,8 +235,11 @@ def _check_details(details: dict[str, Any]) -> None:
 
 
 def _check_size(details: dict[str, Any], folder: Path) -> int:
-    """Bytes of the weight files plus elements of the net's buffers. Raises InputError (model.details) if rescom.json
-    describes a net with more weights than that, before it is allocated."""
+    """Bytes of the weight files plus elements of the net's buffers.
+
+    Raises InputError (model.details) if rescom.json describes a net with more weights than that, before it is
+    allocated.
+    """
     there = sum((folder / name).stat().st_size for name in (SIDE, PLAIN) if (folder / name).is_file())
     encoder = describe(details["backbone"], details["options"], there + SLACK)
     width = int(encoder.head_hidden_size)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ class Classifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of normalised images (N, 3, H, W)."""
         return self.classifier(self.encoder(images))
 
 
@@ -40,8 +41,10 @@ def example(model: Pretrained) -> Tensor:
 
 
 def about(model: Pretrained) -> dict[str, Any]:
-    """Metadata of an exported program, as plain JSON: classes in the order of the logits, how image files are read,
-    and the evaluation policy, also as timm's data config."""
+    """Metadata of an exported program, as plain JSON.
+
+    Class names in the order of the logits, how image files are read, and the evaluation policy, also as timm's config.
+    """
     return {
         "class_names": model.class_names,
         "input_size": list(model.input_size),
@@ -63,8 +66,9 @@ def check_logits(net: nn.Module, images: Tensor, run: Any, what: str) -> None:
 
 
 def export_program(source: Pretrained | str | Path, path: str | Path) -> Path:
-    """Write a classifier as a program of torch.export, which torch.export.load reads without rescom_timm: `images`
-    float32 (N, 3, H, W), already normalised, to logits (N, K), any N.
+    """Write a classifier as a program of torch.export, which torch.export.load reads without rescom_timm.
+
+    `images` float32 (N, 3, H, W), already normalised, to logits (N, K), any N.
 
     The extra file rescom.json holds `about`. The program is read back and its logits are compared. Raises InputError
     (model.export) if the net cannot be exported or the logits differ; an earlier file stays then.

@@ -1,5 +1,7 @@
-"""Trained models that a recipe names: its teacher (a run's folder, an export or a Hub id), and the run on the Hub that
-it starts from."""
+"""Trained models that a recipe names.
+
+Its teacher (a run's folder, an export or a Hub id), and the run on the Hub that it starts from.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from rescom_timm.methods.distillation import Teacher
 
 def read_teacher(recipe: Recipe) -> Teacher | None:
     """The trained net of method.teacher (of a run the best checkpoint, the last if none was selected), or None.
-    Raises RecipeError, with the code of the error in reading it."""
+
+    Raises RecipeError, with the code of the error in reading it.
+    """
     source = recipe.method.teacher
     if source is None:
         return None
@@ -33,8 +37,10 @@ def read_teacher(recipe: Recipe) -> Teacher | None:
 
 @contextmanager
 def first_weights(recipe: Recipe) -> Iterator[First | None]:
-    """A temporary file of the weights that `from` names on the Hub; None if it names a path or nothing. Raises
-    RecipeError, with the code of the error in reading them."""
+    """A temporary file of the weights that `from` names on the Hub; None if it names a path or nothing.
+
+    Raises RecipeError, with the code of the error in reading them.
+    """
     source = recipe.init_from
     try:
         read = from_pretrained(source) if source is not None and hub_id(source, plain=False) else None

@@ -1,8 +1,8 @@
-"""Escaping untrusted text for the terminal, HTML and Markdown, and the page templates (`pages`).
+r"""Escaping untrusted text for the terminal, HTML and Markdown, and the page templates (`pages`).
 
 A class name, a key or a file name may contain escape codes, which a terminal executes, direction characters, which
 reorder the text on screen, and zero-width characters, which nobody sees: "cat" with one looks like "cat". They are
-written as Python escapes: \\x1b, \\u202e, \\u200b. Joiners and variation selectors stay where they change what one
+written as Python escapes: \x1b, \u202e, \u200b. Joiners and variation selectors stay where they change what one
 sees, as in Persian and in emoji.
 Not here: which text a command or page shows (cli, analysis, hub, inference).
 """
@@ -34,8 +34,10 @@ _BAR = re.compile(r"\r?([^\r]*)\r?")
 
 
 def escape_controls(text: object, lines: bool = False) -> str:
-    """The text with control, direction and zero-width characters and lone surrogates escaped. lines: line breaks and
-    tabs stay."""
+    """The text with control, direction and zero-width characters and lone surrogates escaped.
+
+    lines: line breaks and tabs stay.
+    """
     return (_CONTROL_IN_LINES if lines else _CONTROL).sub(lambda one: ascii(one[0])[1:-1], str(text))
 
 
@@ -56,6 +58,7 @@ class EscapedStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write the escaped text; returns the length of the text."""
         writer = str(sys._getframe(1).f_globals.get("__name__"))
         bar = _BAR.fullmatch(text) if writer.startswith("tqdm.") else None
         if bar:
@@ -66,6 +69,7 @@ class EscapedStream:
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
+        """Write the escaped lines."""
         for line in lines:
             self.write(line)
 

@@ -1,5 +1,7 @@
-"""HTML and Markdown from the templates beside this file. What a template is given is text and is escaped for its kind;
-what is markup already comes as Markup."""
+"""HTML and Markdown from the templates beside this file.
+
+What a template is given is text and is escaped for its kind; what is markup already comes as Markup.
+"""
 
 from __future__ import annotations
 

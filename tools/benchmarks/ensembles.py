@@ -31,8 +31,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 @dataclass(frozen=True)
 class Inference:
-    """names (M,) of the nets, the plain one first; weights (M,) their number of parameters, without the projector;
-    seconds (M, R): each round's time of one batch."""
+    """Times of the nets.
+
+    names (M,) of the nets, the plain one first; weights (M,) their number of parameters, without the projector;
+    seconds (M, R): each round's time of one batch.
+    """
 
     backbone: str
     batch_size: int
@@ -45,8 +48,11 @@ class Inference:
     seconds: npt.NDArray[np.float64]
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON: what was timed, where, and of each net the median and the quartiles in ms of a batch, images a
-        second, and the ratio of its median to the plain net's."""
+        """The results as plain JSON.
+
+        What was timed, where, and of each net the median and the quartiles in ms of a batch, images a
+        second, and the ratio of its median to the plain net's.
+        """
         return {
             "backbone": self.backbone,
             "batch_size": self.batch_size,
@@ -88,8 +94,11 @@ class Shared(nn.Module):
 def ensemble(
     backbone: str, experts: int, num_classes: int, branch: str | None = None, **options: Any
 ) -> tuple[str, nn.Module]:
-    """(its name, an untrained ensemble). branch: first child of the backbone that every expert has for itself, by
-    default the last stage but one. Raises ValueError where a named branch is no place to cut the backbone."""
+    """(its name, an untrained ensemble).
+
+    branch: first child of the backbone that every expert has for itself, by default the last stage but one. Raises
+    ValueError where a named branch is no place to cut the backbone.
+    """
     net = create_model(backbone, num_classes, projector=None, **options)
     stages = [info["module"] for info in getattr(net.encoder, "feature_info", []) if "module" in info]
     place = branch or (stages[-2] if len(stages) > 1 else None)

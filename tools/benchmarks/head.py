@@ -179,8 +179,11 @@ def measure_head(
 
 
 def peaks(head: Head, z: Tensor, y: Tensor, features: int, device: str) -> dict[str, float]:
-    """MB (10^6 bytes) that each contender's head needs at its peak above the plain one (linear, Balanced Softmax,
-    backward). The contrastive loss comes first: its temporaries are freed before the logits."""
+    """Peak memory of the contenders.
+
+    MB (10^6 bytes) that each contender's head needs at its peak above the plain one (linear, Balanced Softmax,
+    backward). The contrastive loss comes first: its temporaries are freed before the logits.
+    """
     linear = nn.Linear(features, head.classes).to(device)
     counts = torch.ones(head.classes, device=device)
     x = torch.randn(len(z), features, device=device)

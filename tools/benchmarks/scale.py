@@ -29,7 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,8 @@ class Parts:
 
 def forget_peak() -> None:
     """Reset the process's peak memory on Linux; elsewhere the peak is that of all parts so far."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak_resident() -> int:
@@ -221,13 +220,16 @@ def measure(folder: Path, rows: int, classes: int, options: argparse.Namespace) 
 
 
 def growth(rows: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """Exponents of each part's seconds and megabytes between neighbouring sizes that differ in `by` ("rows" or
-    "classes") alone."""
+    """Growth of each part.
+
+    Exponents of its seconds and megabytes between neighbouring sizes that differ in `by` ("rows" or
+    "classes") alone.
+    """
     other = "classes" if by == "rows" else "rows"
     found = []
     for level in dict.fromkeys(row[other] for row in rows):
         line = sorted((row for row in rows if row[other] == level), key=lambda row: row[by])
-        for one, next_ in zip(line[:-1], line[1:], strict=True):
+        for one, next_ in pairwise(line):
             ratio = math.log(next_[by] / one[by])
             exponents = {
                 kind: {part: exponent(one[kind][part], next_[kind][part], ratio) for part in one[kind]}

@@ -85,16 +85,20 @@ class Life:
         return [one for one in warm if one.processes == number]
 
     def growth(self) -> float | None:
-        """MiB of the process from after the warm-up to the end, medians of a fifth of the samples; None of a short
-        life."""
+        """Growth of the process's memory in MiB after the warm-up; None for a short life.
+
+        From the medians of the first and the last fifth of the samples.
+        """
         memory = [one.memory for one in self.warm()]
         fifth = len(memory) // 5
         return float(np.median(memory[-fifth:]) - np.median(memory[:fifth])) if fifth else None
 
 
 def slope(lives: list[Life], value: str, by: str) -> float | None:
-    """Least-squares growth of samples' `value` for each unit of `by`, after the warm-up, each life with a level of its
-    own; None where there are too few samples."""
+    """Least-squares growth of samples' `value` per unit of `by` after the warm-up.
+
+    Each life has its own level. None for too few samples.
+    """
     above = below = 0.0
     for life in lives:
         samples = life.usual() if value == "tree" else life.warm()

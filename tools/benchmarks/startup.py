@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median_high
 
@@ -52,7 +53,7 @@ def start(recipe: Path, overrides: list[str]) -> list[float]:
     if child.returncode:
         raise InputError("system.failed", f"{recipe}: {child.stderr.strip().splitlines()[-1]}")
     times = [begun, *json.loads(child.stdout.splitlines()[-1])]
-    return [after - before for before, after in zip(times[:-1], times[1:], strict=True)]
+    return [after - before for before, after in pairwise(times)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

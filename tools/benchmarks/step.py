@@ -1,8 +1,8 @@
-"""`step`: a whole training step, and inference, against plain ones.
+r"""`step`: a whole training step, and inference, against plain ones.
 
     python tools/benchmark.py step                                     # ResNet-50 at 224, 1000 and 8142 classes
     python tools/benchmark.py step resnet50 --precision bf16 --channels-last --device cuda --json tools/benchmarks/
-    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --dim 32 --batch 128 \\
+    python tools/benchmark.py step resnet32_cifar --classes 10 --per-class 64 --dim 32 --batch 128 \
         --precision bf16 --channels-last --compile true --capture --device cuda
     python tools/benchmark.py step resnet8_cifar --classes 10 100 --batch 32               # seconds on a CPU
 
@@ -118,7 +118,7 @@ def measure_steps(options: argparse.Namespace, classes: int) -> dict[str, Any]:
 
     def begin(name: str) -> None:
         steps[name] = contender(name, options, classes, accelerator, batch)
-        losses[name] = [float(steps[name]()) for _ in range(WARM_UP)][0]
+        losses[name], *_ = (float(steps[name]()) for _ in range(WARM_UP))
 
     contenders = [name for name in CONTENDERS if name != "dense" or not options.capture]  # it waits for the device
     for name in ("plain", *contenders):  # the first one meets what libraries allocate once and keep
@@ -142,8 +142,10 @@ def measure_steps(options: argparse.Namespace, classes: int) -> dict[str, Any]:
 
 
 def measure_inference(options: argparse.Namespace, classes: int) -> dict[str, Any]:
-    """Milliseconds of a batch (medians) and the largest differences of logits. Raises ValueError for a backbone that
-    cannot be exported."""
+    """Milliseconds of a batch (medians) and the largest differences of logits.
+
+    Raises ValueError for a backbone that cannot be exported.
+    """
     device, size = torch.device(options.device), options.size
     torch.manual_seed(0)
     net = create_model(options.backbone, classes)
