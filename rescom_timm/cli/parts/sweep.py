@@ -208,17 +208,17 @@ def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[st
 
 
 def ranked(table: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """The lines by their figure on validation, the best first; as they are where no line has it."""
+    """The rows by their validation metric `by`, best first; rows without one last, in their order."""
     name = f"validation_{by}"
     return sorted(table, key=lambda line: -math.inf if line[name] is None else line[name], reverse=True)
 
 
 def proposed(table: list[dict[str, Any]], by: str) -> str:
-    """A row by the one-standard-error rule (Breiman et al. 1984, 3.4.3): of those whose mean on validation is within
-    one standard error of the best, the one that trains the fewest weights, then the quickest. "" without validation.
+    """A row by the one-standard-error rule (Breiman et al. 1984, 3.4.3); "" without validation.
 
-    The standard error is the deviation of the seeds over the root of their number, of a single seed that of its
-    interval over images and classes.
+    Of the rows whose validation mean is within one standard error of the best, the one that trains the fewest weights,
+    then the fastest. The standard error is the deviation of the seeds over the root of their number, or, of a single
+    seed, that of its interval over images and classes.
     """
     name = f"validation_{by}"
     lines = [line for line in ranked(table, by) if line[name] is not None]
