@@ -24,6 +24,8 @@ from rescom_timm.analysis.classes import measure as measure_classes
 from rescom_timm.analysis.plots import Drawn
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder
 from rescom_timm.analysis.seeds import setting_of
+from rescom_timm.engine.collapse import last_state, sentence
+from rescom_timm.engine.run_folder import lines
 from rescom_timm.io import write_text
 from rescom_timm.text.pages import render
 
@@ -164,8 +166,10 @@ def _summary(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> Repo
     note = (
         f"Accuracies and ECE in percent. {metrics.groups_defined(limits)}; class mean: the mean of all classes' "
         f"accuracies. {metrics.INTERVALS_DEFINED}, beside the number of test images and classes. "
-        "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs." if len(runs) > 1 else "")
+        "chosen: how the checkpoint was chosen. " + ("Bold: the best of the runs. " if len(runs) > 1 else "")
     )
+    states = {run.name: sentence(last_state(lines(run.path / "metrics.jsonl"))) for run in runs}
+    note += "".join(f"{name}: {said}. " for name, said in states.items() if said)
     return ReportTable([_th(name) for name in rows[0]], cells, note)
 
 

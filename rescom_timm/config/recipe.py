@@ -351,7 +351,15 @@ class Recipe:
                     f"{name} is {epoch}, which train.epochs = {self.train.epochs} never reaches: lower both",
                 )
         compiled = bool(self.speed.capture or self.speed.compile)
-        check_method(self.method, mix=self.mix.on, fit_batch=self.train.fit_batch, compiled=compiled)
+        contrast = self.views.contrast is not None
+        fit_batch = self.train.fit_batch
+        check_method(self.method, mix=self.mix.on, fit_batch=fit_batch, compiled=compiled, contrast=contrast)
+        for key, odd in (
+            ("loader.device_views", self.loader.device_views),
+            ("speed.resident", self.speed.resident),
+        ):
+            if contrast and odd:
+                raise InputError("recipe.conflict", f"views.contrast does not support {key}: turn one of them off")
         parts = self.train.accumulate > 1 or self.train.fit_batch or self.optimizer.sam is not None
         if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise InputError(

@@ -39,22 +39,23 @@ def chance_level(
     negatives: int | None,
     weights: Tensor,
     key_labels: Tensor | None = None,
+    own: int = 1,
 ) -> Tensor:
     """Contrastive loss (paper eq. 5) of embeddings that are all equal, the level that training should go below.
 
     The mean over queries of w_y log(number of valid pairs); a query without a positive pair adds 0, as in `supcon`.
 
     labels: (N,) of the queries. positives, negatives: Qp and Qn, None for all. weights: (K,) of the classes.
-    key_labels: (M,) of the batch's own keys, of which each query is one. Returns a scalar without a gradient. No host
-    synchronisation.
+    key_labels: (M,) of the batch's own keys, of which `own` are the query itself. Returns a scalar without a gradient.
+    No host synchronisation.
     """
     held = torch.zeros_like(weights).index_add_(0, queue.labels, queue.valid.to(weights.dtype))
-    own, other = held[labels], held.sum() - held[labels]
-    same = own if positives is None else own.clamp(max=positives)
+    mine, other = held[labels], held.sum() - held[labels]
+    same = mine if positives is None else mine.clamp(max=positives)
     pairs = same + (other if negatives is None else other.clamp(max=negatives))
     if key_labels is not None:
-        same = same + (labels[:, None] == key_labels).sum(dim=1) - 1
-        pairs = pairs + len(key_labels) - 1
+        same = same + (labels[:, None] == key_labels).sum(dim=1) - own
+        pairs = pairs + len(key_labels) - own
     return (weights[labels] * pairs.clamp(min=1).log()).where(same > 0, 0).mean()
 
 

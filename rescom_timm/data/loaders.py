@@ -37,7 +37,8 @@ def train_loader(
     speed: SpeedConfig = SpeedConfig(),
     second: SamplerName | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of `num_views` views per image; the last incomplete batch of an epoch is dropped.
+    """Batches of `num_views` views per image, all but the first by views.contrast where it is set; the last incomplete
+    batch of an epoch is dropped.
 
     With a `second` sampler each batch has twice the rows: those drawn by config.sampler, then as many drawn by the
     second; each of several processes gets both halves of its part. `batch_size` counts the images of all processes
@@ -60,11 +61,19 @@ def train_loader(
         raise InputError(
             "recipe.conflict", f"loader.device_views: a device cannot do the last step of {policy.text!r}: turn it off"
         )
-    dataset = ViewsDataset(split, policy, num_views, config.broken, config.reading, speed, config.device_views)
-    if policy.moves and epochs is None:
-        raise InputError("recipe.value", f"{policy.text!r} moves over the whole run: give the number of epochs")
-    progress = policy.set_progress if policy.moves else None
-    order = Order(split.labels, config.sampler, seed, epochs, second, progress)
+    contrast = None if views.contrast is None or num_views == 1 else parse(views.contrast, views.mean)
+    dataset = ViewsDataset(
+        split, policy, num_views, config.broken, config.reading, speed, config.device_views, contrast
+    )
+    moving = [one for one in (policy, contrast) if one is not None and one.moves]
+    if moving and epochs is None:
+        raise InputError("recipe.value", f"{moving[0].text!r} moves over the whole run: give the number of epochs")
+
+    def progress(t: float) -> None:
+        for one in moving:
+            one.set_progress(t)
+
+    order = Order(split.labels, config.sampler, seed, epochs, second, progress if moving else None)
     return _loader(dataset, order, batch_size, speed, drop_last=True, persistent=True)
 
 

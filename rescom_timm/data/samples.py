@@ -1,6 +1,7 @@
 """Samples: the views of each image of a split, made in batches."""
 
 import contextlib
+import copy
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -120,7 +121,10 @@ class ViewsDataset(Dataset[Batch]):
         reading: ReadConfig = ReadConfig(),
         speed: SpeedConfig = SpeedConfig(cache=0),
         device: bool = False,
+        contrast: Policy | None = None,
     ) -> None:
+        """contrast: policy of all views but the first, which draw from a seed of their own, so that the first views are
+        the same with and without it. None: that of the first. Otherwise as said above."""
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
         self.rows = np.asarray(split.rows, dtype=np.int64)
@@ -131,6 +135,10 @@ class ViewsDataset(Dataset[Batch]):
         self.policy = policy
         self.replaced = torch.zeros(len(self.labels), dtype=torch.int32).share_memory_() if broken == "skip" else None
         self.cache = self._decode_all(speed.cache * 2**20)
+        self.rest: ViewsDataset | None = None
+        if contrast is not None and num_views is not None:
+            self.rest = copy.copy(self)
+            self.rest.policy, self.rest.num_views, self.num_views = contrast, num_views - 1, 1
         self.resident = speed.resident
         if self.resident:
             self.size = self._refuse_residence(speed)
@@ -195,7 +203,13 @@ class ViewsDataset(Dataset[Batch]):
                 yield image
 
         with _random_state_kept():
-            views = (self._begin if self.device else self._augment)(images(), [seed for _, seed in items])
+            seeds = [seed for _, seed in items]
+            if self.rest is not None:
+                decoded = list(images())
+                parts = self._augment(decoded, seeds), self.rest._augment(decoded, [seed ^ 1 for seed in seeds])
+                views = {"image": torch.cat([part["image"] for part in parts], dim=1)}
+            else:
+                views = (self._begin if self.device else self._augment)(images(), seeds)
         return views | self._about(rows)
 
     def _about(self, positions: list[int]) -> Batch:

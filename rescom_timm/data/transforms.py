@@ -48,9 +48,12 @@ POLICIES: dict[str, str] = {
     "imagenet": "places | grayscale(0.2) | randaugment(n2,m10,mstd0.5)",
     "places": "random_resized_crop(224) | flip | jitter(0.4,0.4,0.4,0)",
     "digits": "crop(8,1) | rotate(10) | jitter(0.4,0.4,0,0)",  # 8 x 8 pixels; a mirrored digit is no digit
+    "simclr32": "random_resized_crop(32) | flip | jitter(0.4,0.4,0.4,0.1,0.8) | grayscale(0.2)",
+    "simclr224": "random_resized_crop(224) | flip | jitter(0.4,0.4,0.4,0.1,0.8) | grayscale(0.2)",
     "eval224": "resize(256) | center_crop(224)",
 }
-"""Named policies. "cifar" and "imagenet" are the ResCom paper's for CIFAR-LT and for ImageNet-LT and iNaturalist."""
+"""Named policies. "cifar" and "imagenet" are the ResCom paper's for CIFAR-LT and for ImageNet-LT and iNaturalist,
+"simclr32" and "simclr224" those of the second and third views of BCL and ProCo."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class ViewsConfig:
 
     train: str = "cifar"
     """Policy of every training view: a name of `POLICIES` or a line of steps."""
+    contrast: str | None = None
+    """Policy of every training view but the first, for methods that contrast views (rescom, moco, bcl, proco): the
+    first alone is then classified. null: that of `train`."""
     eval: str = "none"
     """Policy of evaluation images; it must bring all of them to one size."""
     mean: tuple[float, float, float] = CIFAR_MEAN
@@ -73,7 +79,7 @@ class ViewsConfig:
             )
         if len(self.std) != 3 or not all(0 < s <= 1 for s in self.std):
             raise InputError("recipe.value", f"std must be three numbers above 0 and at most 1, not {self.std}")
-        for line in (self.train, self.eval):
+        for line in (self.train, self.eval, self.contrast or ""):
             parse(line, self.mean)
 
 

@@ -132,6 +132,7 @@ def build_method(
             "recipe.conflict",
             f"net.classifier: method {recipe.method.name} has a classifier of its own; leave net.classifier as it is",
         )
+    method.contrast_views = recipe.views.contrast is not None
     if start:
         check_teacher(recipe, data, teacher)
         if teacher is not None:

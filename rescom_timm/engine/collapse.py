@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rescom_timm.contrastive.queue import Queue
+from rescom_timm.methods.base import BaseConfig
 
 EPOCHS = 5
 """After warm-up, for so many epochs in a row."""
@@ -42,37 +43,46 @@ def last_state(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def warning(lines: Sequence[dict[str, Any]], warmup: int) -> str | None:
+def dead(state: dict[str, float]) -> bool:
+    """Whether a last_state is that of a branch that learns nothing."""
+    return state.get("share", 0) > NEAR_CHANCE or state.get("between", 0) > ONE_POINT
+
+
+def sentence(state: dict[str, float]) -> str:
+    """A last_state in words; "" where a log says nothing of a contrastive branch."""
+    parts = []
+    if "share" in state:
+        parts.append(f"contrastive loss {100 * state['share']:.0f}% of chance")
+    if "between" in state:
+        parts.append(f"cosine between classes in the queue {state['between']:.2f}")
+    return ", ".join(parts) + (": the contrastive branch learned nothing" if dead(state) else "")
+
+
+def warning(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConfig.remedy) -> str | None:
     """A warning about the last of these lines of metrics.jsonl, or None. It comes once, at the first epoch that ends
-    such a row. warmup: epochs of it."""
+    such a row. warmup: epochs of it. remedy: what to change, of the method's config."""
     last = lines[-1] if lines else {}
     if share_of_chance(last) is not None:
         shares = {line["epoch"]: share for line in lines if (share := share_of_chance(line)) is not None}
         if epoch := _row({epoch: share > NEAR_CHANCE for epoch, share in shares.items()}, warmup):
             return (
                 f"the contrastive loss is {100 * shares[epoch]:.0f}% of its chance level, and was above "
-                f"{100 * NEAR_CHANCE:.0f}% for {EPOCHS} epochs: the contrastive branch learns nothing; {ADVICE}"
+                f"{100 * NEAR_CHANCE:.0f}% for {EPOCHS} epochs: the contrastive branch learns nothing; {remedy}"
             )
     if BETWEEN in last:
         cosines = {line["epoch"]: line[BETWEEN] for line in lines if BETWEEN in line}
         if epoch := _row({epoch: cosine > ONE_POINT for epoch, cosine in cosines.items()}, warmup):
             return (
                 f"the queue's keys of different classes have a mean cosine of {cosines[epoch]:.2f}: the embeddings "
-                f"have collapsed to one point; {ADVICE}"
+                f"have collapsed to one point; {remedy}"
             )
     return None
 
 
-def warn(lines: Sequence[dict[str, Any]], warmup: int) -> None:
+def warn(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConfig.remedy) -> None:
     """Give the warning, if there is one."""
-    if message := warning(lines, warmup):
+    if message := warning(lines, warmup, remedy):
         warnings.warn(message, stacklevel=3)
-
-
-ADVICE = (
-    "raise method.positives (Qp; null for all), lower method.queue.per_class (Q), change method.contrast_weight "
-    "(lambda) or the second view"
-)
 
 
 def _row(bad: dict[int, bool], warmup: int) -> int | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.methods import Method
+from rescom_timm.methods.parts import ClassProjector
 
 STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 """Where launchers tell how many processes they started."""
@@ -84,8 +85,9 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
         )
     if way == DistributedType.FSDP:
         outside = [name for name, _ in method.named_parameters() if not name.startswith("net.")]
+        read = nn.ParameterList | ClassProjector
         # Vectors that the method reads from the net outside of its forward pass, where they would be stale shards.
-        outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, nn.ParameterList)]
+        outside += [f"net.{name}" for name, part in method.net.named_children() if isinstance(part, read)]
         outside += ["train.nonfinite: skip"] if recipe.train.nonfinite == "skip" else []
         outside += ["train.ema"] if recipe.train.ema is not None else []
         outside += ["optimizer.sam"] if recipe.optimizer.sam is not None else []

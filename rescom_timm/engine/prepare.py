@@ -185,9 +185,16 @@ def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: b
     views, reading = recipe.views, recipe.loader.reading
     try:
         ours = check_views(parse(views.train), train, "views.train", reading)
+        others = check_views(parse(views.contrast), train, "views.contrast", reading) if views.contrast else ours
         theirs = [check_views(parse(views.eval), split, "views.eval", reading) for split in splits.values()]
     except ValueError as error:
         raise RecipeError(code_of(error), str(error)) from None
+    if ours is not None and others is not None and ours != others:
+        raise RecipeError(
+            "image.size",
+            f"views.contrast: it makes images of {others[0]} x {others[1]} pixels and views.train of {ours[0]} x "
+            f"{ours[1]}: let both end in the same size",
+        )
     sizes = [size for size in (ours, *theirs) if size is not None]
     sides = [max(size) for size in sizes]
     if main and sides and max(sides) > FAR_APART * min(sides):

@@ -404,7 +404,7 @@ class Trainer:
             self.log.write(self.progress.epoch, self.progress.step, figures)
         except OSError as error:
             raise errors.unwritten("the log", error) from error
-        collapse.warn(lines(self.log.path), self.recipe.schedule.warmup_epochs)
+        collapse.warn(lines(self.log.path), self.recipe.schedule.warmup_epochs, self.recipe.method.remedy)
 
     def close(self) -> None:
         if self.log is not None:

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
-from rescom_timm.engine.collapse import NEAR_CHANCE, ONE_POINT, last_state
+from rescom_timm.engine.collapse import dead, last_state
 from rescom_timm.engine.log import lines
 from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
@@ -248,7 +248,7 @@ def _sections(facts: Facts) -> dict[str, str]:
         "groups_defined": groups_defined(facts.limits),
         "intervals_defined": INTERVALS_DEFINED,
         "span": span,
-        "dead": facts.contrast.get("share", 0) > NEAR_CHANCE or facts.contrast.get("between", 0) > ONE_POINT,
+        "dead": dead(facts.contrast),
         "few": sum(count < facts.limits[0] for count in facts.counts),
         "few_below": facts.limits[0],
         "leans": leans(load_dict(recipe)),

@@ -33,6 +33,28 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
     return (others.logsumexp(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)).mean()
 
 
+def balanced_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """Balanced contrastive loss (BCL, Zhu et al. 2022, arXiv 2207.09052, eq. 9): keys are the other embeddings and a
+    prototype of each class; a class in the denominator is the mean over its keys, of those that can be positives for
+    the own class (class averaging), and no class is missing (class complement).
+
+    L_i = mean over positives p of -log( exp(z_i.z_p / tau) / sum_j!=i exp(z_i.z_j / tau) / (c(j) - [j positive]) ),
+    c(j) the keys of j's class, z_i among them.
+
+    embeddings: (N, D) and prototypes: (K, D), unit vectors. labels: (N,). Returns a scalar, the mean over N.
+    """
+    embeddings = at_least_float32(embeddings)
+    keys = torch.cat([embeddings, prototypes.to(embeddings.dtype)])
+    key_labels = torch.cat([labels, torch.arange(len(prototypes), device=labels.device)])
+    own = torch.eye(len(labels), len(keys), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == key_labels) & ~own
+    number = (key_labels[:, None] == key_labels).sum(dim=1)
+    logits = embeddings @ keys.T / temperature
+    shared = (logits - (number - positive.to(logits.dtype)).log()).masked_fill(own, torch.finfo(logits.dtype).min)
+    mean_positive = (logits * positive).sum(dim=1) / positive.sum(dim=1)
+    return (shared.logsumexp(dim=1) - mean_positive).mean()
+
+
 def robust_centroids(
     features: Tensor, labels: Tensor, centroids: Tensor, known: Tensor, epsilon: Tensor, temperature: float
 ) -> Tensor:

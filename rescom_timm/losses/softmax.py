@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rescom_timm.distributed import processes
-from rescom_timm.losses.weights import at_least_float32, log_prior
+from rescom_timm.losses.weights import at_least_float32, log_prior, vector_scale
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -38,13 +38,20 @@ def focal(logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None =
     return (loss if weights is None else loss * weights.to(loss.dtype)[labels]).mean()
 
 
-def logit_adjustment(logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
+def logit_adjustment(
+    logits: Tensor, labels: Tensor, counts: Tensor, tau: float = 1.0, gamma: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """Logit-adjusted cross-entropy (Menon et al. 2021, arXiv 2007.07314, eq. 10): of s + tau log pi_k, pi_k = N_k / N.
 
-    logits: (N, K). labels: (N,). counts: (K,). Returns a scalar, the mean over N.
+    With gamma the VS loss (Kini et al. 2021, arXiv 2103.01550): of s_k / D_k + tau log pi_k, D_k = (N_max / N_k)^gamma.
+    logits: (N, K). labels: (N,). counts: (K,). weights: (K,) of the classes; the loss is then the weighted mean, as
+    `weighted_cross_entropy`. Returns a scalar, the mean over N.
     """
     logits = at_least_float32(logits)
-    return F.cross_entropy(logits + tau * log_prior(counts).to(logits.dtype), labels)
+    if gamma:
+        logits = logits * vector_scale(counts, gamma).to(logits.dtype)
+    logits = logits + tau * log_prior(counts).to(logits.dtype)
+    return F.cross_entropy(logits, labels) if weights is None else weighted_cross_entropy(logits, labels, weights)
 
 
 def ldam(

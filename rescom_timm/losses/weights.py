@@ -49,6 +49,11 @@ def log_prior(counts: Tensor) -> Tensor:
     return (exact(counts) / counts.sum()).log()
 
 
+def vector_scale(counts: Tensor, gamma: float) -> Tensor:
+    """(N_k / N_max)^gamma, (K,), by which the VS loss multiplies logits (Kini et al. 2021, arXiv 2103.01550)."""
+    return (exact(counts) / counts.max()) ** gamma
+
+
 def inverse_power_weights(counts: Tensor, power: float) -> Tensor:
     """Re-weighting w_k ~ pi_k^-power with mean 1, (K,) (DisAlign, Zhang et al. 2021, arXiv 2103.16370, eq. 11)."""
     weights = (-power * log_prior(counts)).softmax(dim=0)

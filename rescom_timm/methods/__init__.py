@@ -16,12 +16,14 @@ from torch import Tensor
 from rescom_timm.errors import InputError
 from rescom_timm.methods import (
     baselines,
+    bcl,
     branches,
     distillation,
     elf,
     experts,
     gistnet,
     momentum,
+    proco,
     prototypes,
     rsg,
     second_stage,
@@ -37,16 +39,26 @@ from rescom_timm.methods.baselines import (
     LdamConfig,
     LogitAdjustmentConfig,
 )
+from rescom_timm.methods.bcl import BclConfig
 from rescom_timm.methods.branches import BbnConfig, ResltConfig
 from rescom_timm.methods.distillation import DiveConfig, SsdConfig
 from rescom_timm.methods.elf import ElfConfig
 from rescom_timm.methods.experts import ExpertsConfig
 from rescom_timm.methods.gistnet import GistNetConfig
 from rescom_timm.methods.momentum import MocoConfig, PacoConfig
+from rescom_timm.methods.proco import ProcoConfig
 from rescom_timm.methods.prototypes import DroLtConfig, HybridPscConfig
 from rescom_timm.methods.rescom import ResCom, RescomConfig
 from rescom_timm.methods.rsg import RsgConfig
-from rescom_timm.methods.second_stage import CrtConfig, DisAlignConfig, LasConfig, LwsConfig, ProbeConfig, TauNormConfig
+from rescom_timm.methods.second_stage import (
+    CrtConfig,
+    DisAlignConfig,
+    LasConfig,
+    LosConfig,
+    LwsConfig,
+    ProbeConfig,
+    TauNormConfig,
+)
 from rescom_timm.models.net import Net
 
 METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
@@ -61,6 +73,8 @@ METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
     "causal_norm": (CausalNormConfig, baselines.CausalNormalized),
     "moco": (MocoConfig, momentum.Moco),
     "paco": (PacoConfig, momentum.Paco),
+    "bcl": (BclConfig, bcl.Bcl),
+    "proco": (ProcoConfig, proco.Proco),
     "hybrid_psc": (HybridPscConfig, prototypes.HybridPsc),
     "dro_lt": (DroLtConfig, prototypes.DroLt),
     "experts": (ExpertsConfig, experts.Experts),
@@ -75,6 +89,7 @@ METHODS: dict[str, tuple[type[BaseConfig], type[Method]]] = {
     "lws": (LwsConfig, second_stage.Lws),
     "tau_norm": (TauNormConfig, second_stage.TauNorm),
     "las": (LasConfig, second_stage.Las),
+    "los": (LosConfig, second_stage.Los),
     "disalign": (DisAlignConfig, second_stage.DisAlign),
     "probe": (ProbeConfig, second_stage.Probe),
 }
@@ -96,12 +111,20 @@ def method_class(config: MethodConfig) -> type[Method]:
     return METHODS[config.name][1]
 
 
-def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool) -> None:
+def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool, contrast: bool = False) -> None:
     """Raises InputError if the recipe has an option that its method does not support.
 
-    mix: images are mixed. fit_batch: train.fit_batch. compiled: speed.capture or speed.compile.
+    mix: images are mixed. fit_batch: train.fit_batch. compiled: speed.capture or speed.compile. contrast:
+    views.contrast.
     """
     method = method_class(config)
+    if contrast and not method.contrasts:
+        able = ", ".join(name for name, (_, other) in METHODS.items() if other.contrasts)
+        raise InputError(
+            "recipe.conflict",
+            f"views.contrast makes views that are not classified, and {config.name} classifies all: set it to null, or "
+            f"use one of {able}",
+        )
     if mix and not method.per_image:
         able = ", ".join(name for name, (_, other) in METHODS.items() if other.per_image)
         raise InputError(

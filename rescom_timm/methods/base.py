@@ -23,6 +23,9 @@ class BaseConfig:
     name: str
     """Literal: the method's name in METHODS."""
 
+    remedy: ClassVar[str] = "change method.contrast_weight (lambda), method.temperature or views.contrast"
+    """What to change where the contrastive branch learns nothing."""
+
     @property
     def teacher(self) -> str | None:
         """Run, export or Hub id of a trained net to learn from. A method that supports one has this as a field."""
@@ -59,6 +62,8 @@ class Method(nn.Module):
     (batch["partner"], batch["share"]) or split (train.fit_batch)."""
     embeds: ClassVar[bool] = False
     """Whether it uses the embeddings of the net's projector."""
+    contrasts: ClassVar[bool] = False
+    """Whether it may classify the first view alone and contrast the others, which views.contrast then makes."""
     second_stage: ClassVar[bool] = False
     """Whether it starts from a trained net (from=RUN)."""
     new_classifier: ClassVar[bool] = False
@@ -77,6 +82,8 @@ class Method(nn.Module):
 
     views: int = 1
     """V: augmented views of each image in a batch."""
+    contrast_views: bool = False
+    """Whether views.contrast makes all views but the first, which are then not classified; set before training."""
     teacher: Teacher | None = None
     """The trained net that it learns from, set before training."""
     queue: Queue | None

@@ -111,7 +111,8 @@ class LdamConfig(DeferredConfig):
 
 @dataclass(frozen=True)
 class LogitAdjustmentConfig(BaseConfig):
-    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314)."""
+    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314). With gamma it is the VS loss (Kini et al. 2021, arXiv
+    2103.01550); with a second phase, ADRW and TLA over it (Wang et al. 2023, arXiv 2310.04752)."""
 
     name: Literal["logit_adjustment"] = "logit_adjustment"
     views: Views = 1
@@ -119,14 +120,25 @@ class LogitAdjustmentConfig(BaseConfig):
     """loss: cross-entropy of s + tau log pi (eq. 10). post_hoc: plain cross-entropy, evaluated as s - tau log pi
     (eq. 9); with from=RUN and train.epochs=0 it adjusts a run that was trained by cross-entropy."""
     tau: float = 1.0
+    gamma: float = 0.0
+    """Of the VS loss: logits are divided by (N_max / N_k)^gamma; 0 leaves them."""
+    reweight_from: float = 1.0
+    """Fraction of the epochs before the second phase, in which classes are weighted by pi_k^-nu (deferred re-weighting,
+    ADRW), gamma is 0 and tau is tau_late (TLA); 1: there is none. The authors: 0.8."""
+    nu: float = 0.0
+    tau_late: float | None = None
+    """null: tau."""
 
     def __post_init__(self) -> None:
-        check(self, tau=NOT_NEGATIVE)
+        check(self, tau=NOT_NEGATIVE, gamma=NOT_NEGATIVE, reweight_from=PART, nu=NOT_NEGATIVE, tau_late=NOT_NEGATIVE)
+        if self.form == "post_hoc" and (self.gamma or self.reweight_from < 1):
+            raise InputError("recipe.conflict", "form: post_hoc supports neither gamma nor reweight_from")
 
     @property
     def long_tailed(self) -> bool:
-        """True if nothing is adjusted."""
-        return self.tau == 0
+        """True if neither phase adjusts anything at the end."""
+        late = self.tau if self.reweight_from == 1 or self.tau_late is None else self.tau_late
+        return late == 0 and (self.reweight_from == 1 or self.nu == 0)
 
 
 @dataclass(frozen=True)
@@ -335,18 +347,34 @@ class Ldam(Classification, Deferred):
 
 
 class LogitAdjustment(Classification):
-    """Logit adjustment, in the loss or after training."""
+    """Logit adjustment, in the loss or after training, and the VS loss."""
+
+    weights: Tensor
+    late: Tensor
 
     def __init__(self, net: Net, counts: Tensor, config: LogitAdjustmentConfig) -> None:
         super().__init__(net, counts, config)
         if config.form == "post_hoc":
             adjustment = config.tau * losses.log_prior(counts)
             replace_classifier(net, Adjusted(net.classifier.in_features, adjustment))
+        self.register_buffer("weights", losses.inverse_power_weights(counts, config.nu), persistent=False)
+        self.register_buffer("late", torch.tensor(False), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: the second phase starts after its fraction of the run."""
+        self.late.fill_(epoch >= self.config.reweight_from * epochs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of s + tau log pi_k, or of s in the form post_hoc."""
-        tau = self.config.tau if self.config.form == "loss" else 0.0
-        return losses.logit_adjustment(logits, labels, self.counts, tau)
+        """Cross-entropy of s_k / D_k + tau log pi_k, or of s in the form post_hoc."""
+        config = self.config
+        if config.form == "post_hoc":
+            return losses.logit_adjustment(logits, labels, self.counts, 0.0)
+        first = losses.logit_adjustment(logits, labels, self.counts, config.tau, config.gamma)
+        if config.reweight_from == 1:
+            return first
+        tau = config.tau if config.tau_late is None else config.tau_late
+        second = losses.logit_adjustment(logits, labels, self.counts, tau, weights=self.weights)
+        return torch.where(self.late, second, first)  # no host synchronisation
 
 
 class Lade(Classification):

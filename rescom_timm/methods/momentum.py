@@ -96,6 +96,7 @@ class Moco(Method):
     counts: Tensor
     views = 2
     embeds = True
+    contrasts = True
 
     def __init__(self, net: Net, counts: Tensor, config: MocoConfig) -> None:
         """counts: (K,) training images of each class."""
@@ -161,7 +162,11 @@ class Paco(Method):
         self.register_buffer("prior", log_prior(counts).float(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss (scalar) and logits (B, K), or (2B, K) in GPaCo. batch: image (B, 2, 3, H, W), label (B,)."""
+        """Loss (scalar) and logits (B, K), or (2B, K) in GPaCo. batch: image (B, 2, 3, H, W), label (B,).
+
+        loss_contrast, which is not trained, is the supervised contrastive loss of the pairs without the centres: beside
+        its chance level it shows whether embeddings tell classes apart.
+        """
         y, config = batch["label"], self.config
         first, second = batch["image"].unbind(dim=1)
         if self.momentum_net is None:
@@ -176,7 +181,12 @@ class Paco(Method):
         centres = logits + self.prior.to(torch.promote_types(logits.dtype, torch.float32))
         loss = paco(centres, labels, pairs, config.temperature, config.alpha, config.smoothing)
         self.queue.enqueue(gather(keys), gather(y))
-        return {"loss": loss, "logits": logits}
+        return {
+            "loss": loss,
+            "logits": logits,
+            "loss_contrast": supcon(pairs._replace(similarity=pairs.similarity.detach()), config.temperature),
+            "loss_contrast_chance": chance_of_pairs(pairs),
+        }
 
     def after_step(self) -> None:
         """Update the momentum encoder, if any."""

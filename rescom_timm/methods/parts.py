@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.errors import InputError
@@ -53,6 +54,21 @@ def ask(teacher: Teacher | None, images: Tensor) -> Tensor:
     if teacher is None:
         raise InputError("method.teacher", "the method has no teacher: set method.teacher = Teacher(net) first")
     return teacher(images)
+
+
+class ClassProjector(nn.Sequential):
+    """An MLP of the projector's shape, which makes prototypes of the classes of the classifier's rows (BCL, Zhu et al.
+    2022, arXiv 2207.09052). It belongs to the net; in training its BatchNorm sees the K rows."""
+
+    def __init__(self, net: Net) -> None:
+        """Raises ValueError for a net without a projector."""
+        width, dim = net.classifier.in_features, net.embedding_width
+        hidden = int(net.projector[0].out_features)  # type: ignore[index, arg-type]
+        super().__init__(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight: (K, F). Returns unit vectors (K, D)."""
+        return F.normalize(at_least_float32(super().forward(weight)), dim=1)
 
 
 class MomentumNet(nn.Module):

@@ -6,6 +6,7 @@ parameters of the net, so that the optimizer and DistributedDataParallel see the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -95,6 +96,7 @@ class HybridPsc(Method):
             "logits": logits,
             "loss_classification": classification.detach(),
             "loss_contrast": contrast.detach(),
+            "loss_contrast_chance": torch.full_like(contrast, math.log(len(prototypes) - 1)).detach(),
         }
 
 

@@ -6,10 +6,12 @@ the first views of the batch, rows B..2B-1 the second.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rescom_timm.contrastive.mined import mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
@@ -19,6 +21,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
+from rescom_timm.methods.parts import ClassProjector
 from rescom_timm.models.net import Net
 
 
@@ -52,6 +55,8 @@ class RescomConfig(BaseConfig):
     released: both views against mined queue keys and all other views of the batch, view 1 enters (published code)."""
     contrast_weight: float = 0.5
     """lambda: total loss = Siamese Balanced Softmax + lambda * contrastive loss."""
+    contrast_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: lambda falls to 0 over the epochs, as a cosine learning rate does."""
     temperature: float = 0.2
     """tau."""
     beta: float = 0.99
@@ -62,10 +67,18 @@ class RescomConfig(BaseConfig):
     """Qp, hardest positive keys of each query; null: all (eq. 3)."""
     negatives: int | Literal["auto"] | None = "auto"
     """Qn, hardest negative keys of each query; null: all (eq. 3); auto: see `auto_negatives`."""
+    prototypes: bool = False
+    """A prototype of each class among the keys of every query, never mined, which an MLP makes of the classifier's
+    vectors, as in BCL (Zhu et al. 2022)."""
     siamese: bool = True
-    """Balanced Softmax on both views (eq. 6) or on the first only."""
+    """Balanced Softmax on both views (eq. 6) or on the first only, as always with views.contrast."""
     gather_pairs: bool = False
     """In-batch pairs from all processes instead of the local batch (released mode)."""
+
+    remedy = (
+        "raise method.positives (Qp; null for all), lower method.queue.per_class (Q), change method.contrast_weight "
+        "(lambda) or the second view (views.contrast)"
+    )
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -120,34 +133,52 @@ class ResCom(Method):
     queue: Queue
     counts: Tensor
     weights: Tensor
+    contrast_share: Tensor
     views = 2
     embeds = True
+    contrasts = True
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:
         """counts: (K,) training images of each class. Raises InputError if Q, Qp, Qn and K do not fit."""
         config = config.for_classes(len(counts))
+        projector = ClassProjector(net) if config.prototypes else None
         super().__init__(net, config)
+        self.prototypes: tuple[nn.Linear, ClassProjector] | None = None
+        if projector is not None:
+            net.class_projector = projector
+            self.prototypes = (net.classifier, projector)  # a tuple: they are the net's
         self.queue = config.queue.build(counts, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
         weights = class_weights(counts, config.beta, config.class_weight)
         self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("contrast_share", torch.ones(()), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch: how much of lambda is left."""
+        if self.config.contrast_schedule == "cosine":
+            self.contrast_share.fill_((1 + math.cos(math.pi * epoch / max(epochs, 1))) / 2)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss (scalar), logits (2B, K) and the loss's parts. batch: image (B, 2, 3, H, W), label (B,).
 
-        Keys enter the queue after their step's similarities are taken.
+        With views.contrast the logits are (B, K), of the first views. Keys enter the queue after their step's
+        similarities are taken.
         """
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         labels = y.repeat(self.views)
         chance = self.chance(labels)
         contrast = self.contrast(embeddings, labels)  # first: its peak of memory comes before that of the logits
-        classified = slice(None) if self.config.siamese else slice(len(y))
-        classification = balanced_softmax(logits[classified], labels[classified], self.counts)
+        if self.contrast_views:
+            logits = logits[: len(y)]
+        classified = slice(None if self.config.siamese else len(y))
+        targets = labels[: len(logits)]
+        classification = balanced_softmax(logits[classified], targets[classified], self.counts)
         z1, z2 = embeddings.detach().chunk(2)
-        key = z2 if self.config.mode == "paper" else z1
+        key = z2 if self.config.mode == "paper" or self.contrast_views else z1
         self.queue.enqueue(gather(key), gather(y))
-        loss = classification + self.config.contrast_weight * contrast
+        share = contrast if self.config.contrast_schedule == "constant" else self.contrast_share * contrast
+        loss = classification + self.config.contrast_weight * share
         return {
             "loss": loss,
             "logits": logits,
@@ -162,14 +193,18 @@ class ResCom(Method):
 
     def chance(self, labels: Tensor) -> Tensor:
         """The contrastive loss of embeddings that are all equal. labels: (2B,) of the stacked views."""
-        config = self.config
+        config, own = self.config, 1
         keys = None
         if config.mode == "paper":
-            labels = labels.chunk(2)[0]
+            labels, own = labels.chunk(2)[0], 0
         else:
             keys = gather(labels) if config.gather_pairs else labels
+        if config.prototypes:
+            keys = torch.cat(
+                [labels[:0] if keys is None else keys, torch.arange(len(self.counts), device=labels.device)]
+            )
         assert not isinstance(config.negatives, str)
-        return chance_level(labels, self.queue, config.positives, config.negatives, self.weights, keys)
+        return chance_level(labels, self.queue, config.positives, config.negatives, self.weights, keys, own)
 
     def contrast(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The contrastive loss (eq. 5) of the 2B stacked views. embeddings: (2B, D) unit vectors. labels: (2B,)."""
@@ -181,6 +216,13 @@ class ResCom(Method):
             z, y = embeddings.chunk(2)[0], labels.chunk(2)[0]
         elif config.gather_pairs:
             keys, key_labels, first = gather(z), gather(y), processes()[0] * len(z)
+        if self.prototypes is not None:
+            classifier, projector = self.prototypes
+            centres = projector(classifier.weight).to(z.dtype)
+            if keys is None or key_labels is None:
+                keys, key_labels, first = z[:0], y[:0], len(centres)  # no query is a key
+            keys = torch.cat([keys, centres])
+            key_labels = torch.cat([key_labels, torch.arange(len(centres), device=y.device)])
         return mined_supcon(
             z, y, self.queue, config.positives, negatives, config.temperature, self.weights[y],
             keys=keys, key_labels=key_labels, first=first,

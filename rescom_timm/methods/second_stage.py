@@ -17,7 +17,7 @@ from rescom_timm import losses
 from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig
 from rescom_timm.methods.baselines import Classification, linear, replace_classifier
-from rescom_timm.methods.bounds import NOT_NEGATIVE, POSITIVE, check
+from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check
 from rescom_timm.methods.heads import Rows, adjusted, class_means, softmax_regression, standard
 from rescom_timm.models.net import Net
 
@@ -88,6 +88,24 @@ class LasConfig(BaseConfig):
 
 
 @dataclass(frozen=True)
+class LosConfig(BaseConfig):
+    """Label over-smoothing (LOS, Sun et al. 2025, ICLR): the trained classifier goes on with targets that are almost
+    even, under which the frequencies of the classes no longer count."""
+
+    name: Literal["los"] = "los"
+    views: Literal[1] = 1
+    label_smoothing: float = 0.98
+    """Share of the target spread evenly over all classes."""
+
+    def __post_init__(self) -> None:
+        check(self, label_smoothing=BELOW_ONE)
+
+    @property
+    def long_tailed(self) -> bool:
+        return self.label_smoothing == 0
+
+
+@dataclass(frozen=True)
 class DisAlignConfig(BaseConfig):
     """Distribution alignment (Zhang et al. 2021, arXiv 2103.16370, eqs. 4 to 11)."""
 
@@ -126,7 +144,7 @@ class ProbeConfig(BaseConfig):
         return self.head == "logistic" and self.tau == 0
 
 
-SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | DisAlignConfig | ProbeConfig
+SecondStageConfig = CrtConfig | LwsConfig | TauNormConfig | LasConfig | LosConfig | DisAlignConfig | ProbeConfig
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
@@ -269,6 +287,12 @@ class Las(SecondStage):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Label-aware smoothing."""
         return losses.label_aware_smoothing(logits, labels, self.smoothing)
+
+
+class Los(SecondStage):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(losses.at_least_float32(logits), labels, label_smoothing=smoothing)
 
 
 class DisAlign(SecondStage):

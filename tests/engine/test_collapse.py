@@ -15,6 +15,7 @@ from rescom_timm.contrastive.supcon import chance_level, chance_of_pairs, supcon
 from rescom_timm.engine import collapse
 from rescom_timm.engine.run_folder import lines as lines_of
 from rescom_timm.engine.trainer import train
+from rescom_timm.methods import RescomConfig
 from tests.raises import warns
 
 
@@ -72,7 +73,7 @@ def test_the_warning_comes_after_five_epochs_at_chance(shares, warmup, said_at):
     said = [k for k in range(1, len(log) + 1) if collapse.warning(log[:k], warmup)]
     assert said == said_at
     if said:
-        message = collapse.warning(log[: said[0]], warmup)
+        message = collapse.warning(log[: said[0]], warmup, RescomConfig.remedy)
         assert all(word in message for word in ("method.positives", "per_class", "contrast_weight", "view"))
 
 
