@@ -1,5 +1,6 @@
 """The same batches for any workers and processes, exact resume, samplers, broken images, nothing left behind."""
 
+import dataclasses
 import gc
 import io
 import multiprocessing
@@ -30,7 +31,7 @@ from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
 from rescom_timm.data.samples import LoaderConfig, SpeedConfig
 from rescom_timm.data.sampling import InOrder, Order, class_probabilities
-from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
 from tests.raises import raises
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
@@ -255,6 +256,25 @@ def test_images_already_in_memory_need_no_encoding() -> None:
     split: Any = SimpleNamespace(name="arrays", dataset=dataset, labels=np.arange(6), rows=np.arange(6))
     batch = next(iter(eval_loader(split, ViewsConfig(), 6, speed=HERE)))
     assert all(np.array_equal(batch["image"][:, channel].numpy(), arrays) for channel in range(3))
+
+
+@pytest.mark.parametrize("contrast", ["random_resized_crop(8) | grayscale(0.5)", "crop(8,2) | flip"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_other_views_have_a_policy_of_their_own_and_leave_the_first_as_it_is(
+    split: Any, contrast: str, batched: bool
+) -> None:
+    speed = dataclasses.replace(HERE, batched=batched)
+    plain = next(iter(train_loader(split, VIEWS, 3, 6, speed=speed)))
+    ours = next(iter(train_loader(split, dataclasses.replace(VIEWS, contrast=contrast), 3, 6, speed=speed)))
+    assert ours["image"].shape == (6, 3, 3, 8, 8) and torch.equal(ours["row"], plain["row"])
+    assert torch.equal(ours["image"][:, 0], plain["image"][:, 0])
+    policy = parse(contrast)
+    for (position, seed), image in zip(Order(split.labels, "uniform"), ours["image"], strict=False):
+        source = Image.open(io.BytesIO(split.dataset[position]["image"]["bytes"]))
+        seed_all(seed ^ 1)
+        assert torch.equal(image[1], policy(source)) and torch.equal(image[2], policy(source))
+    alone = next(iter(train_loader(split, dataclasses.replace(VIEWS, contrast=contrast), 1, 6, speed=speed)))
+    assert torch.equal(alone["image"], plain["image"][:, :1])
 
 
 def test_impossible_requests_are_refused(split: Any) -> None:

@@ -111,7 +111,7 @@ def test_mistakes_are_named(line: str, naming: list[str]) -> None:
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "none"])
 def test_named_policies_give_eight_bit_views_decided_by_the_seed(name: str) -> None:
     policy = parse(name)
-    side = {"cifar": 32, "digits": 8}.get(name, 224)
+    side = {"cifar": 32, "simclr32": 32, "digits": 8}.get(name, 224)
     image = noise(8, 8) if name == "digits" else noise(40, 32) if name == "cifar" else noise(300, 260)
     before = np.array(image)
     seeded(3)

@@ -1,5 +1,7 @@
 """Losses on the logits against loops over one image and one class at a time."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,12 @@ from rescom_timm.methods import (
     LadeConfig,
     LdamConfig,
     LogitAdjustmentConfig,
+    LosConfig,
+    create_method,
 )
 from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.methods import reference
-from tests.methods.stub import COUNTS, batch, make, train
+from tests.methods.stub import COUNTS, batch, make, make_net, train
 from tests.raises import raises
 
 
@@ -230,3 +234,47 @@ def test_training_lowers_the_loss():
         method = make(config)
         losses = [train(method, steps=1)["loss"].item() for _ in range(20)]  # always the same batch
         assert losses[-1] < 0.8 * losses[0], config
+
+
+def test_the_vs_loss_and_its_second_phase():
+    """Against loops: s_k / D_k + tau log pi_k, then weights pi_k^-nu over s + tau' log pi, divided by their sum."""
+    data = batch(views=1)
+    labels = data["label"].tolist()
+    method = make(LogitAdjustmentConfig(gamma=0.3, tau=1.2, reweight_from=0.8, nu=0.5, tau_late=0.7))
+    total, largest = float(COUNTS.sum()), float(COUNTS.max())
+    for epoch in (0, 7, 8, 9):
+        method.set_epoch(epoch, 10)
+        terms, shares = [], []
+        for row, y in zip(logits_of(method, data), labels, strict=True):
+            late = epoch >= 8
+            moved = [
+                (s if late else s / (largest / n) ** 0.3) + (0.7 if late else 1.2) * math.log(n / total)
+                for s, n in zip(row, COUNTS.tolist(), strict=True)
+            ]
+            shares.append((COUNTS[y].item() / total) ** -0.5 if late else 1.0)
+            terms.append(-shares[-1] * torch.log(reference.softmax(moved)[y]))
+        check(method, sum(terms) / sum(shares), data)
+
+
+def test_without_gamma_and_a_second_phase_it_is_logit_adjustment_bit_for_bit():
+    data = batch(views=1)
+    plain, late = make(LogitAdjustmentConfig()), make(LogitAdjustmentConfig(reweight_from=0.5))
+    for method in (plain, late):
+        method.set_epoch(0, 10)
+    logits = plain.net(data["image"][:, 0]).logits
+    expected = F.cross_entropy(logits + losses.log_prior(COUNTS), data["label"])
+    assert torch.equal(plain(data)["loss"], expected) and torch.equal(late(data)["loss"], expected)
+    with raises("recipe.conflict", "post_hoc"):
+        LogitAdjustmentConfig(form="post_hoc", gamma=0.1)
+
+
+def test_label_over_smoothing_trains_the_classifier_it_starts_from():
+    net = make_net()
+    before = net.classifier.weight.detach().clone()
+    method = create_method(net, COUNTS, LosConfig(label_smoothing=0.9))
+    assert torch.equal(method.net.classifier.weight, before)
+    assert [n for n, p in method.net.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    data = batch(views=1)
+    log_p = logits_of(method, data).log_softmax(dim=1)
+    terms = [-(0.1 * row[y] + 0.9 * row.mean()) for row, y in zip(log_p, data["label"].tolist(), strict=True)]
+    check(method, sum(terms) / len(terms), data)

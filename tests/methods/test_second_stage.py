@@ -181,6 +181,7 @@ def test_cross_entropy_is_the_loss_of_crt():
         "lws",
         "tau_norm",
         "las",
+        "los",
         "disalign",
         "probe",
     }

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from rescom_timm.methods import DroLtConfig, MocoConfig, PacoConfig
+from rescom_timm.methods import DroLtConfig, MocoConfig, PacoConfig, ProcoConfig
 from tests.engine.child import together
 from tests.methods.stub import batch, make
 
@@ -15,6 +15,7 @@ def remembered(rank):
         (PacoConfig(queue_size=32), ["queue.keys", "queue.labels"], 16),
         (PacoConfig(queue_size=32, momentum=None), ["queue.keys", "queue.labels"], 16),
         (DroLtConfig(), ["centroids", "known"], None),
+        (ProcoConfig(), ["means", "numbers", "seed"], None),
     ):
         method = make(config)
         method(batch(views=method.views, seed=rank))
