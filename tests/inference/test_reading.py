@@ -22,7 +22,6 @@ from rescom_timm.data.doctor import examine, findings
 from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.sources import load
 from rescom_timm.engine.evaluate import evaluate_run
-from rescom_timm.hub import card
 from rescom_timm.inference.demo import PRIORS, TrainingImages, answers
 from rescom_timm.inference.export import export, export_run
 from rescom_timm.inference.predict import embed
@@ -30,6 +29,7 @@ from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.inference.program import about
 from rescom_timm.io import sha256
 from rescom_timm.models.net import ProjectorConfig, create_model
+from rescom_timm.text.pages import render
 from tests.data.test_decoding import png, saved, turned
 from tests.raises import raises
 
@@ -213,13 +213,13 @@ def test_the_doctor_names_the_white_level_of_16_bit_images_that_hold_fewer(tmp_p
 
 @pytest.mark.parametrize("exif", [True, False])
 def test_a_card_says_what_other_readers_see_otherwise(exif):
-    facts = card.Facts("me/model", {}, {}, {"reading": {"exif": exif, "white_level": 4095 if exif else None}}, {})
-    text = card._pixels(facts)
+    reading = ReadConfig(exif, 4095 if exif else None)
+    text = render("card.md", section="pixels", reading=reading)
     assert ("PIL.ImageOps.exif_transpose(image)" in text) == exif and (
         "as it is stored, as in training" in text
     ) != exif
     assert ("0..4095" in text) == exif and ("0..65535" in text) != exif
-    old = card._pixels(card.Facts("me/model", {}, {}, {}, {}))
+    old = render("card.md", section="pixels", reading=ReadConfig())
     assert "as it is stored" in old and "0..65535" in old
 
 
