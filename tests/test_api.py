@@ -23,6 +23,7 @@ from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import in_memory
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.prepare import settled
 from tests.raises import raises
 
@@ -165,7 +166,7 @@ def test_a_net_that_plain_timm_cannot_hold_is_read_otherwise(run, tmp_path):
     (tmp_path / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text())
     with raises("run.export", tmp_path):
         Run(tmp_path).model()
-    with raises("checkpoint.missing", tmp_path):
+    with pytest.raises(CheckpointError):
         Run(tmp_path, pictures()).evaluate()
 
 
