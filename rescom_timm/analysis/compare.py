@@ -232,7 +232,7 @@ def draw(compared: Compared) -> Figure:
     """The difference of every system to the first with its interval, one panel a figure."""
     first, *others = compared.names
     names = list(compared.found.differences[0])
-    rules = style.group_rules(compared.limits)
+    rules = style.group_labels(compared.limits)
     figure = style.new_figure(1.6 + 2.2 * len(names), 1.5 + 0.35 * len(others))
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     places = np.arange(len(others))
