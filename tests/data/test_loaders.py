@@ -122,7 +122,7 @@ def test_an_epoch_is_the_same_however_many_items_are_made_at_a_time(
 ) -> None:
     order = Order(np.arange(40) % 3, "class_balanced", seed=2)
     bits = [sampling._random_bits(40, 2, 0, stream) for stream in (0, 1)]
-    monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+    monkeypatch.setattr(sampling, "CHUNK", at_once)
     items = list(order)
     assert [position for position, _ in items] == order.positions().tolist()
     assert [seed for _, seed in items] == [int(bit) >> 1 for bit in bits[1]]
