@@ -69,8 +69,10 @@ _TYPES = {
 
 
 def meant(name: str, value: object = None) -> str:
-    """What to write instead of a key or an option of another library; "" where it is none that is known. value: as
-    it was given, if it was."""
+    """What to write instead of a key or an option of another library; "" where it is none that is known.
+
+    value: as it was given, if it was.
+    """
     word = synonyms.plain(name)
     if word in synonyms.ELSEWHERE:
         return synonyms.ELSEWHERE[word]
@@ -95,8 +97,10 @@ def suggestion(key: str, value: object = None) -> str:
 
 
 def explain(error: pydantic.ValidationError, source: str) -> RecipeError:
-    """pydantic's errors as one: a line a key; where a key may be of several types, what each of them must be. The code
-    is that of the first line: a coded error that a section raised keeps its own."""
+    """One RecipeError for pydantic's errors: a line a key; for a key of several types, what each of them must be.
+
+    Its code is that of the first line; a coded error raised by a section keeps its code.
+    """
     lines: dict[str, str] = {}
     codes = []
     for problem in error.errors():

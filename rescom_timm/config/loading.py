@@ -55,7 +55,9 @@ def presets() -> dict[str, Path]:
 
 def find(name: str | Path) -> Path:
     """The file of that path, or the shipped recipe of that name (digits_lt, digits_lt.yaml or recipes/digits_lt.yaml).
-    Raises RecipeError, naming the nearest, where there is neither."""
+
+    Raises RecipeError, naming the nearest, where there is neither.
+    """
     path = Path(name).expanduser()
     if path.is_file():
         return path
@@ -80,7 +82,7 @@ def current_name(name: str | Path) -> tuple[str, str] | None:
     """Recipe and preset of a name that 0.2.0 had for both, such as digits_lt_ldam; None for any other name."""
     path = Path(name)
     stem = path.name.removesuffix(".yaml")
-    if path.is_file() or path.parent not in (Path(), Path("recipes")) and path.parent.resolve() != SHIPPED.resolve():
+    if path.is_file() or (path.parent not in (Path(), Path("recipes")) and path.parent.resolve() != SHIPPED.resolve()):
         return None
     for recipe in sorted((found.stem for found in shipped()), key=len, reverse=True):
         if stem.startswith(f"{recipe}_") and stem.removeprefix(f"{recipe}_") in presets():
@@ -89,8 +91,9 @@ def current_name(name: str | Path) -> tuple[str, str] | None:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file, or of a shipped recipe's name, with its `base` recipes, changed by presets (`+ldam`)
-    and `key=value`. The run is named after file and presets, such as digits_lt_ldam.
+    """The recipe of a YAML file or of a shipped recipe's name, with its `base` recipes.
+
+    overrides: presets (`+ldam`) and `key=value`. The run is named after file and presets, such as digits_lt_ldam.
 
     Raises RecipeError for a file that is no recipe, an unknown key or preset (naming the nearest), a wrong type or an
     impossible combination.
@@ -116,7 +119,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _preset_name(word: str) -> str:
-    """ldam of +ldam. Raises RecipeError, naming the nearest, where there is no such preset."""
+    """The name of a preset, ldam of +ldam. Raises RecipeError, naming the nearest, if there is no such preset."""
     name = word.removeprefix("+")
     if "=" in name:
         raise RecipeError("recipe.override", f"{word}: set a key without the plus sign: {name}")
@@ -137,9 +140,11 @@ def _preset(name: str, files: Sequence[str]) -> dict[str, Any]:
 
 
 def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run on the Hub, which somebody else may have written: what it says of output, track and hub is
-    left out with a warning; its name is a plain folder's. Raises RecipeError as load does, for one with a base, and
-    where it names files of a machine that `overrides` do not name."""
+    """The recipe of a run on the Hub, which somebody else may have written.
+
+    Its output, track and hub are ignored with a warning. Raises RecipeError as load does, for a recipe with a base, and
+    if it names local files that `overrides` do not set.
+    """
     tree = _yaml(Path(path))
     if "base" in tree:
         raise RecipeError("recipe.base", f"{path}: base: {tree['base']!r} of a recipe from the Hub is not followed")
@@ -269,8 +274,11 @@ def _absurd(number: float) -> str:
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
-    """The tree, of which the command line says train.epochs and not the schedule. Where so few epochs never reach what
-    the schedule of the tree before has, the first thing that people try, the schedule is shortened as much."""
+    """The tree, of which the command line says train.epochs and not the schedule.
+
+    Where so few epochs never reach what the schedule of the tree before has, the first thing that people try, the
+    schedule is shortened as much.
+    """
     try:
         whole, epochs = load_dict(before, source), tree["train"]["epochs"]
     except (RecipeError, KeyError, TypeError):
@@ -371,8 +379,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], but: Sequence[str] = FREE_KEYS) -> list[str]:
-    """The keys by which two recipes (of Recipe.to_dict) train something else: all that differ but for FREE_KEYS, and
-    for method.negatives where the new one leaves it to K and Q, a number in the recipe of a run."""
+    """The keys by which two recipes (of Recipe.to_dict) train something else.
+
+    All that differ but for FREE_KEYS, and for method.negatives where the new one leaves it to K and Q, a number in the
+    recipe of a run.
+    """
     one, other = flat(old), flat(new)
     if other.get("method.negatives") == "auto" and "method.negatives" in one:
         other["method.negatives"] = one["method.negatives"]

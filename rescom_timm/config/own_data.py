@@ -1,4 +1,4 @@
-"""A recipe for data that no paper trains on."""
+"""A recipe for your own data, with settings derived from its class counts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from rescom_timm.data.sizes import sample, sizes
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.errors import InputError
 from rescom_timm.methods.rescom import auto_negatives
 from rescom_timm.metrics import groups
 
@@ -33,8 +34,10 @@ def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
 
 
 def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = None) -> str:
-    """The text of a recipe for this data, with the reasons of its settings. tune: lora, adaptformer or prompt, over a
-    frozen ViT of ImageNet-21k."""
+    """The text of a recipe for this data, with the reasons of its settings.
+
+    tune: lora, adaptformer or prompt, over a frozen ViT of ImageNet-21k.
+    """
     section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
     chosen = settings(data.counts)
     least, side, most = _sides(data.train)
@@ -90,12 +93,14 @@ train: {{epochs: {epochs}, batch_size: {batch}}}
 
 
 def _sides(train: Split) -> tuple[int, int, int]:
-    """Least, usual and largest shorter side in pixels, of a sample over all classes. Usual is the median over images or
-    that over classes, the larger one: enlarging some images costs time, shrinking the others loses what is in them.
-    Raises ValueError where none of the images can be read."""
+    """Least, usual and largest shorter side in pixels, of a sample over all classes.
+
+    Usual is the median over images or that over classes, the larger one: enlarging some images costs time, shrinking
+    the others loses what is in them. Raises InputError where none of the images can be read.
+    """
     found = sizes(train, sample(train.labels))
     if not found:
-        raise ValueError(f"no image of {train.name} that was looked at can be read: rescom-timm doctor says why")
+        raise InputError("image.unreadable", f"no sampled image of {train.name} can be read: run rescom-timm doctor")
     sides, labels = np.array([min(size) for size, _ in found]), train.labels[[position for _, position in found]]
     by_class = [np.median(sides[labels == label]) for label in np.unique(labels)]
     return int(sides.min()), int(max(np.median(sides), np.median(by_class))), int(sides.max())

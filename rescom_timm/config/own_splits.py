@@ -1,4 +1,4 @@
-"""The splits of one's own images: what is trained, validated and tested on where nobody has said so."""
+"""Default training, validation and test splits of your own images."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from rescom_timm.data.index_files import NoSplit
 from rescom_timm.data.named_columns import split_rows
 from rescom_timm.data.sources import training_index
 from rescom_timm.data.splits import DataConfig
+from rescom_timm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class OwnImages:
     group_column: str | None = None
 
     def config(self, split: str, index: str = "all") -> DataConfig:
+        """The data section of one split."""
         return DataConfig(
             self.source, subset=self.subset, train=split, index=index, image_column=self.image_column,
             label_column=self.label_column, split_column=self.split_column, group_column=self.group_column,
@@ -61,6 +63,7 @@ def place(path: str | Path) -> str:
 
 
 def with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
+    """The data section with the files of written lists: train, validation, test."""
     if "validation" in lists:
         config = replace(config, validation=f"index({lists['validation']})")
     return replace(config, index=lists.get("train", config.index), test_index=lists.get("test", config.test_index))
@@ -80,7 +83,9 @@ def parts(own: OwnImages) -> tuple[dict[str, Index], DataConfig]:
             _say_unlisted(root, parts)
     else:
         if own.list:
-            raise ValueError("--list names images of a folder, and SOURCE is a data set that has its own labels")
+            raise InputError(
+                "usage.arguments", "--list names images of a folder, but SOURCE is a data set with labels of its own"
+            )
         config = replace(own.config(own.split), test=own.test_split)
         whole = training_index(config)
         if own.test_split != own.split:
@@ -118,8 +123,10 @@ def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:
 
 
 def _folders(own: OwnImages, root: Path, listed: bool) -> dict[str, Index]:
-    """The parts that a folder has as subfolders, each of class folders or, if listed, with its metadata; else a fifth
-    of each class for testing."""
+    """The parts that a folder has as subfolders, each of class folders or, if listed, with its metadata.
+
+    Else a fifth of each class for testing.
+    """
 
     def there(split: str) -> bool:
         return metadata_in(root / split) is not None if listed else (root / split).is_dir()
@@ -174,12 +181,15 @@ def _like(train: Index, part: Index) -> Index:
 
 
 def _part(whole: Index, validation: str | None) -> dict[str, Index]:
-    """A fifth of each class for testing; where rows stay together by group, a tenth of the rest for validation too,
-    which the recipe could not hold out without knowing the groups."""
+    """A fifth of each class for testing.
+
+    Where rows stay together by group, a tenth of the rest for validation too, which the recipe could not hold out
+    without knowing the groups.
+    """
     if whole.groups is None and whole.counts.max() < 3:
-        raise ValueError(
-            "no class has three images or more, so that none can be kept for testing: give test images of their own, "
-            "in a folder or a split test"
+        raise InputError(
+            "data.split",
+            "no class has three or more images, so none can be held out for testing: add a folder or a split `test`",
         )
     parts = dict(zip(("train", "test"), _part_test(whole), strict=True))
     if whole.groups is not None and validation is None:

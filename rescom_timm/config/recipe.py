@@ -67,6 +67,8 @@ class SamConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """Optimizer, learning rates, weight decay and clipping."""
+
     name: str = "sgd"
     """sgd (without Nesterov unless asked for), or any optimizer of timm: adamw, lamb, ..."""
     lr: float = 0.1
@@ -139,8 +141,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """A moving average of the weights and of BatchNorm's statistics (timm's ModelEmaV3), evaluated and saved beside
-    them."""
+    """A moving average of weights and BatchNorm statistics (timm's ModelEmaV3), evaluated and saved beside them."""
 
     decay: float = 0.9999
     """Of the average, once an optimizer step."""
@@ -156,6 +157,8 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Epochs, batches, precision and averaging of a training."""
+
     epochs: int = 400
     """0 evaluates and saves the net as it is, for stages that train nothing (tau_norm)."""
     batch_size: int = 128
@@ -187,6 +190,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """When and how a run is evaluated, and early stopping."""
+
     every: int = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: int = 256
@@ -201,7 +206,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.group_limits[0] <= self.group_limits[1]:
-            raise ValueError(f"group_limits must be two rising numbers from 1 on, not {list(self.group_limits)}")
+            raise InputError(
+                "recipe.value", f"group_limits must be two rising numbers from 1 on, not {list(self.group_limits)}"
+            )
         if self.every < 1 or self.batch_size < 1:
             raise InputError("recipe.value", "every and batch_size must be at least 1")
         if self.patience is not None and self.patience < 1:
@@ -210,6 +217,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
     every: int = 1
     """Epochs between checkpoints."""
     keep: int = 2
@@ -274,9 +283,11 @@ class HubConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Trackers that are told of a run beside metrics.jsonl. One that is not installed, has no network or fails is one
-    line, and never stops a training. Accounts and servers are set as each tracker documents (wandb login,
-    MLFLOW_TRACKING_URI ...), never in a recipe."""
+    """Trackers that are told of a run beside metrics.jsonl.
+
+    One that is not installed, has no network or fails is one line, and never stops a training. Accounts and servers are
+    set as each tracker documents (wandb login, MLFLOW_TRACKING_URI ...), never in a recipe.
+    """
 
     log_with: tuple[
         Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"], ...
@@ -299,6 +310,8 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class Recipe:
+    """All settings of a run, one section for each part."""
+
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # of every section too
 
     data: DataConfig
@@ -406,4 +419,5 @@ class Recipe:
         return json.loads(without_home(json.dumps(dataclasses.asdict(self))))
 
     def to_yaml(self) -> str:
+        """The recipe as YAML text, which load reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)

@@ -90,11 +90,13 @@ First: TypeAlias = tuple[Path, Sequence[str] | None]
 def build_method(
     recipe: Recipe, data: Data, start: bool = False, teacher: Teacher | None = None, first: First | None = None
 ) -> Method:
-    """The method of a recipe, untrained, or with start=True with the weights of the run that it starts from and the
-    teacher that it learns from. first: those weights, where the recipe names a run on the Hub.
+    """The method of a recipe, untrained or started.
 
-    Raises RecipeError where the method's settings do not fit the data's classes, that run's weights the net, or the
-    teacher the data.
+    start: load the weights that the run starts from (`from`) and attach the teacher that it learns from. first: those
+    weights, if the recipe names a run on the Hub.
+
+    Raises RecipeError where the method's settings do not fit the data's classes, the weights do not fit the net, or the
+    teacher does not fit the data.
     """
     classes = len(data.counts)
     if classes < 2:
@@ -260,14 +262,18 @@ LINEAR_OR_COSINE = (frozenset({f"{HEAD}weight", f"{HEAD}bias"}), frozenset({f"{H
 
 
 def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:
-    """How to make the net that a checkpoint's weights go into: with pretrained weights where the checkpoint holds only
-    those that were trained over them."""
+    """How to make the net that a checkpoint's weights go into.
+
+    With pretrained weights where the checkpoint holds only those that were trained over them.
+    """
     return recipe.net if state.get("frozen") else recipe.net.untrained()
 
 
 def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """A checkpoint's weights completed by the net's frozen ones. Raises CheckpointError where those are not
-    what it was trained over."""
+    """A checkpoint's weights completed by the net's frozen ones.
+
+    Raises CheckpointError where those are not what it was trained over.
+    """
     if not state.get("frozen"):
         return dict(weights)
     frozen = {name: value for name, value in net.named_parameters() if name not in weights}
@@ -317,9 +323,9 @@ def speed_up(net: Net, config: SpeedConfig) -> None:
 
 
 def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
-    """timm's optimizers; SGD is without Nesterov unless asked for (timm's own `sgd` is with it).
+    """An optimizer of timm; SGD is without Nesterov unless asked for (timm's own `sgd` is with it).
 
-    One group of all trained weights, unless the recipe spares norms and biases from decay or scales the learning rate
+    All trained weights form one group, unless the recipe spares norms and biases from decay or scales the learning rate
     of the encoder or of its layers. Raises RecipeError for a name that timm does not know.
     """
     if config.name not in timm.optim.list_optimizers():
@@ -354,11 +360,12 @@ def build_optimizer(config: OptimizerConfig, net: Net) -> torch.optim.Optimizer:
 def build_schedule(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, lr: float, epochs: int, updates: int = 1
 ) -> Scheduler:
-    """timm's schedule, a pure function of the epoch, `schedule.step(epoch)` at the start of each, or of the optimizer
-    steps done, `schedule.step_update(steps)` before each; of the two, the one that config.by is not does nothing.
+    """The learning rate schedule, of timm: a pure function of the epoch or of the optimizer steps.
 
-    updates: optimizer steps of an epoch. Warm-up gives lr * (t + 1) / W in epoch (or step) t < W; the cosine starts
-    from its end, as in the authors' training.
+    With config.by `epoch`, call `schedule.step(epoch)` at the start of each epoch; with `update`, call
+    `schedule.step_update(steps)` before each step. The other call does nothing. updates: optimizer steps of an epoch.
+    Warm-up gives lr * (t + 1) / W in epoch (or step) t < W; the cosine starts from its end, as in the authors'
+    training.
     """
     by_epoch = config.by == "epoch"
     each = 1 if by_epoch else updates

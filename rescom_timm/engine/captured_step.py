@@ -16,12 +16,18 @@ WARM_UP = 3
 
 
 class CapturedStep:
-    """`step(batch)`: forward, loss, queue, backward and optimizer, over batches of one shape. On a GPU it is captured
-    once and replayed for each batch; elsewhere it runs each time, over the same tensors and with the same optimizer."""
+    """`step(batch)`: forward, loss, queue, backward and optimizer, over batches of one shape.
+
+    On a GPU it is captured once and replayed for each batch; elsewhere it runs each time, over the same tensors and
+    with the same optimizer.
+    """
 
     def __init__(self, step: Callable[[Batch], Batch], optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        """step: gives scalars, and waits for nothing. optimizer: as accelerate prepared it; its learning rates, floats
-        that a schedule sets, are passed on as tensors. Raises RecipeError for an optimizer that cannot be captured."""
+        """step: gives scalars, and waits for nothing.
+
+        optimizer: as accelerate prepared it; its learning rates, floats that a schedule sets, are passed on as tensors.
+        Raises RecipeError for an optimizer that cannot be captured.
+        """
         if not all("fused" in group for group in optimizer.param_groups):
             raise RecipeError(
                 "recipe.conflict",

@@ -156,8 +156,11 @@ def _check(state: dict[str, Any]) -> None:
 
 
 def class_names(path: Path, state: Mapping[str, Any]) -> list[str] | None:
-    """Of the classes that a checkpoint's net was trained on, (K,): as its state has them or, of an older one, its run's
-    classes.json; None where they are not known. Raises CheckpointError where that file is damaged."""
+    """Names (K,) of the classes of a checkpoint's net; None if they are unknown.
+
+    They come from its state or, for an older checkpoint, from its run's classes.json. Raises CheckpointError if that
+    file is damaged.
+    """
     if state.get("class_names"):
         return list(state["class_names"])
     beside = path.resolve().parent.parent / "classes.json"
@@ -258,8 +261,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | Non
 
 
 def prune(written: Path, keep: int, spare: str | None = None) -> None:
-    """After writing a checkpoint: keep the last `keep` and the one named `spare`; remove the others, those of later
-    steps (the run resumed from before them: they are damaged) and temporary folders."""
+    """After writing a checkpoint: keep the last `keep` and the one named `spare`.
+
+    Remove the others, those of later steps (the run resumed from before them: they are damaged) and temporary folders.
+    """
     folder = written.parent
     later = [path for path in listed(folder) if path.name > written.name]
     older = [path for path in listed(folder) if path.name <= written.name]

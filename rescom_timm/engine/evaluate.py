@@ -78,10 +78,11 @@ def evaluate_views(
 
 
 def five_crops(policy: str) -> list[str]:
-    """Test-time ensembling as LIFT has it (Shi et al. 2024): the shorter side resized to 248/224 of R for crops of R
-    (R + 24 at LIFT's 224), four in the corners and one in the middle. policy: the evaluation's, views.eval; the five in
-    its place come back.
-    Raises ValueError for one that does not end in center_crop(R)."""
+    """The five views policies of LIFT's test-time ensembling (Shi et al. 2024, arXiv 2309.10019).
+
+    The shorter side is resized to 248/224 of R for crops of R, four in the corners and one in the middle. policy:
+    views.eval. Raises InputError if it does not end in center_crop(R).
+    """
     text = parse(policy).text
     end = re.search(r"(?:^|\| )center_crop\((\d+)\)$", text)
     if end is None:
@@ -125,9 +126,11 @@ def write(folder: Path, name: str, meter: Meter, about: dict[str, Any], keeper: 
 
 
 def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[str, Mapping[str, str]]] = {}) -> str:
-    """Figures in percent, one line an evaluation, ready to print; where the evaluations have long names, each on a line
-    of its own above its figures, so that all fits a terminal. beside: further lines below an evaluation's, label ->
-    {figure: text}."""
+    """Figures in percent, one line an evaluation, ready to print.
+
+    Where the evaluations have long names, each on a line of its own above its figures, so that all fits a terminal.
+    beside: further lines below an evaluation's, label -> {figure: text}.
+    """
     if not rows:
         return "nothing is evaluated"
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
@@ -175,12 +178,16 @@ def about(split: Split, which: str, chosen: str, class_names: list[str], weights
 
 
 def title(about: dict[str, Any]) -> str:
+    """The line above the table of an evaluation, from its record."""
     return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
 
 
 def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
-    """(path, net, state, how it was chosen) of a run's checkpoint: "last", "best" (by `select` on validation), its name
-    or its folder. Raises CheckpointError where it is damaged or not there, ValueError where none is the best."""
+    """(path, net, state, how it was chosen) of a run's checkpoint.
+
+    which: "last", "best" (by `select` on validation), its name or its folder. Raises CheckpointError if it is missing
+    or damaged, InputError if the run has no best one.
+    """
     return checkpoint.whole_read(run / "checkpoints", lambda: _open_checkpoint(run, which, select))
 
 
@@ -189,10 +196,10 @@ def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str
     named = folder / which if (folder / which).is_dir() else Path(which)
     if which not in ("last", "best") and not named.is_dir():
         there = ", ".join(["last", "best", *(one.name for one in checkpoint.listed(folder))])
-        raise checkpoint.CheckpointError(f"no checkpoint {which}; there are: {there}")
+        raise checkpoint.CheckpointError("checkpoint.missing", f"no checkpoint {which}; there are: {there}")
     found = checkpoint.newest(folder) if which in ("last", "best") else (named, *checkpoint.load(named))
     if found is None:
-        raise checkpoint.CheckpointError(f"no checkpoint in {folder}: the run was never saved")
+        raise checkpoint.CheckpointError("checkpoint.missing", f"no checkpoint in {folder}: the run was never saved")
     with checkpoint.consistent(found[0]):
         progress = found[2]["progress"]
         epoch, best_epoch, best_name = (progress[key] for key in ("epoch", "best_epoch", "best_checkpoint"))
@@ -210,10 +217,10 @@ def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str
 def evaluated_otherwise(
     own: Recipe, recipe: Recipe, read: str, run: str | None = None
 ) -> tuple[dict[str, Any], str, str]:
-    """What is evaluated otherwise than in a run's own recipe: (keys and values, the same in words, what to add to a
-    file's name so that no other evaluation is replaced); empty where nothing is.
+    """How an evaluation differs from the run's own: (keys and values, the same as text, suffix of the file's name).
 
-    read: digest of what is evaluated on (`digest_of`). run: that of the run's own evaluation, where it is known.
+    All three are empty if nothing differs; the suffix keeps other evaluations from being replaced. read: digest of what
+    is evaluated on (`digest_of`). run: that of the run's own evaluation, if it is known.
     """
     now = flat(recipe.to_dict())
     changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict(), UNREAD_KEYS)}
@@ -246,8 +253,10 @@ def _stored(image: Any) -> bytes:
 
 
 def _digest_then(run: Path, name: str, split: Split) -> str | None:
-    """`digest_of` what an evaluation of a run describes; of an older one, which has none, that of `split` where the
-    labels are the same. None where there is none."""
+    """`digest_of` what an evaluation of a run describes.
+
+    Of an older one, which has none, that of `split` where the labels are the same. None where there is none.
+    """
     path = run / "evaluation" / f"{name}.json"
     if not path.is_file():
         return None
@@ -261,9 +270,11 @@ def _digest_then(run: Path, name: str, split: Split) -> str | None:
 
 
 def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] | None) -> Data:
-    """The data of a recipe, with classes numbered as in a run, which has `class_names`, and with the counts that the
-    run was trained on: whatever it is evaluated on, they decide which classes are many, medium and few. Where the
-    recipe names other data than the run's own, with one split to train and to test on, there is no training split."""
+    """The data of a recipe, with classes numbered as in a run and the counts that the run was trained on.
+
+    Those counts decide which classes are many, medium and few, whatever the run is evaluated on. Where the recipe names
+    other data than the run's own, with one split to train and to test on, there is no training split.
+    """
     if recipe.data == own.data or recipe.data.train != recipe.data.test:
         data = numbered_as(load_data(recipe.data), class_names, str(run))
         counts = _trained_counts(run, data.class_names)
@@ -278,8 +289,10 @@ def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] |
 
 
 def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray | None:
-    """Training images (K,) of the classes of a run by its classes.json; None where that is not there, damaged or of
-    other classes."""
+    """Training images (K,) of the classes of a run by its classes.json.
+
+    None where that is not there, damaged or of other classes.
+    """
     try:
         record = read_json(run / "classes.json")
         counts = np.asarray(record["counts"], dtype=np.int64)
@@ -341,10 +354,13 @@ def evaluate_run(
 
 
 def load_net(net: Net, weights: Mapping[str, Tensor], path: Path) -> None:
-    """The weights of a checkpoint into a net. Raises CheckpointError, naming them, where they are another net's or not
-    numbers."""
+    """The weights of a checkpoint into a net.
+
+    Raises CheckpointError, naming them, where they are another net's or not numbers.
+    """
     try:
         check_weights(weights, net.state_dict(), str(path))
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{error}; is it the net that the recipe says?") from None
+        message = f"{error}; is it the net that the recipe says?"
+        raise checkpoint.CheckpointError("checkpoint.differs", message) from None
     net.load_state_dict(dict(weights))

@@ -23,8 +23,9 @@ from rescom_timm.engine.run_folder import Resume, RunElsewhere, resumed
 
 
 def fitted(recipe: Recipe, accelerator: Accelerator, data: Data, resume: Resume) -> Recipe:
-    """The recipe with the train.accumulate that train.fit_batch asks for, the same in all processes; a run that goes on
-    keeps what it has. Leaves the random generators as they were.
+    """The recipe with the train.accumulate that train.fit_batch asks for, the same in all processes.
+
+    A run that goes on keeps what it has. Leaves the random generators as they were.
 
     Raises RecipeError where no pass fits, where FSDP shards the net, or where the run to go on with is elsewhere.
     """
@@ -85,8 +86,10 @@ def _tried(recipe: Recipe, accelerator: Accelerator, data: Data) -> int:
 
 
 def _passes(recipe: Recipe, accelerator: Accelerator, data: Data) -> tuple[Callable[[int], None], int, bool]:
-    """(what does the passes around an optimizer step over so many views, views of an image, whether the net has
-    BatchNorm). Processes never wait for each other in it, for one may leave it by an error."""
+    """(a function that does the passes around an optimizer step, views of an image, whether the net has BatchNorm).
+
+    The function takes the number of views of a pass. Processes do not wait for each other in it: one may fail alone.
+    """
     method = build_method(replace(recipe, net=recipe.net.untrained()), data)
     to_device(accelerator, replace(recipe, speed=replace(recipe.speed, compile=False)), method)
     net, optimizer = method.net, build_optimizer(recipe.optimizer, method.net)

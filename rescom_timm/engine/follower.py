@@ -11,8 +11,10 @@ from rescom_timm.data.sources import Data
 
 
 class Follower:
-    """What hears of a run as it goes, in its main process. This one does nothing; hub/publish.py has the one that
-    exports and pushes."""
+    """What hears of a run as it goes, in its main process.
+
+    This one does nothing; hub/publish.py has the one that exports and pushes.
+    """
 
     def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
         """The run has its folder."""

@@ -22,8 +22,10 @@ STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TAS
 
 
 def new_accelerator(precision: str, **options: Any) -> Accelerator:
-    """An Accelerator, whatever the one before it in this process was for; by itself accelerate keeps the precision of
-    the first."""
+    """An Accelerator, whatever the one before it in this process was for.
+
+    By itself accelerate keeps the precision of the first.
+    """
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, **options)
 
@@ -100,8 +102,10 @@ def refuse_what_cannot_be_sharded(accelerator: Accelerator, recipe: Recipe, meth
 
 
 def prepare_to_shard(accelerator: Accelerator, net: nn.Module) -> None:
-    """FSDP2 as without FSDP: autocast over weights in float32 (accelerate's policy would round the embeddings), and
-    every process starts from its own copy of the net (accelerate would send the buffers as shards, which they are not).
+    """FSDP2 as without FSDP.
+
+    Autocast over weights in float32 (accelerate's policy would round the embeddings), and every process starts from its
+    own copy of the net (accelerate would send the buffers as shards, which they are not).
     """
     plugin: Any = accelerator.state.fsdp_plugin
     plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = None, False

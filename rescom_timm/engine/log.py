@@ -1,5 +1,7 @@
 """What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl, TensorBoard's files.
-The trackers of `track.log_with` are told the same."""
+
+The trackers of `track.log_with` are told the same.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,11 @@ class Log:
     def __init__(
         self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0, evaluated: bool = True
     ) -> None:
-        """Opens the log of a run that has done `step` steps; lines of later steps (of a run that was killed after
-        its last checkpoint) are dropped, for they will come again; not evaluated: the evaluation after that step too.
-        about: what else environment.json should hold."""
+        """Opens the log of a run that has done `step` steps.
+
+        Lines of later steps (of a run that was killed after its last checkpoint) are dropped, for they will come again;
+        not evaluated: the evaluation after that step too. about: what else environment.json should hold.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_json(folder / "environment.json", {**environment(), **about})
@@ -84,8 +88,10 @@ class Log:
         self.trackers.log(figures, step)
 
     def finished(self, results: dict[str, dict[str, float]], draw: Callable[[], dict[str, Image]], step: int) -> None:
-        """Send the final table to the trackers, and pictures to TensorBoard and those trackers that take some; drawn
-        only for these. What fails is a warning, for the run itself is done."""
+        """Send the final table to the trackers, and pictures to TensorBoard and those trackers that take some.
+
+        Drawn only for these. What fails is a warning, for the run itself is done.
+        """
         self.trackers.table(results, step)
         if self.board is None and not self.trackers.take_pictures():
             return
@@ -100,6 +106,7 @@ class Log:
         self.trackers.pictures(pictures, step)
 
     def close(self) -> None:
+        """Close the trackers and TensorBoard."""
         self.trackers.close()
         if self.board is not None:
             try:

@@ -14,6 +14,7 @@ from rescom_timm.io import write_json
 
 
 def is_finite(metrics: StepMetrics) -> bool:
+    """Whether every metric of a batch is finite."""
     return all(map(math.isfinite, metrics.figures.values()))
 
 

@@ -36,8 +36,10 @@ from rescom_timm.models.net import Net
 
 
 def settled(recipe: Recipe, data: Data, resume: Resume) -> Recipe:
-    """The recipe with a number where method.negatives is auto: that of the run to resume, else by K and Q. Earlier
-    versions had 500 for any K and Q, so their runs keep it."""
+    """The recipe with a number where method.negatives is auto: that of the run to resume, else by K and Q.
+
+    Earlier versions had 500 for any K and Q, so their runs keep it.
+    """
     method = recipe.method
     if not isinstance(method, RescomConfig) or method.negatives != "auto":
         return recipe
@@ -100,8 +102,11 @@ def average_of(net: Net, config: EmaConfig) -> ModelEmaV3:
 
 @torch.no_grad()
 def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: Accelerator) -> None:
-    """Raises RecipeError where the net, or the teacher, takes no images of a view's size, as a ViT made for another, or
-    where a training pass has too few images for BatchNorm."""
+    """Forward one view through the net and the teacher before training.
+
+    Raises RecipeError if they do not take images of its size, as a ViT made for another, or if a training pass has too
+    few images for BatchNorm.
+    """
     device = accelerator.device
     view = ViewsDataset(train, parse(recipe.views.train), 1, recipe.loader.broken, recipe.loader.reading)[0, 0]["image"]
     height, width = view.shape[-2:]
@@ -128,8 +133,10 @@ def check_image_size(method: Method, recipe: Recipe, train: Split, accelerator: 
 
 @torch.no_grad()
 def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerator: Accelerator) -> None:
-    """Raises RecipeError where each pass of a process has one image and a BatchNorm would see one value per channel,
-    which has no variance. image: (1, 3, H, W). Buffers and random generators stay as they were."""
+    """Raises RecipeError if a pass of one image meets BatchNorm over one value per channel, which has no variance.
+
+    image: (1, 3, H, W). Buffers and random generators keep their state.
+    """
     train, processes = recipe.train, accelerator.num_processes
     if train.batch_size > train.accumulate * processes:
         return
@@ -157,7 +164,9 @@ def check_single_image(method: Method, recipe: Recipe, image: Tensor, accelerato
 
 def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits: dict[str, Split]) -> None:
     """Raises RecipeError where an evaluation image cannot be read, by its header: hours before an evaluation would.
-    Each process looks at its part. Then `_check_sizes`."""
+
+    Each process looks at its part. Then `_check_sizes`.
+    """
     found: list[str] = []
     for split in splits.values():
         own = np.arange(accelerator.process_index, len(split.rows), accelerator.num_processes)
@@ -180,8 +189,10 @@ FAR_APART = 1.5
 
 
 def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: bool) -> None:
-    """Raises RecipeError where images are too small for a crop of the views, or differ in size after them. Warns where
-    training and evaluation images have sizes far apart."""
+    """Raises RecipeError where images are too small for a crop of the views, or differ in size after them.
+
+    Warns where training and evaluation images have sizes far apart.
+    """
     views, reading = recipe.views, recipe.loader.reading
     try:
         ours = check_views(parse(views.train), train, "views.train", reading)
@@ -209,8 +220,10 @@ def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: b
 
 @torch.no_grad()
 def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net: Net) -> Tensor:
-    """Sums (K, F) of the features of each class's training images, as evaluation sees them, in float64: the same on any
-    number of processes but for the order of summing."""
+    """Sums (K, F) of the features of each class's training images, as evaluation sees them, in float64.
+
+    The same on any number of processes but for the order of summing.
+    """
     batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
     loader = eval_loader(data.train, recipe.views, batch, recipe.loader, recipe.speed)
     loader.worker_init_fn = in_own_process_group

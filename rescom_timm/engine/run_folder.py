@@ -84,8 +84,10 @@ def make(recipe: Recipe) -> Path:
 
 
 def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
-    """Whether a folder holds the run of which `theirs` are lines of metrics.jsonl: one log begins with the other, to
-    the seconds, which no two runs share."""
+    """Whether a folder holds the run of which `theirs` are lines of metrics.jsonl.
+
+    One log begins with the other, to the seconds, which no two runs share.
+    """
     ours = lines(run / "metrics.jsonl")
     both = min(len(ours), len(theirs))
     return both > 0 and ours[:both] == list(theirs[:both])
@@ -100,8 +102,7 @@ class RunElsewhere(ABC):
 
     @abstractmethod
     def fetch(self, folder: Path) -> None:
-        """Bring its newest checkpoint (and its best one) into a run's folder, with the log up to it, unless the folder
-        is as far."""
+        """Download its newest and best checkpoint, and the log up to it, into a run's folder that is not as far."""
 
 
 Resume = bool | Path | RunElsewhere
@@ -145,8 +146,11 @@ def open_folder(recipe: Recipe, resume: Resume, lock: ExitStack) -> Path:
 
 
 def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
-    """checkpoint.newest of a run's folder. Raises CheckpointError where the processes see different ones, and for a
-    trained run that has none left: to start it from the beginning would write over its figures and its model."""
+    """checkpoint.newest of a run's folder.
+
+    Raises CheckpointError where the processes see different ones, and for a trained run that has none left: to start it
+    from the beginning would write over its figures and its model.
+    """
     before = checkpoint.newest(folder / "checkpoints")
     if before is None and (folder / "model").is_dir() and (folder / "evaluation" / "test-last.json").is_file():
         raise CheckpointError(
@@ -166,8 +170,10 @@ def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """The folder is this process's to write to, while the block runs. Raises CheckpointError, naming who has it, and
-    ValueError where something in it is a link out of it."""
+    """The folder is this process's to write to, while the block runs.
+
+    Raises CheckpointError, naming who has it, and ValueError where something in it is a link out of it.
+    """
     refuse_links(run, FOLDERS)
     end = time.monotonic() + PATIENCE
     with ExitStack() as held:
@@ -265,8 +271,10 @@ def class_names(run: Path) -> list[str] | None:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with its epoch and step; empty if there is no file. Incomplete lines are
-    skipped, with a warning unless it is the last (a crash leaves one)."""
+    """The lines of a metrics.jsonl, each with its epoch and step; empty if there is no file.
+
+    Incomplete lines are skipped, with a warning unless it is the last (a crash leaves one).
+    """
     found: list[dict[str, Any]] = []
     texts = read_text(path, errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):

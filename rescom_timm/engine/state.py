@@ -75,8 +75,10 @@ class Progress:
             self.best, self.best_epoch, self.best_checkpoint = score, self.epoch, f"step-{self.step:08d}"
 
     def ended(self, recipe: Recipe) -> bool:
-        """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end;
-        asked between epochs."""
+        """Whether all epochs are done, or so many were without a better one that the recipe's patience is at its end.
+
+        Asked between epochs.
+        """
         patience, every = recipe.evaluation.patience, recipe.evaluation.every
         if self.epoch >= recipe.train.epochs:
             return True
@@ -86,8 +88,11 @@ class Progress:
 
 
 class State:
-    """What a run saves and restores. method, optimizer: as accelerate prepared them; net: as it is under that; average:
-    of its weights, None where there is none."""
+    """What a run saves and restores.
+
+    method, optimizer: as accelerate prepared them; net: as it is under that; average: of its weights, None where there
+    is none.
+    """
 
     def __init__(
         self, accelerator: Accelerator, method: Method, net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe,
@@ -107,8 +112,9 @@ class State:
         self.teacher_digest = None if method.teacher is None else method.teacher.digest
 
     def save(self, folder: Path, recipe: Recipe, data: Data) -> str | None:
-        """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name; every
-        process must call it. data: of which it keeps the class names and the digest of the rows trained on.
+        """Write checkpoint `progress.step` into the folder, in the main process alone, which gets its name.
+
+        Every process must call it. data: of which it keeps the class names and the digest of the rows trained on.
 
         Raises NonFiniteLoss where a weight is not finite, CheckpointError where the disk does not take it.
         """
@@ -248,9 +254,11 @@ def check_resumable(
     path: Path, saved: dict[str, Any], index: str, recipe: Recipe, data: Data, folder: Path,
     class_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
-    """Whether a run in `folder` goes on from checkpoint `path` with this recipe and data. saved, index, class_names:
-    the recipe, the digest of training rows and the classes in it. Raises RecipeError, naming the keys or the classes,
-    where they train something else."""
+    """Whether a run in `folder` goes on from checkpoint `path` with this recipe and data.
+
+    saved, index, class_names: the recipe, the digest of training rows and the classes in it. Raises RecipeError, naming
+    the keys or the classes, where they train something else.
+    """
     old, new = load_dict(saved, f"the recipe in {path}").to_dict(), recipe.to_dict()
     one, other = flat(old), flat(new)
     changed = [f"{key} ({one.get(key)!r} then, {other.get(key)!r} now)" for key in differences(old, new)]

@@ -1,5 +1,8 @@
-"""One optimizer step: passes of forward and backward, then the update. Gradients are accumulated over the passes, a
-step that is not finite is undone, and the whole may be captured as one CUDA graph, as the recipe says."""
+"""One optimizer step: passes of forward and backward, then the update.
+
+Gradients are accumulated over the passes, a step that is not finite is undone, and the whole may be captured as one
+CUDA graph, as the recipe says.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,17 @@ from rescom_timm.models.trainable import still_statistics
 
 
 class TrainingStep:
-    """`step(batch, last)` for each pass, then `step.finish(finite)`. Another kind of step is a subclass with its own
-    `forward_backward`, `update` or both."""
+    """`step(batch, last)` for each pass, then `step.finish(finite)`.
+
+    Another kind of step is a subclass with its own `forward_backward`, `update` or both.
+    """
 
     def __init__(self, state: State, recipe: Recipe, average: ModelEmaV3 | None = None) -> None:
-        """state: method, net and optimizer as they are prepared. average: moving average of the weights, None where
-        there is none. Raises RecipeError for an optimizer that cannot be captured."""
+        """state: method, net and optimizer as they are prepared.
+
+        average: moving average of the weights, None where there is none. Raises RecipeError for an optimizer that
+        cannot be captured.
+        """
         self.state, self.recipe, self.average = state, recipe, average
         self.accelerator, self.method, self.net = state.accelerator, state.method, state.net
         self.optimizer = state.optimizer
@@ -43,8 +51,11 @@ class TrainingStep:
             self.captured.forget()
 
     def __call__(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
-        """A pass, of which the step may have several. batch: as the method takes it. last: of the step. Returns the
-        pass's scalars: loss, top1 in percent, and what else the method gives."""
+        """A pass, of which the step may have several.
+
+        batch: as the method takes it. last: of the step. Returns the pass's scalars: loss, top1 in percent, and what
+        else the method gives.
+        """
         if self.captured is not None:
             return self.captured(batch)
         if self.skips and self.before is None:
@@ -52,8 +63,10 @@ class TrainingStep:
         return self.forward_backward(batch, last)
 
     def finish(self, finite: bool) -> bool:
-        """The update after the last pass; finite: whether all passes were. Returns whether it was done: if not,
-        weights and buffers are as they were before the step."""
+        """The update after the last pass; finite: whether all passes were.
+
+        Returns whether it was done: if not, weights and buffers are as they were before the step.
+        """
         done = self.captured is not None or self.update(finite)
         if not done and self.before is not None:
             put_back(self.method, self.before)

@@ -26,8 +26,10 @@ class StepMetrics:
 
 
 class MetricsQueue:
-    """The figures of each forward pass, and whether a process was asked to stop: agreed by all processes, and read
-    `lag` passes late, so that the host never waits for the device."""
+    """The figures of each forward pass, and whether a process was asked to stop.
+
+    Agreed by all processes, and read `lag` passes late, so that the host never waits for the device.
+    """
 
     def __init__(self, accelerator: Accelerator, lag: int = LAG) -> None:
         self.accelerator, self.lag = accelerator, lag

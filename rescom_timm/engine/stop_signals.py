@@ -49,6 +49,7 @@ class StopSignals:
         self.wakeup = -1
 
     def listen(self) -> None:
+        """Install the handlers, in the main thread only."""
         if threading.current_thread() is not threading.main_thread():  # no other may set handlers
             return
         self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -128,9 +129,11 @@ def _end(number: int) -> None:
 
 
 def in_own_process_group(worker: int) -> None:
-    """Puts a loader's worker into a process group of its own, so that a signal to the group of its parent (Ctrl-C, or
-    torchrun, which passes SIGTERM to the whole group) asks the parent to stop and does not kill its workers. Workers go
-    on after SLURM's warning, which every process of a job gets."""
+    """Give a loader's worker a process group of its own.
+
+    A signal to the group of its parent (Ctrl-C, or SIGTERM from torchrun) then asks the parent to stop and does not
+    kill its workers. Workers ignore SLURM's warning, which every process of a job gets.
+    """
     signal.set_wakeup_fd(-1)  # forked from the trainer, whose it is
     for number in WARNING:
         signal.signal(number, signal.SIG_IGN)

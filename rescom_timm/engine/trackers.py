@@ -117,8 +117,7 @@ LAST = 60.0
 
 
 class _InTime:
-    """A tracker's calls, one after another in a thread of their own (some keep their run in it), each waited for
-    PATIENCE seconds."""
+    """Calls of a tracker, in one thread of their own (some keep their run in it), each awaited for PATIENCE seconds."""
 
     def __init__(self) -> None:
         self.calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -207,6 +206,7 @@ class Trackers:
         self._each(lambda tracker, name: PICTURES[name](tracker, pictures, step) if name in PICTURES else None)
 
     def close(self) -> None:
+        """Finish every tracker."""
         self._each(lambda tracker, _: tracker.finish(), LAST)
         self.running.clear()
 

@@ -103,6 +103,8 @@ def train(
 
 
 class Trainer:
+    """The training loop of one run: prepare, open, fit, finish, close."""
+
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None,
         splits: Sequence[str] = SPLITS,
@@ -146,10 +148,12 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
+        """Where the run stands."""
         return self.state.progress
 
     @property
     def limits(self) -> tuple[int, int]:
+        """Classes with fewer images than the first are few, with more than the second many."""
         return self.recipe.evaluation.group_limits
 
     # ---------------------------------------------------------------- the loop
@@ -232,8 +236,10 @@ class Trainer:
         return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
 
     def _count(self, metrics: StepMetrics) -> bool:
-        """Add the figures of a forward pass to the epoch's means; returns whether they were finite. Raises
-        NonFiniteLoss where they were not and the recipe does not skip such batches."""
+        """Add the figures of a forward pass to the epoch's means; returns whether they were finite.
+
+        Raises NonFiniteLoss where they were not and the recipe does not skip such batches.
+        """
         if not nonfinite.is_finite(metrics):
             lr, skip = self.optimizer.param_groups[0]["lr"], self.recipe.train.nonfinite == "skip"
             nonfinite.report(metrics, lr, self.folder, self.accelerator.process_index, skip)
@@ -278,8 +284,10 @@ class Trainer:
 
     @contextmanager
     def _saving_on_failure(self) -> Iterator[None]:
-        """What fails in an evaluation does not lose the epochs before it. Of several processes one may fail alone, and
-        then the others cannot save with it."""
+        """What fails in an evaluation does not lose the epochs before it.
+
+        Of several processes one may fail alone, and then the others cannot save with it.
+        """
         try:
             yield
         except Exception:
@@ -386,8 +394,11 @@ class Trainer:
         self.state.restore(path, weights, state)
 
     def save(self) -> None:
-        """A checkpoint of this moment, written by the main process. Raises CheckpointError, in all processes, where the
-        disk does not take it, and NonFiniteLoss where a weight is not finite."""
+        """A checkpoint of this moment, written by the main process.
+
+        Raises CheckpointError, in all processes, where the disk does not take it, and NonFiniteLoss where a weight is
+        not finite.
+        """
         trouble: Exception | None = None
         try:
             written = self.state.save(self.folder / "checkpoints", self.recipe, self.data)
@@ -407,6 +418,7 @@ class Trainer:
         collapse.warn(lines(self.log.path), self.recipe.schedule.warmup_epochs, self.recipe.method.remedy)
 
     def close(self) -> None:
+        """Close the log and the handlers, and release the run folder."""
         if self.log is not None:
             self.log.close()
         self.signals.close()
