@@ -73,10 +73,10 @@ def meant(name: str, value: object = None) -> str:
 
     value: as it was given, if it was.
     """
-    word = synonyms.plain(name)
-    if word in synonyms.ELSEWHERE:
-        return synonyms.ELSEWHERE[word]
-    key = synonyms.KEYS.get(word)
+    plain = synonyms.plain(name)
+    if plain in synonyms.ELSEWHERE:
+        return synonyms.ELSEWHERE[plain]
+    key = synonyms.KEYS.get(plain)
     return f"did you mean {suggestion(key, value)}?" if key else ""
 
 
@@ -176,5 +176,5 @@ def _instead(where: str, given: object, known: list[str]) -> str:
         return f"did you mean {suggestion(near[0], given) if len(near) == 1 else ', '.join(near[:3])}?"
     section = where.rpartition(".")[0]
     inside = [key for key in known if key.rpartition(".")[0] == section] or [key for key in known if "." not in key]
-    told = ", ".join("from" if key == "init_from" else key for key in inside)
-    return f"there are: {told} (all: rescom-timm train RECIPE --print)"
+    listed = ", ".join("from" if key == "init_from" else key for key in inside)
+    return f"there are: {listed} (all: rescom-timm train RECIPE --print)"

@@ -29,13 +29,13 @@ FREE_KEYS = (
     "checkpoint", "speed",
     "train.nonfinite", "train.ema.export", "track", "hub", "method.teacher",
 )  # fmt: skip
-"""Keys and sections that may change when a run goes on: they do not change what is trained (of a teacher, which may
+"""Keys and sections that may change when a run is resumed: they do not change what is trained (of a teacher, which may
 have moved, the weights are compared)."""
 UNREAD_KEYS = tuple(key for key in FREE_KEYS if key != "data.source")
 """Those that do not change what is evaluated either."""
 FETCHED_KEYS = ("output", "track", "hub")
-"""What of a recipe from the Hub is not followed: where is written, tracked and pushed, the command line says. Nor is
-what names files of a machine (`named_files`)."""
+"""Sections of a recipe from the Hub that are ignored: the command line sets where is written, tracked and pushed.
+Files that it names (`named_files`) are not read either."""
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -98,8 +98,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError for a file that is no recipe, an unknown key or preset (naming the nearest), a wrong type or an
     impossible combination.
     """
-    chosen = [_preset_name(word) for word in overrides if word.startswith("+")]
-    overrides = [word for word in overrides if not word.startswith("+")]
+    chosen = [_preset_name(argument) for argument in overrides if argument.startswith("+")]
+    overrides = [argument for argument in overrides if not argument.startswith("+")]
     if (both := current_name(path)) is not None:
         recipe, preset = both
         warnings.warn(
@@ -118,15 +118,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return made
 
 
-def _preset_name(word: str) -> str:
+def _preset_name(argument: str) -> str:
     """The name of a preset, ldam of +ldam. Raises RecipeError, naming the nearest, if there is no such preset."""
-    name = word.removeprefix("+")
+    name = argument.removeprefix("+")
     if "=" in name:
-        raise RecipeError("recipe.override", f"{word}: set a key without the plus sign: {name}")
+        raise RecipeError("recipe.override", f"{argument}: set a key without the plus sign: {name}")
     if name not in presets():
         near = get_close_matches(name, presets(), n=1)
         todo = f"did you mean +{near[0]}?" if near else "`rescom-timm recipes` lists them"
-        raise RecipeError("recipe.unknown_preset", f"no preset {word}; {todo}")
+        raise RecipeError("recipe.unknown_preset", f"no preset {argument}; {todo}")
     return name
 
 
@@ -148,19 +148,20 @@ def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _yaml(Path(path))
     if "base" in tree:
         raise RecipeError("recipe.base", f"{path}: base: {tree['base']!r} of a recipe from the Hub is not followed")
-    said = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
+    dropped = {key: tree.pop(key) for key in FETCHED_KEYS if key in tree}
     usual = flat(Recipe(data=DataConfig("digits")).to_dict())
-    ignored = [f"{key}={value}" for key, value in flat(said).items() if usual.get(key) != value]
+    ignored = [f"{key}={value}" for key, value in flat(dropped).items() if usual.get(key) != value]
     if ignored:
         warnings.warn(
-            f"of the fetched recipe is not followed: {' '.join(ignored)} "
-            "(say it on the command line where you want it)",
+            f"the fetched recipe's settings {' '.join(ignored)} are ignored; set them on the command line to use them",
             stacklevel=2,
         )
     made = load_dict(tree, str(path), overrides)
-    words = [word.partition("=")[0].strip().replace("init_from", "from") for word in overrides]
+    given = [argument.partition("=")[0].strip().replace("init_from", "from") for argument in overrides]
     own = [
-        f"{key}={value}" for key, value in named_files(made) if not any(f"{key}.".startswith(f"{w}.") for w in words)
+        f"{key}={value}"
+        for key, value in named_files(made)
+        if not any(f"{key}.".startswith(f"{own}.") for own in given)
     ]
     if own:
         raise RecipeError(
@@ -194,10 +195,10 @@ def named_files(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def refuse_secrets(recipe: Recipe) -> None:
     """Raises RecipeError, naming the key, for a token or a password: a recipe stands in every file of its run."""
-    said = {key: f"{key}={value}" for key, value in flat(recipe.to_dict()).items()}
-    if secret_in("\n".join(said.values())) is None:
+    texts = {key: f"{key}={value}" for key, value in flat(recipe.to_dict()).items()}
+    if secret_in("\n".join(texts.values())) is None:
         return
-    for key, text in said.items():
+    for key, text in texts.items():
         if kind := secret_in(text):
             raise RecipeError(
                 "recipe.secret",
@@ -207,14 +208,14 @@ def refuse_secrets(recipe: Recipe) -> None:
 
 
 def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of plain types, changed by `key=value` words. Raises RecipeError as load does."""
+    """The recipe of plain types, changed by `key=value` arguments. Raises RecipeError as load does."""
     if not isinstance(tree, dict):
         raise RecipeError("recipe.file", f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
     tree = _in_full(tree)
-    before, said = tree, [word.partition("=")[0].strip() for word in overrides]
-    for word in overrides:
-        tree = _merge(tree, _override(word))
-    if "train.epochs" in said and not any(key.startswith("schedule") for key in said):
+    before, given = tree, [argument.partition("=")[0].strip() for argument in overrides]
+    for argument in overrides:
+        tree = _merge(tree, _override(argument))
+    if "train.epochs" in given and not any(key.startswith("schedule") for key in given):
         tree = _shortened(tree, before, source)
     if "from" in tree:
         tree = {**tree, "init_from": tree["from"]}
@@ -269,8 +270,10 @@ def _absurd(number: float) -> str:
     if isinstance(number, float) and not isfinite(number):
         return f"must be a finite number, not {number}"
     largest = MAX_SEED if isinstance(number, int) else 10**6
-    told = number if isinstance(number, float) or abs(number) < 10**100 else "that"  # of 4,300 digits, which is no text
-    return f"must be at most {largest:,} in size, not {told}" if abs(number) > largest else ""
+    shown = (
+        number if isinstance(number, float) or abs(number) < 10**100 else "that"
+    )  # of 4,300 digits, which is no text
+    return f"must be at most {largest:,} in size, not {shown}" if abs(number) > largest else ""
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
@@ -282,7 +285,7 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
     try:
         whole, epochs = load_dict(before, source), tree["train"]["epochs"]
     except (RecipeError, KeyError, TypeError):
-        return tree  # what is wrong is told of the tree with all its words
+        return tree  # the error is that of the tree with all overrides
     schedule = whole.schedule
     if type(epochs) is not int or not 0 < epochs <= max(schedule.warmup_epochs, *schedule.milestones, 0):
         return tree
@@ -291,9 +294,9 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
         moved = {round(epoch * epochs / whole.train.epochs) for epoch in schedule.milestones}
         shorter["milestones"] = sorted(epoch for epoch in moved if 0 < epoch < epochs)
         shorter["name"] = "steps" if shorter["milestones"] else "constant"
-    told = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
+    shown = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
     warnings.warn(
-        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {told}", stacklevel=4
+        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {shown}", stacklevel=4
     )
     return _merge(tree, {"schedule": shorter})
 
@@ -322,19 +325,19 @@ def _yaml(path: Path) -> dict[str, Any]:
         raise RecipeError("recipe.file", str(error)) from None
 
 
-def _override(word: str) -> dict[str, Any]:
-    key, equals, value = word.partition("=")
-    if word.startswith("+"):
-        raise RecipeError("recipe.override", f"{word}: this recipe is complete and takes no preset; set its keys")
+def _override(argument: str) -> dict[str, Any]:
+    key, equals, value = argument.partition("=")
+    if argument.startswith("+"):
+        raise RecipeError("recipe.override", f"{argument}: this recipe is complete and takes no preset; set its keys")
     if not equals or not key:
-        raise RecipeError("recipe.override", f"{word!r} is not key=value, such as train.epochs=10")
+        raise RecipeError("recipe.override", f"{argument!r} is not key=value, such as train.epochs=10")
     try:
         tree: Any = parse_yaml(value)
     except ValueError as error:
-        raise RecipeError("recipe.override", f"{word!r}: the value is not YAML: {error}") from None
+        raise RecipeError("recipe.override", f"{argument!r}: the value is not YAML: {error}") from None
     parts = key.strip().split(".")
     if len(parts) > MAX_DEPTH:
-        raise RecipeError("recipe.override", f"{word[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
+        raise RecipeError("recipe.override", f"{argument[:60]!r}... is nested deeper than {MAX_DEPTH} levels")
     for part in reversed(parts):
         tree = {part: tree}
     return _in_full(tree)

@@ -189,7 +189,7 @@ def _part(whole: Index, validation: str | None) -> dict[str, Index]:
     if whole.groups is None and whole.counts.max() < 3:
         raise InputError(
             "data.split",
-            "no class has three or more images, so none can be held out for testing: add a folder or a split `test`",
+            "no class has three images or more, so none can be held out for testing: add a folder or a split `test`",
         )
     parts = dict(zip(("train", "test"), _part_test(whole), strict=True))
     if whole.groups is not None and validation is None:

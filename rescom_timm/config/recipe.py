@@ -283,7 +283,7 @@ class HubConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Trackers that are told of a run beside metrics.jsonl.
+    """Trackers that log a run besides metrics.jsonl.
 
     One that is not installed, has no network or fails is one line, and never stops a training. Accounts and servers are
     set as each tracker documents (wandb login, MLFLOW_TRACKING_URI ...), never in a recipe.
@@ -415,7 +415,7 @@ class Recipe:
         return Path(self.output).expanduser() / (self.name or "run")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. Home is told as ~."""
+        """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. The home folder becomes ~."""
         return json.loads(without_home(json.dumps(dataclasses.asdict(self))))
 
     def to_yaml(self) -> str:

@@ -1,4 +1,4 @@
-"""What no file that is handed on may tell: tokens, and whose home it is."""
+"""Tokens, passwords and home folders, which no shared file may hold."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def without_secrets(text: str) -> str:
 
 
 def without_home(text: str) -> str:
-    """The text with paths below the home folder as ~/..., which can be read back and does not tell whose they are."""
+    """The text with paths below the home folder as ~/..., which can be read back and names no user."""
     return re.sub(rf"(?<![\w./-]){re.escape(str(Path.home()))}/", "~/", text)

@@ -1,4 +1,4 @@
-"""What users of other libraries call things: ultralytics', transformers' and timm's words for keys and methods."""
+"""Names of keys and methods in other libraries (ultralytics, transformers, timm), to suggest ours."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ _KEYS = {
     "hub.repo": "hub_model_id push_to_hub repo_id",
     "hub.private": "hub_private_repo private",
 }
-KEYS = {word: key for key, words in _KEYS.items() for word in words.split()}
+KEYS = {name: key for key, names in _KEYS.items() for name in names.split()}
 
 _SIZES = (
     "images are sized by the views, such as  views.train='random_resized_crop(224,0.08,1,bicubic) | flip' "
@@ -143,7 +143,7 @@ _ELSEWHERE = {
     "onnx torchscript opset int8 quantize",
     "images are corrupted, not trained on, by  rescom-timm robustness": "corruption corruptions",
 }
-ELSEWHERE = {word: advice for advice, words in _ELSEWHERE.items() for word in words.split()}
+ELSEWHERE = {name: advice for advice, names in _ELSEWHERE.items() for name in names.split()}
 """What is no key of a recipe, and what to do instead."""
 
 _METHODS = {
@@ -160,9 +160,9 @@ _METHODS = {
     "crt": "decoupling decouple classifier_retraining",
     "causal_norm": "causal tde",
 }
-METHODS = {word: name for name, words in _METHODS.items() for word in words.split()}
+METHODS = {name: name for name, names in _METHODS.items() for name in names.split()}
 
 
 def plain(name: str) -> str:
-    """A word as the tables have it: the last part of a key, in lower case, with underscores."""
+    """The last part of a key in lower case with underscores, as in the tables."""
     return name.rpartition(".")[2].lower().lstrip("-").replace("-", "_")

@@ -52,13 +52,13 @@ def build_net(config: NetConfig, views: ViewsConfig, num_classes: int) -> Net:
     except (ValueError, ImportError) as error:
         raise RecipeError(code_of(error), f"net: {error}") from error
     except Exception as error:  # of timm, its downloads and its readers of weights, whatever they raise
-        told = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if not config.pretrained:
-            raise RecipeError("net.backbone", f"net: timm cannot make {config.backbone}: {told[:300]}") from error
+            raise RecipeError("net.backbone", f"net: timm cannot make {config.backbone}: {reason[:300]}") from error
         where = config.weights_file or "the Hub (or its cache here)"
         raise RecipeError(
             "net.weights",
-            f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {told[:300]}. Name a file of "
+            f"net.pretrained: weights of {config.backbone} cannot be read from {where}: {reason[:300]}. Name a file of "
             "them in net.weights_file, or say net.pretrained=false",
         ) from error
     channels = config.options.get("in_chans", net.encoder.pretrained_cfg["input_size"][0])  # type: ignore[index]

@@ -80,7 +80,7 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
     Raises CheckpointError where the disk does not take it; what was there before is untouched.
     """
     final = folder / f"step-{step:08d}"
-    aside = folder / f".partial-{step:08d}"
+    partial = folder / f".partial-{step:08d}"
     if final.exists():
         try:
             if load(final)[1].get("progress") == state.get("progress"):
@@ -89,25 +89,25 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
             shutil.rmtree(final)
     old = folder / f".partial-old-{step:08d}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         text = json.dumps(pack(state, tensors))
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in net.items()}, aside / FILES[0])
-        save_file(tensors, aside / FILES[1])
-        (aside / FILES[2]).write_text(text, encoding="utf-8")
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in net.items()}, partial / FILES[0])
+        save_file(tensors, partial / FILES[1])
+        (partial / FILES[2]).write_text(text, encoding="utf-8")
         for name in FILES[:2]:  # as the umask says, which safetensors does not ask
-            (aside / name).chmod((aside / FILES[2]).stat().st_mode)
-        (aside / "hashes.json").write_text(json.dumps({name: sha256(aside / name) for name in FILES}))
-        for path in (*aside.iterdir(), aside):
+            (partial / name).chmod((partial / FILES[2]).stat().st_mode)
+        (partial / "hashes.json").write_text(json.dumps({name: sha256(partial / name) for name in FILES}))
+        for path in (*partial.iterdir(), partial):
             _sync(path)
         if final.exists():  # of the same step, before its evaluation
             final.rename(old)
-        aside.rename(final)
+        partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not final.exists():
             old.rename(final)
         whole = ", ".join(path.name for path in listed(folder)) or "none"

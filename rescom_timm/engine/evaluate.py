@@ -1,4 +1,4 @@
-"""Evaluation of a net on a split, and how its figures are written and told."""
+"""Evaluation of a net on a split; its metrics as files and tables."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def five_crops(policy: str) -> list[str]:
 
 @contextmanager
 def agreed_statistics(net: nn.Module) -> Iterator[None]:
-    """BatchNorm statistics averaged over all processes, for evaluation and saving; each goes on with its own after."""
+    """BatchNorm statistics averaged over all processes, for evaluation and saving; restored afterwards."""
     if processes()[1] == 1:
         yield
         return
@@ -115,8 +115,10 @@ def agreed_statistics(net: nn.Module) -> Iterator[None]:
 
 
 def write(folder: Path, name: str, meter: Meter, about: dict[str, Any], keeper: Keeper | None = None) -> None:
-    """evaluation/<name>.json (what was evaluated, figures, per class) and .safetensors (each image's prediction), and
-    logits/<name>.safetensors (`logits`)."""
+    """Write evaluation/<name>.json (what was evaluated, metrics, per class) and .safetensors (predictions).
+
+    keeper: writes logits/<name>.safetensors (`logits`).
+    """
     refuse_links(folder, ["evaluation"])
     if keeper is not None:
         keeper.write(logits.place(folder, name))
@@ -128,7 +130,7 @@ def write(folder: Path, name: str, meter: Meter, about: dict[str, Any], keeper: 
 def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[str, Mapping[str, str]]] = {}) -> str:
     """Figures in percent, one line an evaluation, ready to print.
 
-    Where the evaluations have long names, each on a line of its own above its figures, so that all fits a terminal.
+    Where the evaluations have long names, each on a line of its own above its metrics, to fit a terminal.
     beside: further lines below an evaluation's, label -> {figure: text}.
     """
     if not rows:
@@ -140,15 +142,15 @@ def table(rows: Mapping[str, Mapping[str, float]], beside: Mapping[str, Mapping[
     first, above = (max(longest, below) + 2, "") if longest <= 24 else (below + 2, "\n")
     lines = [" " * first + "".join(f"{name:>{widths[name]}}" for name in names)]
     for row, figures in rows.items():
-        told = {row if not above else "": {name: f"{value:.2f}" for name, value in figures.items()}}
+        described = {row if not above else "": {name: f"{value:.2f}" for name, value in figures.items()}}
         lines += [row] if above else []
-        for label, line in (told | {f"  {name}": line for name, line in beside.get(row, {}).items()}).items():
+        for label, line in (described | {f"  {name}": line for name, line in beside.get(row, {}).items()}).items():
             lines.append(f"{label:<{first}}" + "".join(f"{line.get(name, '-'):>{widths[name]}}" for name in names))
     return "\n".join(lines)
 
 
 def table_of(meters: Mapping[str, Meter], draws: int = DRAWS) -> str:
-    """`table` of evaluations with the interval, images and classes of each figure."""
+    """`table` of evaluations with the interval, images and classes of each metric."""
     beside = {}
     for row, meter in meters.items():
         sizes = meter.sizes()
@@ -166,7 +168,7 @@ def file_name(split: str, which: str, weights: Weights) -> str:
 
 
 def about(split: Split, which: str, chosen: str, class_names: list[str], weights: Weights = "raw") -> dict[str, Any]:
-    """What a printed figure must be read with: split, checkpoint and how the checkpoint was chosen."""
+    """What a printed metric needs beside it: split, checkpoint and how the checkpoint was chosen."""
     return {
         "split": split.name,
         "images": len(split.labels),
@@ -227,9 +229,9 @@ def evaluated_otherwise(
     if not changed and run in (None, read):
         return {}, "", ""
     changed = changed or {"data": read}
-    told = " ".join(f"{key}={value}" for key, value in changed.items())
-    digest = hashlib.sha256(f"{told} {read}".encode()).hexdigest()
-    return changed, f"evaluated with {told}", f"{CHANGED}{digest[:8]}"
+    described = " ".join(f"{key}={value}" for key, value in changed.items())
+    digest = hashlib.sha256(f"{described} {read}".encode()).hexdigest()
+    return changed, f"evaluated with {described}", f"{CHANGED}{digest[:8]}"
 
 
 def digest_of(split: Split) -> str:
@@ -255,7 +257,7 @@ def _stored(image: Any) -> bytes:
 def _digest_then(run: Path, name: str, split: Split) -> str | None:
     """`digest_of` what an evaluation of a run describes.
 
-    Of an older one, which has none, that of `split` where the labels are the same. None where there is none.
+    Of an older one, which has none, that of `split` where the labels are the same. None if there is none.
     """
     path = run / "evaluation" / f"{name}.json"
     if not path.is_file():
@@ -291,7 +293,7 @@ def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] |
 def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray | None:
     """Training images (K,) of the classes of a run by its classes.json.
 
-    None where that is not there, damaged or of other classes.
+    None if that file is missing, damaged or of other classes.
     """
     try:
         record = read_json(run / "classes.json")
@@ -310,7 +312,7 @@ def evaluate_run(
     """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
 
     which: "last", "best" (on validation), or the name or folder of a checkpoint. split: "test" or "validation".
-    overrides: key=value words over the run's own recipe; where they change what is evaluated, they stand in the record,
+    overrides: key=value over the run's own recipe; where they change what is evaluated, they stand in the record,
     whose name ends in -changed- and a digest of them and of the data, so that the run's own figures stay; so it does
     where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average
     the logits of `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
@@ -342,9 +344,9 @@ def evaluate_run(
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)
     then = next(filter(None, (_digest_then(run, one, part) for one in (name, file_name(split, "last", "raw")))), None)
-    changed, told, suffix = evaluated_otherwise(own, recipe, record["data"], then)
+    changed, described, suffix = evaluated_otherwise(own, recipe, record["data"], then)
     if changed:
-        record |= {"overrides": changed, "chosen": f"{chosen}; {told}"}
+        record |= {"overrides": changed, "chosen": f"{chosen}; {described}"}
         name += suffix
     if crops:
         record |= {"chosen": f"{record['chosen']}; mean of five crops", "views": policies}

@@ -25,7 +25,7 @@ from rescom_timm.engine.run_folder import Resume, RunElsewhere, resumed
 def fitted(recipe: Recipe, accelerator: Accelerator, data: Data, resume: Resume) -> Recipe:
     """The recipe with the train.accumulate that train.fit_batch asks for, the same in all processes.
 
-    A run that goes on keeps what it has. Leaves the random generators as they were.
+    A resumed run keeps its value. Leaves the random generators as they were.
 
     Raises RecipeError where no pass fits, where FSDP shards the net, or where the run to go on with is elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Who is told of a run as it goes."""
+"""Callbacks of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rescom_timm.data.sources import Data
 
 
 class Follower:
-    """What hears of a run as it goes, in its main process.
+    """Callbacks of a run, in its main process.
 
     This one does nothing; hub/publish.py has the one that exports and pushes.
     """
@@ -26,11 +26,11 @@ class Follower:
         """A checkpoint was written. newest, best: names of checkpoints; best is None where none was selected yet."""
 
     def finished(self, newest: str, best: str | None) -> None:
-        """The last evaluation is done. What this raises is told as a CheckpointError: --resume comes here again."""
+        """The last evaluation is done. Exceptions become CheckpointError; `--resume` calls this again."""
 
     def pictures(self) -> dict[str, Image]:
         """Of the finished run, by name, for its trackers."""
         return {}
 
     def closed(self) -> None:
-        """All went well, and the run's folder is free."""
+        """The run succeeded and its folder is unlocked."""

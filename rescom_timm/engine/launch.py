@@ -18,7 +18,7 @@ from rescom_timm.methods import Method
 from rescom_timm.methods.parts import ClassProjector
 
 STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Where launchers tell how many processes they started."""
+"""Environment variables in which launchers say how many processes they started."""
 
 
 def new_accelerator(precision: str, **options: Any) -> Accelerator:

@@ -1,6 +1,6 @@
 """What a run writes beside its checkpoints: recipe.yaml, environment.json, metrics.jsonl, TensorBoard's files.
 
-The trackers of `track.log_with` are told the same.
+The trackers of `track.log_with` get the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MININTERVAL = 0.5
 
 
 class Log:
-    """metrics.jsonl, one JSON object a line with epoch, step and named figures, and the same in TensorBoard."""
+    """metrics.jsonl, one JSON object a line with epoch, step and named metrics, and the same in TensorBoard."""
 
     def __init__(
         self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0, evaluated: bool = True
@@ -129,8 +129,8 @@ def show(bar: Any, epoch: str, sums: dict[str, float], passes: int) -> None:
     """Put the epoch that is trained, such as 3/30, and its means so far on the bar, which the next update draws."""
     bar.set_description(f"epoch {epoch}", refresh=False)
     if passes:
-        told = (f"{name} {sums[name] / passes:.3f}" for name in ("loss", "top1") if name in sums)
-        bar.set_postfix_str(", ".join(told), refresh=False)
+        parts = (f"{name} {sums[name] / passes:.3f}" for name in ("loss", "top1") if name in sums)
+        bar.set_postfix_str(", ".join(parts), refresh=False)
 
 
 def trained_line(weights: dict[str, int], images: int, steps: int, batch: int) -> str:
@@ -143,27 +143,27 @@ def trained_line(weights: dict[str, int], images: int, steps: int, batch: int) -
 
 
 def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, trained: float, left: float) -> str:
-    """What a log tells of an epoch. epochs: such as 3/30. trained, left: seconds."""
-    told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+    """The line of an epoch. epochs: such as 3/30. trained, left: seconds."""
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
     times = f"{timedelta(seconds=round(trained))} trained, {timedelta(seconds=round(left))} left"
     memory = f"{peak_memory() / 2**30:.2f} GiB at most"
-    return f"epoch {epochs}: {told}, {images_per_second:,.0f} images/s, {times}, {memory}"
+    return f"epoch {epochs}: {parts}, {images_per_second:,.0f} images/s, {times}, {memory}"
 
 
 def evaluation_line(
     epoch: int, figures: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:
-    """What a log tells of an evaluation. figures and their intervals: of each split, in percent."""
+    """The line of an evaluation. figures and their intervals: of each split, in percent."""
 
     def told_of(split: str, name: str, value: float) -> str:
         ends = intervals.get(split, {}).get(name)
         return f"{name} {value:.2f}" + (f" ({span(ends)})" if ends else "")
 
-    told = (
+    parts = (
         "  ".join([split, *(told_of(split, name, value) for name, value in of.items())])
         for split, of in figures.items()
     )
-    return f"after epoch {epoch}: {'; '.join(told)}"
+    return f"after epoch {epoch}: {'; '.join(parts)}"
 
 
 def peak_memory() -> int:
@@ -201,24 +201,24 @@ def _version(package: str) -> str | None:
 
 
 def _command() -> list[str]:
-    """How this process was started, as the launchers' own variables tell."""
-    program, *words = sys.argv
+    """How this process was started, by the variables that launchers set."""
+    program, *arguments = sys.argv
     if Path(program).stem == "rescom-timm":
-        return ["rescom-timm", *words]
+        return ["rescom-timm", *arguments]
     own = ["-m", "rescom_timm"] if Path(program).name == "__main__.py" else [program]
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1"), *own, *words]
+        return ["accelerate", "launch", "--num_processes", os.environ.get("WORLD_SIZE", "1"), *own, *arguments]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *own, *words]
-    return ["python", *own, *words]
+        return ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *own, *arguments]
+    return ["python", *own, *arguments]
 
 
 def _git() -> dict[str, str] | None:
     """Commit of the code and whether it was changed since; None where it is no git checkout."""
     here = Path(__file__).parent
 
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout
+    def ask(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
         return {"commit": ask("rev-parse", "HEAD").strip(), "changed": ask("status", "--porcelain", "-uno").strip()}

@@ -19,7 +19,7 @@ def is_finite(metrics: StepMetrics) -> bool:
 
 
 def report(metrics: StepMetrics, lr: float, folder: Path, process: int, skip: bool) -> None:
-    """Keep the rows of a batch whose figures are not finite. Raises NonFiniteLoss, or warns where it is skipped."""
+    """Keep the rows of a batch whose metrics are not finite. Raises NonFiniteLoss, or warns if it is skipped."""
     record = {"epoch": metrics.epoch, "step": metrics.step, "lr": lr, "rows": metrics.rows.tolist()}
     path = folder / f"nonfinite-step{metrics.step}-process{process}.json"
     write_json(path, record, indent=None)

@@ -79,7 +79,7 @@ def evaluation_loaders(accelerator: Accelerator, recipe: Recipe, splits: dict[st
 def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
     """The method on this process's device, ready to be sharded where FSDP is asked for, and as fast as is asked for."""
     method.to(accelerator.device)
-    if accelerator.device.type == "cuda":  # so that each of several runs of one process tells its own peak
+    if accelerator.device.type == "cuda":  # so that each of several runs of one process reports its own peak
         torch.cuda.reset_peak_memory_stats()
     sharded = accelerator.is_fsdp2
     if sharded:

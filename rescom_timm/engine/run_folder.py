@@ -110,9 +110,9 @@ Resume = bool | Path | RunElsewhere
 
 
 def choose_folder(recipe: Recipe, resume: Resume) -> Path:
-    """A new folder; to resume, the last of the recipe's name, the one told, or the one of the run elsewhere.
+    """A new folder; to resume, the last of the recipe's name, the one named, or the one of the run elsewhere.
 
-    Raises CheckpointError where the one told is not there, RecipeError where none can be made.
+    Raises CheckpointError if the one named does not exist, RecipeError if none can be made.
     """
     there = existing(recipe)
     if isinstance(resume, Path):
@@ -149,7 +149,7 @@ def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]
     """checkpoint.newest of a run's folder.
 
     Raises CheckpointError where the processes see different ones, and for a trained run that has none left: to start it
-    from the beginning would write over its figures and its model.
+    from the beginning would overwrite its evaluation and its model.
     """
     before = checkpoint.newest(folder / "checkpoints")
     if before is None and (folder / "model").is_dir() and (folder / "evaluation" / "test-last.json").is_file():
@@ -244,10 +244,10 @@ def check_run(path: str | Path) -> Path:
 
 
 def run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run's folder, changed by key=value words; of its newest checkpoint where recipe.yaml is damaged.
+    """The recipe of a run's folder, changed by key=value; of its newest checkpoint where recipe.yaml is damaged.
 
     Raises FileNotFoundError or ValueError where the folder is no run's, RecipeError where neither can be read, or for
-    the words, and CheckpointError where every checkpoint is damaged.
+    the overrides, and CheckpointError where every checkpoint is damaged.
     """
     path = check_run(run) / "recipe.yaml"
     try:

@@ -47,7 +47,7 @@ class Progress:
     best_checkpoint: str | None = None
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    """Of every figure over the forward passes of the current epoch."""
+    """Of every metric over the forward passes of the current epoch."""
     passes: int = 0
     """Forward passes counted in `sums`."""
     unevaluated: bool = False
@@ -56,13 +56,13 @@ class Progress:
     """Steps of the current epoch that were not finite and left out (train.nonfinite: skip)."""
 
     def count(self, figures: dict[str, float]) -> None:
-        """Add the figures of a forward pass to those of the epoch."""
+        """Add the metrics of a forward pass to those of the epoch."""
         self.passes += 1
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def close_epoch(self, seconds: float) -> dict[str, float]:
-        """Go to the start of the next epoch, after so many seconds more; returns the means of the figures."""
+        """Go to the start of the next epoch, after so many seconds more; returns the means of the metrics."""
         means = {name: total / self.passes for name, total in self.sums.items()}
         self.seconds += seconds
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
@@ -70,7 +70,7 @@ class Progress:
         return means
 
     def scored(self, score: float) -> None:
-        """Take an epoch's figure on the validation rows: the best one yet, or not."""
+        """Keep an epoch's validation score if it is the best one yet."""
         if self.best is None or score > self.best:
             self.best, self.best_epoch, self.best_checkpoint = score, self.epoch, f"step-{self.step:08d}"
 
@@ -153,7 +153,7 @@ class State:
         return written.name
 
     def restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises CheckpointError where it is of another net, method or way of sharding."""
+        """Resume from a checkpoint. Raises CheckpointError where it is of another net, method or way of sharding."""
         accelerator = self.accelerator
         if state.get("sharded", False) != self.sharded:
             raise CheckpointError(
@@ -254,7 +254,7 @@ def check_resumable(
     path: Path, saved: dict[str, Any], index: str, recipe: Recipe, data: Data, folder: Path,
     class_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
-    """Whether a run in `folder` goes on from checkpoint `path` with this recipe and data.
+    """Check that a run in `folder` resumes from checkpoint `path` with this recipe and data.
 
     saved, index, class_names: the recipe, the digest of training rows and the classes in it. Raises RecipeError, naming
     the keys or the classes, where they train something else.

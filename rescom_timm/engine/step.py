@@ -30,14 +30,14 @@ class TrainingStep:
     def __init__(self, state: State, recipe: Recipe, average: ModelEmaV3 | None = None) -> None:
         """state: method, net and optimizer as they are prepared.
 
-        average: moving average of the weights, None where there is none. Raises RecipeError for an optimizer that
+        average: moving average of the weights, None if there is none. Raises RecipeError for an optimizer that
         cannot be captured.
         """
         self.state, self.recipe, self.average = state, recipe, average
         self.accelerator, self.method, self.net = state.accelerator, state.method, state.net
         self.optimizer = state.optimizer
         self.skips = recipe.train.nonfinite == "skip"
-        self.lag = 0 if self.skips else LAG  # passes after which the host reads their figures
+        self.lag = 0 if self.skips else LAG  # passes after which the host reads their metrics
         self.before: dict[str, Tensor] | None = None  # buffers before the step, where it may be undone
         self.captured: CapturedStep | None = None
         if recipe.speed.capture:

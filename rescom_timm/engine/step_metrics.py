@@ -1,4 +1,4 @@
-"""The figures of each forward pass, which the host reads late, so that it never waits for the device."""
+"""Metrics of each forward pass, which the host reads late, so that it never waits for the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepMetrics:
 
 
 class MetricsQueue:
-    """The figures of each forward pass, and whether a process was asked to stop.
+    """The metrics of each forward pass, and whether a process was asked to stop.
 
     Agreed by all processes, and read `lag` passes late, so that the host never waits for the device.
     """
@@ -37,8 +37,8 @@ class MetricsQueue:
 
     def push(self, outputs: dict[str, Tensor], rows: Tensor, stop: bool, epoch: int, step: int) -> None:
         """outputs: scalars on the device."""
-        told = [*(value.detach().float() for value in outputs.values()), outputs["loss"].new_full((), float(stop))]
-        host = self.accelerator.reduce(torch.stack(told), "mean").to("cpu", non_blocking=True)
+        values = [*(value.detach().float() for value in outputs.values()), outputs["loss"].new_full((), float(stop))]
+        host = self.accelerator.reduce(torch.stack(values), "mean").to("cpu", non_blocking=True)
         copied = torch.cuda.Event() if rows.is_cuda else None
         if copied is not None:
             copied.record()

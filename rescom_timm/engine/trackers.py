@@ -1,7 +1,7 @@
-"""Trackers of Accelerate (wandb, mlflow, trackio ...): told of a run, and never what stops it.
+"""Trackers of Accelerate (wandb, mlflow, trackio ...), which log a run and never stop it.
 
 A tracker that is not installed, has no network or fails in the middle of a run is one warning, and left out from there
-on. Which tracked run is this one's stands in trackers.json in the run's folder, so that a resumed run goes on in it.
+on. Which tracked run is this one's stands in trackers.json in the run's folder, so that a resumed run continues it.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Trackers:
         self.running: dict[str, Any] = {}
         self.in_time: dict[str, _InTime] = {}
         ids: dict[str, str] = {}
-        config, told = recipe.track, {key: _plain(value) for key, value in flat(recipe.to_dict()).items()}
+        config, settings = recipe.track, {key: _plain(value) for key, value in flat(recipe.to_dict()).items()}
         for name in config.log_with:
             if name not in STARTS:
                 continue
@@ -164,7 +164,7 @@ class Trackers:
                 id = str(STARTS[name][1](tracker.tracker))
                 write_json(self.path, {**ids, name: id})
                 if ids.get(name) is None:
-                    in_time(functools.partial(tracker.store_init_configuration, told))
+                    in_time(functools.partial(tracker.store_init_configuration, settings))
             except Exception as error:  # whatever a tracker raises
                 self._drop(name, error)
 
@@ -186,7 +186,7 @@ class Trackers:
         self._each(lambda tracker, _: tracker.log(figures, step=step))
 
     def table(self, rows: dict[str, dict[str, float]], step: int) -> None:
-        """The last table of a run, where the tracker takes tables. rows: figures by what was evaluated."""
+        """The last table of a run, where the tracker takes tables. rows: metrics by what was evaluated."""
         names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
         data = [[row, *(figures.get(name) for name in names)] for row, figures in rows.items()]
         self._each(
@@ -210,11 +210,11 @@ class Trackers:
         self._each(lambda tracker, _: tracker.finish(), LAST)
         self.running.clear()
 
-    def _each(self, tell: Callable[[Any, str], Any], seconds: float | None = None) -> None:
-        """tell: takes a tracker and its name. seconds: that it may take, PATIENCE by default."""
+    def _each(self, call: Callable[[Any, str], Any], seconds: float | None = None) -> None:
+        """call: takes a tracker and its name. seconds: that it may take, PATIENCE by default."""
         for name, tracker in list(self.running.items()):
             try:
-                self.in_time[name](functools.partial(tell, tracker, name), seconds)
+                self.in_time[name](functools.partial(call, tracker, name), seconds)
             except Exception as error:
                 self._drop(name, error)
 
@@ -225,7 +225,7 @@ class Trackers:
 
 def left_out(name: str, why: str) -> None:
     """Tells that a tracker is left out, which stops no training."""
-    warnings.warn(f"track.log_with: {name} is left out, the training goes on: {why}", stacklevel=4)
+    warnings.warn(f"track.log_with: {name} is left out, training continues: {why}", stacklevel=4)
 
 
 def _read(path: Path) -> dict[str, str]:

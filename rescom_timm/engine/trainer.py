@@ -74,7 +74,7 @@ def train(
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
-    name; start where there is none. A run elsewhere is brought here first.
+    name; start if there is none. A run elsewhere is brought here first.
     dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
     first: as build_method's. splits: of the data, those that are evaluated. Raises RecipeError, CheckpointError,
     NonFiniteLoss, Stopped, and what fetching a run does.
@@ -229,14 +229,14 @@ class Trainer:
         set_epoch(self.loader, epoch)
 
     def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """The batch of pass `index` of the epoch, mixed where the recipe says so."""
+        """The batch of pass `index` of the epoch, mixed if the recipe says so."""
         if not self.recipe.mix.on:
             return batch
         where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
         return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
 
     def _count(self, metrics: StepMetrics) -> bool:
-        """Add the figures of a forward pass to the epoch's means; returns whether they were finite.
+        """Add the metrics of a forward pass to the epoch's means; returns whether they were finite.
 
         Raises NonFiniteLoss where they were not and the recipe does not skip such batches.
         """
@@ -256,11 +256,11 @@ class Trainer:
         skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
         means = progress.close_epoch(seconds)
         lr = self.optimizer.param_groups[0]["lr"]
-        told = {f"train/{name}": value for name, value in means.items()}
+        logged = {f"train/{name}": value for name, value in means.items()}
         pace = {"images_per_second": images_per_second, "seconds": progress.seconds}
         if self.accelerator.device.type == "cuda":
             pace["memory_gib"] = peak_memory() / 2**30
-        self._write(told | skipped | {"lr": lr} | pace)
+        self._write(logged | skipped | {"lr": lr} | pace)
         show(bar, f"{progress.epoch}/{self.recipe.train.epochs}", means, 1)
         if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
             left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
@@ -320,7 +320,7 @@ class Trainer:
             bar.write(f"after epoch {progress.epoch}\n{table_of(meters, QUICK_DRAWS)}")
 
     def finish(self) -> None:
-        """Evaluate the last and the best checkpoint and write the figures; the follower may export and push."""
+        """Evaluate the last and the best checkpoint and write the results; the follower may export and push."""
         progress, trouble = self.progress, None
         results = self._final("last", f"last epoch ({progress.epoch}), not selected")
         best = progress.best_checkpoint

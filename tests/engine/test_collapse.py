@@ -19,7 +19,7 @@ from rescom_timm.methods import RescomConfig
 from tests.raises import warns
 
 
-@pytest.mark.parametrize("qp, qn", [(1, 5), (None, None), (3, 4)])
+@pytest.mark.parametrize(("qp", "qn"), [(1, 5), (None, None), (3, 4)])
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("filled", [0, 7, 40])
 def test_the_chance_level_is_the_loss_of_equal_embeddings(qp, qn, batch, filled):
@@ -59,7 +59,7 @@ def lines(shares, start=1):
 
 
 @pytest.mark.parametrize(
-    "shares, warmup, said_at",
+    ("shares", "warmup", "said_at"),
     [
         ([0.99] * 8, 0, [5]),  # once
         ([0.99] * 8, 2, [7]),

@@ -86,7 +86,7 @@ def test_other_errors_of_the_trial_are_told_as_they_are(alone, tmp_path):
         raise RuntimeError("another")
 
     alone.setattr(Net, "forward", broken)
-    with pytest.raises(RuntimeError, match="^another$"):
+    with pytest.raises(RuntimeError, match=r"^another$"):
         train(load_dict(fitting(tmp_path)))
 
 

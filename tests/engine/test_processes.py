@@ -124,7 +124,7 @@ def test_queue_and_weights_are_the_same_after_every_step_and_batch_norm_is_not(p
 
 def test_batch_norm_is_agreed_for_saving_and_each_process_keeps_its_own(pair):
     folder, _ = pair
-    path, net, state = checkpoint.newest(folder / "run" / "checkpoints")
+    _path, net, state = checkpoint.newest(folder / "run" / "checkpoints")
     own = [rank["buffers"] for rank in state["ranks"]]
     name = "encoder.body.1.running_var"
     assert not torch.equal(own[0]["net." + name], own[1]["net." + name])
@@ -135,7 +135,7 @@ def test_batch_norm_is_agreed_for_saving_and_each_process_keeps_its_own(pair):
 
 
 def test_a_class_balanced_batch_is_cut_among_the_processes(pair, tmp_path):
-    folder, tree = pair
+    folder, _tree = pair
     alone = recipe(tmp_path, train__epochs=2, evaluation__every=2)
     run(alone, fault=("watch", str(tmp_path)))
     parts = zip(watched(folder, 0), watched(folder, 1), strict=True)
@@ -201,7 +201,7 @@ def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, part", [(HybridPscConfig(), "net.prototypes"), (MocoConfig(queue_size=8), "momentum_net.copy")]
+    ("config", "part"), [(HybridPscConfig(), "net.prototypes"), (MocoConfig(queue_size=8), "momentum_net.copy")]
 )
 def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pass(tmp_path, config, part):
     method = create_method(Net(Tiny(), len(COUNTS)), COUNTS, config)

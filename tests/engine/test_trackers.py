@@ -4,6 +4,7 @@ import json
 import shutil
 from io import BytesIO
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ class Fake:
     """A tracker in the place of wandb's; what it is told lies in `told`. fails: the call that raises."""
 
     requires_logging_directory = False
-    told: list = []
+    told: ClassVar[list] = []
     fails = ""
 
     def __init__(self, project, **options):
@@ -103,7 +104,7 @@ def test_a_tracker_that_fails_is_one_line_and_the_training_goes_on(fake, tmp_pat
         train(load_dict(tree))
     (line,) = [str(one.message) for one in caught]
     why = "ConnectionError: no network here"
-    assert line == f"track.log_with: wandb is left out, the training goes on: {why}"
+    assert line == f"track.log_with: wandb is left out, training continues: {why}"
     assert len(figures(tree)) == 4 and len(calls("log")) == (0 if call in ("start", "config", "log") else 4)
 
 

@@ -2,6 +2,7 @@
 Resume and processes have files of their own."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -280,7 +281,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
     with pytest.warns(RuntimeWarning):
         trainer.fit()
     trainer.close()
-    moved = [differences(one, other) for one, other in zip(before, before[1:], strict=False)]
+    moved = [differences(one, other) for one, other in itertools.pairwise(before)]
     assert [not names for names in moved] == [step == 3 for step in range(len(moved))], moved[3]
 
 
@@ -428,7 +429,7 @@ def test_a_lost_worker_and_a_full_gpu_are_told_with_what_to_do():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with raises("file.failed", "'x'", "disk space", kind=checkpoint.CheckpointError), with_advice():
         raise OSError(28, "No space left on device", "x")
-    with pytest.raises(RuntimeError, match="^another$"), with_advice():
+    with pytest.raises(RuntimeError, match=r"^another$"), with_advice():
         raise RuntimeError("another")
 
 

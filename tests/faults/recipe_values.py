@@ -92,6 +92,7 @@ WORDS = [
     value("clipping at 0", "optimizer.clip_norm=0", "[recipe.value]...clip_norm"),
     value("layer decay above 1", "optimizer.layer_decay=2", "[recipe.value]...layer_decay"),
     value("frozen by a rate of 0", "optimizer.encoder_lr_scale=0", "[recipe.value]...net.trainable...[none]"),
+    value("sharpness below 0", "optimizer.sam={rho: -1}", "[recipe.value]...rho...-1"),
     value("optimizer with a typo", "optimizer.name=adamz", "[recipe.value]...optimizer.name...'adamz'"),
     value("gamma nan", "schedule.gamma=.nan", "[recipe.value]...schedule.gamma"),
     value("negative gamma", "schedule.gamma=-1", "[recipe.value]...schedule: gamma...-1"),
