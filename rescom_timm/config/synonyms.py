@@ -95,7 +95,7 @@ _KEYS = {
     "hub.repo": "hub_model_id push_to_hub repo_id",
     "hub.private": "hub_private_repo private",
 }
-KEYS = {name: key for key, names in _KEYS.items() for name in names.split()}
+KEYS = {alias: key for key, aliases in _KEYS.items() for alias in aliases.split()}
 
 _SIZES = (
     "images are sized by the views, such as  views.train='random_resized_crop(224,0.08,1,bicubic) | flip' "
@@ -143,7 +143,7 @@ _ELSEWHERE = {
     "onnx torchscript opset int8 quantize",
     "images are corrupted, not trained on, by  rescom-timm robustness": "corruption corruptions",
 }
-ELSEWHERE = {name: advice for advice, names in _ELSEWHERE.items() for name in names.split()}
+ELSEWHERE = {alias: advice for advice, aliases in _ELSEWHERE.items() for alias in aliases.split()}
 """What is no key of a recipe, and what to do instead."""
 
 _METHODS = {
@@ -160,7 +160,7 @@ _METHODS = {
     "crt": "decoupling decouple classifier_retraining",
     "causal_norm": "causal tde",
 }
-METHODS = {name: name for name, names in _METHODS.items() for name in names.split()}
+METHODS = {alias: name for name, aliases in _METHODS.items() for alias in aliases.split()}
 
 
 def plain(name: str) -> str:
