@@ -167,9 +167,7 @@ CODES = {
 class CodedError(Exception):
     """Base class. `code` is one of CODES."""
 
-    def __init__(self, code: str, message: str | None = None) -> None:
-        if message is None:  # until every raise has its code
-            code, message = "system.failed", code
+    def __init__(self, code: str, message: str) -> None:
         BaseException.__init__(self, code, message)  # OSError's would take the two for a number and its text
         self.code = code
 

@@ -15,12 +15,20 @@ CODE = r"[a-z]+\.[a-z_]+"
 PACKAGE = Path(errors.__file__).parent
 
 
+SOURCE = {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def name_of(node: ast.expr) -> str:
+    """c of c and of a.b.c."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
 def coded_classes() -> set[str]:
     """Names of CodedError and of every class below it, by the source."""
     classes = {
-        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        node.name: {name_of(base) for base in node.bases}
+        for tree in SOURCE.values()
+        for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
     found = {"CodedError"}
@@ -29,24 +37,47 @@ def coded_classes() -> set[str]:
     return found
 
 
-def codes_in_source() -> dict[str, list[str]]:
-    """code -> the places that raise with it."""
-    classes, found = coded_classes(), dict[str, list[str]]()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes and node.args:
-                first = node.args[0]
-                for part in (first.body, first.orelse) if isinstance(first, ast.IfExp) else (first,):
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                        found.setdefault(part.value, []).append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
-    return found
+def choices(node: ast.expr) -> list[ast.expr]:
+    """The values that an expression may have: those of both sides of `a if b else c` and of `a or b`."""
+    match node:
+        case ast.IfExp():
+            return [*choices(node.body), *choices(node.orelse)]
+        case ast.BoolOp():
+            return [choice for value in node.values for choice in choices(value)]
+    return [node]
 
 
-def test_every_raised_code_is_in_the_table():
-    unknown = {
-        code: places for code, places in codes_in_source().items() if re.fullmatch(CODE, code) and code not in CODES
+def passes_a_code_on(node: ast.expr) -> bool:
+    """error.code, code, code_of(error)"""
+    if isinstance(node, ast.Call):
+        return name_of(node.func).lstrip("_") in ("code", "code_of")
+    return name_of(node) == "code"
+
+
+def test_every_coded_error_is_made_with_a_code_of_the_table():
+    kinds = coded_classes()
+    wrong = [
+        f"{path}:{node.lineno}: {ast.unparse(node)[:80]}"
+        for path, tree in SOURCE.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and name_of(node.func) in kinds
+        for code in (choices(node.args[0]) if node.args else [node])
+        if not (passes_a_code_on(code) or (isinstance(code, ast.Constant) and code.value in CODES))
+    ]
+    assert not wrong
+
+
+def test_every_code_of_the_table_is_used():
+    table = ast.unparse(next(node for node in SOURCE[Path("errors.py")].body if "CODES = {" in ast.unparse(node)))
+    used = {
+        node.value
+        for path, tree in SOURCE.items()
+        for statement in tree.body
+        if not (path == Path("errors.py") and ast.unparse(statement) == table)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    assert not unknown
+    assert CODES.keys() <= used
 
 
 def test_codes_are_area_and_kind():

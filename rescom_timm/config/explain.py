@@ -102,14 +102,14 @@ def explain(error: pydantic.ValidationError, source: str) -> RecipeError:
     Its code is that of the first line; a coded error raised by a section keeps its code.
     """
     lines: dict[str, str] = {}
-    codes = []
+    code = ""
     for problem in error.errors():
-        code, line = _line(problem)
+        own, line = _line(problem)
         where, must, rest = line.partition(": must be ")
         key = where if must else line
         lines[key] = f"{lines[key].rpartition(', not ')[0]}, or {rest}" if must and key in lines else line
-        codes.append(code)
-    return RecipeError(codes[0], f"{source}: " + "\n  ".join(lines.values()))
+        code = code or own
+    return RecipeError(code, f"{source}: " + "\n  ".join(lines.values()))
 
 
 def _line(problem: Mapping[str, Any]) -> tuple[str, str]:

@@ -19,8 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rescom_timm.config.secrets import without_home, without_secrets
 from rescom_timm.data.mixing import MixConfig
-from rescom_timm.data.samples import LoaderConfig
-from rescom_timm.data.samples import SpeedConfig as LoadingConfig
+from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.errors import InputError
@@ -42,8 +41,8 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|[a-z]:.*", re.IGNO
 class RecipeError(InputError):
     """A recipe that cannot be run. The message names the key and what to do; secrets are removed from it."""
 
-    def __init__(self, code: str, message: str | None = None) -> None:
-        super().__init__(without_secrets(code), message and without_secrets(message))
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, without_secrets(message))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from rescom_timm.class_names import as_spelled, numbers_in
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
+from rescom_timm.data.samples import Batch, LoaderConfig, LoadingConfig, ViewsDataset
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, ViewsConfig
 from rescom_timm.errors import InputError, MissingFileError, MissingPackageError
@@ -110,7 +110,7 @@ def corrupted_loader(
     batch_size: int,
     seed: int = 0,
     config: LoaderConfig = LoaderConfig(),
-    speed: SpeedConfig = SpeedConfig(),
+    speed: LoadingConfig = LoadingConfig(),
 ) -> DataLoader[Batch]:
     """Every image of the split once, in order, corrupted after the evaluation policy.
 

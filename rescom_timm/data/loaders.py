@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
-from rescom_timm.data.samples import Batch, LoaderConfig, SpeedConfig, ViewsDataset
+from rescom_timm.data.samples import Batch, LoaderConfig, LoadingConfig, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
@@ -34,7 +34,7 @@ def train_loader(
     seed: int = 0,
     epochs: int | None = None,
     config: LoaderConfig = LoaderConfig(),
-    speed: SpeedConfig = SpeedConfig(),
+    speed: LoadingConfig = LoadingConfig(),
     second: SamplerName | None = None,
 ) -> DataLoader[Batch]:
     """Batches of `num_views` views per image, all but the first by views.contrast where it is set; the last incomplete
@@ -82,7 +82,7 @@ def eval_loader(
     views: ViewsConfig,
     batch_size: int,
     config: LoaderConfig = LoaderConfig(),
-    speed: SpeedConfig = SpeedConfig(),
+    speed: LoadingConfig = LoadingConfig(),
     together: int = 1,
 ) -> DataLoader[Batch]:
     """Every image of the split once, in order; an unreadable image raises BrokenImage in any case.
@@ -109,7 +109,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _loader(
-    dataset: ViewsDataset, sampler: Any, batch_size: int, speed: SpeedConfig, drop_last: bool, persistent: bool,
+    dataset: ViewsDataset, sampler: Any, batch_size: int, speed: LoadingConfig, drop_last: bool, persistent: bool,
     together: int = 1,
 ) -> DataLoader[Batch]:  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -68,7 +68,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class LoadingConfig:
     """Keys that change the speed of loading, never what is loaded."""
 
     workers: int = 4
@@ -119,7 +119,7 @@ class ViewsDataset(Dataset[Batch]):
         num_views: int | None,
         broken: str = "stop",
         reading: ReadConfig = ReadConfig(),
-        speed: SpeedConfig = SpeedConfig(cache=0),
+        speed: LoadingConfig = LoadingConfig(cache=0),
         device: bool = False,
         contrast: Policy | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class ViewsDataset(Dataset[Batch]):
         if self.resident:
             self.size = self._refuse_residence(speed)
 
-    def _refuse_residence(self, speed: SpeedConfig) -> Size:
+    def _refuse_residence(self, speed: LoadingConfig) -> Size:
         """The one size (H, W) of all images. Raises InputError if they cannot stay on the device."""
         if self.cache is None:
             raise InputError(

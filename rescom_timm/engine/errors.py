@@ -13,14 +13,14 @@ from accelerate.utils import broadcast_object_list
 
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.config.secrets import without_secrets
-from rescom_timm.errors import CodedError, code_of
+from rescom_timm.errors import CodedError, InputError, code_of
 
 
 class RunError(CodedError, RuntimeError):
     """A run that cannot continue. The message says why and what to do; secrets are removed from it."""
 
-    def __init__(self, code: str, message: str | None = None) -> None:
-        super().__init__(without_secrets(code), message and without_secrets(message))
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, without_secrets(message))
 
 
 class CheckpointError(RunError):
@@ -102,7 +102,7 @@ def with_advice(again: str = f"; {AGAIN}") -> Iterator[None]:
         raise advised from error
 
 
-def _advised(error: Exception, again: str) -> RunError | RecipeError | None:
+def _advised(error: Exception, again: str) -> CodedError | None:
     """The error with what to do; None if there is no advice."""
     if isinstance(error, torch.OutOfMemoryError):
         return RecipeError(
@@ -114,6 +114,10 @@ def _advised(error: Exception, again: str) -> RunError | RecipeError | None:
         return MachineError("system.process", f"{one_line(error).partition(': ')[2]}{again}")
     if isinstance(error, OSError) and advice(error):
         return MachineError(code_of(error), f"{error}: {advice(error)}{again}")
+    if type(error) is RuntimeError and re.match(r"Caught (\w+Error) in ", str(error)):
+        last = one_line(error)  # torch raises a worker's error anew by its text alone, which coded errors do not take
+        if last.startswith("rescom_timm."):
+            return InputError("system.failed", last.partition(": ")[2])
     return None
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rescom_timm.data.samples import SpeedConfig
+from rescom_timm.data.samples import LoadingConfig
 
-PLAIN = SpeedConfig(workers=0, batched=False, cache=0)
+PLAIN = LoadingConfig(workers=0, batched=False, cache=0)
 
 
 def made_up(height: int = 32, width: int = 32) -> np.ndarray:

@@ -20,7 +20,7 @@ from rescom_timm.data.decoding import decode
 from rescom_timm.data.device_transforms import Resident, complete, complete_views
 from rescom_timm.data.draws import Draws, first_words, next_words
 from rescom_timm.data.loaders import set_epoch, train_loader
-from rescom_timm.data.samples import LoaderConfig, SpeedConfig, ViewsDataset
+from rescom_timm.data.samples import LoaderConfig, LoadingConfig, ViewsDataset
 from rescom_timm.data.transforms import ViewsConfig, magnitudes, parse, seed_all
 from tests.data.made_up import PLAIN, assert_equal, made_up, make_split, tensor
 from tests.raises import raises
@@ -209,7 +209,7 @@ def test_a_library_that_computes_otherwise_is_noticed(monkeypatch: pytest.Monkey
     original = first_words
     monkeypatch.setattr(batched_transforms, "first_words", lambda seeds, count: original(seeds, count) ^ np.uint64(1))
     split, views = make_split(), ViewsConfig()
-    loader = train_loader(split, views, 2, 8, speed=SpeedConfig(workers=0))
+    loader = train_loader(split, views, 2, 8, speed=LoadingConfig(workers=0))
     with pytest.warns(RuntimeWarning, match="differs from Pillow's"):
         batches = list(loader)
     assert_equal(batches, list(train_loader(split, views, 2, 8, speed=PLAIN)))
@@ -221,14 +221,14 @@ def test_a_library_that_computes_otherwise_is_noticed(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "speed",
     [
-        SpeedConfig(workers=0),
-        SpeedConfig(workers=0, cache=0),
-        SpeedConfig(workers=0, batched=False),
-        SpeedConfig(workers=2),
+        LoadingConfig(workers=0),
+        LoadingConfig(workers=0, cache=0),
+        LoadingConfig(workers=0, batched=False),
+        LoadingConfig(workers=2),
     ],
     ids=["batched, cached", "batched", "cached", "workers"],
 )
-def test_batches_do_not_depend_on_speed(speed: SpeedConfig) -> None:
+def test_batches_do_not_depend_on_speed(speed: LoadingConfig) -> None:
     for split in (make_split(), make_split(broken=(3, 4))):
         config = LoaderConfig(broken="skip")
         with warnings.catch_warnings():
@@ -242,7 +242,7 @@ def test_batches_do_not_depend_on_speed(speed: SpeedConfig) -> None:
 
 def test_images_of_several_sizes_go_to_pillow_and_are_not_cached() -> None:
     split = make_split(((32, 32),) * 10 + ((40, 33),) * 10)
-    loader = train_loader(split, ViewsConfig(), 2, 5, speed=SpeedConfig(workers=0))
+    loader = train_loader(split, ViewsConfig(), 2, 5, speed=LoadingConfig(workers=0))
     assert loader.dataset.cache is None
     assert_equal(list(loader), list(train_loader(split, ViewsConfig(), 2, 5, speed=PLAIN)))
 
@@ -250,15 +250,15 @@ def test_images_of_several_sizes_go_to_pillow_and_are_not_cached() -> None:
 def test_the_cache_is_bounded() -> None:
     split = make_split(((300, 300),) * 4)
     for megabytes, kept in ((0, False), (1, False), (2, True)):
-        speed = SpeedConfig(workers=0, cache=megabytes)
+        speed = LoadingConfig(workers=0, cache=megabytes)
         loader = train_loader(split, ViewsConfig("crop(8)"), 1, 2, speed=speed)
         assert (loader.dataset.cache is not None) == kept
     with raises("recipe.value", "cache", "-1"):
-        SpeedConfig(cache=-1)
+        LoadingConfig(cache=-1)
 
 
 def test_another_policy_put_into_a_loader_is_followed() -> None:
-    loader = train_loader(make_split(), ViewsConfig(), 1, 5, speed=SpeedConfig(workers=0))
+    loader = train_loader(make_split(), ViewsConfig(), 1, 5, speed=LoadingConfig(workers=0))
     loader.dataset.policy = parse("upscale(9)")
     assert next(iter(loader))["image"].shape == (5, 1, 3, 9, 9)
     pickle.loads(pickle.dumps(ViewsDataset(make_split(), parse("imagenet"), 2, device=True)))  # for spawned workers
@@ -271,7 +271,7 @@ def test_another_policy_put_into_a_loader_is_followed() -> None:
 @pytest.mark.parametrize("line", ["cifar", "center_crop(30) | flip | cutout(7) | grayscale(0.4)", "resize(20) | flip"])
 def test_equal_steps_on_the_device_give_the_same_batches(line: str, device: str) -> None:
     config, views = LoaderConfig(device_views=True), ViewsConfig(line)
-    loader = train_loader(make_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))
+    loader = train_loader(make_split(), views, 2, 5, 1, config=config, speed=LoadingConfig(workers=0))
     complete = complete_views(views, config)
     moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in loader]
     found = [{key: value.cpu() for key, value in complete(batch).items()} for batch in moved]
@@ -283,7 +283,7 @@ def test_equal_steps_on_the_device_give_the_same_batches(line: str, device: str)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_device_views_pass_through_accelerate(workers: int) -> None:
     config, views = LoaderConfig(device_views=True), ViewsConfig("random_resized_crop(24) | flip | jitter(.4,.4,.4,0)")
-    speed = SpeedConfig(workers=workers, cache=0)
+    speed = LoadingConfig(workers=workers, cache=0)
     AcceleratorState._reset_state(reset_partial_state=True)
     loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
@@ -302,7 +302,7 @@ def test_device_views_pass_through_accelerate(workers: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("line", ["cifar", "crop(8,4) | flip | grayscale(0.4)", "none"])
 def test_resident_images_give_the_same_batches(line: str, device: str) -> None:
-    split, views, speed = make_split(((32, 32),) * 24), ViewsConfig(line), SpeedConfig(workers=0, resident=True)
+    split, views, speed = make_split(((32, 32),) * 24), ViewsConfig(line), LoadingConfig(workers=0, resident=True)
     loader = train_loader(split, views, 2, 5, 1, speed=speed)
     completed = complete(loader, views, LoaderConfig(), torch.device(device))
     plain = train_loader(split, views, 2, 5, 1, speed=PLAIN)
@@ -317,7 +317,7 @@ def test_resident_images_give_the_same_batches(line: str, device: str) -> None:
 
 
 def test_batches_of_resident_images_do_not_depend_on_how_many_are_finished_at_once() -> None:
-    split, speed = make_split(((32, 32),) * 24), SpeedConfig(workers=0, resident=True)
+    split, speed = make_split(((32, 32),) * 24), LoadingConfig(workers=0, resident=True)
     told = []
     for at_once in (1, 2**15, 2**24):
         loader = train_loader(split, ViewsConfig("cifar"), 2, 5, 1, speed=speed)
@@ -332,7 +332,7 @@ def test_resident_images_pass_through_accelerate(workers: int) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     loader_config = accelerate.DataLoaderConfiguration(split_batches=True)
     accelerator = accelerate.Accelerator(cpu=True, dataloader_config=loader_config)
-    plain = train_loader(split, views, 2, 5, 1, speed=SpeedConfig(workers=workers, resident=True))
+    plain = train_loader(split, views, 2, 5, 1, speed=LoadingConfig(workers=workers, resident=True))
     completed = complete(plain, views, LoaderConfig(), accelerator.device)
     loader = accelerator.prepare(plain)
     expected = train_loader(split, views, 2, 5, 1, speed=PLAIN)
@@ -347,7 +347,7 @@ def test_resident_images_pass_through_accelerate(workers: int) -> None:
 
 def test_resident_images_may_be_finished_nearly_on_request() -> None:
     line, split = "jitter(.4,.4,.4,0) | flip", make_split(((32, 32),) * 24)
-    speed, config, views = SpeedConfig(workers=0, resident=True), LoaderConfig(device_views=True), ViewsConfig(line)
+    speed, config, views = LoadingConfig(workers=0, resident=True), LoaderConfig(device_views=True), ViewsConfig(line)
     loader = train_loader(split, views, 2, 24, 1, config=config, speed=speed)
     found = next(iter(complete(loader, views, config, torch.device("cpu"))(loader)))
     plain = next(iter(train_loader(split, views, 2, 24, 1, speed=PLAIN)))
@@ -366,12 +366,12 @@ def test_resident_images_may_be_finished_nearly_on_request() -> None:
 )
 def test_what_cannot_stay_on_a_device_is_refused(sizes, line: str, cache: int, naming: list[str]) -> None:
     with raises("recipe.conflict", "speed.resident", *naming):
-        speed = SpeedConfig(workers=0, resident=True, cache=cache)
+        speed = LoadingConfig(workers=0, resident=True, cache=cache)
         train_loader(make_split(sizes), ViewsConfig(line), 2, 5, speed=speed)
 
 
 def test_a_policy_that_begins_with_pillow_cannot_be_resident() -> None:
-    speed, config = SpeedConfig(workers=0, resident=True), LoaderConfig(device_views=True)
+    speed, config = LoadingConfig(workers=0, resident=True), LoaderConfig(device_views=True)
     with raises("recipe.conflict", "speed.resident", "resize(20"):
         train_loader(make_split(((32, 32),) * 24), ViewsConfig("resize(20) | flip"), 2, 5, config=config, speed=speed)
 

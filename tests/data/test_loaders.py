@@ -29,14 +29,14 @@ from rescom_timm.data import sampling
 from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
-from rescom_timm.data.samples import LoaderConfig, SpeedConfig
+from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.sampling import InOrder, Order, class_probabilities
 from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
 from tests.raises import raises
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
 COUNTS = (20, 9, 4, 3)
-HERE = SpeedConfig(workers=0)
+HERE = LoadingConfig(workers=0)
 PINNED = {
     "uniform": [
         (3, 7481764827887823697),
@@ -200,7 +200,7 @@ def test_views_depend_on_seed_epoch_and_place_only(split: Any) -> None:
     assert not torch.equal(first[0]["image"], second[0]["image"])
     other = epoch_of(train_loader(split, VIEWS, 2, 8, seed=2, speed=HERE), 0)
     assert not torch.equal(first[0]["row"], other[0]["row"])
-    workers = train_loader(split, VIEWS, 2, 8, seed=1, speed=SpeedConfig(workers=2, prefetch=1))
+    workers = train_loader(split, VIEWS, 2, 8, seed=1, speed=LoadingConfig(workers=2, prefetch=1))
     assert_equal(epoch_of(workers, 1), second)  # persistent workers hear of the epoch too
     assert_equal(epoch_of(workers, 0), first)
 
@@ -209,7 +209,7 @@ def test_views_depend_on_seed_epoch_and_place_only(split: Any) -> None:
 def test_the_global_random_states_stay_untouched(split: Any, workers: int) -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    epoch_of(train_loader(split, VIEWS, 2, 8, speed=SpeedConfig(workers=workers)), 0)
+    epoch_of(train_loader(split, VIEWS, 2, 8, speed=LoadingConfig(workers=workers)), 0)
     after = random.getstate(), np.random.get_state(), torch.get_rng_state()
     assert before[0] == after[0] and torch.equal(before[2], after[2])
     assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
@@ -220,7 +220,7 @@ def test_workers_see_how_far_the_run_is(split: Any) -> None:
     views = ViewsConfig(train="rising_crop(10,0.08,nearest)")
     with raises("recipe.value", "rising_crop(10", "epochs"):
         train_loader(split, views, 1, 8)
-    loaders = [train_loader(split, views, 1, 8, epochs=3, speed=SpeedConfig(workers=n, cache=0)) for n in (0, 2)]
+    loaders = [train_loader(split, views, 1, 8, epochs=3, speed=LoadingConfig(workers=n, cache=0)) for n in (0, 2)]
     changed = []
     for epoch in (0, 1, 2, 1):
         ours, theirs = (epoch_of(loader, epoch) for loader in loaders)
@@ -235,7 +235,7 @@ def test_workers_see_how_far_the_run_is(split: Any) -> None:
 
 def test_evaluation_gives_every_image_once_in_order(split: Any) -> None:
     for workers in (0, 2):
-        batches = list(eval_loader(split, VIEWS, 16, speed=SpeedConfig(workers=workers)))
+        batches = list(eval_loader(split, VIEWS, 16, speed=LoadingConfig(workers=workers)))
         assert [len(b["row"]) for b in batches] == [16, 16, 4]
         assert batches[0]["image"].shape == (16, 3, 8, 8) and batches[0]["image"].dtype == torch.uint8
         assert torch.cat([b["row"] for b in batches]).tolist() == split.rows.tolist()
@@ -293,9 +293,9 @@ def test_impossible_requests_are_refused(split: Any) -> None:
     for config, wrong, *naming in [
         (LoaderConfig, {"sampler": "balanced"}, "sampler", "uniform, class_balanced, square_root, progressive"),
         (LoaderConfig, {"broken": "ignore"}, "broken", "stop", "skip"),
-        (SpeedConfig, {"workers": -1}, "workers", "-1"),
-        (SpeedConfig, {"prefetch": 10**9}, "prefetch", "1,000"),
-        (SpeedConfig, {"prefetch": 0}, "prefetch", "1,000"),
+        (LoadingConfig, {"workers": -1}, "workers", "-1"),
+        (LoadingConfig, {"prefetch": 10**9}, "prefetch", "1,000"),
+        (LoadingConfig, {"prefetch": 0}, "prefetch", "1,000"),
     ]:
         with raises("recipe.value", *naming):
             config(**wrong)  # type: ignore[arg-type]
@@ -324,7 +324,7 @@ def rare(split: Any, count: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_stops_the_run_with_its_path(split: Any, workers: int) -> None:
     (position,) = rare(split, 1)
-    loader = train_loader(make_split(broken=(position,)), VIEWS, 1, 36, speed=SpeedConfig(workers=workers))
+    loader = train_loader(make_split(broken=(position,)), VIEWS, 1, 36, speed=LoadingConfig(workers=workers))
     row = f"row {position * 3 + 100} (folder/{position}.png)"
     with raises("image.unreadable", row, "loader.broken=skip", kind=BrokenImage):
         epoch_of(loader, 0)
@@ -349,7 +349,7 @@ def test_a_broken_image_gives_its_place_to_one_of_its_class(split: Any) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # inherited by the workers
-        parallel = train_loader(damaged, VIEWS, 2, 36, config=skip, speed=SpeedConfig(workers=2))
+        parallel = train_loader(damaged, VIEWS, 2, 36, config=skip, speed=LoadingConfig(workers=2))
         assert_equal([epoch_of(parallel, epoch)[0] for epoch in range(3)], batches)
     assert parallel.dataset.replaced.sum() == 6, "workers count into shared memory"
 
@@ -387,7 +387,7 @@ def test_exif_is_followed_on_request_only() -> None:
 
 @pytest.mark.parametrize("cache", [0, 1])
 def test_exif_is_followed_in_the_cache_and_for_what_replaces_a_broken_image(cache: int) -> None:
-    config, speed = LoaderConfig(exif=True, broken="skip"), SpeedConfig(workers=0, cache=cache)
+    config, speed = LoaderConfig(exif=True, broken="skip"), LoadingConfig(workers=0, cache=cache)
     loader = train_loader(turned(broken=1), ViewsConfig(train="none"), 1, 2, config=config, speed=speed)
     assert (loader.dataset.cache is not None) == bool(cache)
     with pytest.warns(RuntimeWarning, match="another image of its class takes its place"):
@@ -403,7 +403,7 @@ def test_resume_in_mid_epoch_is_exact(split: Any, workers: int) -> None:
     def prepared() -> Any:
         config = accelerate.DataLoaderConfiguration(split_batches=True)
         accelerator = accelerate.Accelerator(cpu=True, dataloader_config=config)
-        speed = SpeedConfig(workers=workers)
+        speed = LoadingConfig(workers=workers)
         return accelerator.prepare(train_loader(split, VIEWS, 2, 8, 1, 4, LoaderConfig("progressive"), speed))
 
     plain = train_loader(split, VIEWS, 2, 8, 1, 4, LoaderConfig("progressive"), HERE)
@@ -444,7 +444,7 @@ def test_each_process_gets_its_slice_of_the_same_global_batch(split: Any) -> Non
 
 def in_pairs(split: Any, config: LoaderConfig = LoaderConfig(), **speed: Any) -> Any:
     speed = {"workers": 0} | speed
-    return train_loader(split, VIEWS, 2, 8, 1, config=config, speed=SpeedConfig(**speed), second="reversed")
+    return train_loader(split, VIEWS, 2, 8, 1, config=config, speed=LoadingConfig(**speed), second="reversed")
 
 
 def test_the_second_draw_lies_below_the_first_and_leaves_it_as_it_is(split: Any) -> None:
@@ -491,7 +491,10 @@ def test_each_process_gets_both_halves_of_its_pairs_and_resumes_exactly(split: A
 @pytest.mark.parametrize("way", ["device_views", "resident"])
 def test_pairs_are_augmented_on_the_device_too(split: Any, way: str) -> None:
     views = ViewsConfig(train="crop(8,2) | flip | cutout(4)")
-    config, speed = LoaderConfig(device_views=way == "device_views"), SpeedConfig(workers=0, resident=way == "resident")
+    config, speed = (
+        LoaderConfig(device_views=way == "device_views"),
+        LoadingConfig(workers=0, resident=way == "resident"),
+    )
     loader = train_loader(split, views, 2, 8, 1, config=config, speed=speed, second="reversed")
     plain = train_loader(split, views, 2, 8, 1, speed=HERE, second="reversed")
     assert_equal(list(complete(loader, views, config, torch.device("cpu"))(loader)), list(plain))
@@ -502,12 +505,12 @@ SCRIPT = """
     sys.path[:0] = [{root!r}]
     from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
     from safetensors.torch import save_file
-    from rescom_timm.data.loaders import LoaderConfig, SpeedConfig, eval_loader, set_epoch, train_loader
+    from rescom_timm.data.loaders import LoaderConfig, LoadingConfig, eval_loader, set_epoch, train_loader
     from tests.data.test_loaders import VIEWS, make_split
 
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     assert accelerator.num_processes == 2
-    split, speed = make_split(), SpeedConfig(workers=1)
+    split, speed = make_split(), LoadingConfig(workers=1)
     loader = train_loader(split, VIEWS, 2, 8, 1, config=LoaderConfig("class_balanced"), speed=speed)
     loader = accelerator.prepare(loader)
     kept = {{}}
@@ -574,12 +577,12 @@ def open_files() -> int:
 def test_no_workers_or_open_files_are_left(split: Any) -> None:
     def use() -> None:
         config = LoaderConfig(broken="skip")
-        loader = prepare_data_loader(train_loader(split, VIEWS, 2, 8, config=config, speed=SpeedConfig(workers=2)))
+        loader = prepare_data_loader(train_loader(split, VIEWS, 2, 8, config=config, speed=LoadingConfig(workers=2)))
         for epoch in range(2):
             epoch_of(loader, epoch)
         resumed = iter(skip_first_batches(loader, 1))
         next(resumed)  # left in the middle
-        list(eval_loader(split, VIEWS, 8, speed=SpeedConfig(workers=2)))
+        list(eval_loader(split, VIEWS, 8, speed=LoadingConfig(workers=2)))
         assert len(multiprocessing.active_children()) == 4
 
     counts = []

@@ -16,7 +16,7 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 from rescom_timm.data import near_views, plane_transforms
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.plane_transforms import PlanePolicy
-from rescom_timm.data.samples import LoaderConfig, SpeedConfig
+from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
 from tests.data.made_up import PLAIN, assert_equal, made_up, tensor
 
@@ -128,5 +128,5 @@ def test_batches_by_planes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     plain = list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=PLAIN))
     calls, original = [], PlanePolicy.__call__
     monkeypatch.setattr(PlanePolicy, "__call__", lambda *a: calls.append(1) or original(*a))  # type: ignore[func-returns-value]
-    assert_equal(list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=SpeedConfig(workers=0))), plain)
+    assert_equal(list(train_loader(odd_split(), views, 2, 5, 1, config=config, speed=LoadingConfig(workers=0))), plain)
     assert len(calls) > 30

@@ -24,7 +24,7 @@ from filelock import FileLock
 from rescom_timm import io as files
 from rescom_timm.data import progress, shared_memory
 from rescom_timm.data.loaders import eval_loader, train_loader
-from rescom_timm.data.samples import SpeedConfig
+from rescom_timm.data.samples import LoadingConfig
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import ViewsConfig
@@ -32,6 +32,7 @@ from rescom_timm.engine import checkpoint, errors, stop_signals, trackers
 from rescom_timm.engine.checkpoint import CheckpointError
 from rescom_timm.engine.run_folder import locked
 from rescom_timm.engine.stop_signals import StopSignals, in_own_process_group
+from rescom_timm.errors import InputError
 from rescom_timm.inference.predict import Prediction
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.io import clear_leftovers, file_lock, write_text
@@ -84,14 +85,14 @@ def test_loaders_for_training_and_evaluation_take_what_fits_and_the_same_images(
     for free, workers, ahead in ((1e9, 2, 4), (64 * sample * 9, 2, 3), (64 * sample * 2, 0, None)):
         memory(int(free))
         for loader in (
-            train_loader(split, views, 1, 64, speed=SpeedConfig(workers=2)),
-            eval_loader(split, views, 64, speed=SpeedConfig(workers=2)),
+            train_loader(split, views, 1, 64, speed=LoadingConfig(workers=2)),
+            eval_loader(split, views, 64, speed=LoadingConfig(workers=2)),
         ):
             assert (loader.num_workers, loader.prefetch_factor) == (workers, ahead)
             assert loader.timeout == (600 if workers else 0)
     first = next(iter(loader))
     memory(int(1e9))
-    again = next(iter(eval_loader(split, views, 64, speed=SpeedConfig(workers=1))))
+    again = next(iter(eval_loader(split, views, 64, speed=LoadingConfig(workers=1))))
     assert torch.equal(first["image"], again["image"])
 
 
@@ -113,6 +114,18 @@ class Stuck(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         time.sleep(60)
+
+
+class Small(Stuck):
+    def __getitem__(self, position):
+        raise InputError("image.size", f"image {position} is too small")
+
+
+def test_an_error_of_a_worker_is_its_message():
+    loader = torch.utils.data.DataLoader(Small(), **shared_memory.worker_options(1, 1, 0))
+    with pytest.raises(InputError) as caught, errors.with_advice():
+        next(iter(loader))
+    assert str(caught.value) == "image 0 is too small"
 
 
 def test_a_loader_that_is_stuck_times_out_and_says_what_to_do():

@@ -33,7 +33,7 @@ from benchmarks.common import clocked, common_arguments, keep, machine
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.device_transforms import complete_views
 from rescom_timm.data.loaders import train_loader
-from rescom_timm.data.samples import LoaderConfig, SpeedConfig
+from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig, Split
 from rescom_timm.data.transforms import CIFAR_MEAN, CIFAR_STD, ViewsConfig, parse
@@ -105,7 +105,7 @@ def measure_loader(
     views, start = ViewsConfig(train=policy), [0]
 
     def ours(config: LoaderConfig = LoaderConfig(), **speed: Any) -> Callable[[], Any]:
-        loader = train_loader(split, views, 2, batch, config=config, speed=SpeedConfig(workers=0, **speed))
+        loader = train_loader(split, views, 2, batch, config=config, speed=LoadingConfig(workers=0, **speed))
         samples = list(loader.sampler)
         return lambda: loader.dataset.__getitems__(  # type: ignore[attr-defined]
             [samples[i % count] for i in range(start[0], start[0] + batch)]
