@@ -14,6 +14,7 @@ CODES = {
     # fit
     "fit.argument": "arguments of fit that do not go together",
     "fit.changed": "the images changed while a fit was interrupted",
+    "fit.diverged": "a training fell far below its start",
     "fit.minutes": "the budget is too small for one pass over the images",
     "fit.other_run": "the folder holds the fit of another command",
     "fit.weights": "pretrained weights cannot be had",

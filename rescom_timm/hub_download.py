@@ -37,7 +37,7 @@ _NETWORK: tuple[Any, ...] = (OSError, EntryNotFoundError, *HfHubHTTPError.__base
 class HubError(RunError):
     """The Hub refused or could not be reached; the message says why and what to do. lasting: a retry will not help."""
 
-    def __init__(self, code: str, message: str | None = None, lasting: bool = True) -> None:
+    def __init__(self, code: str, message: str, lasting: bool = True) -> None:
         super().__init__(code, message)
         self.lasting = lasting
 

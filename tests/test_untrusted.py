@@ -565,7 +565,7 @@ def test_no_message_and_no_record_tells_a_token(monkeypatch):
     for text in (
         str(told.value),
         str(RunError("run.missing", f"x {TOKEN}")),
-        str(HubError(f"x {TOKEN}")),
+        str(HubError("hub.token", f"x {TOKEN}")),
         one_line(OSError(f"https://me:0123456789abcdef@host {TOKEN}")),
     ):
         assert "***" in text and TOKEN not in text and "0123456789abcdef" not in text

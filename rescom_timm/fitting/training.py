@@ -67,7 +67,7 @@ class Watcher(Follower):
         """Raises Diverged."""
         now = figures.get("validation", {}).get("mean_class")
         if self.floor is not None and now is not None and now < self.floor:
-            raise Diverged(f"epoch {epoch}: {now:.1f} on validation, below {self.floor:.1f}")
+            raise Diverged("fit.diverged", f"epoch {epoch}: {now:.1f} on validation, below {self.floor:.1f}")
 
 
 def floor_of(start: Scored | None) -> float | None:
