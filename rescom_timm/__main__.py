@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "predict": ("predict", "labels for images"),
     "demo": ("demo", "a local page to try a model on images"),
     "plot": ("plot", "plots and an HTML report of runs"),
+    "soup": ("soup", "average the weights of runs, or fit the temperature of one"),
     "robustness": ("robustness", "errors of a run on corrupted images"),
     "export": ("export", "write a run's model for timm, ONNX or torch.export"),
     "push": ("push", "push a run to the Hub"),

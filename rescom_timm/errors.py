@@ -17,6 +17,7 @@ CODES = {
     "fit.diverged": "a training fell far below its start",
     "fit.minutes": "the budget is too small for one pass over the images",
     "fit.other_run": "the folder holds the fit of another command",
+    "fit.soup": "runs that cannot be averaged",
     "fit.weights": "pretrained weights cannot be had",
     # the command line and the system
     "usage.arguments": "arguments that a subcommand does not take",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +16,6 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rescom_timm.analysis.writing import pictures
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import EvaluationConfig, Recipe, RecipeError
 from rescom_timm.data.sources import Data, load
@@ -26,8 +23,7 @@ from rescom_timm.engine.build import build_net
 from rescom_timm.engine.errors import NonFiniteLoss, Stopped, one_line
 from rescom_timm.engine.features import Features, loader_of
 from rescom_timm.engine.launch import new_accelerator
-from rescom_timm.engine.run_folder import FOLDERS
-from rescom_timm.engine.trainer import SPLITS, train
+from rescom_timm.engine.trainer import SPLITS
 from rescom_timm.errors import InputError
 from rescom_timm.fitting import page, plan
 from rescom_timm.fitting.candidates import SHARES, Candidate, Weights, best, decide, row, score
@@ -38,7 +34,7 @@ from rescom_timm.fitting.record import FOLDER, Record
 from rescom_timm.fitting.soups import soup
 from rescom_timm.fitting.source import is_recipe, joined, read
 from rescom_timm.fitting.training import Diverged, Kind, Pace, floor_of, measured, size_of, trained, training_recipe
-from rescom_timm.hub.publish import Publisher
+from rescom_timm.fitting.writing import write_run
 from rescom_timm.io import read_json, write_json, write_tensors
 from rescom_timm.methods.heads import KINDS, Standard, class_means, standard
 from rescom_timm.models.classifiers import ClassifierConfig
@@ -338,25 +334,14 @@ class Steps:
         place, why = decide(self.candidates, self.enough)
         chosen = self.candidates[place]
         factor = 1 / temperature_of(chosen.scored) if chosen.scored is not None else 1.0
-        weights, head = dict(chosen.weights), ClassifierConfig(chosen.kind)
+        weights = chosen.weights
         if last and self.options.use_validation and self.data.validation is not None:
             weights = self._on_all(chosen)
-        if chosen.kind == "linear":
-            weights |= {name: weights[name] * factor for name in ("classifier.weight", "classifier.bias")}
-        else:
-            head = ClassifierConfig("cosine", scale=min(head.scale * factor, 1000.0))
         path = self.folder / "chosen.safetensors"
-        write_tensors(path, weights)
-        recipe = replace(
-            training_recipe(self.recipe, chosen.kind, 0, self.images["train"], path, False),
-            name=self.run_folder.name,
-            output=str(self.run_folder.parent),
-            net=replace(self.recipe.net, classifier=head),
-        )
-        _clear(self.run_folder)
-        first, splits = (path, self.data.class_names), SPLITS if last else ("validation",)
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(recipe, self.run_folder, follower=Publisher(pictures), first=first, splits=splits)
+        recipe = training_recipe(self.recipe, chosen.kind, 0, self.images["train"], path, False)
+        recipe = replace(recipe, net=replace(self.recipe.net, classifier=ClassifierConfig(chosen.kind)))
+        splits = SPLITS if last else ("validation",)
+        write_run(recipe, weights, factor, self.data.class_names, path, self.run_folder, splits)
         self.record.save(chosen=chosen.name, why=why, finished=last, table=[row(one) for one in self.candidates])
         page.write(self.run_folder, self.record.values, self._summary())
         print(page.text(self.run_folder, self.record.values))
@@ -392,20 +377,6 @@ class Steps:
         scale, (name, place) = standard(rows), candidate.fitted or ("probe", 0)
         head = scale.folded(KINDS[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(candidate.factor)
         return candidate.weights | {"classifier.weight": head.weight, "classifier.bias": head.bias}
-
-
-def _clear(run: Path) -> None:
-    """Remove what an interrupted fit handed back."""
-    for name in (*FOLDERS, *FILES):
-        path = run / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-FILES = ("metrics.jsonl", "recipe.yaml", "classes.json", "environment.json")
-"""What of a run's folder is written by a training, beside FOLDERS."""
 
 
 def _no_weights(what: str, file: str | None) -> str:
