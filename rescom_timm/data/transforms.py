@@ -63,8 +63,7 @@ class ViewsConfig:
     train: str = "cifar"
     """Policy of every training view: a name of `POLICIES` or a line of steps."""
     contrast: str | None = None
-    """Policy of every training view but the first, for methods that contrast views (rescom, moco, bcl, proco): the
-    first alone is then classified. null: that of `train`."""
+    """Policy of all training views but the first, which alone is then classified (rescom, moco, bcl, proco)."""
     eval: str = "none"
     """Policy of evaluation images; it must bring all of them to one size."""
     mean: tuple[float, float, float] = CIFAR_MEAN
@@ -74,9 +73,7 @@ class ViewsConfig:
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or not all(0 <= m <= 1 for m in self.mean):
-            raise InputError(
-                "recipe.value", f"mean must be three numbers from 0 to 1 (channels scaled to 0..1), not {self.mean}"
-            )
+            raise InputError("recipe.value", f"mean must be three numbers from 0 to 1, not {self.mean}")
         if len(self.std) != 3 or not all(0 < s <= 1 for s in self.std):
             raise InputError("recipe.value", f"std must be three numbers above 0 and at most 1, not {self.std}")
         for line in (self.train, self.eval, self.contrast or ""):
@@ -161,9 +158,7 @@ def _split(line: str) -> list[tuple[str, list[str]]]:
             continue
         match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?", part)
         if match is None:
-            raise InputError(
-                "recipe.views", f"cannot read {part!r} in {line!r}: steps are name(arguments) joined by '|'"
-            )
+            raise InputError("recipe.views", f"cannot read {part!r} in {line!r}: write name(arguments) between '|'")
         name, arguments = match.groups()
         if name in POLICIES and arguments is None:
             found += _split(POLICIES[name])

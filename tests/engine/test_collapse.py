@@ -122,3 +122,13 @@ def test_a_run_logs_chance_and_cosines_and_warns(alone, tmp_path):
     log = lines_of(folder / "metrics.jsonl")
     shares = [share for line in log if (share := collapse.share_of_chance(line))]
     assert len(shares) == 5 and sum("queue/cosine_between" in line for line in log) == 5
+
+
+def test_the_report_has_the_state_in_words():
+    log = [{"epoch": 1, "train/loss_contrast": 5.1, "train/loss_contrast_chance": 5.2}]
+    log += [{"epoch": 2, "queue/cosine_between": 0.3}, {"epoch": 3, "test/top1": 50.0}]
+    state = collapse.last_state(log)
+    assert collapse.dead(state) and all(part in collapse.sentence(state) for part in ("98%", "0.30", "nothing"))
+    alive = {"share": 0.8, "between": 0.3}
+    assert not collapse.dead(alive) and "nothing" not in collapse.sentence(alive)
+    assert collapse.sentence({}) == "" and not collapse.dead({})
