@@ -208,6 +208,7 @@ def read(path: Path, run: str = "") -> Robustness | None:
         return None
     try:
         plain = read_json(path)
+        plain["limits"] = metrics.read_limits(plain.get("limits"))
         fields = {name: plain[name] for name in Robustness.__dataclass_fields__}
         found = Robustness(**{**fields, "setting": Setting(**plain["setting"])})
     except (ValueError, KeyError, TypeError) as error:

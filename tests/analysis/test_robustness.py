@@ -117,7 +117,12 @@ def _kept(folder: Path, found: robustness.Robustness) -> RunFolder:
 def test_results_are_read_compared_and_drawn(tmp_path: Path) -> None:
     one = _kept(tmp_path / "one", made_up_errors("one"))
     two = _kept(tmp_path / "two", made_up_errors("two", 5, kinds=("fog", "contrast", "snow")))
-    assert robustness.read(robustness.path_of(one.path, "test", "last")) == made_up_errors("one")
+    path = robustness.path_of(one.path, "test", "last")
+    assert robustness.read(path) == made_up_errors("one")
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "limits"})
+    )
+    assert robustness.read(path) == made_up_errors("one"), "as 0.2.0 wrote it, without limits"
     found = robustness.measure([one, two])
     assert [list(result.errors) for result in found] == [["fog", "contrast"]] * 2
     assert [result.run for result in found] == ["one", "two"]
@@ -156,10 +161,10 @@ def test_tool_measures_a_run_over_a_baseline(
     other = taught(folder, tmp_path / "base")
     words = [str(folder), "--prepared", str(digits_c), "--limit", "30", "--baseline", str(other), "data.test=test"]
     assert command.main(words) == 0
-    written = folder / "robustness" / "test-last-digits-c.json"
-    record = json.loads(written.read_text())
     base = open_run(other)
     source = prepared(digits_c, base.data.class_names)
+    written = folder / "robustness" / f"test-last-{source.name}.json"
+    record = json.loads(written.read_text())
     errors = robustness.corrupted(base, base.data.test, source.kinds, source, limit=30).errors
     expected = metrics.mean_corruption_error(record["errors"], {kind: np.mean(errors[kind]) for kind in errors})
     assert record["figures"]["mCE"] == pytest.approx(expected) and expected > 150
@@ -171,10 +176,10 @@ def test_tool_measures_a_run_over_a_baseline(
 
 def test_tool_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        ([str(folder), "--baseline", "alexnet"], "1,000 classes, and the run has 10"),
-        ([str(folder), "--prepared", str(tmp_path)], "neither ImageNet-C"),
-        ([str(folder), "--limit", "0"], "at least 1"),
-        ([str(tmp_path / "absent")], "no run folder"),
+        ([str(folder), "--baseline", "alexnet"], "error[usage.arguments]: --baseline alexnet"),
+        ([str(folder), "--prepared", str(tmp_path)], f"error[data.corrupted]: {tmp_path}"),
+        ([str(folder), "--limit", "0"], "error[usage.arguments]: "),
+        ([str(tmp_path / "absent")], "error[run.missing]: "),
     ):
         assert command.main(words) == 1
         assert message in capsys.readouterr().err
