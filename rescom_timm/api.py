@@ -109,6 +109,7 @@ def fit(
     size: int | None = None,
     device: str | None = None,
     weights_file: str | Path | None = None,
+    class_features: str | Path | None = None,
     use_validation: bool = False,
     seed: int = 0,
     output: str | Path | None = None,
@@ -119,9 +120,10 @@ def fit(
 
     source: a folder, a list, a recipe or a Hub id, or a data set as for `train`. minutes: wall clock, without
     downloads. backbone: timm names, of which the one with the best head is trained (default: by device and minutes).
-    size: side of the input in pixels. weights_file: of the backbone; "none" trains from scratch. use_validation: fit on
-    the validation images too, at the end. output: the run's folder (default: runs/NAME). overrides: key=value over a
-    recipe. images: list, split, test_split, subset, validation and the columns, as the options of the command.
+    size: side of the input in pixels. weights_file: of the backbone; "none" trains from scratch. class_features: file
+    of class names' features, for a CLIP or SigLIP backbone. use_validation: fit on the validation images too, at the
+    end. output: the run's folder (default: runs/NAME). overrides: key=value over a recipe. images: as the options of
+    the command.
 
     After Ctrl-C the run is the best so far, and the same call resumes. Raises InputError (fit.minutes, fit.weights
     ...), KeyboardInterrupt before there is a head, and as reading the data does.
@@ -135,8 +137,8 @@ def fit(
         None if weights_file is None else str(weights_file),
     )
     options = FitOptions(
-        MEMORY if memory else str(source), float(minutes), names, size, device, file, use_validation, seed,
-        tuple(overrides), images,
+        MEMORY if memory else str(source), float(minutes), names, size, device, file,
+        None if class_features is None else str(class_features), use_validation, seed, tuple(overrides), images,
     )  # fmt: skip
     dataset = source if memory else None
     try:

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images in pixels (default: that of the weights)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one, else cpu")
     parser.add_argument("--weights-file", metavar="FILE", help="the backbone's weights; none: from scratch")
+    about = "class features from class names (rescom-timm class-features), for a CLIP or SigLIP backbone"
+    parser.add_argument("--class-features", metavar="FILE", help=about)
     parser.add_argument("--use-validation", action="store_true", help="fit on the validation images too, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", metavar="RUN", help="the run's folder (default: runs/NAME)")
@@ -65,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     images = {name: value for name in IMAGES if (value := getattr(arguments, name)) not in (None, usual.get(name))}
     options = FitOptions(
         arguments.source, arguments.minutes, tuple(filter(None, (arguments.backbone or "").split(","))),
-        arguments.size, arguments.device, arguments.weights_file, arguments.use_validation, arguments.seed,
-        tuple(arguments.overrides), images,
+        arguments.size, arguments.device, arguments.weights_file, arguments.class_features, arguments.use_validation,
+        arguments.seed, tuple(arguments.overrides), images,
     )  # fmt: skip
     try:
         fit(options, arguments.output)

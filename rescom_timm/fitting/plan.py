@@ -52,6 +52,8 @@ class FitOptions:
     """cpu or cuda; None: a GPU where there is one."""
     weights_file: str | None = None
     """Of the one backbone, in timm's format; "none" trains from scratch."""
+    class_features: str | None = None
+    """File of class features from class names, for a backbone whose features are in their space (CLIP, SigLIP)."""
     use_validation: bool = False
     """Fit the chosen head on the validation images too, at the end."""
     seed: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rescom_timm.config.loading import find, load, load_dict, shipped
+from rescom_timm.config.loading import find, load, shipped
 from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.in_memory import MEMORY
@@ -16,6 +16,7 @@ from rescom_timm.data.index import Index
 from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.splits import VALIDATION, DataConfig, index_path
+from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.hub_client import hub_id, missing
@@ -49,11 +50,13 @@ def read(options: FitOptions, folder: Path) -> Recipe:
         data = recipe.data
         if data.validation == "none":
             data = replace(data, validation="holdout(0.1)")
-        return replace(recipe, data=data)
+        views = ViewsConfig(mean=recipe.views.mean, std=recipe.views.std)
+        speed = replace(recipe.speed, capture=False, compile=False)
+        return Recipe(data=data, views=views, loader=replace(recipe.loader, sampler="uniform"), speed=speed)
     if options.overrides:
         raise InputError("fit.argument", f"{options.overrides[0]}: keys are of recipes, and {options.source} is none")
     data = _own(options, folder)
-    return replace(load_dict({"data": {"source": "digits"}}), data=data, loader=PHOTOGRAPHS)
+    return Recipe(data=data, loader=PHOTOGRAPHS)
 
 
 def joined(config: DataConfig, folder: Path) -> DataConfig | None:

@@ -36,9 +36,12 @@ from rescom_timm.fitting.source import is_recipe, joined, read
 from rescom_timm.fitting.training import Diverged, Kind, Pace, floor_of, measured, size_of, trained, training_recipe
 from rescom_timm.fitting.writing import write_run
 from rescom_timm.io import read_json, write_json, write_tensors
-from rescom_timm.methods.heads import KINDS, Standard, class_means, standard
-from rescom_timm.models.classifiers import ClassifierConfig
+from rescom_timm.methods.heads import KINDS, Fitted, Standard, class_means, named, standard
+from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
 from rescom_timm.models.net import Net, NetConfig
+
+NAMES = "class names"
+"""The head over CLIP-like nets that class names give."""
 
 
 class Interrupted(Exception):
@@ -198,7 +201,7 @@ class Steps:
         return bool(self.record.values["paces"][self.recipe.net.backbone]["flipped"])
 
     def _heads(
-        self, accelerator: Accelerator, recipe: Recipe, net: Net, train: Features, kinds: Sequence[str] = tuple(KINDS)
+        self, accelerator: Accelerator, recipe: Recipe, net: Net, train: Features, only: str | None = None
     ) -> list[Candidate]:
         """A head of each kind, at the setting that is best on validation."""
         validation = None
@@ -211,8 +214,9 @@ class Steps:
         encoder = {f"encoder.{name}": value.clone() for name, value in net.encoder.state_dict().items()}
         repeats = 0 if self.enough else repetitions(train, classes)
         found = []
-        for name in kinds:
-            about, fit = KINDS[name]
+        for name, (about, fit) in self._kinds(net).items():
+            if only not in (None, name):
+                continue
             options = [scale.folded(head) for head in fit(rows, counts, scale)]
             if validation is None or repeats:
                 scored = cross_validated(train, fit, classes, max(repeats, 1), self.options.seed)
@@ -227,6 +231,17 @@ class Steps:
             weights = encoder | {"classifier.weight": head.weight, "classifier.bias": head.bias}
             found.append(Candidate(name, about, "linear", weights, own, by, shown, None, (name, place), factor))
         return found
+
+    def _kinds(self, net: Net) -> dict[str, tuple[str, Fitted]]:
+        """The kinds of heads over a net, the simplest first."""
+        if (file := self.options.class_features) is None:
+            return KINDS
+        try:
+            features = read_class_features(file, self.data.class_names, int(net.classifier.in_features))
+        except ValueError as error:
+            raise InputError("fit.weights", f"--class-features: {error}") from error
+        probe = {"probe": KINDS["probe"]}
+        return probe | {NAMES: ("cosine to the features of class names", named(features))} | KINDS
 
     # ---------------------------------------------------------------- training from the heads
 
@@ -266,9 +281,10 @@ class Steps:
             self._add_trained(kind, start, end)
 
     def _start(self, kind: Kind) -> Candidate:
-        """Where a training begins: the probe, or the class means as cosines."""
+        """Where a training begins: the probe or, where better, the head of class names; class means as cosines."""
         if kind == "linear":
-            return self.candidates[0]
+            heads = [one for one in self.candidates if one.name in ("probe", NAMES)]
+            return heads[best(heads)]
         width = self.features.values.shape[-1]
         plain = Standard(torch.zeros(width, dtype=torch.float64), torch.ones(width, dtype=torch.float64))
         means = class_means(self.features.rows(), len(self.data.counts), plain)
@@ -278,7 +294,7 @@ class Steps:
 
     def _add_trained(self, kind: Kind, start: Candidate, end: Weights) -> None:
         """The soups of start and end, the default first, the end itself, and a head re-fitted on the best of them."""
-        source = {"linear": "the probe", "cosine": "class means"}[kind]
+        source = {"probe": "the probe", "cosine class means": "class means"}.get(start.name, start.name)
         added = []
         for share in SHARES if self.enough else SHARES[:1]:
             about = f"{share:g} of the net trained from {source}, {1 - share:g} of its start"
@@ -292,7 +308,7 @@ class Steps:
             net = self._loaded(base).to(accelerator.device)
             flipped = self._flipped
             train = features_of(accelerator, net, self.recipe, self.data.train, flipped, self.digests["train"])
-            refitted = self._heads(accelerator, self.recipe, net, train, ("probe",))[0]
+            refitted = self._heads(accelerator, self.recipe, net, train, "probe")[0]
             about = f"Balanced Softmax probe fitted again on the features of: {base.name}"
             added.append(replace(refitted, name=f"re-fitted, {base.name}", about=about))
         self.candidates += added
@@ -358,7 +374,7 @@ class Steps:
         start = (
             self._start(chosen.kind).weights
             if chosen.kind == "cosine"
-            else self._fitted(self.candidates[0], recipe, data)
+            else self._fitted(self._start("linear"), recipe, data)
         )
         path = self.folder / "all" / f"{chosen.kind}-start.safetensors"
         write_tensors(path, start)
@@ -375,7 +391,9 @@ class Steps:
         flipped = self._flipped
         rows = features_of(accelerator, net, recipe, data.train, flipped, image_digest(data.train)).rows()
         scale, (name, place) = standard(rows), candidate.fitted or ("probe", 0)
-        head = scale.folded(KINDS[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(candidate.factor)
+        head = scale.folded(self._kinds(net)[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(
+            candidate.factor
+        )
         return candidate.weights | {"classifier.weight": head.weight, "classifier.bias": head.bias}
 
 

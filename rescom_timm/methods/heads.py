@@ -63,6 +63,12 @@ class Standard(NamedTuple):
         bias = head.bias.double() - weight @ self.mean
         return Head(weight.to(head.weight), bias.to(head.bias))
 
+    def unfolded(self, head: Head) -> Head:
+        """The opposite of `folded`."""
+        weight = head.weight.double() * self.deviation
+        bias = head.bias.double() + head.weight.double() @ self.mean
+        return Head(weight.to(head.weight), bias.to(head.bias))
+
 
 def standard(rows: Rows) -> Standard:
     """Mean and deviation of the rows; a feature that never changes has deviation 1."""
@@ -178,6 +184,19 @@ def logistic(rows: Rows, counts: Tensor, scale: Standard) -> list[Head]:
 def means(rows: Rows, counts: Tensor, scale: Standard) -> list[Head]:
     """Class means alone."""
     return [class_means(rows, len(counts), scale)]
+
+
+def named(class_features: Tensor) -> Fitted:
+    """The cosine to class features (K, F), such as those of class names in CLIP's space, with the cosine's division as
+    in `class_means`; nothing is fitted. Its soup with the net trained from it is WiSE-FT."""
+
+    def fit(rows: Rows, counts: Tensor, scale: Standard) -> list[Head]:
+        length = sum(float(features.norm(dim=1).sum()) for features, _ in rows) / rows.length
+        first, _ = next(iter(rows))
+        weight = F.normalize(class_features.to(first), dim=1) / length
+        return [scale.unfolded(Head(weight, weight.new_zeros(len(weight))))]
+
+    return fit
 
 
 def _path(rows: Rows, offset: Tensor, scale: Standard) -> list[Head]:

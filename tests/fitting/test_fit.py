@@ -9,13 +9,18 @@ import signal
 import numpy as np
 import pytest
 import timm
+import torch
+from accelerate.utils import set_seed
 from PIL import Image
 from safetensors.torch import load_file
 
 import rescom_timm
 from rescom_timm.__main__ import main
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import OptimizerConfig
 from rescom_timm.fitting import plan, source, steps, training
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
+from rescom_timm.models.text_features import save_class_features
 from tests.fitting.made_up import NET, photographs
 from tests.raises import raises
 
@@ -83,6 +88,25 @@ def test_training_gives_soups_and_a_refitted_head(photos, tmp_path, monkeypatch,
         assert {*soups, f"trained from {start}"} < set(names) and all(name in out for name in names)
     assert sum(name.startswith("re-fitted") for name in names) == 2
     assert (tmp_path / "run/fit/linear/recipe.yaml").is_file()
+
+
+def test_class_names_give_a_head_to_train_from(photos, tmp_path, monkeypatch):
+    """A stub of a text tower whose features are the means of the images' features."""
+    planned(monkeypatch, Training("linear", 1))
+    monkeypatch.setattr(training, "FALL", 100.0)
+    set_seed(0)
+    net = rescom_timm.create_model(NET, 4)
+    images = [Image.open(photos / f"train/{name}/0.png").resize((16, 16)) for name in "abcd"]
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    with torch.no_grad():
+        save_class_features(
+            tmp_path / "names.safetensors", net.eval().encoder(net.normalize(pixels)), "abcd", "stub", []
+        )
+    run = rescom_timm.fit(photos, 1, **HOW, class_features=tmp_path / "names.safetensors", output=tmp_path / "run")
+    names = [row["name"] for row in record(run)["table"]]
+    assert names[:2] == ["probe", "class names"] and any(name.startswith("soup 0.5 from") for name in names)
+    with raises("fit.weights", "--class-features"):
+        rescom_timm.fit(photos, 1, **HOW, class_features=photos / "train/a/0.png", output=tmp_path / "other")
 
 
 def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
@@ -176,6 +200,7 @@ def test_sources(photos, tmp_path):
     """A recipe keeps its data, mean and loader; a list is read beside its images."""
     recipe = source.read(FitOptions("digits_lt", overrides=("data.index=step(10)",)), tmp_path)
     assert recipe.data.index == "step(10)" and recipe.data.validation == "holdout(0.1)"
+    assert recipe.optimizer == OptimizerConfig() and recipe.views.mean == load("digits_lt").views.mean
     assert source.is_recipe("digits_lt") and not source.is_recipe(str(photos))
     (tmp_path / "list.csv").write_text("image,label\n" + "".join(f"{k}.png,{k % 2}\n" for k in range(8)))
     for k in range(8):

@@ -84,12 +84,25 @@ def test_class_means_rank_by_cosine(features):
     )
 
 
+def test_class_features_rank_by_cosine(features):
+    rows = features.rows(versions=1)
+    scale = heads.standard(rows)
+    vectors = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (head,) = heads.named(vectors)(rows, torch.ones(4), scale)
+    values, _ = next(iter(rows))
+    cosines = torch.nn.functional.cosine_similarity(values[:, None], vectors[None], dim=2)
+    torch.testing.assert_close(
+        scale.folded(head)(values), cosines * values.norm(dim=1, keepdim=True) / values.norm(dim=1).mean()
+    )
+
+
 def test_folding_and_adjustment_are_exact(features):
     rows = features.rows()
     scale = heads.standard(rows)
     head = Head(torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64))
     values, _ = next(iter(rows))
     torch.testing.assert_close(scale.folded(head)(values), head(scale(values)))
+    torch.testing.assert_close(scale.unfolded(scale.folded(head))(values), head(values))
     counts = torch.tensor([40, 30, 15, 5])
     torch.testing.assert_close(
         heads.adjusted(head, counts, 1.5)(values), head(values) - 1.5 * (counts.double() / 90).log()
