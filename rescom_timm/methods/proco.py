@@ -61,6 +61,7 @@ class Proco(Method):
         super().__init__(net, config)
         if net.embedding_width < 2:
             raise InputError("recipe.value", "net.projector.dim must be at least 2 with method proco")
+        self.shape = (len(counts), net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("begun", torch.tensor(-1))
@@ -70,7 +71,7 @@ class Proco(Method):
     def start(self, epoch: int) -> Tensor:
         """Means (K, D) of classes of which nothing was seen, the same in every process."""
         generator = torch.Generator().manual_seed(2**32 * (epoch + 1) + int(self.seed))
-        return START * F.normalize(torch.randn(len(self.counts), self.net.embedding_width, generator=generator), dim=1)
+        return START * F.normalize(torch.randn(self.shape, generator=generator), dim=1)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, and where a run resumes within one: at its first step the distributions are
