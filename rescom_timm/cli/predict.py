@@ -1,11 +1,13 @@
 """Labels for images.
 
-    rescom-timm predict MODEL IMAGES ... [--top-k 5] [-o labels.csv] [--prior train|uniform|FILE]
+    rescom-timm predict MODEL IMAGES ... [--top-k 5] [-o labels.csv] [--prior train|uniform|estimate|FILE]
     rescom-timm predict MODEL --data SOURCE [--list labels.csv] ...
 
 MODEL: a run's folder, an exported folder or a Hub id such as me/rescom-r50. IMAGES: files and folders. An unreadable
 image is reported in the CSV's column `error`. --prior: class frequencies where the images come from: as in training,
-uniform, or a file of lines name,number in any order, or of one number a class in the order of the model's classes.
+uniform, estimated from the images themselves (EM; takes a pass over them, and some hundred images), or a file of lines
+name,number in any order, or of one number a class in the order of the model's classes. --temperature: the probabilities
+are softmax(logits / T); fitted is the T of the run's validation images.
 
 --data SOURCE: labelled images (a folder of class folders, a data set, digits), for which the accuracy is printed; with
 --list labels.csv, the images in a folder that the list names. --split: test by default, if it has splits.
@@ -25,6 +27,10 @@ from collections.abc import Sequence
 from rescom_timm.cli import answer, new_parser
 
 
+def _temperature(text: str) -> float | str:
+    return text if text == "fitted" else float(text)
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Write the predictions; returns the exit code."""
     parser = new_parser(
@@ -40,7 +46,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--list", metavar="FILE", help="a list of the labelled images in the folder SOURCE")
     parser.add_argument("--split", default="test", help="of the data set (default: test)")
     parser.add_argument("--top-k", type=int, default=5, help="classes of each image (default: 5)")
-    parser.add_argument("--prior", help="train, uniform, or a file of name,number a line")
+    parser.add_argument("--prior", help="train, uniform, estimate, or a file of name,number a line")
+    parser.add_argument("--temperature", default=1.0, type=_temperature, metavar="T", help="a number, or fitted")
     parser.add_argument("--embeddings", metavar="FILE", help="write features and embeddings, as safetensors")
     parser.add_argument("--nearest", type=int, default=0, metavar="K", help="name the K nearest training images")
     parser.add_argument("--among", metavar="FILE", help="embeddings to search; written if missing")

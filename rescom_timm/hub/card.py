@@ -24,7 +24,7 @@ from rescom_timm.engine.collapse import dead, last_state
 from rescom_timm.engine.log import lines
 from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
-from rescom_timm.inference.predict import leans
+from rescom_timm.inference.decisions import leans
 from rescom_timm.io import read_json
 from rescom_timm.metrics import INTERVALS_DEFINED, Limits, group_rules, groups, groups_defined, read_limits, span
 from rescom_timm.text import escape_controls

@@ -30,10 +30,11 @@ from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.sources import Data
 from rescom_timm.data.transforms import MAX_SIDE, parse
-from rescom_timm.engine import checkpoint
+from rescom_timm.engine import checkpoint, logits
 from rescom_timm.engine.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
-from rescom_timm.engine.evaluate import load_net
+from rescom_timm.engine.evaluate import file_name, load_net
 from rescom_timm.errors import InputError, MissingFileError
+from rescom_timm.inference.decisions import even_shift, fitted_temperature
 from rescom_timm.io import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.models.classifiers import Cosine
@@ -156,8 +157,21 @@ def export_run(
     return export(
         net, folder, names, size, counts=counts,
         eval_policy=recipe.views.eval, recipe=recipe, state=method, plain=plain,
-        about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress},
+        about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress}
+        | _temperature(run, which, weights, recipe, torch.tensor(counts)),
     )  # fmt: skip
+
+
+def _temperature(run: Path, which: str, weights: Weights, recipe: Recipe, counts: Tensor) -> dict[str, float]:
+    """{"temperature": T} fitted on the kept logits of a checkpoint's validation images; {} without them."""
+    names = [file_name("validation", one, weights) for one in (("best", "last") if which == "best" else (which,))]
+    name = next((name for name in names if logits.place(run, name).is_file()), None)
+    if name is None:
+        return {}
+    kept = logits.read(run, name)
+    found, labels = zip(*kept.batches(), strict=True)
+    even = even_shift(recipe, counts, len(counts)).float()
+    return {"temperature": round(fitted_temperature(torch.cat(found) + even, torch.cat(labels)), 4)}
 
 
 def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:

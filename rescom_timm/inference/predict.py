@@ -17,22 +17,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rescom_timm.class_names import as_spelled
-from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
 from rescom_timm.data.progress import progress
-from rescom_timm.data.sampling import class_probabilities
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, parse
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.conformal import PredictionSets, calibrated
+from rescom_timm.inference.decisions import estimated_prior, even_shift, frequencies
 from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.models.net import Net
 
-Prior = Sequence[float] | Tensor | Literal["uniform", "train"]
+Prior = Sequence[float] | Tensor | Literal["uniform", "train", "estimate"]
+Temperature = float | Literal["fitted"]
+MOST = 2**28
+"""Logits, images times classes, from which a prior is estimated."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,24 @@ def predict(
     sets: PredictionSets | None = None,
     among: Embeddings | None = None,
     nearest: int = 0,
+    temperature: Temperature = 1.0,
 ) -> list[Prediction]:
     """The top-k classes of every image, in order; the error of an unreadable image is in its Prediction.
 
     model: as in from_pretrained, or its result. images: a file, a folder (recursive, sorted), a list of files, PIL
     images or arrays, or a Split of a data set. prior: how frequent the K classes are among the images, as K counts or
-    probabilities, "uniform", or "train" (as in training); None: the model's own logits. The logits s of Balanced
+    probabilities, "uniform", "train" (as in training) or "estimate" (by EM over the images themselves, in a pass of its
+    own; Saerens et al. 2002); None: the model's own logits. The logits s of Balanced
     Softmax and its relatives are those of equally frequent classes (the training frequencies are in the loss), so by
     Bayes' rule s + log prior are those of the prior (Ren et al. 2020, eq. 3; Menon et al. 2021); for a model trained
     with plain cross-entropy the log of the sampled frequencies is subtracted first.
+    temperature: T of softmax(s / T + log prior), or "fitted": the one of the run's validation images (Guo et al. 2017).
     class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
     sets made by `calibrate`. nearest: how many nearest images of `among`, made by `embed`, to return.
     Raises MissingFileError and InputError (predict.images, predict.value, predict.prior, predict.embeddings, and those
     of from_pretrained).
     """
-    reader = Reader(model, images, prior, batch_size, workers, device, class_names, five_crops)
+    reader = Reader(model, images, prior, batch_size, workers, device, class_names, five_crops, temperature)
     return list(predictions(reader, top_k, sets=sets, among=among, nearest=nearest))
 
 
@@ -173,14 +178,15 @@ def calibrate(
     workers: int = 0,
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
+    temperature: Temperature = 1.0,
 ) -> PredictionSets:
     """Prediction sets that contain the true class with probability `coverage`.
 
     split: labelled images that the model was not trained on, such as a run's validation split. by_group: separately for
-    many, medium and few. prior: as later in predict. Raises InputError
+    many, medium and few. prior, temperature: as later in predict. Raises InputError
     (predict.calibration) for too few or unreadable images and for unknown classes.
     """
-    reader = Reader(model, split, prior, batch_size, workers, device, class_names)
+    reader = Reader(model, split, prior, batch_size, workers, device, class_names, temperature=temperature)
     numbers = {name: k for k, name in enumerate(reader.names)}
     probabilities, labels = [], []
     for batch in reader.batches():
@@ -223,6 +229,7 @@ class Reader:
         device: str | torch.device | None = None,
         class_names: Sequence[str] | None = None,
         crops: bool = False,
+        temperature: Temperature = 1.0,
     ) -> None:
         """Arguments and errors as in predict; crops is its five_crops."""
         if batch_size < 1:
@@ -230,7 +237,15 @@ class Reader:
         self.source = _Images(images)
         self.model = model if isinstance(model, Pretrained) else from_pretrained(model)
         self.names = self.model.class_names or [str(k) for k in range(self.model.net.classifier.out_features)]
-        self.shift = adjustment(self.model, prior)
+        self.temperature = read_temperature(self.model, temperature)
+        plain = prior is None and self.temperature == 1
+        self.even = torch.zeros(1) if plain else even_shift(self.model.recipe, self.model.counts, len(self.names))
+        if prior == "estimate" and len(self.source) * len(self.names) > MOST:
+            message = (
+                f"a prior is estimated from at most {MOST // len(self.names):,} images of {len(self.names):,} classes"
+            )
+            raise InputError("predict.prior", f"{message}: estimate it from some, and give it as a file for all")
+        self.shift = self._shift(prior if prior != "estimate" else "uniform")
         self.batch_size, self.workers = batch_size, workers
         policies = five_crops(self.model.eval_policy) if crops else []
         self.source.prepare(self.model, as_spelled(class_names or self.names, self.names), policies)
@@ -240,10 +255,31 @@ class Reader:
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             message = f"device {device} cannot be used here: {str(error).splitlines()[0]}"
             raise InputError("predict.value", message) from None
+        self.prior: Tensor | None = None
+        """(K,), where it was estimated from the images."""
+        if prior == "estimate":
+            self._estimate()
+
+    def _shift(self, prior: Prior | None) -> Tensor:
+        """What is added to s / T, (K,), for a prior; None: as the model was trained to answer."""
+        if self.temperature == 1:
+            return adjustment(self.model, prior)
+        log_prior = -self.even if prior is None else frequencies(prior, self.model.counts, len(self.names)).log()
+        return (log_prior + self.even / self.temperature).float()
+
+    def _estimate(self) -> None:
+        """The prior of the images, in a pass over them of its own, by the fitted temperature if there is one."""
+        if self.temperature == 1 and self.model.temperature is not None:
+            self.temperature = self.model.temperature
+        self.shift = self.even.float()
+        found = [batch.probabilities.cpu() for batch in self.batches(logits=True) if len(batch.probabilities)]
+        self.prior = estimated_prior(torch.cat(found), self.temperature) if found else None
+        self.shift = self._shift("uniform" if self.prior is None else self.prior)
 
     @torch.inference_mode()
-    def batches(self, embed: bool = False) -> Iterator[_Batch]:
-        """The predictions batch by batch, in order. embed: with features and embeddings."""
+    def batches(self, embed: bool = False, logits: bool = False) -> Iterator[_Batch]:
+        """The predictions batch by batch, in order. embed: with features and embeddings. logits: these plus the shift
+        instead of probabilities."""
         image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
         options = worker_options(self.workers, 2, self.batch_size * image)
         loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
@@ -255,10 +291,10 @@ class Reader:
                 views = torch.stack(read).to(self.device)  # (R, 1 or 6, 3, H, W)
                 first = views[:, 0]
                 if embed:
-                    features, logits, embeddings = self._embed(first)
+                    features, found, embeddings = self._embed(first)
                 else:
-                    logits = self.net.classify(first)
-                probabilities = self._answer(logits)
+                    found = self.net.classify(first)
+                probabilities = found.float() + self.shift.to(self.device) if logits else self._answer(found)
                 if views.shape[1] > 1:
                     each = self.net.classify(views[:, 1:].flatten(0, 1))
                     crops = self._answer(each.unflatten(0, (len(views), -1)).float().mean(dim=1))
@@ -272,7 +308,22 @@ class Reader:
         return features.float().cpu(), logits, embeddings.cpu()
 
     def _answer(self, logits: Tensor) -> Tensor:
-        return (logits.float() + self.shift.to(self.device)).softmax(dim=1)
+        scores = logits.float() if self.temperature == 1 else logits.float() / self.temperature
+        return (scores + self.shift.to(self.device)).softmax(dim=1)
+
+
+def read_temperature(model: Pretrained, temperature: Temperature) -> float:
+    """The number, or the one fitted on validation images. Raises InputError (predict.value)."""
+    if temperature == "fitted":
+        if model.temperature is None:
+            raise InputError(
+                "predict.value",
+                "this model has no fitted temperature: train it with validation images (data.validation=holdout(0.1))",
+            )
+        return model.temperature
+    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise InputError("predict.value", f"temperature must be a number above 0, or fitted, not {temperature!r}")
+    return float(temperature)
 
 
 def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
@@ -280,33 +331,8 @@ def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
     classes = model.net.classifier.out_features
     if prior is None:
         return torch.zeros(classes)
-    if isinstance(prior, str):
-        if prior not in ("uniform", "train"):
-            message = f'prior must be {classes} numbers, "uniform" or "train", not {prior!r}'
-            raise InputError("predict.prior", message)
-        prior = torch.ones(classes) if prior == "uniform" else _counts(model)
-    share = torch.as_tensor(prior, dtype=torch.float64)
-    if (
-        share.shape != (classes,)
-        or not bool((share >= 0).all())
-        or not bool(share.isfinite().all())
-        or share.sum() == 0
-    ):
-        raise InputError(
-            "predict.prior",
-            f"prior must be {classes} counts or probabilities, one a class, at least 0 and not all 0; "
-            f"got {len(share) if share.ndim else 1}: {share.flatten()[:5].tolist()}",
-        )
-    shift = (share / share.sum()).log()
-    if model.recipe is not None and leans(model.recipe):
-        drawn = class_probabilities(_counts(model).numpy(), model.recipe.loader.sampler)
-        shift = shift - torch.from_numpy(drawn).log()
-    return shift.float()
-
-
-def leans(recipe: Recipe) -> bool:
-    """Whether the net of this recipe favours frequent classes: by its loss and its sampler."""
-    return recipe.method.long_tailed and recipe.loader.sampler not in ("class_balanced", "progressive")
+    share = frequencies(prior, model.counts, classes)
+    return (share.log() + even_shift(model.recipe, model.counts, classes)).float()
 
 
 def _counts(model: Pretrained) -> Tensor:

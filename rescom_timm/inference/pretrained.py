@@ -51,6 +51,8 @@ class Pretrained:
     """The method over this net with its queue; None for new classes or without a recipe."""
     reading: ReadConfig = ReadConfig()
     """How image files are read before that, as in training."""
+    temperature: float | None = None
+    """T fitted on the run's validation images; None without."""
 
     @property
     def limits(self) -> Limits:
@@ -180,6 +182,9 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
                 message = f"{name} in {DETAILS} must be three finite numbers, not {details[name]}"
                 raise InputError("model.details", message)
+        temperature = None if details.get("temperature") is None else float(details["temperature"])
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise InputError("model.details", f"temperature in {DETAILS} must be above 0, not {temperature}")
         _check_details(details)
         most = 4 * _check_size(details, folder)
         tensors = load_file(folder / SIDE)
@@ -203,7 +208,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         trained = None
         if num_classes is not None:
             net.classifier = classifier(head, net.classifier.in_features, num_classes)
-            names, counts = [], None
+            names, counts, temperature = [], None, None
             known = [name for name, _ in net.named_children() if name != "classifier"]  # not parts that a method adds
             tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
@@ -221,7 +226,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         code = error.code if isinstance(error, CodedError) else "model.unreadable"
         raise InputError(code, f"{folder} cannot be read{fresh}: {what}") from error
-    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading)
+    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading, temperature)
 
 
 def _check_details(details: dict[str, Any]) -> None:

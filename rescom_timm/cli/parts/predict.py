@@ -17,7 +17,7 @@ from rescom_timm.data.sources import Data, labelled
 from rescom_timm.data.splits import DataConfig
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
-from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, embed, predictions
+from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, embed, predictions, read_temperature
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.io import read_text
@@ -28,6 +28,7 @@ def predict(options: argparse.Namespace) -> int:
     """Write the CSV and print the accuracy if the labels are known. Raises InputError, and as from_pretrained does."""
     model = from_pretrained(options.model, revision=options.revision)
     prior, names = read_prior(options.prior, model.class_names), None
+    temperature = read_temperature(model, options.temperature)
     images: Any = options.images
     if options.data:
         images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
@@ -41,6 +42,13 @@ def predict(options: argparse.Namespace) -> int:
     reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
     search_run = bool(options.nearest) and not (options.among and Path(options.among).is_file())
     data = _run_data(options.model) if options.coverage is not None or search_run else None
+    reader = Reader(
+        model, images, prior, class_names=names, crops=options.five_crops, temperature=temperature, **reading
+    )
+    known = prior if reader.prior is None else reader.prior
+    temperature = reader.temperature  # an estimated prior takes the fitted one
+    if reader.prior is not None:
+        print(prior_line(reader))
     sets = among = None
     if options.coverage is not None and data is not None:
         if data.validation is None:
@@ -50,7 +58,7 @@ def predict(options: argparse.Namespace) -> int:
                 "data.validation=holdout(0.1)",
             )
         sets = calibrate(
-            model, data.validation, options.coverage, by_group=options.by_group, prior=prior,
+            model, data.validation, options.coverage, by_group=options.by_group, prior=known, temperature=temperature,
             class_names=data.class_names, **reading,
         )  # fmt: skip
         print(f"prediction sets: {sets.guarantee}")
@@ -62,7 +70,6 @@ def predict(options: argparse.Namespace) -> int:
     elif options.nearest:
         among = Embeddings.load(options.among)
     gatherer = Gatherer() if options.embeddings else None
-    reader = Reader(model, images, prior, class_names=names, crops=options.five_crops, **reading)
     found = predictions(reader, options.top_k, sets=sets, among=among, nearest=options.nearest, gatherer=gatherer)
     score = Score(model, sets is not None, options.five_crops)
     number, broken = write_csv(
@@ -124,19 +131,28 @@ class Score:
         return ", ".join(parts)
 
 
+def prior_line(reader: Reader) -> str:
+    """The estimated prior, the most frequent classes first."""
+    assert reader.prior is not None
+    order = reader.prior.argsort(descending=True).tolist()
+    shares = [f"{reader.names[k]} {100 * float(reader.prior[k]):.1f}%" for k in order]
+    about = f"{len(reader.source):,} images, temperature {reader.temperature:g}"
+    return f"prior estimated from {about}: {first_few(shares, 20)}"
+
+
 def read_prior(text: str | None, class_names: Sequence[str] = ()) -> Prior | None:
     """`train`, `uniform`, or the K numbers of a file in the order of the K class names.
 
     The file has lines name,number in any order, or K numbers, whose order is then printed.
     Raises MissingFileError (file.missing) and InputError (predict.prior).
     """
-    if text is None or text == "train" or text == "uniform":
+    if text is None or text in ("train", "uniform", "estimate"):
         return text  # type: ignore[return-value]
     try:
         content = read_text(Path(text).expanduser())
     except FileNotFoundError:
         raise MissingFileError(
-            "file.missing", f"no file {text}: give --prior train, uniform or a file of one number a class"
+            "file.missing", f"no file {text}: give --prior train, uniform, estimate or a file of one number a class"
         ) from None
     if "," in content:
         return _named_prior(text, content, class_names)
