@@ -138,12 +138,13 @@ class Pace:
     """Forward, backward and update of one view."""
 
 
-def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, batches: int = 3) -> Pace:
+def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, batches: int = 2) -> Pace:
     """The pace on this machine, from a few batches after one to warm up. net: on its device; its weights stay."""
     reading = SpeedConfig(workers=0, cache=0)  # what workers do beside this process cannot be measured in a few batches
     batch = recipe.train.batch_size
     loader = accelerator.prepare(train_loader(data.train, recipe.views, 1, batch, config=recipe.loader, speed=reading))
-    evaluation = loader_of(accelerator, replace(recipe, speed=reading), data.train)
+    shown = replace(recipe, speed=reading, evaluation=replace(recipe.evaluation, batch_size=batch))
+    evaluation = loader_of(accelerator, shown, data.train)
 
     def forward(images: Tensor) -> None:
         with torch.no_grad():

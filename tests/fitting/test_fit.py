@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 import rescom_timm
 from rescom_timm.__main__ import main
 from rescom_timm.config.loading import load
-from rescom_timm.config.recipe import OptimizerConfig
+from rescom_timm.config.recipe import NetConfig, OptimizerConfig
+from rescom_timm.data.sources import load as load_data
+from rescom_timm.engine.build import build_net
+from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.fitting import plan, source, steps, training
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
 from rescom_timm.models.text_features import save_class_features
@@ -143,6 +147,18 @@ def test_what_a_budget_holds():
     assert plan.trainings(999 * epoch, pace, images) == [Training("linear", 20), Training("cosine", 30)]
     assert plan.reserve(pace, images, False) == plan.SECONDS + (500 + 600) * 0.01
     assert plan.reserve(pace, images, True) == plan.SECONDS + (500 + 600 + 2200) * 0.01
+
+
+def test_measuring_leaves_the_net_as_it_is(photos, tmp_path):
+    base = source.read(FitOptions(str(photos)), tmp_path)
+    base = replace(base, views=replace(base.views, eval="resize(18) | center_crop(16)"), net=NetConfig(NET))
+    net = build_net(base.net, base.views, 4)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    trial = training.training_recipe(base, "linear", 1, 43, tmp_path / "start", False)
+    pace = training.measured(new_accelerator("no"), net, trial, load_data(base.data))
+    assert pace.forward > 0 and pace.step > 0
+    assert all(value.equal(before[name]) for name, value in net.state_dict().items())
+    assert all(weight.grad is None for weight in net.parameters())
 
 
 def test_default_backbones_by_device_and_minutes():
