@@ -34,7 +34,7 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
 
 
 def balanced_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Balanced contrastive loss (BCL, Zhu et al. 2022, arXiv 2207.09052, eq. 9): keys are the other embeddings and a
+    """Balanced contrastive loss (BCL, Zhu et al. 2022, arXiv 2207.09052): keys are the other embeddings and a
     prototype of each class; a class in the denominator is the mean over its keys, of those that can be positives for
     the own class (class averaging), and no class is missing (class complement).
 

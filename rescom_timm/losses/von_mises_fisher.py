@@ -33,7 +33,7 @@ def concentration(means: Tensor) -> Tensor:
 
 def expected_contrast(embeddings: Tensor, means: Tensor, temperature: float) -> Tensor:
     """log E exp(z.v / tau) over the v of each class, (N, K): C(|kappa_k mu_k + z / tau|) - C(kappa_k), with
-    C(x) = log I_nu(x) - nu log x, nu = D / 2 - 1 (ProCo, eq. 12).
+    C(x) = log I_nu(x) - nu log x, nu = D / 2 - 1.
 
     embeddings: (N, D) unit vectors, z, D >= 2. means: (K, D), without a gradient, |m| <= 1. Found in float64.
     """

@@ -61,7 +61,7 @@ class ClassProjector(nn.Sequential):
     2022, arXiv 2207.09052). It belongs to the net; in training its BatchNorm sees the K rows."""
 
     def __init__(self, net: Net) -> None:
-        """Raises ValueError for a net without a projector."""
+        """Raises InputError for a net without a projector."""
         width, dim = net.classifier.in_features, net.embedding_width
         hidden = int(net.projector[0].out_features)  # type: ignore[index, arg-type]
         super().__init__(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))

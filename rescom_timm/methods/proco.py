@@ -57,7 +57,7 @@ class Proco(Method):
     contrasts = True
 
     def __init__(self, net: Net, counts: Tensor, config: ProcoConfig) -> None:
-        """counts: (K,) training images of each class. Raises ValueError for embeddings of fewer than two numbers."""
+        """counts: (K,) training images of each class. Raises InputError (recipe.value) for a width below 2."""
         super().__init__(net, config)
         if net.embedding_width < 2:
             raise InputError("recipe.value", "net.projector.dim must be at least 2 with method proco")
