@@ -66,6 +66,8 @@ MEANT = {
     "list": "recipes",
     "tune": "sweep RECIPE key=a,b,c",
     "grid": "sweep RECIPE key=a,b,c",
+    "probe": "train RECIPE +probe from=RUN",
+    "download": "get NAME",
     "new": "init FOLDER",
     "create": "init FOLDER",
     "version": "--version",

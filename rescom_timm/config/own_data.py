@@ -67,7 +67,7 @@ def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = N
         views = f'views: {{train: "{same} | crop({side},4) | flip", eval: "{same}"}}'
         rate = "optimizer: {lr: 0.1, weight_decay: 5.0e-4}"
     else:
-        net = "net: {backbone: resnet50.tv_in1k, pretrained: true}  # from ImageNet weights: own data are seldom enough"
+        net = "net: {backbone: resnet50.tv_in1k, pretrained: true}  # ImageNet weights: few data sets do without"
         views = "views: {train: imagenet, eval: eval224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
         rate = "optimizer: {lr: 0.02, weight_decay: 5.0e-4}"
     return f"""\

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, check_tar, limit, shown
 from rescom_timm.data.index_files import first_few
@@ -104,16 +104,24 @@ def load_files(source: str, local: bool, subset: str | None, split: str, revisio
     """As datasets.load_dataset(source, subset, split=split, revision=revision): a folder if `local`, else the Hub.
 
     Raises what that raises, and InputError: data.outside if the card of the data set names other files, data.damaged,
-    data.bounds.
+    data.bounds. DatasetNotFoundError also where only the cached copy of a local folder has the name of the Hub's.
     """
     with _readable(source), _builders_checked(source, local), _cards_bounded():
         try:
-            return datasets.load_dataset(source, subset, split=split, revision=revision)  # type: ignore[return-value]
+            found: Dataset = datasets.load_dataset(source, subset, split=split, revision=revision)  # type: ignore
         except DatasetGenerationError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise InputError(_code(cause), f"{source} cannot be read: {str(cause) or type(cause).__name__}") from error
+    if not local and any(len(Path(file["filename"]).parent.name) == LOCAL_HASH for file in found.cache_files):
+        # datasets files both under the folder's name, and takes the newest where the Hub has none.
+        raise DatasetNotFoundError("the cache of that name is of a local folder")
+    return found
+
+
+LOCAL_HASH = 16
+"""Digits in the name of the cache folder of local files; a Hub data set's is its commit, of 40."""
 
 
 @contextmanager

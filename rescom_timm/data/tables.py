@@ -220,8 +220,8 @@ def _open(config: DataConfig, folder: Path | None, split: str) -> Dataset:
     except (ConnectionError, HfHubHTTPError) as error:
         raise MissingFileError(
             "hub.unreachable",
-            f"cannot reach the Hub for {source!r}, which is not cached ({first_line(error)}): set data.source to a "
-            "local folder of its parquet files, or load it once with a network",
+            f"no folder {source!r}, and the Hub cannot be reached for a data set of that name, which is not cached "
+            f"({first_line(error)}): correct data.source, set it to a local folder, or load it once with a network",
         ) from None
     except DatasetNotFoundError as error:
         raise MissingFileError(

@@ -209,6 +209,23 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         load(DataConfig("nobody/nothing"))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_removed_folder_is_not_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets caches a local folder under its last name, where it also looks for a Hub data set of that name."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    for split in ("train", "test"):
+        Dataset.from_dict({"image": [png(1), png(2)], "label": [0, 1]}, features).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    load(DataConfig(str(folder)))
+    with raises("hub.not_found", "photographs"):
+        load(DataConfig("photographs"))
+
+
 def test_gated_or_mistyped_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
