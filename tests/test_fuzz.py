@@ -26,6 +26,7 @@ from rescom_timm.config.explain import keys
 from rescom_timm.config.loading import load, load_dict, load_fetched
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index import Index, read
+from rescom_timm.data.index_files import NoSplit
 from rescom_timm.data.transforms import POLICIES, STEPS, parse
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
@@ -167,7 +168,8 @@ def index_target(lists, tmp_path, which, mutations, classes):
     path = lists[which % len(lists)]
     changed = tmp_path / f"changed{path.suffix}"
     changed.write_bytes(mutated(path.read_bytes(), mutations))
-    with in_words(FileNotFoundError):
+    index = None
+    with in_words(FileNotFoundError, NoSplit):
         index, problems = read(changed, classes, split="train")
         assert (index is None) == bool(problems)
         assert all(isinstance(problem, str) and problem for problem in problems)

@@ -28,7 +28,7 @@ def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
 def _hints(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key with its type."""
     for name, hint in typing.get_type_hints(kind).items():
-        if name.startswith("_"):
+        if name.startswith("_") or get_origin(hint) is typing.ClassVar:
             continue
         yield prefix + name, hint
         for inner in _parts(hint):

@@ -172,7 +172,7 @@ def test_tool_puts_one_runs_pictures_into_the_run(tool: ModuleType, tmp_path: Pa
 def test_tool_says_what_is_wrong(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "r", COUNTS)
     assert tool.main([str(folder), "--only", "reliabilty"]) == 1
-    assert "Did you mean reliability?" in capsys.readouterr().err
+    assert "[plot.name]: unknown plot 'reliabilty'; did you mean reliability?" in capsys.readouterr().err
     empty = tmp_path / "empty"
     empty.mkdir()
     assert tool.main([str(empty)]) == 1

@@ -35,7 +35,7 @@ def test_every_row_is_read():
     assert len(ROWS) == SECTION.count("\n| ") - 1, "but for the table's head"
     named = {row for row, _ in ROWS}
     assert named >= {"Tables 1, 2", *(f"Table {n}" for n in range(3, 7)), "Fig. 3", "Fig. 5", "Fig. 6", "main results"}
-    assert sum(len(commands(verb)) for verb in ("train", "sweep", "figures", "robustness", "inference")) == len(ROWS)
+    assert sum(len(commands(verb)) for verb in ("train", "sweep", "plot", "robustness", "inference")) == len(ROWS)
 
 
 @pytest.mark.parametrize("words", commands("train"))
@@ -64,7 +64,7 @@ def test_every_cell_of_a_grid_is_a_recipe_or_says_what_does_not_fit(words, tmp_p
     assert all("method" in told for told in refused)
 
 
-@pytest.mark.parametrize("words", commands("figures"))
+@pytest.mark.parametrize("words", commands("plot"))
 def test_figures_are_named_as_they_are_called(words, monkeypatch, capsys):
     seen = []
 
@@ -73,7 +73,7 @@ def test_figures_are_named_as_they_are_called(words, monkeypatch, capsys):
         raise ValueError("seen")
 
     monkeypatch.setattr(run_files, "open_runs", open_runs)
-    assert main(["figures", *words]) == 1 and "]: seen" in capsys.readouterr().err
+    assert main(["plot", *words]) == 1 and "]: seen" in capsys.readouterr().err
     assert all(load(run_of(run)).name for run in seen) and len(seen) == 1
     assert set(words[words.index("--only") + 1].split(",")) <= set(plots.NAMES)
 

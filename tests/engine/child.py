@@ -30,6 +30,7 @@ from rescom_timm.data.sources import load
 from rescom_timm.engine import checkpoint, errors, step, trainer
 from rescom_timm.engine.build import build_method
 from rescom_timm.engine.launch import launch
+from rescom_timm.errors import code_of
 from rescom_timm.methods.rescom import ResCom
 from rescom_timm.models.net import Net
 
@@ -164,7 +165,7 @@ def work(tree: dict[str, Any], resume: bool, fault: Any, rank: int, ranks: int, 
     try:
         train_recipe(load_dict(tree), resume=resume)
     except (RecipeError, checkpoint.CheckpointError, errors.NonFiniteLoss, errors.Stopped) as error:
-        print(f"{type(error).__name__}: {error}")
+        print(f"{type(error).__name__}: error[{code_of(error)}]: {error}")
         code = 143 if isinstance(error, errors.Stopped) else 1
     except BaseException:
         traceback.print_exc()

@@ -21,6 +21,7 @@ from rescom_timm.models.trainable import count_weights
 from tests.engine.child import differences, figures, last, recipe
 from tests.faults.fault import hashed
 from tests.methods.stub import COUNTS
+from tests.raises import raises
 
 PLAIN = {"data__validation": "none", "train__epochs": 2, "train__batch_size": 64, "checkpoint__keep": 5}
 
@@ -38,14 +39,14 @@ def test_a_net_has_a_projector_where_its_method_uses_it(name):
     net = made(name).net
     there = [key for key in net.state_dict() if key.startswith("projector.")]
     embeds = METHODS[name][1].embeds
-    assert bool(there) == embeds == (name in ("rescom", "moco", "paco", "hybrid_psc"))
+    assert bool(there) == embeds == (name in ("rescom", "moco", "paco", "hybrid_psc", "bcl", "proco"))
     if name == "cross_entropy":
         assert count_weights(net)["trained"] == count_weights(net)["all"], "100% of full fine-tuning"
     images = torch.zeros(2, 3, 32, 32)
     embeddings = net.eval()(images).embeddings
     assert embeddings.shape == (2, 5 if embeds else 0) and embeddings.dtype == torch.float32
     if embeds:
-        with pytest.raises(ValueError, match="no projector"):
+        with raises("net.projector"):
             made(name, projector=False)
 
 

@@ -210,6 +210,7 @@ def test_what_does_not_go_with_it_is_refused(alone, tmp_path):
     made = load_dict(recipe(tmp_path, optimizer={"lr": 0.1, "sam": {}}))
     assert made.optimizer.sam.rho == 0.1 and isinstance(trainer_of(made.to_dict()).step, SamStep)
     inside = nn.Module()
+    inside.fits_head = False
     inside.net = nn.Linear(1, 1)
     with raises("train.distributed", "optimizer.sam"):
         refuse_what_cannot_be_sharded(way(DistributedType.FSDP, True), made, inside)

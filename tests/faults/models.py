@@ -81,7 +81,7 @@ PREDICTED = [
     predicted("images that predict does not find", "run q", "[file.missing]...q"),
     predicted("folder without an image", "run q", "[predict.images]...q...png", folder("q")),
     predicted("no image at all", "run", "give images, or --data SOURCE", code=2),
-    predicted("list without its images", "run p --list l.csv", "--list is a list of the images of --data", code=2),
+    predicted("list without its images", "run p --list l.csv", "[usage.arguments]...--list needs --data", code=2),
     predicted("labels of 0 classes", "run p --top-k 0", "[predict.value]...top_k...0"),
     predicted("top-k of text", "run p --top-k x", "invalid int value: 'x'", code=2),
     predicted("batch of no image", "run p --batch-size 0", "[predict.value]...batch_size...0"),

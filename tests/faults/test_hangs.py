@@ -379,7 +379,7 @@ def test_a_tracker_has_so_long_for_a_call_and_one_thread(monkeypatch):
         in_time(lambda: time.sleep(1))
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["evaluate", "nowhere"], ["describe", "nowhere.txt"]])
+@pytest.mark.parametrize("words", [["recipes"], ["evaluate", "nowhere"], ["index", "describe", "nowhere.txt"]])
 def test_a_command_says_something_within_a_second_of_its_words(words):
     """Before torch is imported, which a module that cannot be imported stands for here."""
     program = (

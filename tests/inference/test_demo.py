@@ -107,12 +107,12 @@ def test_the_prior_is_that_of_predict(model, files, choice, numbers, prior):
     [
         ([1, 2], "prior must be 10 counts"),
         ([0] * 10, "at least 0 and not all 0"),
-        ([1, "<x>"], "a &amp; b: &lt;x&gt; is no number of at least 0; write how frequent each class is"),
-        ([1, 2, -1], "=1+1: -1 is no number of at least 0"),
-        (["nan"], "&lt;script&gt;alert(1)&lt;/script&gt;: nan is no number"),
-        (["inf"], "inf is no number"),
-        ([""], "nothing is no number"),
-        ([None], "nothing is no number"),
+        ([1, "<x>"], "a &amp; b: &lt;x&gt; is not a number of at least 0; write how frequent each class is"),
+        ([1, 2, -1], "=1+1: -1 is not a number of at least 0"),
+        (["nan"], "&lt;script&gt;alert(1)&lt;/script&gt;: nan is not a number"),
+        (["inf"], "inf is not a number"),
+        ([""], "nothing is not a number"),
+        ([None], "nothing is not a number"),
     ],
 )
 def test_own_numbers_that_cannot_be_are_told_on_the_page(model, files, numbers, says):

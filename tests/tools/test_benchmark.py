@@ -203,7 +203,7 @@ def test_a_number_that_is_none_is_refused(capsys):
 def test_a_gpu_that_is_not_there_is_told(capsys):
     for words in (["step", "resnet8_cifar"], ["head"]):
         assert benchmark.main([*words, "--device", "cuda"]) == 1
-        assert "torch sees no GPU here" in capsys.readouterr().err
+        assert "finds no GPU" in capsys.readouterr().err
 
 
 def test_every_part_says_what_it_measures():
