@@ -89,6 +89,7 @@ method:
 {rate}
 schedule: {{name: cosine, warmup_epochs: {warmup}}}
 train: {{epochs: {epochs}, batch_size: {batch}}}
+evaluation: {{select: mean_class}}  # by which the best epoch on validation is chosen
 """
 
 

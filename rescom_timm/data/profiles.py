@@ -101,16 +101,23 @@ def _draw(labels: np.ndarray, sizes: list[int], imbalance: float, seed: int) -> 
     return np.sort(np.concatenate(kept))
 
 
-def holdout(labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
+def holdout(
+    labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None, least: int = 0
+) -> np.ndarray:
     """Positions to hold out, ascending: of each class its fraction, rounded, but never its last row.
 
     labels: (N,) of the training rows; 0 < fraction < 1. Drawn with RandomState(seed), classes in ascending order.
+    least: rows of every class that has five or more.
     groups: (N,) int64; whole groups are held out, as near to the fraction of each class as they allow, never all that
     have a class. Raises InputError (data.empty_class) if nothing would be held out.
     """
     if groups is not None:
         return _hold_groups(labels, fraction, seed, groups)
-    return _per_class(labels, lambda n: min(int(fraction * n + 0.5), n - 1), seed, f"holdout({fraction:g})")
+
+    def size(n: int) -> int:
+        return min(max(int(fraction * n + 0.5), least if n >= 5 else 0), n - 1)
+
+    return _per_class(labels, size, seed, f"holdout({fraction:g})")
 
 
 def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ from rescom_timm.models.classifiers import ClassifierConfig
 from rescom_timm.models.net import Net
 
 Kind = Literal["linear", "cosine"]
-RATES: dict[Kind, float] = {"linear": 0.002, "cosine": 0.01}
+RATES: dict[Kind, float] = {"linear": 0.002, "cosine": 0.005}
 """Learning rate of the head; the backbone has BACKBONE of it."""
 BACKBONE = 0.3
 BATCH = 32

@@ -206,12 +206,13 @@ def test_init_from_class_folders(run: Run, tmp_path: Path) -> None:
     made = recipe.load("mine.yaml")
     data = load(made.data)
     assert data.class_names == ["2", "9", "10"]
-    assert np.bincount(data.test.labels).tolist() == [1, 2, 6]  # a fifth
+    assert np.bincount(data.test.labels).tolist() == [2, 2, 6]  # a fifth, of five images or more at least two
     assert data.validation is not None and len(data.validation.rows) == 3
-    assert data.counts.tolist() == [4, 9, 22] and made.method.queue.per_class == 64  # type: ignore[union-attr]
+    assert data.counts.tolist() == [3, 9, 22] and made.method.queue.per_class == 64  # type: ignore[union-attr]
+    assert made.evaluation.select == "mean_class" and "rescom-timm fit" in said
     assert made.method.beta == 0.999999 and made.net.pretrained  # type: ignore[union-attr]
     text = Path("mine.yaml").read_text()
-    assert "35 training images of 3 classes, 22 to 4 a class" in text and "# Qn: 40% of 128 keys" in text
+    assert "34 training images of 3 classes, 22 to 3 a class" in text and "# Qn: 40% of 128 keys" in text
     before = text
     code, said = run("init", "my photos", "-o", "mine.yaml")
     assert code == 1 and "mine.yaml, mine_train.txt, mine_test.txt would be overwritten" in said

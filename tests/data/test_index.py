@@ -449,3 +449,10 @@ def test_malformed_json_is_one_error(tmp_path: Path, text: str) -> None:
 def test_a_run_of_one_class_has_one_rank_and_a_whole_number_no_fraction() -> None:
     *_, first, second = rows.describe(np.array([86, 5, 6]), lines=2).splitlines()
     assert first.split()[:2] == ["1-2", "46"] and second.split()[:2] == ["3", "5"]
+
+
+def test_holdout_leaves_classes_of_five_at_least_so_many() -> None:
+    labels = np.repeat(np.arange(5), [4, 5, 7, 8, 30])
+    held = profiles.holdout(labels, 0.2, least=2)
+    assert np.bincount(labels[held]).tolist() == [1, 2, 2, 2, 6]
+    assert np.bincount(labels[profiles.holdout(labels, 0.2)]).tolist() == [1, 1, 1, 2, 6]
