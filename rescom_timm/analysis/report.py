@@ -21,6 +21,7 @@ from rescom_timm import metrics
 from rescom_timm.analysis import longtail, plots, style
 from rescom_timm.analysis.classes import Classes
 from rescom_timm.analysis.classes import measure as measure_classes
+from rescom_timm.analysis.conclusions import conclusions
 from rescom_timm.analysis.plots import Drawn
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder
 from rescom_timm.analysis.seeds import setting_of
@@ -82,13 +83,14 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Section:
-    """Under a heading: what is missing, tables, pictures (alt, and png in base64), and the files of runs."""
+    """Under a heading: texts, what is missing, tables, pictures (alt, and png in base64), and the files of runs."""
 
     heading: str
     missing: list[str] = field(default_factory=list)
     tables: list[ReportTable] = field(default_factory=list)
     pictures: list[dict[str, str]] = field(default_factory=list)
     runs: list[dict[str, str]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
@@ -118,6 +120,7 @@ def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evalua
             found[run.name] = run.evaluation(evaluation)
     missing: list[str] = []
     sections = [
+        Section("Conclusions", texts=[text for one in found.values() for text in _concluded(one, len(found) > 1)]),
         Section("Summary", tables=[_summary(runs, found)]),
         Section("Over seeds", tables=_seeds(runs, found)),
         _classes(found),
@@ -125,9 +128,14 @@ def page(runs: Sequence[RunFolder], drawn: Iterable[Drawn] | None = None, evalua
         Section("Recipes and versions", runs=[_sources(run) for run in runs]),
         Section("Not drawn", missing),
     ]
-    shown = [one for one in sections if one.missing or one.tables or one.pictures or one.runs]
+    shown = [one for one in sections if one.texts or one.missing or one.tables or one.pictures or one.runs]
     title = ", ".join(run.name for run in runs)
     return render("report.html", title=title, sections=shown, colors=style.GROUP_COLORS)
+
+
+def _concluded(found: Evaluation, named: bool) -> list[str]:
+    first, *others = conclusions(found)
+    return [f"{found.run}: {first}" if named else first, *others]
 
 
 def summary(run: RunFolder, found: Evaluation | None) -> dict[str, str | float | None]:

@@ -137,7 +137,7 @@ def test_the_contents_lead_to_every_section(two_runs: list[Path]) -> None:
     text = report.page(open_runs(two_runs))
     links = re.findall(r'<a href="#([\w-]+)">', text)
     assert re.findall(r'<h2 id="([\w-]+)">', text) == links
-    assert links[:3] == ["summary", "over-seeds", "classes"]
+    assert links[:4] == ["conclusions", "summary", "over-seeds", "classes"]
 
 
 def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None:

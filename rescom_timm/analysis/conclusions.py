@@ -1,0 +1,97 @@
+"""What an evaluation says, in sentences with numbers: the beginning of the report."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rescom_timm import metrics
+from rescom_timm.analysis import style
+from rescom_timm.analysis.classes import measure as measure_classes
+from rescom_timm.analysis.run_files import Evaluation
+
+NAMED = 5
+"""Classes that are named at most."""
+
+
+def conclusions(found: Evaluation) -> list[str]:
+    """Accuracy and groups with their intervals; the rare classes that surely fail, and what they are taken for; which
+    classes have too few test images to say; whether the probabilities are too high."""
+    right = found.labels == found.predicted
+    accuracy, tested = 100 * float(right.mean()), found.tested
+    mean = 100 * float(np.mean(found.correct[tested > 0] / tested[tested > 0]))
+    told = [
+        f"{accuracy:.1f}% of {len(right):,} images are right{_interval(found, 'top1')}; the mean over "
+        f"{int((tested > 0).sum()):,} classes is {mean:.1f}%{_interval(found, 'mean_class')}."
+    ]
+    if found.counts is not None:
+        told += [*_groups(found), *_failing(found, accuracy)]
+    told += _untested(found)
+    gap = 100 * float(found.confidence.mean()) - accuracy
+    if abs(gap) >= 3:
+        kind = "too high" if gap > 0 else "too low"
+        told.append(
+            f"The probabilities are {kind}: their mean is {accuracy + gap:.1f}% at an accuracy of {accuracy:.1f}%."
+        )
+    return told
+
+
+def _interval(found: Evaluation, name: str) -> str:
+    return f" ({metrics.span(found.intervals[name])})" if name in found.intervals else ""
+
+
+def _groups(found: Evaluation) -> list[str]:
+    assert found.counts is not None
+    parts = []
+    for name, members in metrics.groups(found.counts, found.limits).items():
+        images, classes = found.size(name)
+        if images:
+            value = 100 * found.correct[members.numpy()].sum() / images
+            of = f"{classes:,} class{'es' * (classes != 1)}, {images:,} test images"
+            parts.append(f"{name} {value:.1f}%{_interval(found, name)} ({of})")
+    return [f"By group: {'; '.join(parts)}."]
+
+
+def _failing(found: Evaluation, accuracy: float) -> list[str]:
+    """Rare classes whose whole interval lies below the accuracy of all images, the surest first."""
+    assert found.counts is not None
+    groups = style.group_of(found.counts, found.limits)
+    rarest = next((name for name in ("few", "medium") if name in groups), None)
+    if rarest is None:
+        return []
+    high = metrics.wilson(found.correct, found.tested)[1]
+    failing = np.flatnonzero((groups == rarest) & (found.tested > 0) & (high < accuracy))
+    classes = int(((groups == rarest) & (found.tested > 0)).sum())
+    if not len(failing):
+        return [
+            f"No class of {rarest} is surely below the accuracy of all images"
+            + (f": most of the {classes:,} have too few test images to tell." if classes else ".")
+        ]
+    details = measure_classes(found)
+    parts = []
+    for k in failing[np.argsort(high[failing], kind="stable")][:NAMED].tolist():
+        text = f"{found.class_names[k]} ({found.counts[k]:,} training images): "
+        text += f"{found.correct[k]} of {found.tested[k]} right"
+        other = int(details.confused[k])
+        if other >= 0:
+            taken = round(float(details.share[k]) / 100 * int(found.tested[k]))
+            text += f", {taken} taken for {found.class_names[other]}"
+        parts.append(text)
+    more = f"; and {len(failing) - NAMED:,} more" if len(failing) > NAMED else ""
+    return [
+        f"{len(failing):,} of {classes:,} classes of {rarest} surely fail (their interval ends below "
+        f"{accuracy:.1f}%): {'; '.join(parts)}{more}."
+    ]
+
+
+def _untested(found: Evaluation) -> list[str]:
+    none, thin = int((found.tested == 0).sum()), int(((found.tested > 0) & (found.tested < style.THIN)).sum())
+    parts = []
+    if thin:
+        parts.append(f"{_classes_have(thin)} fewer than {style.THIN} test images")
+    if none:
+        parts.append(f"{_classes_have(none)} no test image")
+    return [f"{' and '.join(parts)}: read their accuracies with their intervals."] if parts else []
+
+
+def _classes_have(number: int) -> str:
+    return f"{number:,} class{'es have' if number > 1 else ' has'}"
