@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import IMAGES_AT_ONCE
@@ -114,10 +116,10 @@ def examine(
             image, orientation, levels = inspect(value, row, reading)
         except BrokenImage as error:
             return str(error)
-        pixels = np.asarray(image)
-        digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-        small = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(np.int16)
-        thumbnail = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX))
+        digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
+        reduced = image.resize((32, 32), Image.Resampling.BOX)
+        thumbnail = np.asarray(reduced.convert("L").resize((16, 16), Image.Resampling.BOX))
+        small = np.asarray(reduced).astype(np.int16)
         gray, flat = np.ptp(small, axis=2).max() <= GRAY, small.std(axis=(0, 1)).max() < FLAT
         about = orientation != 1, levels or (-1, -1)
         return image.size, digest, phash(image).hash.flatten(), thumbnail, gray, flat, *about
@@ -178,42 +180,43 @@ def near_duplicates(images: Examined, exact: Sequence[Sequence[int]] = ()) -> li
     twice = {i for group in exact for i in group[1:]}
     out = twice | set(images.broken) | set(np.flatnonzero(images.flat).tolist())
     usable = np.array([i for i in range(len(images)) if i not in out], dtype=np.int64)
-    parent = list(range(len(images)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for one, other in _near_pairs(images, usable):
-        parent[root(int(other))] = root(int(one))
+    hashed = images.hashed[usable].reshape(len(usable), 64)
+    words = np.packbits(hashed, axis=1).view(np.uint64).ravel()
+    thumbnails = images.thumbnail[usable].reshape(len(usable), 256)
+    labels = np.arange(len(usable))  # of the components so far
+    for band in BANDS:
+        keys = hashed[:, band] @ (1 << np.arange(len(band), dtype=np.int64))
+        order = np.argsort(keys, kind="stable")
+        pairs = [np.zeros((2, 0), np.int64)]
+        for members in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            if 2 <= len(members) <= CROWD:
+                pairs.append(_near_pairs(members, words, thumbnails, labels))
+        links = labels[np.concatenate(pairs, axis=1)]
+        labels = connected_components(coo_array((np.ones(links.shape[1]), links), (len(usable),) * 2))[1][labels]
     groups: dict[int, list[int]] = defaultdict(list)
-    for i in usable.tolist():
-        groups[root(i)].append(i)
+    for i, label in zip(usable.tolist(), labels.tolist(), strict=True):
+        groups[label].append(i)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _near_pairs(images: Examined, usable: np.ndarray) -> Iterator[tuple[int, int]]:
-    for band in BANDS:
-        bits = images.hashed[usable][:, band] if len(usable) else np.zeros((0, len(band)), bool)
-        keys = bits @ (1 << np.arange(len(band), dtype=np.int64))
-        order = np.argsort(keys, kind="stable")
-        for members in np.split(usable[order], np.flatnonzero(np.diff(keys[order])) + 1):
-            if not 2 <= len(members) <= CROWD:
-                continue
-            apart = (images.hashed[members][:, None] != images.hashed[members][None]).sum(axis=2)
-            for a, b in np.argwhere(np.triu(apart <= BITS, 1)):
-                one, other = members[a], members[b]
-                levels = images.thumbnail[one].astype(np.int16) - images.thumbnail[other]
-                if np.abs(levels).mean() <= LEVELS:
-                    yield one, other
+def _near_pairs(members: np.ndarray, words: np.ndarray, thumbnails: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Near pairs (2, P) of images in a band that are not in one component yet. words: (N,) hashes of 64 bits."""
+    apart = np.bitwise_count(words[members][:, None] ^ words[members])
+    new = labels[members][:, None] != labels[members]
+    one, other = members[np.stack(np.nonzero(np.triu((apart <= BITS) & new, 1)))]
+    if not len(one):
+        return np.zeros((2, 0), np.int64)
+    high, low = np.maximum(thumbnails[one], thumbnails[other]), np.minimum(thumbnails[one], thumbnails[other])
+    near = (high - low).sum(axis=1, dtype=np.int64) <= LEVELS * 256
+    return np.stack([one[near], other[near]])
 
 
 def _of_duplicates(images: Examined, groups: list[list[int]], kind: str, what: str) -> Iterator[Finding]:
-    leaks = [group for group in groups if len(set(images.split[group])) > 1]
-    torn = [group for group in groups if len(set(images.label[group])) > 1]
-    rest = [group for group in groups if group not in leaks and group not in torn]
+    leaks, torn, rest = [], [], []
+    for group in groups:
+        leaks += [group] if (leak := len(set(images.split[group])) > 1) else []
+        torn += [group] if (tear := len(set(images.label[group])) > 1) else []
+        rest += [] if leak or tear else [group]
     what = what.capitalize()
     advice = "accuracy on images that were trained on is too high: remove one of the two"
     yield Finding(f"{kind}_leak", f"{what} in two splits", advice, leaks)

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import nn
 
 from rescom_timm.config.recipe import Recipe, RecipeError
+from rescom_timm.engine.allocator import keep_freed_memory
 from rescom_timm.methods import Method
 from rescom_timm.methods.parts import ClassProjector
 
@@ -27,7 +28,10 @@ def new_accelerator(precision: str, **options: Any) -> Accelerator:
     By itself accelerate keeps the precision of the first.
     """
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, **options)
+    accelerator = Accelerator(mixed_precision=precision, **options)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    return accelerator
 
 
 def launch(recipe: Recipe) -> Accelerator:

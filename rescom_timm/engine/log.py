@@ -29,6 +29,7 @@ from tqdm import tqdm
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.config.secrets import without_secrets
 from rescom_timm.data.progress import bars_shown
+from rescom_timm.engine.allocator import thresholds
 from rescom_timm.engine.errors import one_line
 from rescom_timm.engine.run_folder import lines
 from rescom_timm.engine.trackers import Trackers, left_out
@@ -188,6 +189,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "gpus": gpus,
+        "allocator": dict(thresholds),
         "git": _git(),
     }
 

@@ -23,6 +23,7 @@ from rescom_timm.data.progress import progress
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, parse
+from rescom_timm.engine.allocator import keep_freed_memory
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.conformal import PredictionSets, calibrated
@@ -255,6 +256,8 @@ class Reader:
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             message = f"device {device} cannot be used here: {str(error).splitlines()[0]}"
             raise InputError("predict.value", message) from None
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.prior: Tensor | None = None
         """(K,), where it was estimated from the images."""
         if prior == "estimate":
