@@ -64,6 +64,15 @@ def renamed(old: str, new: str) -> None:
 
 
 @escaped_output()
+def temperature(text: str) -> float | str:
+    """The type of --temperature: a number above 0, or fitted."""
+    if text == "fitted":
+        return text
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError
+    return number
+
+
 def answer(
     work: Callable[[], int],
     trains: bool = False,

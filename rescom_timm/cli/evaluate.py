@@ -4,6 +4,10 @@
 
 Prints and writes the metrics with the split, the checkpoint and how it was chosen, and draws the confusion matrix.
 key=value changes the run's recipe, such as data.source=PATH if the data has moved.
+
+--prior and --temperature print, beside it, what softmax(logits / T + log prior) gives: estimate finds the prior of the
+images by EM, fitted is the T of the run's validation images. --abstain prints the risk when only the surest images are
+answered, and how many images of each group are then left.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rescom_timm.cli import answer, new_parser
+from rescom_timm.cli import answer, new_parser, temperature
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -22,6 +26,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
     parser.add_argument("--weights", default="raw", choices=["raw", "ema"], help="as trained, or averaged (train.ema)")
     parser.add_argument("--five-crops", action="store_true", help="also the mean of five crops, beside the single one")
+    parser.add_argument("--prior", help="also with a class prior: train, uniform, estimate, or a file of name,number")
+    parser.add_argument("--temperature", default=1.0, type=temperature, metavar="T", help="also with it; or fitted")
+    parser.add_argument("--abstain", action="store_true", help="also what is right among the surest images, by group")
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     options = parser.parse_intermixed_args(argv)
     return answer(lambda: evaluate(options))
@@ -32,6 +39,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from rescom_timm.analysis import confusion, style
     from rescom_timm.analysis.run_files import RunFolder
     from rescom_timm.api import Run
+    from rescom_timm.cli.parts.evaluate import abstention, adjusted
     from rescom_timm.engine.evaluate import evaluate_run, table_of
 
     run, rows, names = Run(options.run).folder, {}, []
@@ -41,8 +49,14 @@ def evaluate(options: argparse.Namespace) -> int:
         )
         names.append(name)
         rows[title] = meter
+    found, last = RunFolder(run).evaluation(names[0]), next(iter(rows.values()))
+    if options.prior or options.temperature != 1:
+        title, last = adjusted(options, run, names[0], last, list(found.class_names))
+        rows[title] = last
     print(table_of(rows))
-    measured = confusion.measure(RunFolder(run).evaluation(names[0]))
+    if options.abstain:
+        print(abstention(last))
+    measured = confusion.measure(found)
     for path in style.save(confusion.draw(measured), confusion.table(measured), run / "figures" / names[0]):
         print(path)
     return 0

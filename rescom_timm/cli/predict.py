@@ -24,11 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescom_timm.cli import answer, new_parser
-
-
-def _temperature(text: str) -> float | str:
-    return text if text == "fitted" else float(text)
+from rescom_timm.cli import answer, new_parser, temperature
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -47,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--split", default="test", help="of the data set (default: test)")
     parser.add_argument("--top-k", type=int, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--prior", help="train, uniform, estimate, or a file of name,number a line")
-    parser.add_argument("--temperature", default=1.0, type=_temperature, metavar="T", help="a number, or fitted")
+    parser.add_argument("--temperature", default=1.0, type=temperature, metavar="T", help="a number, or fitted")
     parser.add_argument("--embeddings", metavar="FILE", help="write features and embeddings, as safetensors")
     parser.add_argument("--nearest", type=int, default=0, metavar="K", help="name the K nearest training images")
     parser.add_argument("--among", metavar="FILE", help="embeddings to search; written if missing")

@@ -9,11 +9,16 @@ import torch
 from scipy.optimize import minimize
 
 import rescom_timm
+from rescom_timm.api import train_recipe
+from rescom_timm.cli import evaluate as evaluate_command
+from rescom_timm.config.loading import load_dict
 from rescom_timm.engine import logits
+from rescom_timm.engine.evaluate import evaluate_run
 from rescom_timm.inference.decisions import coverage_table, estimated_prior, fitted_temperature
 from rescom_timm.inference.export import export_run
 from rescom_timm.inference.predict import Reader
 from rescom_timm.inference.pretrained import from_pretrained
+from tests.engine.child import recipe
 from tests.engine.made_up_run import COUNTS, NAMES, make_run
 from tests.raises import raises
 
@@ -115,6 +120,27 @@ def test_the_prior_of_the_images_is_estimated_and_used(run, tmp_path):
     torch.testing.assert_close(reader.prior, expected, atol=1e-5, rtol=1e-4)
     found = torch.cat([batch.probabilities for batch in reader.batches()])
     torch.testing.assert_close(found, (scores / model.temperature + expected.log()).softmax(1).float())
+
+
+def test_evaluate_judges_the_kept_logits_anew(alone, tmp_path, capsys):
+    run = train_recipe(load_dict(recipe(tmp_path, train__epochs=2)))
+    meter = evaluate_run(run)[2]
+    scores = torch.cat([values for values, _ in logits.read(run, "test-last").batches()])
+    labels = meter.predictions()["labels"]
+    prior = tmp_path / "prior.txt"
+    prior.write_text("9 1 1 1 1 1 1 1 1 1")
+    words = [str(run), "--prior", str(prior), "--temperature", "2", "--abstain"]
+    capsys.readouterr()
+    assert evaluate_command.main(words) == 0
+    told = capsys.readouterr().out
+    shift = torch.tensor([9.0] + [1.0] * 9).log()
+    top1 = 100 * float(((scores / 2 + shift).argmax(1) == labels).double().mean())
+    after = told.split("the same with temperature 2")[1]
+    assert f" {top1:.2f} " in after.splitlines()[1] and "surest 80%" in after and "few" in after
+    assert evaluate_command.main([str(run), "--prior", "estimate", "--temperature", "fitted"]) == 0
+    assert "prior estimate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate_command.main([str(run), "--temperature", "-1"])
 
 
 def test_temperatures_that_cannot_be(run, tmp_path):
