@@ -14,7 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from rescom_timm.analysis.run_files import RunFolder
 from rescom_timm.analysis.writing import pictures, write_figures
 from rescom_timm.config.loading import flat, load, load_dict
 from rescom_timm.config.own_data import recipe_for
+from rescom_timm.config.own_splits import OwnImages
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.in_memory import MEMORY, InMemory, in_memory
 from rescom_timm.data.sources import Data
@@ -128,6 +129,8 @@ def fit(
     After Ctrl-C the run is the best so far, and the same call resumes. Raises InputError (fit.minutes, fit.weights
     ...), KeyboardInterrupt before there is a head, and as reading the data does.
     """
+    if unknown := set(images) - {each.name for each in fields(OwnImages)}:
+        raise TypeError(f"fit() got an unexpected keyword argument {min(unknown)!r}")
     memory = not isinstance(source, str | Path)
     if memory:
         single = dict(each.removeprefix("data.").split("=") for each in _single_split(source, []))

@@ -170,6 +170,26 @@ def test_a_net_that_plain_timm_cannot_hold_is_read_otherwise(run, tmp_path):
         Run(tmp_path, pictures()).evaluate()
 
 
+def test_an_export_leaves_a_folder_of_other_files_alone(run, tmp_path):
+    photos, text = tmp_path / "photos", tmp_path / "labels.csv"
+    (photos / "cat").mkdir(parents=True)
+    text.touch()
+    for path in (photos, text):
+        with raises("file.exists", path):
+            run.export(path)
+    assert [each.name for each in photos.iterdir()] == ["cat"]
+    clone = tmp_path / "clone"
+    (clone / ".git").mkdir(parents=True)
+    (clone / "README.md").touch()
+    for _ in range(2):  # an export is replaced
+        assert (run.export(clone) / "rescom.json").is_file()
+
+
+def test_fit_names_an_argument_that_it_lacks():
+    with pytest.raises(TypeError, match=r"^fit\(\) .*'minute'"):
+        rescom_timm.fit("photos", minute=1)
+
+
 def test_every_public_name_is_documented_typed_and_there():
     for name in rescom_timm.__all__:
         thing = getattr(rescom_timm, name)

@@ -296,7 +296,8 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
         shorter["name"] = "steps" if shorter["milestones"] else "constant"
     shown = ", ".join(f"schedule.{key}={value}" for key, value in shorter.items())
     warnings.warn(
-        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule as much: {shown}", stacklevel=4
+        f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule in proportion: {shown}",
+        stacklevel=4,
     )
     return _merge(tree, {"schedule": shorter})
 

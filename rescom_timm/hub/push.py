@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.run_folder import FOLDERS, run_recipe
-from rescom_timm.errors import MissingFileError, code_of
+from rescom_timm.errors import InputError, MissingFileError, code_of
 from rescom_timm.hub import card
 from rescom_timm.hub.staging import stage, staged, status
 from rescom_timm.hub_client import Unreachable, online
@@ -107,18 +107,33 @@ def stage_now(run: Path, config: HubConfig) -> Path:
 def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
     """Copy what would be pushed into a folder, without a network.
 
-    weights: as in export_run. Raises as stage_now and build do.
+    weights: as in export_run. Raises as stage_now and build do, and InputError (file.exists) where the folder is a
+    file, or holds other files than an export.
     """
     config = run_recipe(run, overrides).hub
     request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
     waiting = stage_now(run, config)
     try:
-        for name, path in build(waiting, {**request, "checkpoints": False, "weights": weights}).items():
+        files = build(waiting, {**request, "checkpoints": False, "weights": weights})
+        _refuse_other_files(folder, files)
+        for name, path in files.items():
             with errors_named(folder / name), atomic_path(folder / name) as beside:
                 shutil.copyfile(path, beside)
     finally:
         shutil.rmtree(waiting)
     return folder
+
+
+def _refuse_other_files(folder: Path, export: Collection[str]) -> None:
+    """Raises InputError (file.exists) for a file, or a folder of what is neither an export's nor a repository's."""
+    if not folder.exists() or (folder / DETAILS).is_file():
+        return
+    if not folder.is_dir():
+        raise InputError("file.exists", f"{folder} is a file: name a new folder for the export")
+    own = {*OWN, *(Path(name).parts[0] for name in export)}
+    if other := sorted(each.name for each in folder.iterdir() if each.name[0] != "." and each.name not in own):
+        what = f"{', '.join(other[:3])}{' ...' if len(other) > 3 else ''}"
+        raise InputError("file.exists", f"{folder} holds other files ({what}): name a new folder for the export")
 
 
 def _request(folder: Path) -> dict[str, Any]:
