@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from rescom_timm.class_names import as_spelled, distinct, nfc
-from rescom_timm.data.bounds import MAX_COLUMNS, check_lines, length_problem, read_columns
+from rescom_timm.data.bounds import MAX_COLUMNS, MAX_TEXT, check_lines, length_problem, read_columns
 from rescom_timm.data.index_files import NoSplit, Rows, first_few, is_label
 from rescom_timm.errors import InputError
 
@@ -84,34 +85,38 @@ def read_table(
     group = pick("group", columns.group, there) if columns.group else None
     part = pick("split", columns.split, there, needed=False)
     frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
-    whole = frame[label]  # the classes are those of all splits
+    codes, whole = _texts(frame[label])  # the classes are those of all splits
     if part is not None and split is not None:
-        splits = dict.fromkeys(frame[part].astype(str))
-        frame = frame[[_same(value, split) for value in frame[part].astype(str)]]
+        values = frame[part].astype(str)
+        splits = list(values.unique())
+        chosen = values.isin([value for value in splits if _same(value, split)]).to_numpy()
+        frame, codes = frame[chosen], codes[chosen]
         if frame.empty:
-            raise NoSplit(
-                "data.split", f"{path}: column {part!r} has no split {split!r}, only {first_few(list(splits))}"
-            )
-    texts, numbers = [_text(value) for value in frame[label]], (frame.index.to_numpy() + 1).tolist()
+            raise NoSplit("data.split", f"{path}: column {part!r} has no split {split!r}, only {first_few(splits)}")
+    numbers = frame.index.to_numpy() + 1
     names = None if class_names is None else list(class_names)
     if class_names is None and num_classes is None:
-        names = class_values(_text(value) for value in whole)
+        names = class_values(whole)
     known = {nfc(name): k for k, name in enumerate(names)} if names is not None else None
     numbered = False
     if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
         known |= {str(k): k for k in range(len(known))}
-        numbered = all(text.isdigit() for text in texts)
-    for number, key, text in zip(numbers, frame[image], texts, strict=True):
-        if key is None or not str(key).strip():
-            problems.append(f"row {number}: column {image!r} is empty")
-        elif (
-            wrong := length_problem("a path", str(key)) or length_problem("a label", text) or _wrong(text, label, known)
-        ):
-            problems.append(f"row {number}: {wrong}")
-        else:
-            rows.keys.append(str(key))  # type: ignore[arg-type]
-            rows.labels.append(known[nfc(text)] if known is not None else int(text))
-            rows.places.append(number)
+        numbered = all(whole[code].isdigit() for code in np.unique(codes))
+    wrong = [length_problem("a label", text) or _wrong(text, label, known) for text in whole]
+    labels = [
+        -1 if bad else known[nfc(text)] if known is not None else int(text)
+        for text, bad in zip(whole, wrong, strict=True)
+    ]
+    keys = ["" if key is None else str(key) for key in frame[image]]
+    good = np.array([bool(key) and not key.isspace() and len(key) <= MAX_TEXT for key in keys], dtype=bool)
+    good &= np.array([not bad for bad in wrong], dtype=bool)[codes]
+    for row in np.flatnonzero(~good).tolist():
+        key = keys[row]
+        bad = length_problem("a path", key) or wrong[codes[row]] if key.strip() else f"column {image!r} is empty"
+        problems.append(f"row {numbers[row]}: {bad}")
+    rows.keys = list(compress(keys, good.tolist()))
+    rows.labels.frombytes(np.array(labels, dtype=np.int64)[codes[good]].tobytes())
+    rows.places.frombytes(numbers[good].astype(np.int64).tobytes())
     rows.class_names, rows.num_classes = None if numbered else names, len(names) if names is not None else None
     rows.header = {"columns": ", ".join(filter(None, [image, label, part, group]))}
     if part is not None and split is not None:
@@ -120,9 +125,18 @@ def read_table(
         rows.header["labels"] = f"text of {label}, in sorted order"
     if group is not None:
         values = frame[group].astype(str)
-        groups = {nfc(value): k for k, value in enumerate(distinct(sorted(set(values))))}
-        rows.groups = array("q", [groups[nfc(value)] for value in values])
+        codes, cells = pd.factorize(values)
+        groups = {nfc(value): k for k, value in enumerate(distinct(sorted(cells)))}
+        rows.groups = array("q", np.array([groups[nfc(value)] for value in cells], dtype=np.int64)[codes].tobytes())
     return rows
+
+
+def _texts(column: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """(code of each row (N,), the different texts of a column of labels)."""
+    if not isinstance(column.dtype, pd.StringDtype):
+        column = pd.Series([_text(value) for value in column], dtype=object)
+    codes, cells = pd.factorize(column)
+    return codes, [_text(cell) for cell in cells]
 
 
 def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str, int]:
