@@ -190,6 +190,12 @@ def test_fit_names_an_argument_that_it_lacks():
         rescom_timm.fit("photos", minute=1)
 
 
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
+def test_fit_needs_a_positive_number_of_minutes(minutes):
+    with raises("fit.minutes"):
+        rescom_timm.fit("photos", minutes)
+
+
 def test_every_public_name_is_documented_typed_and_there():
     for name in rescom_timm.__all__:
         thing = getattr(rescom_timm, name)

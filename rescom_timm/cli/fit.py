@@ -4,7 +4,8 @@
 
 First a class-balanced head is fitted on a frozen pretrained net. With the rest of the minutes all weights are trained
 from there, and averaged with the start. The candidates are compared on validation images, and the best one becomes a
-normal run, for predict, demo, plot and push. --minutes 1 gives only the head.
+normal run, for predict, demo, plot and push. If the minutes do not hold one
+epoch, the head is the model.
 
 FOLDER: class folders, or train, val and test with class folders, or images with a list; LIST is such a list. Of a
 RECIPE the data, mean, std and loader are used, changed by key=value. After Ctrl-C the best so far is the run, and the

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from rescom_timm.errors import InputError
 from rescom_timm.fitting.training import Kind, Pace
 
 
@@ -61,6 +63,10 @@ class FitOptions:
     """key=value over a recipe."""
     images: dict[str, Any] = field(default_factory=dict)
     """What else `OwnImages` takes: list, columns, splits."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes < math.inf:
+            raise InputError("fit.minutes", f"--minutes {self.minutes:g}: give a positive number")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
