@@ -12,7 +12,7 @@ from torch import Tensor
 from rescom_timm.engine.features import Features
 from rescom_timm.fitting.choice import ENOUGH, Scored, choose
 from rescom_timm.fitting.training import Kind, floor_of
-from rescom_timm.methods.heads import Head
+from rescom_timm.methods.heads import RIDGES, Head
 
 Weights = dict[str, Tensor]
 SHARES = (0.5, 0.25, 0.75)
@@ -40,6 +40,8 @@ class Candidate:
     """Of a head over features: its kind and the place of its setting."""
     factor: float = 1.0
     """By which that head was scaled."""
+    tried: int = 1
+    """Settings among which validation chose: the more they are, the more its figure flatters."""
     share: float = 1.0
     """Of the trained net in a soup."""
 
@@ -66,9 +68,13 @@ def best(candidates: Sequence[Candidate]) -> int:
 
 
 def decide(candidates: Sequence[Candidate], enough: bool) -> tuple[int, str]:
-    """(which candidate, why). enough: whether validation has enough images of each class to choose among methods."""
+    """(which candidate, why). enough: whether validation has enough images of each class to choose among methods.
+
+    What has more settings than the probe counts as less simple than all others."""
     if enough:
-        place, top_place = choose([one.scored for one in candidates if one.scored is not None])
+        order = sorted(range(len(candidates)), key=lambda i: candidates[i].tried > len(RIDGES))
+        scores = [scored for i in order if (scored := candidates[i].scored) is not None]
+        place, top_place = (order[i] for i in choose(scores))
         if place == top_place:
             return place, "the best on validation, and no simpler one is within a standard error of it"
         top = candidates[top_place]

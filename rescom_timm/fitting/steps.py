@@ -229,7 +229,9 @@ class Steps:
             own = scored[place].scaled(factor)
             by = "cross-validation" if validation is None or repeats else "validation"
             weights = encoder | {"classifier.weight": head.weight, "classifier.bias": head.bias}
-            found.append(Candidate(name, about, "linear", weights, own, by, shown, None, (name, place), factor))
+            found.append(
+                Candidate(name, about, "linear", weights, own, by, shown, None, (name, place), factor, len(options))
+            )
         return found
 
     def _kinds(self, net: Net) -> dict[str, tuple[str, Fitted]]:

@@ -7,6 +7,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from rescom_timm.engine.features import Features
 from rescom_timm.fitting import choice
+from rescom_timm.fitting.candidates import Candidate, decide
 from rescom_timm.fitting.choice import Scored
 from rescom_timm.methods import heads
 
@@ -89,3 +90,12 @@ def test_cross_validation_is_a_loop_over_folds():
         expected.append(head(scale(torch.from_numpy(values[rows, 0]))))
     torch.testing.assert_close(found.logits, torch.cat(expected))
     assert len(choice.cross_validated(features, heads.probes, 3, repeats=1, parts=2)) == len(heads.RIDGES)
+
+
+def test_what_has_many_settings_must_be_clearly_better():
+    """Of two candidates alike, one of 30 settings is not chosen before one that comes later."""
+    labels = [k for k in range(3) for _ in range(10)]
+    poor, alike = scored([0] * 30, labels), scored(labels, labels)
+    found = [Candidate("probe", "", "linear", {}, poor), Candidate("many", "", "linear", {}, alike, tried=30)]
+    assert decide(found, True)[0] == 1
+    assert decide([*found, Candidate("soup", "", "linear", {}, alike)], True)[0] == 2
