@@ -11,7 +11,9 @@ image is (B, 3, H, W). `row` is the row of the source.
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import ViewsConfig, parse
 from rescom_timm.errors import InputError
+
+T = TypeVar("T")
 
 
 def train_loader(
@@ -143,3 +147,13 @@ def _sample_bytes(dataset: ViewsDataset) -> int:
 
 def _as_it_is(batch: Any) -> Any:
     return batch  # the dataset's __getitems__ has stacked it
+
+
+def one_ahead(loader: Iterable[T]) -> Iterator[T]:
+    """The batches of a loader, each read in a thread while the one before it is used."""
+    batches = iter(loader)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from rescom_timm.class_names import as_spelled
 from rescom_timm.data.decoding import BrokenImage, decode
 from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
+from rescom_timm.data.loaders import one_ahead
 from rescom_timm.data.progress import progress
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
@@ -252,7 +253,8 @@ class Reader:
         self.source.prepare(self.model, as_spelled(class_names or self.names, self.names), policies)
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self.net = copy.deepcopy(self.model.net).to(self.device).eval()  # the caller's net stays as it is
+            net = copy.deepcopy(model.net) if isinstance(model, Pretrained) else self.model.net  # a caller's stays
+            self.net = net.to(self.device).eval()
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             message = f"device {device} cannot be used here: {str(error).splitlines()[0]}"
             raise InputError("predict.value", message) from None
@@ -286,7 +288,8 @@ class Reader:
         image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
         options = worker_options(self.workers, 2, self.batch_size * image)
         loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
-        for batch in progress(loader, "predict", len(self.source), len):
+        batches = one_ahead(loader) if self.workers == 0 and self.source.from_disk else loader
+        for batch in progress(batches, "predict", len(self.source), len):
             read = [views for views, _ in batch if views is not None]
             features = embeddings = probabilities = torch.empty(0, 0)
             crops = None
@@ -376,6 +379,11 @@ class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         # Images of another size than in training are resized, as timm's own transform does.
         self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
         self.names, self.reading = names, model.reading
+
+    @property
+    def from_disk(self) -> bool:
+        """Whether all are files; images of a caller or a data set are read in the caller's thread."""
+        return self.split is None and all(isinstance(item, Path) for item in self.items)
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +90,30 @@ def test_files_and_folders(folder, model, photos):
 
 def test_workers_change_nothing(model, photos):
     assert rescom_timm.predict(model, photos, workers=2, batch_size=2) == rescom_timm.predict(model, photos)
+
+
+def test_files_are_read_one_batch_ahead(model, photos):
+    reader = Reader(model, [photos / name for name in sorted(os.listdir(photos))], batch_size=1)
+    assert reader.source.from_disk
+    assert not Reader(model, [np.zeros((8, 8, 3), np.uint8)]).source.from_disk
+    read, own = [], type(reader.source).__getitem__
+
+    class Watched(type(reader.source)):
+        def __getitem__(self, position):
+            read.append(threading.get_ident())
+            return own(self, position)
+
+    reader.source.__class__ = Watched
+    batches = reader.batches()
+    assert next(batches).about[0]["image"].endswith(sorted(os.listdir(photos))[0])
+    batches.close()  # with the second batch on its way
+    assert len(read) <= 2 and threading.get_ident() not in read
+
+
+def test_only_a_callers_net_is_copied(folder, model, photos):
+    assert Reader(model, photos).net is not model.net
+    reader = Reader(folder, photos)
+    assert reader.net is reader.model.net
 
 
 def test_images_of_another_size_are_brought_to_the_nets(model):
