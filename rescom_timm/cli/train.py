@@ -58,15 +58,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(options: argparse.Namespace, recipes: list[str], overrides: list[str], addresses: list[str]) -> int:
-    """Find the recipe and the run to resume, and train."""
-    from accelerate import PartialState
-
-    from rescom_timm.api import train_recipe
+    """Find the recipe and the run to resume, and train. A wrong recipe is an error before the trainer is imported."""
     from rescom_timm.config.loading import load, load_fetched
-    from rescom_timm.data.progress import quiet
-    from rescom_timm.engine.errors import Stopped
-    from rescom_timm.engine.run_folder import run_recipe
-    from rescom_timm.engine.trainer import Resume
+    from rescom_timm.engine.run_folder import Resume, run_recipe
     from rescom_timm.hub_download import PushedRun
 
     resume: Resume = options.resume
@@ -82,6 +76,12 @@ def run(options: argparse.Namespace, recipes: list[str], overrides: list[str], a
     if options.print:
         print(recipe.to_yaml())
         return 0
+    from accelerate import PartialState
+
+    from rescom_timm.api import train_recipe
+    from rescom_timm.data.progress import quiet
+    from rescom_timm.engine.errors import Stopped
+
     with quiet() if options.quiet and not options.dry_run else nullcontext():
         try:
             folder = train_recipe(recipe, resume, options.dry_run)
