@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(f"{benchmark.hub}: about {human(benchmark.hub_size)} from the Hub, unless the cache holds it")
         print(f"needed on the disk of {options.to}: about {human(sum(step.needs for step in steps))}")
         print(f"terms: {benchmark.terms}")
-        check_space(steps, options.to)
         if options.dry_run:
             return 0
+        check_space(steps, options.to)
         missing = benchmark.hub or any(step.source is not None for step in steps)
         if missing and not options.yes:
             if not sys.stdin.isatty():

@@ -92,7 +92,7 @@ def parts(own: OwnImages) -> tuple[dict[str, Index], DataConfig]:
             try:
                 training_index(replace(config, train=own.test_split), allow_empty=True)
                 train = _cut(whole, own.imbalance)
-                config = replace(config, validation=own.validation or _validation(train))
+                config = replace(config, validation=own.validation or _validation_split(config) or _validation(train))
                 return ({"train": train} if own.imbalance else {}), config
             except NoSplit:
                 print(f"no split {own.test_split!r}: a fifth of each class is kept for testing")
@@ -110,6 +110,15 @@ def _validation(train: Index) -> str:
         return "holdout(0.1)"
     print("no class is large enough for validation images: the last epoch is what counts (data.validation: none)")
     return "none"
+
+
+def _validation_split(config: DataConfig) -> str:
+    """data.validation of a data set that has a split of that name; "" where it has none."""
+    with suppress(NoSplit):
+        training_index(replace(config, train="validation"), allow_empty=True)
+        print("validation images: the split 'validation'")
+        return "split(validation)"
+    return ""
 
 
 def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:

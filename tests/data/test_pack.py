@@ -57,6 +57,8 @@ def test_a_recipe_over_the_copy_reads_the_same_rows(recipe, tmp_path, form):
             else:
                 assert Image.open(io.BytesIO(two["bytes"])).size == (20, 12)
     assert load_recipe(folder / "recipe.yaml").net == load_recipe(recipe).net
+    assert main(["init", str(folder), "-o", str(tmp_path / "again.yaml")]) == 0
+    assert load_recipe(tmp_path / "again.yaml").data.validation == "split(validation)"
 
 
 def test_pixels_are_those_of_one_resizing(recipe, tmp_path):
