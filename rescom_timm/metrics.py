@@ -325,7 +325,8 @@ def bootstrap(
     does for both stages. Deviations are multiplied by sqrt(K / (K - 1)), which makes the variance between classes
     unbiased (Davison & Hinkley 1997, 3.8). No interval is narrower than Wilson's over the images (with the effective
     number of images for a mean over classes): where every image is right, a bootstrap alone would be of width 0.
-    Simulated coverage: 95 to 99% from ten classes on, 85 to 95% with five, whose spread is hardly known.
+    Simulated coverage (accuracies by Beta distributions, 5 to 50 images a class): 92 to 99% from ten classes on, 90 to
+    98% with five, 80 to 99% with two.
     """
     seen = np.asarray(total) > 0
     right, n = np.asarray(correct)[seen].astype(np.int64), np.asarray(total)[seen].astype(np.int64)
