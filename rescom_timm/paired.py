@@ -17,8 +17,10 @@ DRAWS = 2000
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[float, int, int]:
-    """Exact two-sided p (McNemar 1947) of two systems of right (N,), and the images that the first, and the second,
-    alone labels right."""
+    """Compute the exact two-sided p (McNemar 1947) of two systems, from which images each labels right, (N,).
+
+    Returns p and the numbers of images that the first, and the second, alone labels right.
+    """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     if not only_first + only_second:
@@ -47,8 +49,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of each system (mean of its seeds) and differences of each to the first; by name: top1, mean_class,
-    many, medium, few."""
+    """Accuracies of each system (mean of its seeds) and differences of each to the first.
+
+    By name: top1, mean_class, many, medium, few.
+    """
 
     accuracies: list[dict[str, float]]
     intervals: list[dict[str, tuple[float, float]]]

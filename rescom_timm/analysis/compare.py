@@ -54,8 +54,11 @@ class Answers:
 
 
 def read(path: str | Path, name: str = "", split: str = "test", checkpoint: str = "last") -> Answers:
-    """Answers of a run (its evaluation <split>-<checkpoint>), of an export (predicted now, on the data of its recipe)
-    or of a table of predictions with true labels. Raises ValueError and FileNotFoundError."""
+    """Read the answers of a run, an export or a table of predictions with true labels.
+
+    Of a run they are its evaluation <split>-<checkpoint>; an export predicts now, on the data of its recipe. Raises
+    ValueError and FileNotFoundError.
+    """
     path = Path(path)
     name = name or path.stem
     if path.is_file():

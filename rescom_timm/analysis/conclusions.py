@@ -14,8 +14,11 @@ NAMED = 5
 
 
 def conclusions(found: Evaluation) -> list[str]:
-    """Accuracy and groups with their intervals; the rare classes that surely fail, and what they are taken for; which
-    classes have too few test images to say; whether the probabilities are too high."""
+    """State in sentences what an evaluation shows.
+
+    Accuracy and groups with their intervals; the rare classes that surely fail, and what they are taken for; which
+    classes have too few test images to say; whether the probabilities are too high.
+    """
     right = found.labels == found.predicted
     accuracy, tested = 100 * float(right.mean()), found.tested
     mean = 100 * float(np.mean(found.correct[tested > 0] / tested[tested > 0]))

@@ -15,8 +15,10 @@ SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")
 
 
 def setting_of(run: RunFolder) -> tuple[str, str] | None:
-    """(what is equal for runs whose recipes differ in nothing but the seed, where they are written and their speed; the
-    seed); None where the run has no recipe."""
+    """Return (setting, seed) of a run; None where it has no recipe.
+
+    The setting is equal for runs whose recipes differ in nothing but the seed, where they are written and their speed.
+    """
     recipe: dict[str, Any] = run.recipe()
     with suppress(RecipeError):  # with every key that later versions have added; as it was saved where it is not ours
         recipe = load(run.path / "recipe.yaml").to_dict()

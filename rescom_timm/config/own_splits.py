@@ -222,8 +222,10 @@ def _as_in(train: Index, part: Index, folder: Path) -> Index:
 
 
 def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
-    """A part of each class, drawn with a fixed seed; a class keeps at least one training image. Of test images each
-    class with five images or more gets two, for one image alone says 0 or 100%."""
+    """Split off a part of each class, drawn with a fixed seed; a class keeps at least one training image.
+
+    Of test images each class with five images or more gets two, for one image alone says 0 or 100%.
+    """
     held = profiles.holdout(whole.labels, fraction, groups=whole.groups, least=2 if name == "test" else 0)
     kept = np.delete(np.arange(len(whole)), held)
     return whole.take(kept, f"all but a {name} part of {fraction:g}"), whole.take(held, f"{name} part of {fraction:g}")

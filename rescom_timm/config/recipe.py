@@ -47,8 +47,11 @@ class RecipeError(InputError):
 
 @dataclass(frozen=True)
 class SamConfig:
-    """Sharpness-aware minimisation (Foret et al. 2021) over any optimizer and method. Each step takes two passes over
-    its batch: twice the time, and memory for one more copy of the trained weights. Not with FSDP."""
+    """Sharpness-aware minimisation (Foret et al. 2021) over any optimizer and method.
+
+    Each step takes two passes over its batch: twice the time, and memory for one more copy of the trained weights. Not
+    with FSDP.
+    """
 
     rho: float = 0.1
     """Distance of the weights at which the gradient is taken. VS loss: 0.1 on CIFAR-10-LT, 0.3 on CIFAR-100-LT."""

@@ -41,8 +41,9 @@ def train_loader(
     speed: LoadingConfig = LoadingConfig(),
     second: SamplerName | None = None,
 ) -> DataLoader[Batch]:
-    """Batches of `num_views` views per image, all but the first by views.contrast where it is set; the last incomplete
-    batch of an epoch is dropped.
+    """Return batches of `num_views` views per image; the last incomplete batch of an epoch is dropped.
+
+    All views but the first are by views.contrast where it is set.
 
     With a `second` sampler each batch has twice the rows: those drawn by config.sampler, then as many drawn by the
     second; each of several processes gets both halves of its part. `batch_size` counts the images of all processes

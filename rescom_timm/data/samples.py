@@ -123,8 +123,11 @@ class ViewsDataset(Dataset[Batch]):
         device: bool = False,
         contrast: Policy | None = None,
     ) -> None:
-        """contrast: policy of all views but the first, which draw from a seed of their own, so that the first views are
-        the same with and without it. None: that of the first. Otherwise as said above."""
+        """Prepare to read the views of a split, all but the first by a policy of their own where it is given.
+
+        contrast: policy of all views but the first, which draw from a seed of their own, so that the first views are
+        the same with and without it. None: that of the first. Otherwise as said above.
+        """
         self.images = split.dataset.select_columns("image")
         self.labels = np.asarray(split.labels, dtype=np.int64)
         self.rows = np.asarray(split.rows, dtype=np.int64)

@@ -59,8 +59,11 @@ def sentence(state: dict[str, float]) -> str:
 
 
 def warning(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConfig.remedy) -> str | None:
-    """A warning about the last of these lines of metrics.jsonl, or None. It comes once, at the first epoch that ends
-    such a row. warmup: epochs of it. remedy: what to change, of the method's config."""
+    """Return a warning about the last of these lines of metrics.jsonl, or None.
+
+    It comes once, at the first epoch that ends such a row. warmup: epochs of it. remedy: what to change, of the
+    method's config.
+    """
     last = lines[-1] if lines else {}
     if share_of_chance(last) is not None:
         shares = {line["epoch"]: share for line in lines if (share := share_of_chance(line)) is not None}

@@ -41,6 +41,7 @@ class Keeper:
         self.number, self.length = classes, 0
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (n, K) and labels (n,) of a batch."""
         logits = logits.detach().float()
         logits = logits - logits.amax(dim=1, keepdim=True)
         values = {"labels": labels, "logits": logits}
@@ -53,6 +54,7 @@ class Keeper:
         self.length = end
 
     def write(self, path: Path) -> None:
+        """Write what was added as a safetensors file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value[: self.length] for name, value in self.tensors.items()}
         write_tensors(path, tensors, {"classes": str(self.number)})
@@ -75,11 +77,14 @@ class Logits:
 
     @property
     def approximate(self) -> bool:
+        """True if only the largest logits of each image were kept."""
         return self.classes is not None
 
     def batches(self, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (n, K) float32 and labels (n,). Where only the largest were kept, the other classes share what is left
-        of the sum of exponentials evenly."""
+        """Yield logits (n, K) float32 and labels (n,), at most `size` images at a time.
+
+        Where only the largest were kept, the other classes share what is left of the sum of exponentials evenly.
+        """
         for start in range(0, len(self.labels), size):
             part = slice(start, start + size)
             values = self.values[part].float()
@@ -104,8 +109,10 @@ class Logits:
 
 
 def read(run: Path, name: str) -> Logits:
-    """The kept logits of an evaluation. Raises FileNotFoundError where there are none, ValueError where they cannot be
-    read."""
+    """Read the kept logits of an evaluation.
+
+    Raises FileNotFoundError where there are none, ValueError where they cannot be read.
+    """
     path = place(run, name)
     if not path.is_file():
         raise MissingFileError("file.missing", f"no {path}: write it with rescom-timm evaluate {run}")

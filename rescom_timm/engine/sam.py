@@ -1,5 +1,6 @@
-"""Sharpness-aware minimisation (SAM, Foret et al. 2021, arXiv 2010.01412; for long tails: Rangwani et al. 2022, arXiv
-2212.13827): each step minimises the loss at the worst weights within a distance rho.
+"""Sharpness-aware minimisation (SAM): each step minimises the loss at the worst weights within a distance rho.
+
+Foret et al. 2021, arXiv 2010.01412; for long tails: Rangwani et al. 2022, arXiv 2212.13827.
 
     e = rho g / |g|,  g = grad L(w);    step of the optimizer at w with grad L(w + e)
 
@@ -26,9 +27,10 @@ FLOOR = 0.01
 
 
 class SamStep(TrainingStep):
-    """Two passes over the same images, with the same views and mixing: at w, whose loss and top-1 are logged, and at
-    w + e, whose gradient the optimizer takes. It costs twice the time of a step and the memory of one more copy of the
-    trained weights and two of the buffers.
+    """Two passes over the same images, with the same views and mixing.
+
+    The first is at w, whose loss and top-1 are logged, the second at w + e, whose gradient the optimizer takes. It
+    costs twice the time of a step and the memory of one more copy of the trained weights and two of the buffers.
 
     |g| is one norm over all trained weights, after the processes' gradients are averaged; the scale of fp16 cancels
     in e, and clipping sees the second gradient alone. BatchNorm normalises both passes by the batch. Its running
@@ -47,17 +49,23 @@ class SamStep(TrainingStep):
         self.first: dict[str, Tensor] = {}  # buffers before them
 
     def start_epoch(self, epoch: int) -> None:
+        """Tell the method of the epoch and set rho."""
         super().start_epoch(epoch)
         rho, late = self.config.rho, self.config.rho_late
         self.rho.fill_(late if late is not None and epoch >= LATE * self.recipe.train.epochs else rho)
 
     def forward_backward(self, batch: dict[str, Tensor], last: bool) -> dict[str, Tensor]:
+        """Run the first pass over a batch, which is kept for the second."""
         if not self.batches:
             self.first = copy_buffers(self.method)
         self.batches.append(batch)
         return super().forward_backward(batch, last)
 
     def update(self, finite: bool) -> bool:
+        """Run the second pass and an optimizer step, unless the gradients are not finite.
+
+        Returns whether the step was done.
+        """
         if finite:
             self.second_pass()
         self.batches, self.first = [], {}

@@ -29,8 +29,10 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Soup:
-    """What was averaged: each run's share, and the mean over classes on validation of each run and of the soup, in
-    percent, None without validation images."""
+    """The shares of the averaged runs, and how the runs and their soup score on validation.
+
+    Scores are means over classes, in percent; None without validation images.
+    """
 
     shares: list[float]
     alone: list[float | None]
@@ -133,8 +135,10 @@ def greedy(nets: _Nets, alone: Sequence[float]) -> list[float]:
 
 
 def without_training(recipe: Recipe) -> Recipe:
-    """The recipe of weights that are there: no epochs, and a method with a plain classifier whose logits mean the
-    same."""
+    """Return the recipe of weights that need no training.
+
+    It has no epochs, and a method with a plain classifier whose logits mean the same.
+    """
     return replace(
         recipe,
         method=CrossEntropyConfig() if recipe.method.long_tailed else BalancedSoftmaxConfig(),

@@ -47,8 +47,10 @@ class Candidate:
 
 
 def row(candidate: Candidate) -> dict[str, Any]:
-    """Of the table, plain JSON: name, about, by, and in percent mean_class and its 95% interval, None where there is
-    nothing to score on."""
+    """Return a candidate's row of the table, plain JSON.
+
+    name, about, by, and in percent mean_class and its 95% interval, None where there is nothing to score on.
+    """
     scored = candidate.scored
     low, high = (None, None) if scored is None else scored.interval()
     value = None if scored is None else scored.mean_class
@@ -70,7 +72,8 @@ def best(candidates: Sequence[Candidate]) -> int:
 def decide(candidates: Sequence[Candidate], enough: bool) -> tuple[int, str]:
     """(which candidate, why). enough: whether validation has enough images of each class to choose among methods.
 
-    What has more settings than the probe counts as less simple than all others."""
+    What has more settings than the probe counts as less simple than all others.
+    """
     if enough:
         order = sorted(range(len(candidates)), key=lambda i: candidates[i].tried > len(RIDGES))
         scores = [scored for i in order if (scored := candidates[i].scored) is not None]

@@ -27,8 +27,10 @@ second, where it takes minutes and validation parts are large."""
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Logits (N, K) of validation images, or of training images by heads that were fitted without them, and their
-    labels (N,)."""
+    """Logits (N, K) and labels (N,) that a candidate is scored by.
+
+    Of validation images, or of training images by heads that were fitted without them.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -69,8 +71,11 @@ class Scored:
 
 
 def error_of_difference(a: Scored, b: Scored) -> float:
-    """Standard error, in points, of a.mean_class - b.mean_class over the same images: that of a stratified mean of
-    paired differences, whose variance within classes is pooled, for a class of one image has none."""
+    """Return the standard error, in points, of a.mean_class - b.mean_class over the same images.
+
+    It is that of a stratified mean of paired differences, whose variance within classes is pooled, for a class of one
+    image has none.
+    """
     labels, difference = a.labels.numpy(), a.correct.astype(float) - b.correct
     counts = np.bincount(labels)
     means = np.bincount(labels, difference) / np.maximum(counts, 1)
@@ -85,8 +90,10 @@ def decides(labels: np.ndarray, classes: int) -> bool:
 
 
 def choose(candidates: Sequence[Scored]) -> tuple[int, int]:
-    """(chosen, best) of candidates, the simplest first: the best by the mean over classes, and the simplest that is
-    within one standard error of it."""
+    """Return the places (chosen, best) of candidates, which are in order, the simplest first.
+
+    The best has the highest mean over classes; chosen is the simplest that is within one standard error of it.
+    """
     best = int(np.argmax([one.mean_class for one in candidates]))
     top = candidates[best]
     near = (top.mean_class - one.mean_class <= error_of_difference(top, one) for one in candidates)
@@ -94,15 +101,21 @@ def choose(candidates: Sequence[Scored]) -> tuple[int, int]:
 
 
 def temperature_of(scored: Scored) -> float:
-    """T by which the logits are divided so that the loss, a mean over classes, is least. Labels are smoothed by
-    1 / (N + 2), as Platt (1999) does: of a few images that are all right, no confidence would be too high."""
+    """Return T by which the logits are divided so that the loss, a mean over classes, is least.
+
+    Labels are smoothed by 1 / (N + 2), as Platt (1999) does: of a few images that are all right, no confidence would be
+    too high.
+    """
     smoothing = 1 / (len(scored.labels) // scored.repeats + 2)
     return temperature(scored.logits, scored.labels, torch.from_numpy(scored.weights), smoothing)
 
 
 def folds(labels: np.ndarray, parts: int, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(training, scored) positions of repeated stratified cross-validation. The only image of a class always trains and
-    is never scored; of every other class each fold leaves an image or more to train on."""
+    """Yield (training, scored) positions of repeated stratified cross-validation.
+
+    The only image of a class always trains and is never scored; of every other class each fold leaves an image or more
+    to train on.
+    """
     for repeat in range(repeats):
         random = np.random.default_rng((seed, repeat))
         fold = np.full(len(labels), -1)

@@ -83,8 +83,10 @@ def _reading(recipe: Recipe) -> str:
 
 
 def image_digest(split: Split) -> str:
-    """Of a split's labels and stored images, in order: of a file its path, size and time of change, of others their
-    bytes or pixels."""
+    """Return a digest of a split's labels and stored images, in order.
+
+    A file enters by its path, size and time of change, other images by their bytes or pixels.
+    """
     found = hashlib.sha256(np.asarray(split.labels, dtype=np.int64).tobytes())
     images = split.dataset.select_columns("image")
     for start in range(0, len(split.labels), 1024):

@@ -89,8 +89,11 @@ SECONDS = 10.0
 
 
 def reserve(pace: Pace, images: dict[str, int], refits: bool) -> float:
-    """Seconds that follow the trainings: the test images once, three soups on validation and, where a head may be
-    re-fitted, the features of the trained net."""
+    """Return the seconds that follow the trainings.
+
+    They go to the test images once, three soups on validation and, where a head may be re-fitted, the features of the
+    trained net.
+    """
     passes = images["test"] + 3 * images["validation"]
     passes += (2 * images["train"] + images["validation"]) if refits else 0
     return SECONDS + passes * pace.forward

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def soup(nets: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted mean of nets (Wortsman et al. 2022, arXiv 2203.05482); of a start and an end it is WiSE-FT's (arXiv
-    2109.01903, eq. 1).
+    """Average the weights of nets (Wortsman et al. 2022, arXiv 2203.05482), each by its share.
+
+    Of a start and an end it is WiSE-FT's mean (arXiv 2109.01903, eq. 1).
 
     shares: one of each net, at least 0, of sum 1. BatchNorm's statistics are averaged as the weights are; whole
     numbers, which are counters, are the last net's. Raises ValueError, naming a tensor, where nets differ in names or

@@ -60,8 +60,10 @@ def read(options: FitOptions, folder: Path) -> Recipe:
 
 
 def joined(config: DataConfig, folder: Path) -> DataConfig | None:
-    """The data with the validation images among the training images, perhaps by a list in `folder`; None where they
-    come from another split of a data set, which is not trained on."""
+    """Return the data with the validation images among the training images, perhaps by a list in `folder`.
+
+    None where they come from another split of a data set, which is not trained on.
+    """
     name, argument = parse_call(config.validation, VALIDATION) or ("", "")
     if name == "index" and config.index not in ("all", None) and not parse_call(config.index, RULES):
         first, second = Index.load(index_path(config.index)), Index.load(index_path(argument), allow_empty=True)

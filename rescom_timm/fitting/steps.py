@@ -175,7 +175,8 @@ class Steps:
     def _measure(self, accelerator: Accelerator, recipe: Recipe, net: Net) -> bool:
         """Measure the pace, once; returns whether there is time for the features of flipped images too.
 
-        Raises InputError where there is none for one pass over the images."""
+        Raises InputError where there is none for one pass over the images.
+        """
         known = self.record.values.setdefault("paces", {})
         if recipe.net.backbone not in known:
             trial = training_recipe(recipe, "linear", 1, self.images["train"], self.folder / "start", False)

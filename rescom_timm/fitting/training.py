@@ -87,7 +87,8 @@ def training_recipe(base: Recipe, kind: Kind, epochs: int, images: int, start: P
 
     base: its data, views of evaluation, net and loader. images: training images. validated: whether its best epoch is
     chosen on validation. BatchNorm's statistics stay as they are: the head was fitted with them, and at another size
-    than the pretraining's those of batches are so far away that a start at 76.5 fell to 42 in one epoch."""
+    than the pretraining's those of batches are so far away that a start at 76.5 fell to 42 in one epoch.
+    """
     size = size_of(base)
     return replace(
         base,
@@ -164,8 +165,10 @@ def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, bat
 
 
 def _timed(loader: Iterable[dict[str, Tensor]], work: Callable[[Tensor], None], batches: int, recipe: Recipe) -> float:
-    """Seconds an image of some batches after the first, or of that where there is no other. Workers share the reading;
-    beside a GPU it costs no time of its own unless it takes longer."""
+    """Return the seconds per image of the batches after the first, or of the first where there is no other.
+
+    Workers share the reading; beside a GPU it costs no time of its own unless it takes longer.
+    """
     images, read, worked = 0, 0.0, 0.0
     started = time.monotonic()
     for number, batch in enumerate(islice(loader, batches + 1)):

@@ -28,8 +28,9 @@ def write_run(
     recipe: Recipe, weights: Mapping[str, Tensor], factor: float, class_names: Sequence[str], file: Path, run: Path,
     splits: Sequence[str] = SPLITS,
 ) -> None:  # fmt: skip
-    """Write the folder of a run that starts from these weights and trains nothing, evaluated on `splits` and exported;
-    one that is there is replaced.
+    """Write a run that starts from these weights and trains nothing, evaluated on `splits` and exported.
+
+    A folder that is there is replaced.
 
     factor: of all logits, the inverse of a temperature. file: in which the weights stay. recipe: of 0 epochs, with a
     linear or cosine classifier.

@@ -31,8 +31,10 @@ def leans(recipe: Recipe) -> bool:
 
 
 def even_shift(recipe: Recipe | None, counts: Tensor | None, classes: int) -> Tensor:
-    """What is added to a net's logits, (K,) float64, for those of evenly frequent classes. counts: (K,) of training.
-    Raises InputError (predict.prior) where they are needed and not known."""
+    """Return what is added to a net's logits, (K,) float64, for those of evenly frequent classes.
+
+    counts: (K,) of training. Raises InputError (predict.prior) where they are needed and not known.
+    """
     if recipe is None or not leans(recipe):
         return torch.zeros(classes, dtype=torch.float64)
     if counts is None:
@@ -89,8 +91,9 @@ def estimated_prior(logits: Tensor, temperature: float = 1.0, rounds: int = 1000
 
 
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T that minimises the cross-entropy of softmax(s / T + log pi) of labelled images that were not trained on
-    (Guo et al. 2017); pi are the frequencies of labels (N,), or a long-tailed validation part would bias T.
+    """Return T that minimises the cross-entropy of softmax(s / T + log pi) of labelled images that were not trained on.
+
+    Guo et al. 2017; pi are the frequencies of labels (N,), or a long-tailed validation part would bias T.
 
     logits: (N, K). Raises InputError (predict.calibration) without images.
     """

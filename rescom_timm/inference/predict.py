@@ -283,8 +283,10 @@ class Reader:
 
     @torch.inference_mode()
     def batches(self, embed: bool = False, logits: bool = False) -> Iterator[_Batch]:
-        """The predictions batch by batch, in order. embed: with features and embeddings. logits: these plus the shift
-        instead of probabilities."""
+        """Yield the predictions batch by batch, in order.
+
+        embed: with features and embeddings. logits: these plus the shift instead of probabilities.
+        """
         image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
         options = worker_options(self.workers, 2, self.batch_size * image)
         loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)

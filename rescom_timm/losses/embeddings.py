@@ -34,9 +34,10 @@ def prototype_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, t
 
 
 def balanced_contrast(embeddings: Tensor, labels: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Balanced contrastive loss (BCL, Zhu et al. 2022, arXiv 2207.09052): keys are the other embeddings and a
-    prototype of each class; a class in the denominator is the mean over its keys, of those that can be positives for
-    the own class (class averaging), and no class is missing (class complement).
+    """Compute the balanced contrastive loss (BCL, Zhu et al. 2022, arXiv 2207.09052).
+
+    Keys are the other embeddings and a prototype of each class; a class in the denominator is the mean over its keys,
+    of those that can be positives for the own class (class averaging), and no class is missing (class complement).
 
     L_i = mean over positives p of -log( exp(z_i.z_p / tau) / sum_j!=i exp(z_i.z_j / tau) / (c(j) - [j positive]) ),
     c(j) the keys of j's class, z_i among them.

@@ -32,8 +32,9 @@ def concentration(means: Tensor) -> Tensor:
 
 
 def expected_contrast(embeddings: Tensor, means: Tensor, temperature: float) -> Tensor:
-    """log E exp(z.v / tau) over the v of each class, (N, K): C(|kappa_k mu_k + z / tau|) - C(kappa_k), with
-    C(x) = log I_nu(x) - nu log x, nu = D / 2 - 1.
+    """Compute log E exp(z.v / tau) over the v of each class, (N, K).
+
+    It is C(|kappa_k mu_k + z / tau|) - C(kappa_k), with C(x) = log I_nu(x) - nu log x, nu = D / 2 - 1.
 
     embeddings: (N, D) unit vectors, z, D >= 2. means: (K, D), without a gradient, |m| <= 1. Found in float64.
     """
@@ -47,8 +48,10 @@ def expected_contrast(embeddings: Tensor, means: Tensor, temperature: float) -> 
 
 
 def log_normalizer(x: Tensor, order: float) -> Tensor:
-    """C(x) = log I_nu(x) - nu log x, nu = order >= 0, for x >= 0 of any size, elementwise. x: float64 (float32 where
-    the device has no other). Once differentiable: dC/dx = I_(nu+1)(x) / I_nu(x)."""
+    """Compute C(x) = log I_nu(x) - nu log x, nu = order >= 0, for x >= 0 of any size, elementwise.
+
+    x: float64 (float32 where the device has no other). Once differentiable: dC/dx = I_(nu+1)(x) / I_nu(x).
+    """
     return _LogNormalizer.apply(x, order)
 
 

@@ -118,8 +118,10 @@ class Method(nn.Module):
         return self.config.temperature, None
 
     def fit_head(self, rows: Rows) -> None:
-        """Called before training, of a method that fits_head. rows: features and labels of the training images, as they
-        are and flipped, on the CPU."""
+        """Fit the head before training; called for a method that fits_head.
+
+        rows: features and labels of the training images, as they are and flipped, on the CPU.
+        """
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, 0 <= epoch < epochs. See `epoch_changes_host`."""

@@ -111,8 +111,11 @@ class LdamConfig(DeferredConfig):
 
 @dataclass(frozen=True)
 class LogitAdjustmentConfig(BaseConfig):
-    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314). With gamma it is the VS loss (Kini et al. 2021, arXiv
-    2103.01550); with a second phase, ADRW and TLA over it (Wang et al. 2023, arXiv 2310.04752)."""
+    """Logit adjustment (Menon et al. 2021, arXiv 2007.07314).
+
+    With gamma it is the VS loss (Kini et al. 2021, arXiv 2103.01550); with a second phase, ADRW and TLA over it (Wang
+    et al. 2023, arXiv 2310.04752).
+    """
 
     name: Literal["logit_adjustment"] = "logit_adjustment"
     views: Views = 1

@@ -21,6 +21,8 @@ from rescom_timm.models.net import Net
 
 @dataclass(frozen=True)
 class BclConfig(BaseConfig):
+    """Balanced contrastive learning (BCL, Zhu et al. 2022, arXiv 2207.09052)."""
+
     name: Literal["bcl"] = "bcl"
     contrast_weight: float = 0.35
     """lambda: total loss = Balanced Softmax of the first view + lambda * balanced contrastive loss of the others."""
@@ -33,9 +35,11 @@ class BclConfig(BaseConfig):
 
 
 class Bcl(Method):
-    """View 1 is classified; views 2 and 3 are compared with each other and with a prototype of each class, which is
-    made of the classifier's weights. Pairs are those of the local batch, as in the authors' training: there is no
-    queue."""
+    """Classify view 1; compare views 2 and 3 with each other and with a prototype of each class.
+
+    Prototypes are made of the classifier's weights. Pairs are those of the local batch, as in the authors' training:
+    there is no queue.
+    """
 
     config: BclConfig
     counts: Tensor
@@ -52,8 +56,10 @@ class Bcl(Method):
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 3, 3, H, W), label (B,). Returns loss (scalar), logits (B, K) of the first views and the
-        loss's two parts, detached."""
+        """Return loss (scalar), logits (B, K) of the first views and the loss's two parts, detached.
+
+        batch: image (B, 3, 3, H, W), label (B,).
+        """
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         logits, embeddings = logits[: len(y)], embeddings[len(y) :]

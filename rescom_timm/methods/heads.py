@@ -149,8 +149,11 @@ def adjusted(head: Head, counts: Tensor, tau: float) -> Head:
 
 
 def temperature(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> float:
-    """T by which logits (M, K) are divided so that their mean negative log-likelihood is least (Guo et al. 2017, arXiv
-    1706.04599). weights: (M,) of the rows; None: all alike. smoothing: of the labels. Within 0.01 to 100."""
+    """Return T by which logits (M, K) are divided so that their mean negative log-likelihood is least.
+
+    Guo et al. 2017, arXiv 1706.04599. weights: (M,) of the rows; None: all alike. smoothing: of the labels. Within 0.01
+    to 100.
+    """
     logits = logits.double()
     own = (1 - smoothing) * logits.gather(1, labels[:, None])[:, 0] + smoothing * logits.mean(dim=1)
     share = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
@@ -187,8 +190,11 @@ def means(rows: Rows, counts: Tensor, scale: Standard) -> list[Head]:
 
 
 def named(class_features: Tensor) -> Fitted:
-    """The cosine to class features (K, F), such as those of class names in CLIP's space, with the cosine's division as
-    in `class_means`; nothing is fitted. Its soup with the net trained from it is WiSE-FT."""
+    """Return a fit whose head takes cosines to class features (K, F), as of class names in CLIP's space.
+
+    It has the cosine's division as in `class_means`; nothing is fitted. Its soup with the net trained from it is
+    WiSE-FT.
+    """
 
     def fit(rows: Rows, counts: Tensor, scale: Standard) -> list[Head]:
         length = sum(float(features.norm(dim=1).sum()) for features, _ in rows) / rows.length

@@ -57,8 +57,10 @@ def ask(teacher: Teacher | None, images: Tensor) -> Tensor:
 
 
 class ClassProjector(nn.Sequential):
-    """An MLP of the projector's shape, which makes prototypes of the classes of the classifier's rows (BCL, Zhu et al.
-    2022, arXiv 2207.09052). It belongs to the net; in training its BatchNorm sees the K rows."""
+    """An MLP of the projector's shape that makes prototypes of the classes of the classifier's rows.
+
+    BCL, Zhu et al. 2022, arXiv 2207.09052. It belongs to the net; in training its BatchNorm sees the K rows.
+    """
 
     def __init__(self, net: Net) -> None:
         """Raises InputError for a net without a projector."""

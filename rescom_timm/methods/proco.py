@@ -25,6 +25,8 @@ START = 0.9
 
 @dataclass(frozen=True)
 class ProcoConfig(BaseConfig):
+    """Probabilistic contrastive learning (ProCo, Du et al. 2024, arXiv 2403.06726)."""
+
     name: Literal["proco"] = "proco"
     contrast_weight: float = 1.0
     """alpha: total loss = Balanced Softmax of the first view + alpha * contrastive loss of the others."""
@@ -37,8 +39,9 @@ class ProcoConfig(BaseConfig):
 
 
 class Proco(Method):
-    """View 1 is classified; views 2 and 3 are compared with a von Mises-Fisher distribution of each class, which is as
-    many pairs as there could be: there is no queue and no mining.
+    """Classify view 1; compare views 2 and 3 with a von Mises-Fisher distribution of each class.
+
+    That is as many pairs as there could be: there is no queue and no mining.
 
     A class's distribution follows from the running mean of its embeddings. There are two: one that has all images since
     the start of the epoch before and gives the logits, and one that starts anew with each epoch and takes its place in
@@ -74,8 +77,10 @@ class Proco(Method):
         return START * F.normalize(torch.randn(self.shape, generator=generator), dim=1)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch, and where a run resumes within one: at its first step the distributions are
-        exchanged."""
+        """Exchange the distributions, once an epoch.
+
+        Called before each epoch, and where a run resumes within one, whose distributions are exchanged already.
+        """
         if int(self.begun) == epoch:
             return
         self.means[0], self.numbers[0] = self.means[1].clone(), self.numbers[1].clone()
@@ -83,8 +88,10 @@ class Proco(Method):
         self.begun.fill_(epoch)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 3, 3, H, W), label (B,). Returns loss (scalar), logits (B, K) of the first views and the
-        loss's two parts, detached."""
+        """Return loss (scalar), logits (B, K) of the first views and the loss's two parts, detached.
+
+        batch: image (B, 3, 3, H, W), label (B,).
+        """
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         classification = balanced_softmax(logits[: len(y)], y, self.counts)

@@ -89,8 +89,11 @@ class LasConfig(BaseConfig):
 
 @dataclass(frozen=True)
 class LosConfig(BaseConfig):
-    """Label over-smoothing (LOS, Sun et al. 2025, ICLR): the trained classifier goes on with targets that are almost
-    even, under which the frequencies of the classes no longer count."""
+    """Label over-smoothing (LOS, Sun et al. 2025, ICLR).
+
+    The trained classifier goes on with targets that are almost even, under which the frequencies of the classes no
+    longer count.
+    """
 
     name: Literal["los"] = "los"
     views: Literal[1] = 1
@@ -102,6 +105,7 @@ class LosConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if labels are not smoothed."""
         return self.label_smoothing == 0
 
 
@@ -141,6 +145,7 @@ class ProbeConfig(BaseConfig):
 
     @property
     def long_tailed(self) -> bool:
+        """True if the head is logistic regression without adjustment."""
         return self.head == "logistic" and self.tau == 0
 
 
@@ -290,7 +295,10 @@ class Las(SecondStage):
 
 
 class Los(SecondStage):
+    """The trained classifier, trained further with over-smoothed labels."""
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy with smoothed labels."""
         smoothing = self.config.label_smoothing
         return F.cross_entropy(losses.at_least_float32(logits), labels, label_smoothing=smoothing)
 
@@ -314,6 +322,8 @@ class DisAlign(SecondStage):
 
 
 class Probe(SecondStage):
+    """A new linear classifier, fitted to the features of the training images before training."""
+
     new_classifier = True
     fits_head = True
 
@@ -332,4 +342,5 @@ class Probe(SecondStage):
         self.net.classifier.load_state_dict({"weight": weight, "bias": bias})
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Balanced Softmax."""
         return losses.balanced_softmax(logits, labels, self.counts)
