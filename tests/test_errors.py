@@ -93,7 +93,7 @@ def test_errors_survive_pickling(kind):
 
 
 @pytest.mark.parametrize(
-    "error, code",
+    ("error", "code"),
     [
         (InputError("recipe.value", "x"), "recipe.value"),
         (FileNotFoundError(2, "x"), "file.missing"),

@@ -147,4 +147,4 @@ def test_shipped_recipes_name_folders_that_cannot_be_ids_of_the_hub():
         data = read_yaml(path).get("data", {})
         for key, value in data.items():
             if "/" in str(value):
-                assert value.startswith("./") or key == "source" and hub_id(value), f"{path.name}: {key}: {value}"
+                assert value.startswith("./") or (key == "source" and hub_id(value)), f"{path.name}: {key}: {value}"

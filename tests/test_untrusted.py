@@ -109,9 +109,10 @@ def test_what_is_no_regular_file_is_not_read(run, tmp_path, kind):
     for name in ("rescom.json", "hashes.json", "model.safetensors"):
         folder = shutil.copytree(run / "model", tmp_path / f"{name}-model")
         put(folder / name)
-        with warnings.catch_warnings(), pytest.raises(ValueError):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from_pretrained(folder)
+            with pytest.raises(ValueError):
+                from_pretrained(folder)
 
 
 def test_hashes_name_no_other_file(run):
@@ -260,9 +261,7 @@ def test_values_that_were_found_by_fuzzing(tmp_path, text, expected, naming):
 def test_a_word_of_any_depth_is_refused():
     with raises("recipe.override", 50):
         load_dict({"data": {"source": "digits"}}, "recipe", ["a." * 2000 + "b=1"])
-    with pytest.warns(UserWarning, match="track.1=2"):  # keys of YAML are not always text
-        path = Path(os.devnull).parent  # no file: only the tree matters
-        assert path.is_dir()
+    with pytest.warns(UserWarning, match=r"track\.1=2"):  # keys of YAML are not always text
         load_fetched_tree({"data": {"source": "digits"}, "track": {1: 2}})
 
 

@@ -236,8 +236,7 @@ def test_what_was_not_written_by_us_is_refused_in_a_line(tmp_path: Path, file: s
     folder = make_run(tmp_path / "r", COUNTS)
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match=re.escape(file)):
-        RunFolder(folder).recipe()
-        RunFolder(folder).environment()
+        (RunFolder(folder).recipe(), RunFolder(folder).environment())
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

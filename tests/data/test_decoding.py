@@ -240,7 +240,7 @@ def icon(image: bytes, width: int = 16, height: int = 16) -> bytes:
 
 def test_an_icon_has_the_size_of_its_image_not_of_its_directory():
     png = saved(scene(40, 60))
-    with pytest.warns(UserWarning):  # Pillow's, of the other size
+    with pytest.warns(UserWarning, match="size"):  # Pillow's, of the other size
         assert look(icon(png)) == (60, 40) and np.array_equal(decode(icon(png)), scene(40, 60))
     bitmap = struct.pack("<IiiHHIIiiII", 40, 60, 80, 1, 32, 0, 0, 0, 0, 0, 0) + bytes(60 * 40 * 4)
     for content in (png, bitmap):

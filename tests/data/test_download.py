@@ -250,7 +250,7 @@ def test_a_full_disk_while_unpacking_and_then_more_space(server, tmp_path, monke
     assert server["asked"] == [] and files(tmp_path / "data/inat2018") == INAT
 
 
-@pytest.mark.parametrize("name, content", [("train_val2018.tar.gz", b"junk"), ("val2018.json.tar.gz", None)])
+@pytest.mark.parametrize(("name", "content"), [("train_val2018.tar.gz", b"junk"), ("val2018.json.tar.gz", None)])
 def test_what_is_no_such_archive(name, content, server, tmp_path):
     given = tmp_path / name
     given.write_bytes(archive({"other.json": b"{}"}, gz=True) if content is None else content)
@@ -293,7 +293,7 @@ def test_dry_run_and_a_shell_without_a_terminal(server, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "words, code",
+    ("words", "code"),
     [("nothing", "get.name"), ("inat18 --from none.tar", "get.archive"), ("cifar10_lt --from x.tar", "get.archive"),
      ("inat18 --from train_val2018.tar.gz", "file.missing")],
 )  # fmt: skip
@@ -343,6 +343,6 @@ def test_published_lists(shared_lists):
             assert file.size == len(content)
 
 
-@pytest.mark.parametrize("size, text", [(120 * 10**9, "120 GB"), (2_092_674, "2.09 MB"), (12, "12 bytes")])
+@pytest.mark.parametrize(("size", "text"), [(120 * 10**9, "120 GB"), (2_092_674, "2.09 MB"), (12, "12 bytes")])
 def test_human(size, text):
     assert human(size) == text

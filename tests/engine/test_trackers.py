@@ -100,7 +100,7 @@ def test_a_run_is_told_and_a_resumed_one_goes_on_as_the_same(fake, tmp_path):
 def test_a_tracker_that_fails_is_one_line_and_the_training_goes_on(fake, tmp_path, call):
     Fake.fails = call
     tree = recipe(tmp_path, track__log_with=["wandb"], **ONE)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="wandb") as caught:
         train(load_dict(tree))
     (line,) = [str(one.message) for one in caught]
     why = "ConnectionError: no network here"
@@ -133,7 +133,7 @@ def test_no_figure_is_drawn_for_trackers_that_take_none(fake, tmp_path):
 
 def test_figures_that_cannot_be_drawn_are_one_line_and_the_tracker_stays(fake, tmp_path):
     log = Log(tmp_path, load_dict(recipe(tmp_path, track__log_with=["wandb"])), {})
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="wandb") as caught:
         log.finished({}, lambda: 1 / 0, 0)
     (line,) = [str(one.message) for one in caught]
     assert line == "the figures for the trackers could not be drawn: ZeroDivisionError: division by zero"

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -120,10 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        try:
+        with suppress(ConnectionError):  # the client has left
             super().handle()
-        except (ConnectionError, BrokenPipeError):
-            pass  # the client has left
 
     def do(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -188,7 +188,7 @@ def test_a_model_of_plain_cross_entropy_warns_of_its_prior(tmp_path):
     assert json.loads((run / "model" / "rescom.json").read_text())["counts"]
 
 
-@pytest.mark.parametrize("share, dead", [(0.999, True), (0.8, False)])
+@pytest.mark.parametrize(("share", "dead"), [(0.999, True), (0.8, False)])
 def test_a_card_says_whether_the_contrastive_branch_learned(facts, tmp_path, share, dead):
     line = {
         "epoch": 9,

@@ -85,7 +85,7 @@ def test_configs_that_cannot_be(config, says):
 def test_the_section_of_a_recipe():
     data = {"source": "digits"}
     assert load_dict({"data": data, "hub": {"repo": "me/x", "strategy": "every_save"}}).hub.strategy == "every_save"
-    with pytest.raises(RecipeError, match="best needs data.validation"):
+    with pytest.raises(RecipeError, match=r"best needs data\.validation"):
         load_dict({"data": data, "hub": {"repo": "me/x", "strategy": "best"}})
     with pytest.raises(RecipeError, match=r"unknown key hub\.token"):
         load_dict({"data": data, "hub": {"token": "hf_x"}})

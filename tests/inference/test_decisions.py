@@ -104,7 +104,7 @@ def test_the_export_keeps_the_temperature(run, tmp_path):
         assert one.probabilities == pytest.approx(row[[NAMES.index(name) for name in one.labels]].tolist(), abs=1e-5)
     details = tmp_path / "model" / "rescom.json"
     details.write_text(json.dumps(json.loads(details.read_text()) | {"temperature": -1}))
-    with pytest.warns(UserWarning), raises("model.details", "temperature"):
+    with pytest.warns(UserWarning, match="rescom.json"), raises("model.details", "temperature"):
         from_pretrained(tmp_path / "model")
 
 
@@ -115,7 +115,7 @@ def test_the_prior_of_the_images_is_estimated_and_used(run, tmp_path):
         reader = Reader(model, images, "estimate")
     assert reader.temperature == model.temperature
     scores = model.net.classify(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).float()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="40 images"):
         expected = estimated_prior(scores, model.temperature)
     torch.testing.assert_close(reader.prior, expected, atol=1e-5, rtol=1e-4)
     found = torch.cat([batch.probabilities for batch in reader.batches()])

@@ -165,49 +165,51 @@ def test_the_page_in_a_browser(alone, files, tmp_path):
     source = str(train("digits_lt", overrides=[*quick, f"output={tmp_path}"]).folder)
     port = free_port()
     words = [sys.executable, "-m", "rescom_timm", "demo", source, "--port", str(port)]
-    with served(words, port, tmp_path, os.environ | {"PYTHONPATH": str(ROOT)}) as address:
-        with driver.sync_playwright() as started:
-            browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            tab = browser.new_page(viewport={"width": 1100, "height": 1500})
-            tab.goto(address)
-            tab.set_input_files("input[type=file]", files[:1])
-            tab.wait_for_selector(".answers td", timeout=60_000)
+    with (
+        served(words, port, tmp_path, os.environ | {"PYTHONPATH": str(ROOT)}) as address,
+        driver.sync_playwright() as started,
+    ):
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1100, "height": 1500})
+        tab.goto(address)
+        tab.set_input_files("input[type=file]", files[:1])
+        tab.wait_for_selector(".answers td", timeout=60_000)
 
-            def shown(act):
-                """The cards' cells after this has changed them."""
-                before = tab.locator(".answers").inner_text()
-                act()
-                changed = "old => document.querySelector('.answers').innerText != old"
-                tab.wait_for_function(changed, arg=before, timeout=60_000)
-                return tab.locator(".answers td").all_inner_texts()
+        def shown(act):
+            """The cards' cells after this has changed them."""
+            before = tab.locator(".answers").inner_text()
+            act()
+            changed = "old => document.querySelector('.answers').innerText != old"
+            tab.wait_for_function(changed, arg=before, timeout=60_000)
+            return tab.locator(".answers td").all_inner_texts()
 
-            def expected(paths, prior):
-                found = predict(source, paths, top_k=3, prior=prior)
-                pairs = [pair for one in found for pair in zip(one.labels, one.probabilities, strict=True)]
-                return [label for label, _ in pairs], [f"{100 * share:.1f} %" for _, share in pairs]
+        def expected(paths, prior):
+            found = predict(source, paths, top_k=3, prior=prior)
+            pairs = [pair for one in found for pair in zip(one.labels, one.probabilities, strict=True)]
+            return [label for label, _ in pairs], [f"{100 * share:.1f} %" for _, share in pairs]
 
-            cells = shown(lambda: tab.get_by_label("as frequent as in training").check())
-            assert (cells[0::3], cells[1::3]) == expected(files[:1], "train")
-            both = [files[0], files[2]]
-            cells = shown(lambda: tab.set_input_files("input[type=file]", both[1:]))  # beside the first
-            assert (cells[0::3], cells[1::3]) == expected(both, "train")
-            assert tab.locator(".answer figure").count() == 10
-            tab.get_by_label(OWN_NUMBERS, exact=True).check()
-            second = tab.locator("[data-testid='cell-1-1']:visible")
-            second.wait_for(timeout=60_000)
-            counts = from_pretrained(source).counts.tolist()
+        cells = shown(lambda: tab.get_by_label("as frequent as in training").check())
+        assert (cells[0::3], cells[1::3]) == expected(files[:1], "train")
+        both = [files[0], files[2]]
+        cells = shown(lambda: tab.set_input_files("input[type=file]", both[1:]))  # beside the first
+        assert (cells[0::3], cells[1::3]) == expected(both, "train")
+        assert tab.locator(".answer figure").count() == 10
+        tab.get_by_label(OWN_NUMBERS, exact=True).check()
+        second = tab.locator("[data-testid='cell-1-1']:visible")
+        second.wait_for(timeout=60_000)
+        counts = from_pretrained(source).counts.tolist()
 
-            def write(text):
-                second.dblclick()
-                tab.keyboard.press("Control+A")
-                tab.keyboard.type(text)
-                tab.keyboard.press("Enter")
+        def write(text):
+            second.dblclick()
+            tab.keyboard.press("Control+A")
+            tab.keyboard.type(text)
+            tab.keyboard.press("Enter")
 
-            cells = shown(lambda: write("100000"))
-            assert (cells[0::3], cells[1::3]) == expected(both, [counts[0], 100000, *counts[2:]])
-            write("many")
-            tab.get_by_text("1: many is no number of at least 0").wait_for(timeout=60_000)
-            if os.environ.get("DEMO_PICTURE"):
-                tab.wait_for_timeout(3000)
-                tab.screenshot(path=os.environ["DEMO_PICTURE"], full_page=True)
-            browser.close()
+        cells = shown(lambda: write("100000"))
+        assert (cells[0::3], cells[1::3]) == expected(both, [counts[0], 100000, *counts[2:]])
+        write("many")
+        tab.get_by_text("1: many is no number of at least 0").wait_for(timeout=60_000)
+        if os.environ.get("DEMO_PICTURE"):
+            tab.wait_for_timeout(3000)
+            tab.screenshot(path=os.environ["DEMO_PICTURE"], full_page=True)
+        browser.close()

@@ -296,7 +296,7 @@ def test_invalid_details_are_refused(tmp_path, change, expected, naming):
 def test_a_recipe_that_cannot_be_read_is_left_out(tmp_path, text):
     folder = export_run(make_run(tmp_path / "run", steps=(2,)), tmp_path / "out")
     (folder / "recipe.yaml").write_text(text)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="recipe") as told:
         assert from_pretrained(folder).recipe is None
     assert any("cannot be read and is left out" in str(one.message) for one in told)
 

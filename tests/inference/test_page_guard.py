@@ -91,14 +91,21 @@ def test_a_request_in_chunks_ends_at_the_bound(monkeypatch):
 
 def test_uploads_are_removed_at_the_end(monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", "/before")
-    with pytest.raises(SystemExit) as ended, own_uploads() as folder:
-        assert os.environ["GRADIO_TEMP_DIR"] == tempfile.gettempdir() == folder
-        (Path(folder) / "x").mkdir()
-        (Path(folder) / "x/photo.png").write_bytes(b"x")
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.sigtimedwait([], 5)
-    assert ended.value.code == 143 and not Path(folder).exists()
-    assert os.environ["GRADIO_TEMP_DIR"] == "/before" and tempfile.gettempdir() != folder
+    folders = []
+
+    def terminated() -> None:
+        with own_uploads() as folder:
+            folders.append(Path(folder))
+            assert os.environ["GRADIO_TEMP_DIR"] == tempfile.gettempdir() == folder
+            (Path(folder) / "x").mkdir()
+            (Path(folder) / "x/photo.png").write_bytes(b"x")
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigtimedwait([], 5)
+
+    with pytest.raises(SystemExit) as ended:
+        terminated()
+    assert ended.value.code == 143 and not folders[0].exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == "/before" and Path(tempfile.gettempdir()) != folders[0]
 
 
 def test_the_page_is_launched_with_the_guard():

@@ -216,7 +216,7 @@ def test_csv_and_tool(folder, photos, tmp_path, capsys):
     assert tool.main([str(folder), str(photos), "--top-k", "2", "-o", str(out)]) == 0
     assert "4 images, 1 unreadable" in capsys.readouterr().out
     rows = table(out)
-    assert [row["image"] for row in rows][0].endswith("a.PNG") and len(rows) == 4
+    assert next(row["image"] for row in rows).endswith("a.PNG") and len(rows) == 4
     assert rows[2]["label_1"] == "" and "cannot read" in rows[2]["error"]
     assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"]) and rows[0]["label_2"] in NAMES
     prior = tmp_path / "prior.txt"

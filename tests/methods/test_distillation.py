@@ -203,7 +203,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(teacher, tmp_pat
     for name in (name for name, (_, method) in METHODS.items() if method.needs_teacher):
         with raises("recipe.missing_key", name, "method.teacher"):
             start(f"digits_lt +{name}")
-    with pytest.raises(RecipeError, match="method.teacher: .*nothing"):
+    with pytest.raises(RecipeError, match=r"method\.teacher: .*nothing"):
         start("digits_lt +dive", f"method.teacher={tmp_path / 'nothing'}")
     (tmp_path / "checkpoints").mkdir()
     with raises("checkpoint.missing", "method.teacher"):

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ class Tiny(nn.Module):
     """A stub encoder of a few weights."""
 
     head_hidden_size = 6
-    pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    pretrained_cfg: ClassVar = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
     def __init__(self):
         super().__init__()

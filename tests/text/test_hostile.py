@@ -4,6 +4,7 @@ answers, a sweep's table."""
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_a_name_adds_nothing_to_a_report(name, tmp_path):
 class Images:
     """What the page needs of data.doctor.Examined: two images of one name."""
 
-    splits = {"train": None}
+    splits: ClassVar = {"train": None}
     split, label = np.array(["train"] * 2), np.array([0, 1])
 
     def __init__(self, name):

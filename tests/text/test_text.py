@@ -56,9 +56,8 @@ def test_every_print_is_escaped_and_the_streams_come_back(capsys):
 def test_a_bar_moves_and_its_text_is_escaped(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    with escaped_output():
-        with tqdm(total=2, desc="a\x1b]0;x\x07b", ncols=60, mininterval=0, file=sys.stderr) as bar:
-            bar.update(2)
+    with escaped_output(), tqdm(total=2, desc="a\x1b]0;x\x07b", ncols=60, mininterval=0, file=sys.stderr) as bar:
+        bar.update(2)
     told = screen.getvalue()
     assert told.startswith("\r") and "a\\x1b]0;x\\x07b" in told and "2/2" in told
     assert not any(one in told.replace("\r", "") for one in CONTROLS)

@@ -174,7 +174,7 @@ def test_startup_is_cut_into_its_parts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["step", "resnet8_cifr"], "did you mean resnet8_cifar"),
         (["step", "resnet8_cifar", "--classes", "3", "--negatives", "9"], "lower negatives"),
@@ -207,7 +207,7 @@ def test_a_gpu_that_is_not_there_is_told(capsys):
 
 
 def test_every_part_says_what_it_measures():
-    assert inference.PRECISIONS == tuple(ensembles.PRECISIONS)
+    assert tuple(ensembles.PRECISIONS) == inference.PRECISIONS
     for part, summary in benchmark.PARTS.items():
         about = import_module(f"benchmarks.{part}").__doc__
         assert about.startswith(f"`{part}`: {summary}")

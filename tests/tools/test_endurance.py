@@ -28,7 +28,7 @@ def threads_as_before():
 # --- scale ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, number", [(10, 10), (1000, 7), (5000, 1000)])
+@pytest.mark.parametrize(("rows", "number"), [(10, 10), (1000, 7), (5000, 1000)])
 def test_made_up_counts_are_long_tailed_and_leave_no_class_out(rows, number):
     counts = scale.made_up_counts(rows, number)
     assert counts.sum() == rows and len(counts) == number and counts.min() >= 1
@@ -237,7 +237,7 @@ def test_a_folder_with_a_soak_is_not_written_to(tmp_path, capsys):
 
 def test_a_soak_that_fails_leaves_no_run_behind(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(soak, "epochs_done", lambda folder: started and 1 / 0 or started.append(1) or 0)
+    monkeypatch.setattr(soak, "epochs_done", lambda folder: (started and 1 / 0) or started.append(1) or 0)
     seen = soak.subprocess.Popen
 
     def popen(words, **more):
