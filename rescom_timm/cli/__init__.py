@@ -63,7 +63,6 @@ def renamed(old: str, new: str) -> None:
     )
 
 
-@escaped_output()
 def temperature(text: str) -> float | str:
     """The type of --temperature: a number above 0, or fitted."""
     if text == "fitted":
@@ -73,6 +72,7 @@ def temperature(text: str) -> float | str:
     return number
 
 
+@escaped_output()
 def answer(
     work: Callable[[], int],
     trains: bool = False,

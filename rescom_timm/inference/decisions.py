@@ -78,7 +78,7 @@ def estimated_prior(logits: Tensor, temperature: float = 1.0, rounds: int = 1000
             "give the prior by class names",
             stacklevel=2,
         )
-    even = (at_least_float32(logits) / temperature).softmax(dim=1)
+    even = (at_least_float32(logits.detach()) / temperature).softmax(dim=1)
     prior = torch.full((classes,), 1 / classes, dtype=torch.float64)
     for _ in range(rounds):
         weighted = even * prior.to(even)
