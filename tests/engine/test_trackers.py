@@ -133,7 +133,7 @@ def test_no_figure_is_drawn_for_trackers_that_take_none(fake, tmp_path):
 
 def test_figures_that_cannot_be_drawn_are_one_line_and_the_tracker_stays(fake, tmp_path):
     log = Log(tmp_path, load_dict(recipe(tmp_path, track__log_with=["wandb"])), {})
-    with pytest.warns(UserWarning, match="wandb") as caught:
+    with pytest.warns(UserWarning, match="trackers") as caught:
         log.finished({}, lambda: 1 / 0, 0)
     (line,) = [str(one.message) for one in caught]
     assert line == "the figures for the trackers could not be drawn: ZeroDivisionError: division by zero"
