@@ -28,7 +28,7 @@ PYTHON = [
     for page in TEXTS
     if page not in ("CONTRIBUTING.md", "CHANGELOG.md")
     for number, code in enumerate(blocks("python", page))
-    if '"runs/' not in code and "local-dir:runs/" not in code and "load_dataset" not in code
+    if '"runs/' not in code and "my_photos" not in code and "local-dir:runs/" not in code and "load_dataset" not in code
 ]
 
 

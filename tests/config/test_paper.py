@@ -3,11 +3,13 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import benchmark
 from benchmarks import ensembles
+from rescom_timm import api
 from rescom_timm.__main__ import main
 from rescom_timm.analysis import plots, run_files
 from rescom_timm.cli import robustness
@@ -73,6 +75,7 @@ def test_figures_are_named_as_they_are_called(words, monkeypatch, capsys):
         raise ValueError("seen")
 
     monkeypatch.setattr(run_files, "open_runs", open_runs)
+    monkeypatch.setattr(api, "Run", lambda path: SimpleNamespace(folder=path))
     assert main(["plot", *words]) == 1 and "]: seen" in capsys.readouterr().err
     assert all(load(run_of(run)).name for run in seen) and len(seen) == 1
     assert set(words[words.index("--only") + 1].split(",")) <= set(plots.NAMES)

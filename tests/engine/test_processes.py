@@ -216,7 +216,9 @@ def test_fsdp2_is_refused_where_the_loss_reads_weights_outside_of_the_forward_pa
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_a_launch_that_became_single_runs_is_stopped(alone, tmp_path, name):
     alone.setenv(name, "4")
-    alone.setattr(launching, "Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
+    alone.setattr(
+        launching, "Accelerator", lambda **_: type("One", (), {"num_processes": 1, "device": torch.device("cpu")})
+    )
     with raises("train.distributed", name, "torchrun --nproc_per_node 4 -m rescom_timm train"):
         launching.launch(load_dict(recipe(tmp_path)))
 
