@@ -36,6 +36,7 @@ def limit(monkeypatch, views, tried=None):
     monkeypatch.setattr(Net, "forward", limited)
 
 
+@pytest.mark.slow
 def test_the_largest_that_fits_trains_as_if_it_had_been_said(alone, tmp_path, capsys):
     told = fitting(tmp_path / "told", train__fit_batch=False, train__accumulate=4)
     train(load_dict(told))

@@ -78,6 +78,7 @@ def test_an_average_is_saved_of_what_trains_alone_and_resumes_bit_equal(alone, t
 
 
 @pytest.mark.parametrize("kind", ["lora", "adaptformer", "prompt", "full"])
+@pytest.mark.slow
 def test_not_a_bit_of_the_frozen_weights_changes(alone, tmp_path, base, kind):
     trainer = trainer_of(tuned(tmp_path, base, kind))
     before = {name: value.clone() for name, value in trainer.state.frozen.items()}
@@ -176,6 +177,7 @@ def test_lora_under_a_linear_classifier_becomes_plain_timm(alone, tmp_path, base
     assert torch.allclose(model(images), own.net.classify(images), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_base_weights_are_refused(alone, tmp_path, base):
     tree = tuned(tmp_path, base, "lora")
     folder = train_recipe(load_dict(tree))
@@ -198,6 +200,7 @@ def test_other_base_weights_are_refused(alone, tmp_path, base):
 
 
 @pytest.mark.parametrize("name", ["logit_adjustment", "paco", "hybrid_psc"])
+@pytest.mark.slow
 def test_other_methods_train_over_it(alone, tmp_path, base, name):
     tree = tuned(tmp_path, base, "lora", method={"name": name})
     tree["net"]["classifier"] = {}

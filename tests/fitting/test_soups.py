@@ -51,6 +51,7 @@ def weights(run):
     return checkpoint.newest(run / "checkpoints")[1]
 
 
+@pytest.mark.slow
 def test_a_soup_of_runs_is_a_run(runs, tmp_path):
     found = average_runs(runs, tmp_path / "soup", [0.25, 0.75], "last")
     own, (a, b) = weights(tmp_path / "soup"), map(weights, runs)

@@ -183,6 +183,7 @@ def test_a_backbone_without_stages_of_maps_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["ldam", *slow("cross_entropy")])
+@pytest.mark.slow
 def test_a_run_is_resumed_and_exported(kind, tmp_path):
     folder = resumed_as_whole("digits_lt +rsg", tmp_path, f"method.loss={kind}", "method.generate_from=0.5")
     read, images = from_pretrained(folder), torch.rand(3, 3, 8, 8)

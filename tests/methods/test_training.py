@@ -63,6 +63,7 @@ def first(tmp_path_factory):
     return run("digits_lt +cross_entropy", tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 def test_crt_in_a_run_trains_the_classifier_alone(first, tmp_path):
     after = weights(run("digits_lt +crt", tmp_path, f"from={first}"))
     changed = {name for name in moved(weights(first), after) if not name.startswith("projector.1.")}
@@ -120,6 +121,7 @@ def test_tau_norm_evaluates_and_saves_without_training(first, tmp_path):
     check_export(folder, w / w.norm(dim=1, keepdim=True) ** 0.7, torch.zeros(10))
 
 
+@pytest.mark.slow
 def test_experts_in_a_run_are_saved_and_read_back(tmp_path):
     folder = run("digits_lt +experts", tmp_path, "method.experts=2", "method.views=1")
     net = from_pretrained(folder).net
