@@ -150,7 +150,7 @@ class EmaConfig:
     warmup: bool = True
     """The decay of step t is at most 1 - t^(-2/3), so that a short training has a short average."""
     export: bool = False
-    """The exported model has the average in the place of the weights."""
+    """The exported model has the average instead of the weights."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:

@@ -72,7 +72,7 @@ class SamStep(TrainingStep):
         return super().update(finite)
 
     def second_pass(self) -> None:
-        """The gradient at w + e in the place of that at w; weights and buffers stay as they are."""
+        """Replace the gradient at w by that at w + e; weights and buffers stay as they are."""
         buffers = copy_buffers(self.method)
         trained: list[Tensor] = [weight for weight in self.net.parameters() if weight.grad is not None]
         weights = [weight.detach().clone() for weight in trained]

@@ -229,7 +229,7 @@ class Trainer:
         set_epoch(self.loader, epoch)
 
     def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """The batch of pass `index` of the epoch, mixed if the recipe says so."""
+        """The batch of pass `index` of the epoch, mixed if the recipe asks for it."""
         if not self.recipe.mix.on:
             return batch
         where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)

@@ -26,7 +26,7 @@ ONE = {"train__epochs": 2, "schedule__warmup_epochs": 0, "track__tags": ["a"]}
 
 
 class Fake:
-    """A tracker in the place of wandb's; what it is told lies in `told`. fails: the call that raises."""
+    """A tracker instead of wandb's; what it is told lies in `told`. fails: the call that raises."""
 
     requires_logging_directory = False
     told: ClassVar[list] = []

@@ -38,7 +38,7 @@ WORDS = [
     value("number for a text", "name=1", "[recipe.value]...name...1"),
     value("value left out", "train.epochs=", "[recipe.value]...train.epochs"),
     value("text for a list of numbers", "schedule.milestones=a", "[recipe.value]...schedule.milestones...'a'"),
-    value("tracker in the place of a list", "track.log_with=nope", "[recipe.value]...track.log_with...'tensorboard'"),
+    value("tracker instead of a list", "track.log_with=nope", "[recipe.value]...track.log_with...'tensorboard'"),
     value("method like none", "method=zzz", "[recipe.unknown_method]...'zzz'...rescom"),
     value("text for a switch or a mode", "speed.compile=never", "[recipe.value]...speed.compile...'default'...'never'"),
     value("backbone as model", "model=resnet50", "[recipe.unknown_key]...net.backbone=resnet50"),

@@ -33,7 +33,7 @@ from rescom_timm.engine.trainer import Trainer
 class Watched:
     """A trainer's loader that gives `left` batches, over any number of epochs, and measures the waiting for them.
 
-    With again=True it loads no more and gives the last batch in the place of all others.
+    With again=True it loads no more and gives the last batch instead of all others.
     """
 
     def __init__(self, loader: Any) -> None:

@@ -11,7 +11,7 @@ device already. All contenders start from the same weights and take turns; memor
 nothing to its fifth step: weights, momentum, queue, activations.
 plain        Balanced Softmax on both views, the project's own, without a projector
 rescom       ResCom, released mode, queue full
-dense        the same with the yardstick of `head` in the place of mining and queue; not with --capture
+dense        the same with the yardstick of `head` instead of mining and queue; not with --capture
 
 Aims, on a GPU: rescom at most 1.03 x the time and 1.05 x the memory of plain with ResNet-50 at 224 in bf16 and
 channels_last, and at most 1.15 x the time with ResNet-32 at 32 pixels captured as a graph (--capture).
@@ -52,7 +52,7 @@ WARM_UP = 5  # compiling, running as it is, recording a graph, replaying it
 
 
 class DenseResCom(ResCom):
-    """ResCom's released mode with the yardstick in the place of mining and queue."""
+    """ResCom's released mode with the yardstick instead of mining and queue."""
 
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig) -> None:
         super().__init__(net, counts, config)
