@@ -111,6 +111,11 @@ def method_class(config: MethodConfig) -> type[Method]:
     return METHODS[config.name][1]
 
 
+def _names(able: Callable[[type[Method]], bool]) -> str:
+    """The methods that are able to do something, for a message."""
+    return ", ".join(name for name, (_, method) in METHODS.items() if able(method))
+
+
 def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool, contrast: bool = False) -> None:
     """Raises InputError if the recipe has an option that its method does not support.
 
@@ -119,18 +124,16 @@ def check(config: MethodConfig, *, mix: bool, fit_batch: bool, compiled: bool, c
     """
     method = method_class(config)
     if contrast and not method.contrasts:
-        able = ", ".join(name for name, (_, other) in METHODS.items() if other.contrasts)
         raise InputError(
             "recipe.conflict",
             f"views.contrast makes views that are not classified, and {config.name} classifies all: set it to null, or "
-            f"use one of {able}",
+            f"use one of {_names(lambda other: other.contrasts)}",
         )
     if mix and not method.per_image:
-        able = ", ".join(name for name, (_, other) in METHODS.items() if other.per_image)
         raise InputError(
             "recipe.conflict",
             f"mix: mixup and cutmix need a per-image loss, and {config.name} compares images: set them to 0, or use "
-            f"one of {able}",
+            f"one of {_names(lambda other: other.per_image)}",
         )
     if fit_batch and not method.per_image:
         raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from rescom_timm.losses import balanced_contrast, balanced_softmax, check_temperature
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
-from rescom_timm.methods.parts import ClassProjector
+from rescom_timm.methods.parts import Prototypes
 from rescom_timm.models.net import Net
 
 
@@ -49,10 +49,9 @@ class Bcl(Method):
 
     def __init__(self, net: Net, counts: Tensor, config: BclConfig) -> None:
         """counts: (K,) training images of each class."""
-        projector = ClassProjector(net)
-        net.class_projector = projector
+        prototypes = Prototypes(net)
         super().__init__(net, config)
-        self.prototypes = (net.classifier, projector)  # a tuple: they are the net's
+        self.prototypes = prototypes
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,9 +62,8 @@ class Bcl(Method):
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
         logits, embeddings = logits[: len(y)], embeddings[len(y) :]
-        classifier, projector = self.prototypes
         classification = balanced_softmax(logits, y, self.counts)
-        prototypes = projector(classifier.weight)
+        prototypes = self.prototypes()
         contrast = balanced_contrast(embeddings, y.repeat(2), prototypes, self.config.temperature)
         return {
             "loss": classification + self.config.contrast_weight * contrast,

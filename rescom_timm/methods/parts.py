@@ -73,6 +73,20 @@ class ClassProjector(nn.Sequential):
         return F.normalize(at_least_float32(super().forward(weight)), dim=1)
 
 
+class Prototypes:
+    """Prototypes of the classes, made of a net's classifier; not a module, because the weights are the net's."""
+
+    def __init__(self, net: Net) -> None:
+        """Gives the net a ClassProjector. Raises as that does."""
+        self.classifier, self.projector = net.classifier, ClassProjector(net)
+        net.class_projector = self.projector
+
+    def __call__(self) -> Tensor:
+        """Unit vectors (K, D)."""
+        found: Tensor = self.projector(self.classifier.weight)
+        return found
+
+
 class MomentumNet(nn.Module):
     """A copy of a net that follows it: theta_k <- m theta_k + (1 - m) theta_q (MoCo, eq. 2).
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rescom_timm.contrastive.mined import mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, ReversedQueue
@@ -21,7 +21,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
-from rescom_timm.methods.parts import ClassProjector
+from rescom_timm.methods.parts import Prototypes
 from rescom_timm.models.net import Net
 
 
@@ -141,12 +141,9 @@ class ResCom(Method):
     def __init__(self, net: Net, counts: Tensor, config: RescomConfig = RescomConfig()) -> None:
         """counts: (K,) training images of each class. Raises InputError if Q, Qp, Qn and K do not fit."""
         config = config.for_classes(len(counts))
-        projector = ClassProjector(net) if config.prototypes else None
+        prototypes = Prototypes(net) if config.prototypes else None
         super().__init__(net, config)
-        self.prototypes: tuple[nn.Linear, ClassProjector] | None = None
-        if projector is not None:
-            net.class_projector = projector
-            self.prototypes = (net.classifier, projector)  # a tuple: they are the net's
+        self.prototypes = prototypes
         self.queue = config.queue.build(counts, net.embedding_width)
         self.register_buffer("counts", counts, persistent=False)
         weights = class_weights(counts, config.beta, config.class_weight)
@@ -217,8 +214,7 @@ class ResCom(Method):
         elif config.gather_pairs:
             keys, key_labels, first = gather(z), gather(y), processes()[0] * len(z)
         if self.prototypes is not None:
-            classifier, projector = self.prototypes
-            centres = projector(classifier.weight).to(z.dtype)
+            centres = self.prototypes().to(z.dtype)
             if keys is None or key_labels is None:
                 keys, key_labels, first = z[:0], y[:0], len(centres)  # no query is a key
             keys = torch.cat([keys, centres])
