@@ -60,15 +60,12 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def _folder(options: argparse.Namespace) -> Data:
-    from rescom_timm.config.own_splits import OwnImages, parts, with_lists
+    from rescom_timm.config.own_splits import OwnImages, parts, saved_lists
     from rescom_timm.data.sources import load
 
     indexes, config = parts(OwnImages(options.source))
     with TemporaryDirectory() as place:
-        lists = {name: f"{place}/{name}.txt" for name in indexes}
-        for name, index in indexes.items():
-            index.save(lists[name])
-        return load(with_lists(config, lists))
+        return load(saved_lists(indexes, config, place))
 
 
 def _over_the_copy(recipe: Recipe, folder: str, validation: bool) -> str:

@@ -69,6 +69,14 @@ def with_lists(config: DataConfig, lists: dict[str, str]) -> DataConfig:
     return replace(config, index=lists.get("train", config.index), test_index=lists.get("test", config.test_index))
 
 
+def saved_lists(indexes: Mapping[str, Index], config: DataConfig, folder: str | Path, prefix: str = "") -> DataConfig:
+    """Write the index files FOLDER/<prefix>PART.txt; returns the data section that uses them."""
+    files = {part: Path(folder) / f"{prefix}{part}.txt" for part in indexes}
+    for part, path in files.items():
+        indexes[part].save(path)
+    return with_lists(config, {part: place(path) for part, path in files.items()})
+
+
 def parts(own: OwnImages) -> tuple[dict[str, Index], DataConfig]:
     """The index files to write and the data section that uses them."""
     root = Path(own.source).expanduser()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rescom_timm.config.loading import find, load, shipped
-from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
+from rescom_timm.config.own_splits import OwnImages, parts, place, saved_lists
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.in_memory import MEMORY
 from rescom_timm.data.index import Index
@@ -84,9 +84,4 @@ def _own(options: FitOptions, folder: Path) -> DataConfig:
         images = replace(images, source=place(path))
     elif options.source not in ("digits", MEMORY) and hub_id(options.source, alone=True) is None:
         raise missing(options.source)
-    indexes, config = parts(images)
-    written = {}
-    for part, index in indexes.items():
-        index.save(folder / f"{part}.txt")
-        written[part] = place(folder / f"{part}.txt")
-    return with_lists(config, written)
+    return saved_lists(*parts(images), folder)

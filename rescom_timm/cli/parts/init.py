@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 
 from rescom_timm.cli.parts.index import broken_images, without
 from rescom_timm.config.own_data import recipe_for
-from rescom_timm.config.own_splits import OwnImages, parts, place, with_lists
+from rescom_timm.config.own_splits import OwnImages, parts, place, saved_lists, with_lists
 from rescom_timm.data import index as rows
-from rescom_timm.data.sources import Data, load
+from rescom_timm.data.sources import load
 from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.io import write_text
@@ -33,13 +33,7 @@ def init(options: argparse.Namespace) -> int:
     own = {one.name: getattr(options, one.name) for one in fields(OwnImages)}
     indexes, config = parts(OwnImages(**own))
     with TemporaryDirectory() as folder:  # nothing is written to the output unless everything works
-
-        def load_with_lists() -> Data:
-            for part, index in indexes.items():
-                index.save(Path(folder) / lists[part].name)
-            return load(with_lists(config, {part: f"{folder}/{lists[part].name}" for part in indexes}))
-
-        data = load_with_lists()
+        data = load(saved_lists(indexes, config, folder, f"{recipe.stem}_"))
         splits = {"train": data.train, "test": data.test, "validation": data.validation}
         broken = {part: broken_images(split) for part, split in splits.items() if split is not None}
         if any(broken.values()):
@@ -55,7 +49,7 @@ def init(options: argparse.Namespace) -> int:
                 numbers = {int(splits[part].rows[k]): reason for k, reason in found.items()}  # type: ignore[union-attr]
                 lost[part if part in indexes else "train"] |= numbers
             indexes = {part: without(index, lost[part]) for part, index in indexes.items()}
-            data = load_with_lists()
+            data = load(saved_lists(indexes, config, folder, f"{recipe.stem}_"))
         config = with_lists(config, {part: place(lists[part]) for part in indexes})
         text = recipe_for(data, config, options.source, options.tune)
     for part, index in indexes.items():
