@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rescom_timm.errors import CodedError, InputError, MissingFileError
+from rescom_timm.errors import InputError, MissingFileError, UnreachableError
 
 PREFIXES = ("hf://datasets/", "hf://", "hf-hub:", "hf_hub:")
 """Prefixes that always mean the Hub, even if a local folder has that name."""
@@ -26,10 +26,6 @@ REMEMBERED = 60.0
 """Seconds for which the answer is kept."""
 RETRIES = {"max_retries": 1, "max_wait_time": 2.0, "retry_on_status_codes": (500, 502, 503, 504)}
 """For huggingface_hub, instead of 5 retries that wait 23 seconds in all, or as long as a 429 asks for."""
-
-
-class Unreachable(CodedError, ConnectionError):
-    """The Hub did not answer, and the local cache lacks the file."""
 
 
 def hub_id(source: object, alone: bool = False, plain: bool = True) -> str | None:
@@ -84,7 +80,7 @@ def online() -> Iterator[None]:
     """Requests to the Hub in this block are bounded in time.
 
     If the Hub does not answer within PATIENCE seconds, the libraries in the block see HF_HUB_OFFLINE and read their
-    caches at once. Raises Unreachable if they lack it.
+    caches at once. Raises UnreachableError (hub.unreachable) if they lack it.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -105,7 +101,7 @@ def online() -> Iterator[None]:
     except (OSError, HfHubHTTPError) as error:
         if not trouble or (isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError)):
             raise
-        raise Unreachable(
+        raise UnreachableError(
             "hub.unreachable",
             f"{constants.ENDPOINT} cannot be reached ({trouble}), and the file is not in the local cache",
         ) from error

@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import RunError
 from rescom_timm.engine.run_folder import RunElsewhere, lines
-from rescom_timm.errors import InputError, MissingFileError, code_of
-from rescom_timm.hub_client import Unreachable, hub_id, online
+from rescom_timm.errors import InputError, MissingFileError, UnreachableError, code_of
+from rescom_timm.hub_client import hub_id, online
 from rescom_timm.io import MAX_JSON, MAX_RECIPE, read_json, read_text, sha256, write_text
 
 _NETWORK: tuple[Any, ...] = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
@@ -82,7 +82,7 @@ def explain(error: Exception, repo: str, doing: str = "pushing to") -> HubError:
         )
     if status is not None:
         return HubError("hub.refused", f"{where}: the Hub refuses ({asked} {status}): {_line(error)}")
-    if isinstance(error, Unreachable):
+    if isinstance(error, UnreachableError):
         return HubError("hub.unreachable", f"{where}: {_line(error)}")
     if isinstance(error, _NETWORK):
         return HubError("hub.unreachable", f"{where}: the connection failed ({_line(error)})", lasting=False)

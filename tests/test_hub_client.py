@@ -12,7 +12,8 @@ from rescom_timm.config.loading import shipped
 from rescom_timm.config.recipe import HubConfig
 from rescom_timm.data.sources import load
 from rescom_timm.data.splits import DataConfig
-from rescom_timm.hub_client import Unreachable, hub_id, online
+from rescom_timm.errors import UnreachableError
+from rescom_timm.hub_client import hub_id, online
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import read_yaml
 from rescom_timm.models.net import NetConfig, create_model
@@ -116,7 +117,7 @@ def test_a_list_that_is_missing_is_told_before_the_hub_is_asked(place, monkeypat
 def test_offline_lasts_as_long_as_the_block(silent):
     from huggingface_hub import constants
 
-    with raises("hub.unreachable", kind=Unreachable), online():
+    with raises("hub.unreachable", kind=UnreachableError), online():
         assert constants.HF_HUB_OFFLINE
         raise OSError("?")
     assert not constants.HF_HUB_OFFLINE and socket.getdefaulttimeout() is None

@@ -27,10 +27,10 @@ from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.run_folder import FOLDERS, run_recipe
-from rescom_timm.errors import InputError, MissingFileError, code_of
+from rescom_timm.errors import InputError, MissingFileError, UnreachableError, code_of
 from rescom_timm.hub import card
 from rescom_timm.hub.staging import stage, staged, status
-from rescom_timm.hub_client import Unreachable, online
+from rescom_timm.hub_client import online
 from rescom_timm.hub_download import HubError, explain, no_token
 from rescom_timm.inference.export import DETAILS, export_run
 from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, refuse_links, write_json, write_text
@@ -158,7 +158,7 @@ def _attempt(folder: Path, attempts: int, pause: float) -> dict[str, str]:
             raise HubError(error.code, str(error)) from error
         except Exception as error:  # any other error is explained, and the staged folder stays
             failure = explain(error, request["repo"])
-            if isinstance(error, Unreachable):
+            if isinstance(error, UnreachableError):
                 raise failure from error
         print(f"{time.strftime('%H:%M:%S')} {failure} (attempt {attempt} of {attempts})", flush=True)
         if failure.lasting or attempt == attempts:
