@@ -188,7 +188,7 @@ def _unreachable(url: str, error: Exception) -> UnreachableError:
 
 
 def _is_verified(path: Path, file: Download) -> bool:
-    """Whether a file has its published digest. A verified file is recorded in `.verified` beside it and not read again."""
+    """Whether a file has its published digest. `.verified` beside it records that, so that it is read once."""
     mark = path.with_name(f"{path.name}.verified")
     state = path.stat()
     known = {"size": state.st_size, "time": state.st_mtime_ns, "digest": file.digest}

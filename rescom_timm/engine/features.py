@@ -87,6 +87,18 @@ def read_features(accelerator: Accelerator, net: Net, recipe: Recipe, split: Spl
     return Features(values, labels)
 
 
+@torch.no_grad()
+def read_logits(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split) -> Tensor:
+    """Logits (N, K) of a split's images on the CPU, in every process.
+
+    net: anywhere; on the accelerator's device and in evaluation mode afterwards.
+    """
+    net.to(accelerator.device).eval()
+    loader = loader_of(accelerator, recipe, split)
+    found = [accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu() for batch in loader]
+    return torch.cat(found)
+
+
 def loader_of(accelerator: Accelerator, recipe: Recipe, split: Split) -> DataLoader[Any]:
     """Batches of a split as evaluation sees them."""
     batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes

@@ -15,12 +15,12 @@ from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import base_net, build_net, whole_weights
 from rescom_timm.engine.evaluate import data_of, open_checkpoint
-from rescom_timm.engine.features import loader_of
+from rescom_timm.engine.features import read_logits
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.choice import Scored, temperature_of
-from rescom_timm.fitting.soups import soup
+from rescom_timm.fitting.soups import loaded, soup
 from rescom_timm.fitting.writing import write_run
 from rescom_timm.methods.baselines import BalancedSoftmaxConfig, CrossEntropyConfig
 
@@ -69,22 +69,15 @@ class _Nets:
             raise InputError("fit.soup", f"{run} has a classifier of its own ({own.method.name}), not a linear layer")
         self.weights.append({n: v for n, v in weights.items() if n.startswith(("encoder.", "classifier."))})
 
-    @torch.no_grad()
     def scored(self, weights: Weights) -> Scored | None:
         """On validation; None without such images."""
         assert self.data is not None
         if self.data.validation is None:
             return None
         accelerator = new_accelerator(self.recipe.train.precision)
-        net = build_net(self.recipe.net.untrained(), self.recipe.views, len(self.data.counts))
-        net.drop_projector()
-        net.load_state_dict(weights)
-        net.to(accelerator.device).eval()
-        found = [
-            accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu()
-            for batch in loader_of(accelerator, self.recipe, self.data.validation)
-        ]
-        return Scored(torch.cat(found), torch.as_tensor(self.data.validation.labels))
+        net = loaded(self.recipe.net, self.recipe.views, len(self.data.counts), weights)
+        found = read_logits(accelerator, net, self.recipe, self.data.validation)
+        return Scored(found, torch.as_tensor(self.data.validation.labels))
 
 
 def average_runs(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+
+from accelerate.utils import patch_environment
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.in_memory import InMemory, in_memory
@@ -29,7 +29,7 @@ def fit(options: FitOptions, output: str | Path | None = None, dataset: InMemory
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with in_memory(dataset), ExitStack() as device, locked(folder / FOLDER):
         if options.device == "cpu":
-            device.enter_context(_environment(ACCELERATE_USE_CPU="1"))
+            device.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
         record = Record(folder, options)
         if record.values["finished"]:
             print(f"{folder} is finished; name another folder with -o for a new fit")
@@ -52,14 +52,3 @@ def _folder(options: FitOptions, output: str | Path | None) -> Path:
                     return folder
     number = len(existing(recipe)) + 1
     return recipe.folder.with_name(f"{recipe.folder.name}-{number}") if number > 1 else recipe.folder
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -109,7 +109,7 @@ def trainings(seconds: float, pace: Pace, images: dict[str, int]) -> list[Traini
     return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear))]
 
 
-def told(plan: Sequence[Training]) -> str:
+def described(plan: Sequence[Training]) -> str:
     """A plan in words."""
     if not plan:
         return "the probe alone"

@@ -1,4 +1,4 @@
-"""Averages of the weights of nets of one shape."""
+"""Nets of given weights, and averages of the weights of nets of one shape."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.engine.build import build_net
+from rescom_timm.models.net import Net, NetConfig
+
+
+def loaded(config: NetConfig, views: ViewsConfig, classes: int, weights: Mapping[str, Tensor]) -> Net:
+    """A net without a projector that has these weights. config: its classifier decides the head."""
+    net = build_net(config.untrained(), views, classes)
+    net.drop_projector()
+    net.load_state_dict(weights)
+    return net
 
 
 def soup(nets: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -14,14 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import EvaluationConfig, Recipe, RecipeError
 from rescom_timm.data.sources import Data, load
 from rescom_timm.engine.build import build_net
 from rescom_timm.engine.errors import NonFiniteLoss, Stopped, one_line
-from rescom_timm.engine.features import Features, loader_of
+from rescom_timm.engine.features import Features, read_logits
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.trainer import SPLITS
 from rescom_timm.errors import InputError
@@ -31,7 +30,7 @@ from rescom_timm.fitting.choice import ENOUGH, Scored, choose, cross_validated, 
 from rescom_timm.fitting.features import features_of, image_digest
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FOLDER, Record
-from rescom_timm.fitting.soups import soup
+from rescom_timm.fitting.soups import loaded, soup
 from rescom_timm.fitting.source import is_recipe, joined, read
 from rescom_timm.fitting.training import Diverged, Kind, Pace, floor_of, measured, size_of, trained, training_recipe
 from rescom_timm.fitting.writing import write_run
@@ -260,14 +259,14 @@ class Steps:
                 plan.trainings(seconds / twice, pace, images)
                 for seconds in (left, left + 9 * 60 * self.options.minutes)
             )
-            self.record.save(plan=[one._asdict() for one in chosen], more=plan.told(more))
+            self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))
         return [plan.Training(**one) for one in known["plan"]]
 
     def train(self, planned: Sequence[plan.Training]) -> None:
         """Train each candidate of the plan from its head; its soups with its start, and a head re-fitted on it."""
         done = self.record.values.setdefault("trained", {})
         for kind, epochs in planned:
-            print(f"next: {plan.told([plan.Training(kind, epochs)])}", flush=True)
+            print(f"next: {plan.described([plan.Training(kind, epochs)])}", flush=True)
             if kind in done:
                 continue
             start = self._start(kind)
@@ -309,8 +308,7 @@ class Steps:
             base = added[best(added)]
             accelerator = new_accelerator("no")
             net = self._loaded(base).to(accelerator.device)
-            flipped = self._flipped
-            train = features_of(accelerator, net, self.recipe, self.data.train, flipped, self.digests["train"])
+            train = features_of(accelerator, net, self.recipe, self.data.train, self._flipped, self.digests["train"])
             refitted = self._heads(accelerator, self.recipe, net, train, "probe")[0]
             about = f"Balanced Softmax probe fitted again on the features of: {base.name}"
             added.append(replace(refitted, name=f"re-fitted, {base.name}", about=about))
@@ -324,27 +322,14 @@ class Steps:
             return found
         path = self.folder / "scores" / f"{name.replace(' ', '-')}.safetensors"
         if not path.is_file():
-            write_tensors(path, {"logits": self._logits(found)})
+            logits = read_logits(new_accelerator("no"), self._loaded(found), self.recipe, self.data.validation)
+            write_tensors(path, {"logits": logits})
         scored = Scored(load_file(path)["logits"], torch.as_tensor(self.data.validation.labels))
         return replace(found, scored=scored, shown=scored)
 
-    @torch.no_grad()
-    def _logits(self, candidate: Candidate) -> Tensor:
-        """Of the validation images, (N, K)."""
-        assert self.data.validation is not None
-        accelerator = new_accelerator("no")
-        net = self._loaded(candidate).to(accelerator.device).eval()
-        found = []
-        for batch in loader_of(accelerator, self.recipe, self.data.validation):
-            found.append(accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu())
-        return torch.cat(found)
-
     def _loaded(self, candidate: Candidate) -> Net:
-        config = replace(self.recipe.net.untrained(), classifier=ClassifierConfig(candidate.kind))
-        net = build_net(config, self.recipe.views, len(self.data.counts))
-        net.drop_projector()
-        net.load_state_dict(candidate.weights)
-        return net
+        config = replace(self.recipe.net, classifier=ClassifierConfig(candidate.kind))
+        return loaded(config, self.recipe.views, len(self.data.counts), candidate.weights)
 
     # ---------------------------------------------------------------- the end
 
@@ -391,8 +376,7 @@ class Steps:
         """A fitted head of a candidate, fitted at its setting on other images."""
         accelerator = new_accelerator("no")
         net = self._loaded(candidate).to(accelerator.device)
-        flipped = self._flipped
-        rows = features_of(accelerator, net, recipe, data.train, flipped, image_digest(data.train)).rows()
+        rows = features_of(accelerator, net, recipe, data.train, self._flipped, image_digest(data.train)).rows()
         scale, (name, place) = standard(rows), candidate.fitted or ("probe", 0)
         head = scale.folded(self._kinds(net)[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(
             candidate.factor
