@@ -2,15 +2,15 @@
 
 read(path) -> Answers              what one of them says of every image
 measure(answers) -> Compared       seeds of one recipe together, the first system against each other one
-table, draw, text                  the same data for the CSV, as a picture, for a terminal
+table, record, draw, text          the same data for the CSV and JSON, as a picture, for a terminal
 """
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from rescom_timm.inference.export import DETAILS
 from rescom_timm.inference.predict import predict
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import read_json
-from rescom_timm.metrics import LIMITS, Limits, span
+from rescom_timm.metrics import CONFIDENCE, LIMITS, Limits, span
 from rescom_timm.paired import Comparison, compare
 
 
@@ -119,20 +119,30 @@ def _of_export(path: Path, name: str, split: str) -> Answers:
     return Answers(name, labels, right, [one.image for one in found], digest_of(part), counts, model.limits)
 
 
+def _below(images: Sequence[str]) -> list[tuple[str, ...]]:
+    """Names of images below the folder that all share: the same for a data set that has moved."""
+    paths = [PurePath(image).parts for image in images]
+    first, last = min(path[:-1] for path in paths), max(path[:-1] for path in paths)
+    shared = next((k for k, pair in enumerate(zip(first, last, strict=False)) if len(set(pair)) > 1), len(first))
+    return [path[shared:] for path in paths]
+
+
 def aligned(first: Answers, other: Answers) -> npt.NDArray[np.bool_]:
     """other.right (N,) in the order of first's images. Raises InputError where they are not the same images."""
-    right, labels = other.right, list(other.labels)
-    if first.images is not None and other.images is not None and list(first.images) != list(other.images):
-        place = {image: k for k, image in enumerate(other.images)}
-        if len(place) == len(other.images) == len(first.images) and place.keys() == set(first.images):
-            order = [place[image] for image in first.images]
+    right, labels, others = other.right, list(other.labels), False
+    if first.images is not None and other.images is not None:
+        wanted, found = _below(first.images), _below(other.images)
+        place = {image: k for k, image in enumerate(found)}
+        if len(place) == len(found) and place.keys() == set(wanted):
+            order = [place[image] for image in wanted]
             right, labels = right[order], [labels[k] for k in order]
+        others = sorted(wanted) != sorted(found)
     digests = {first.digest, other.digest} - {None}
     if len(right) != len(first.right):
         wrong = f"{len(first.right):,} and {len(right):,} images"
     elif labels != list(first.labels):
         wrong = f"{sum(a != b for a, b in zip(first.labels, labels, strict=True)):,} images of other classes"
-    elif len(digests) > 1:
+    elif others or len(digests) > 1:
         wrong = "other images"
     else:
         return right
@@ -229,6 +239,35 @@ def table(compared: Compared) -> style.Table:
         "bootstrap_p", "mcnemar_p", "holm_p",
     )  # fmt: skip
     return dict(zip(columns, zip(*rows, strict=True), strict=True))
+
+
+def record(compared: Compared) -> dict[str, object]:
+    """All as plain JSON.
+
+    "systems": name, seeds, "numbers" and "intervals" by figure. "comparisons", of each other system to the first: name,
+    "differences" by figure (value, low, high and the bootstrap's p), "mcnemar" (p and the images that one alone labels
+    right; null with several seeds) and "holm_p".
+    """
+    found, (first, *others) = compared.found, compared.names
+    about = zip(compared.names, compared.seeds, found.accuracies, found.intervals, strict=True)
+    against = zip(others, found.differences, found.tests, found.adjusted, strict=True)
+    return {
+        "images": compared.images,
+        "classes": compared.classes,
+        "group_limits": list(compared.limits),
+        "confidence": CONFIDENCE,
+        "systems": [dict(zip(("name", "seeds", "numbers", "intervals"), one, strict=True)) for one in about],
+        "comparisons": [
+            {
+                "name": name,
+                "to": first,
+                "differences": {figure: asdict(one) for figure, one in differences.items()},
+                "mcnemar": test and dict(zip(("p", "lost", "gained"), test, strict=True)),
+                "holm_p": adjusted,
+            }
+            for name, differences, test, adjusted in against
+        ],
+    }
 
 
 def draw(compared: Compared) -> Figure:

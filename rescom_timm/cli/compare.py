@@ -1,6 +1,6 @@
 """Compare runs image by image.
 
-    rescom-timm compare RUN RUN [RUN ...] [--split test] [--checkpoint last] [-o comparison]
+    rescom-timm compare RUN RUN [RUN ...] [--split test] [--checkpoint last] [-o comparison] [--json FILE]
 
 RUN is a run's folder, an exported folder, or a table of predictions with true labels (predict --data SOURCE). Others
 are compared with the first. Runs whose recipes differ only in the seed are averaged and count as one. All must have
@@ -8,7 +8,7 @@ the same images.
 
 Prints the accuracies with 95% intervals, the differences to the first with theirs (a bootstrap over the images of each
 class and over the seeds) and McNemar's exact test, corrected by Holm for several comparisons. Writes comparison.png,
-.svg and .csv. The p of each metric is the bootstrap's, without correction.
+.svg and .csv; --json FILE writes all of it as JSON too. The p of each metric is the bootstrap's, without correction.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--checkpoint", default="last", help="of the runs' evaluations: last, best, or its name")
     parser.add_argument("-o", "--output", default="comparison", metavar="STEM", help="of the files written")
+    parser.add_argument("--json", metavar="FILE", help="also write every number as JSON")
     options = parser.parse_args(argv)
     if len(options.runs) < 2:
         parser.error("give at least two runs")
-    return answer(lambda: compare(options), writes=[f"{options.output}.csv"])
+    return answer(lambda: compare(options), writes=[f"{options.output}.csv", options.json])
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -39,6 +40,7 @@ def compare(options: argparse.Namespace) -> int:
     from rescom_timm.analysis import style
     from rescom_timm.analysis.run_files import names_of
     from rescom_timm.errors import InputError
+    from rescom_timm.io import write_json
 
     named = zip(options.runs, names_of(map(Path, options.runs)), strict=True)
     answers = [comparison.read(path, name, options.split, options.checkpoint) for path, name in named]
@@ -48,4 +50,8 @@ def compare(options: argparse.Namespace) -> int:
     print(comparison.text(compared))
     for path in style.save(comparison.draw(compared), comparison.table(compared), options.output):
         print(path)
+    if options.json:
+        about = {"split": options.split, "checkpoint": options.checkpoint}
+        write_json(Path(options.json), about | comparison.record(compared), indent=1)
+        print(options.json)
     return 0

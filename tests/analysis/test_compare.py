@@ -65,6 +65,11 @@ def test_tables_of_predictions_are_paired_by_image(runs: list[Path], tmp_path: P
             csv.writer(file).writerows([("image", "true_label", "label_1"), *order])
     one, other = answers(paths)
     assert (compare.aligned(one, other) == one.right).all() and not (other.right == one.right).all()
+    moved = replace(one, images=[f"/data/set/{image}" for image in one.images or ()])
+    assert (compare.aligned(moved, other) == one.right).all()
+    elsewhere = replace(one, images=["new.png", *(one.images or ())[1:]])
+    with raises("run.rows", "one", "other"):
+        compare.aligned(elsewhere, other)
     mixed = compare.measure([compare.read(runs[0]), one], draws=50)
     assert mixed.found.tests[0] == mcnemar(compare.read(runs[0]).right, one.right)
     assert set(mixed.found.accuracies[0]) == {"top1", "mean_class", "many", "medium", "few"}
@@ -90,7 +95,7 @@ def test_other_images_are_refused(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_the_command_prints_and_writes(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*map(str, runs), "-o", str(tmp_path / "x")]
+    words = [*map(str, runs), "-o", str(tmp_path / "x"), "--json", str(tmp_path / "x.json")]
     assert command.main(words) == 0
     told = capsys.readouterr().out
     assert "a (2 seeds)" in told and "difference" in told and "90 images of 6 classes" in told
@@ -99,10 +104,21 @@ def test_the_command_prints_and_writes(runs: list[Path], tmp_path: Path, capsys:
     assert [row["run"] for row in rows] == ["a (2 seeds)"] * 5 + ["b"] * 5
     (top,) = [row for row in rows if row["run"] == "b" and row["figure"] == "top1"]
     assert float(top["difference_low"]) <= float(top["difference"]) <= float(top["difference_high"])
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert (written["images"], written["checkpoint"], [one["seeds"] for one in written["systems"]]) == (
+        90,
+        "last",
+        [2, 1],
+    )
+    (against,) = written["comparisons"]
+    assert (against["name"], against["to"], against["mcnemar"]) == ("b", "a (2 seeds)", None)
+    assert against["differences"]["top1"]["value"] == pytest.approx(float(top["difference"]))
+    assert against["holm_p"] == pytest.approx(float(top["holm_p"]))
     assert (tmp_path / "x.png").is_file() and (tmp_path / "x.svg").is_file()
     assert command.main([str(runs[0]), str(runs[1]), "-o", str(tmp_path / "y")]) == 1
     assert command.main([str(runs[0]), str(runs[2]), "--split", "validation", "-o", str(tmp_path / "y")]) == 1
     assert "error[run.evaluation]" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main([str(runs[0])])
-    json.dumps(rows)
+    assert command.main([str(runs[0]), str(runs[2]), "-o", str(tmp_path / "y"), "--json", str(tmp_path)]) == 1
+    assert "error[file.kind]" in capsys.readouterr().err and not (tmp_path / "y.csv").exists()
