@@ -13,7 +13,7 @@ from __future__ import annotations
 CODES = {
     # fit
     "fit.argument": "arguments of fit that do not go together",
-    "fit.changed": "the images changed while a fit was interrupted",
+    "fit.changed": "images or files have changed since a fit was begun",
     "fit.diverged": "a training fell far below its start",
     "fit.minutes": "the budget is too small for one pass over the images",
     "fit.other_run": "the folder holds the fit of another command",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from rescom_timm.data.tables import cache_folder
 from rescom_timm.data.transforms import parse
 from rescom_timm.engine.errors import one_line
 from rescom_timm.engine.features import Features, read_features
+from rescom_timm.fitting.inventory import digest_of, image_states
 from rescom_timm.io import atomic_path
 from rescom_timm.models.net import Net
 from rescom_timm.models.trainable import digest
@@ -28,13 +28,9 @@ KEPT = 10 * 2**30
 """Bytes of features in the cache; what was used longest ago is removed first."""
 
 
-def features_of(
-    accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool, images: str
-) -> Features:
-    """The features of a split's images as the recipe's views.eval shows them, read from the cache where they are there.
-
-    As read_features otherwise. images: `image_digest` of the split.
-    """
+def features_of(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool) -> Features:
+    """Like read_features, but read from the cache where they are there, and kept in it."""
+    images = digest_of(image_states(split))
     labels = np.asarray(split.labels, dtype=np.int64)
     shape = (len(labels), 1 + flipped, int(net.classifier.in_features))
     key = hashlib.sha256(f"{_encoder_digest(net)} {images} {_reading(recipe)} {flipped}".encode()).hexdigest()[:32]
@@ -80,20 +76,3 @@ def _encoder_digest(net: Net) -> str:
 
 def _reading(recipe: Recipe) -> str:
     return f"{parse(recipe.views.eval, recipe.views.mean).text} {recipe.loader.reading.record()}"
-
-
-def image_digest(split: Split) -> str:
-    """Return a digest of a split's labels and stored images, in order.
-
-    A file enters by its path, size and time of change, other images by their bytes or pixels.
-    """
-    found = hashlib.sha256(np.asarray(split.labels, dtype=np.int64).tobytes())
-    images = split.dataset.select_columns("image")
-    for start in range(0, len(split.labels), 1024):
-        for value in images[start : start + 1024]["image"]:
-            if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
-                status = os.stat(value["path"])
-                found.update(f"{value['path']} {status.st_size} {status.st_mtime_ns}".encode())
-            else:
-                found.update(value["bytes"] if isinstance(value, Mapping) else np.asarray(value).tobytes())
-    return found.hexdigest()

@@ -31,10 +31,11 @@ def fit(options: FitOptions, output: str | Path | None = None, dataset: InMemory
         if options.device == "cpu":
             device.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
         record = Record(folder, options)
+        steps = Steps(options, folder, record)
         if record.values["finished"]:
             print(f"{folder} is finished; name another folder with -o for a new fit")
-            return folder
-        Steps(options, folder, record).run()
+        else:
+            steps.run()
     return folder
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
-from rescom_timm.config.loading import load_dict
+from rescom_timm.config.loading import FREE_KEYS, differences, load_dict
 from rescom_timm.config.recipe import EvaluationConfig, Recipe, RecipeError
+from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, load
 from rescom_timm.engine.build import build_net
 from rescom_timm.engine.errors import NonFiniteLoss, Stopped, one_line
@@ -27,7 +30,8 @@ from rescom_timm.errors import InputError
 from rescom_timm.fitting import page, plan
 from rescom_timm.fitting.candidates import SHARES, Candidate, Weights, best, decide, row, score
 from rescom_timm.fitting.choice import ENOUGH, Scored, choose, cross_validated, decides, repetitions, temperature_of
-from rescom_timm.fitting.features import features_of, image_digest
+from rescom_timm.fitting.features import features_of
+from rescom_timm.fitting.inventory import changes, inventory
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FOLDER, Record
 from rescom_timm.fitting.soups import loaded, soup
@@ -66,13 +70,6 @@ class Steps:
         self.images = {name: 0 if split is None else len(split.labels) for name, split in splits.items()}
         self.enough = validation is not None and decides(validation.labels, len(self.data.counts))
         print(self._summary(), flush=True)
-        self.digests = {"train": image_digest(self.data.train)}
-        if validation is not None:
-            self.digests["validation"] = image_digest(validation)
-        if record.values.setdefault("images", self.digests) != self.digests:
-            raise InputError(
-                "fit.changed", f"the images of {options.source} have changed since {run} was begun: fit into another -o"
-            )
 
     def _summary(self) -> str:
         """The images, and what decides among methods."""
@@ -83,12 +80,26 @@ class Steps:
         return f"{self.data.summary()}; {validation}; {self.images['test']:,} test images, used once at the end"
 
     def _base(self) -> Recipe:
-        """The recipe of the images, the same after an interruption."""
-        path = self.folder / "images.json"
-        if path.is_file():
-            return load_dict(read_json(path), str(path))
-        recipe = read(self.options, self.folder)
-        write_json(path, recipe.to_dict())
+        """The recipe of the images, the same after an interruption. Raises InputError where anything has changed."""
+        path, seen = self.folder / "images.json", self.folder / "inventory.json"
+        files = (self.options.weights_file, self.options.class_features)
+        if not seen.is_file():
+            recipe = read(self.options, self.folder)
+            write_json(path, recipe.to_dict())
+            write_json(seen, inventory(load(recipe.data), files))
+            return recipe
+        recipe = load_dict(read_json(path), str(path))
+        with TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+            now = read(self.options, Path(scratch))
+            found = changes(read_json(seen), inventory(load(now.data), files))
+        what = [f"{len(names):,} {how}: {first_few(names, 3)}" for how, names in found.items()]
+        what += differences(recipe.to_dict(), now.to_dict(), (*FREE_KEYS, "data"))
+        if what:
+            raise InputError(
+                "fit.changed",
+                f"{self.options.source} has changed since {self.run_folder} was begun ({'; '.join(what)}): fit into "
+                "another folder with -o",
+            )
         return recipe
 
     def run(self) -> None:
@@ -113,7 +124,7 @@ class Steps:
             accelerator = new_accelerator("no")
             net.to(accelerator.device)
             flipped = self._measure(accelerator, recipe, net)
-            train = features_of(accelerator, net, recipe, self.data.train, flipped, self.digests["train"])
+            train = features_of(accelerator, net, recipe, self.data.train, flipped)
             found.append((recipe, net.cpu(), train, self._heads(accelerator, recipe, net, train)))
             self.record.save()
         place = best([one[-1][0] for one in found]) if len(found) > 1 else 0
@@ -206,8 +217,7 @@ class Steps:
         """A head of each kind, at the setting that is best on validation."""
         validation = None
         if self.data.validation is not None:
-            digest = self.digests["validation"]
-            validation = features_of(accelerator, net, recipe, self.data.validation, False, digest)
+            validation = features_of(accelerator, net, recipe, self.data.validation, False)
         counts, classes = torch.as_tensor(self.data.counts), len(self.data.counts)
         rows = train.rows()
         scale = standard(rows)
@@ -308,7 +318,7 @@ class Steps:
             base = added[best(added)]
             accelerator = new_accelerator("no")
             net = self._loaded(base).to(accelerator.device)
-            train = features_of(accelerator, net, self.recipe, self.data.train, self._flipped, self.digests["train"])
+            train = features_of(accelerator, net, self.recipe, self.data.train, self._flipped)
             refitted = self._heads(accelerator, self.recipe, net, train, "probe")[0]
             about = f"Balanced Softmax probe fitted again on the features of: {base.name}"
             added.append(replace(refitted, name=f"re-fitted, {base.name}", about=about))
@@ -376,7 +386,7 @@ class Steps:
         """A fitted head of a candidate, fitted at its setting on other images."""
         accelerator = new_accelerator("no")
         net = self._loaded(candidate).to(accelerator.device)
-        rows = features_of(accelerator, net, recipe, data.train, self._flipped, image_digest(data.train)).rows()
+        rows = features_of(accelerator, net, recipe, data.train, self._flipped).rows()
         scale, (name, place) = standard(rows), candidate.fitted or ("probe", 0)
         head = scale.folded(self._kinds(net)[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(
             candidate.factor

@@ -184,16 +184,28 @@ def test_bad_input(photos, tmp_path, monkeypatch):
         rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "full")
 
 
-def test_another_command_or_other_images_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_command_or_other_images_are_refused(tmp_path, monkeypatch, finished):
     photos = photographs(tmp_path / "photos", [8, 6])
     planned(monkeypatch)
     run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
-    with raises("fit.other_run", "minutes"):
-        rescom_timm.fit(photos, 2, **HOW, output=tmp_path / "run")
     state = record(run)
-    (run.folder / "fit/fit.json").write_text(json.dumps(state | {"finished": False}))
-    shutil.copy(photos / "train/a/0.png", photos / "train/b/0.png")
-    with raises("fit.changed", "photos"):
+    (run.folder / "fit/fit.json").write_text(json.dumps(state | {"finished": finished}))
+    for option, value in (("minutes", 2), ("size", 18), ("backbone", "resnet18")):
+        with raises("fit.other_run", option):
+            rescom_timm.fit(photos, **{"minutes": 1, **HOW, option: value}, output=tmp_path / "run")
+    image = photos / "train/a/0.png"
+    aside = shutil.move(image, tmp_path / "aside.png")
+    with raises("fit.changed", "1 removed", image):
+        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    shutil.copy(aside, image)
+    with raises("fit.changed", "1 replaced", image):
+        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    image.unlink()
+    shutil.move(aside, image)
+    assert rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run").folder == run.folder
+    shutil.copy(image, photos / "test/b/new.png")
+    with raises("fit.changed", "1 added", "test/b/new.png"):
         rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
 
 
