@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import timm
+from accelerate import PartialState
 from torch import nn
 
 from rescom_timm.analysis.run_files import RunFolder
@@ -33,6 +34,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.build import Weights
+from rescom_timm.engine.dry_run import dry_run as timed
 from rescom_timm.engine.evaluate import data_of, evaluate_run
 from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
@@ -58,10 +60,16 @@ Format = Literal["timm", "onnx", "torch"]
 def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder.
 
-    Arguments and errors are those of engine.trainer.train.
+    dry_run: instead print what that takes on this machine (engine.dry_run). Other arguments and errors are those of
+    engine.trainer.train.
     """
     with first_weights(recipe) as first:
-        return train_only(recipe, resume, dry_run, Publisher(pictures), read_teacher(recipe), first)
+        if not dry_run:
+            return train_only(recipe, resume, Publisher(pictures), read_teacher(recipe), first)
+        estimate = timed(recipe, resume, read_teacher(recipe), first)
+    if PartialState().is_main_process:
+        print("\n".join(estimate.lines()))
+    return recipe.folder
 
 
 def train(

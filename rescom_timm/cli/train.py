@@ -6,6 +6,9 @@ RECIPE is a YAML file or the name of one in this package (rescom-timm recipes). 
 of settings over it: rescom-timm train digits_lt +ldam. On several processes or GPUs:
 accelerate launch -m rescom_timm train RECIPE ...  or, in a clone,  accelerate launch tools/train.py RECIPE ...
 
+--dry-run builds everything, times a few steps and evaluation batches, and prints the time and memory that the whole
+recipe takes on this machine, and an estimate for other numbers of processes.
+
 --resume continues the last run of the recipe's name, or, if RECIPE is RUN/recipe.yaml, that run.
 --resume hf://owner/name continues a run that was pushed with its checkpoint; without a RECIPE, with the recipe that it
 was pushed with.
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--hide-test", action="store_true", help="evaluate on validation only (evaluation.hide_test)")
-    parser.add_argument("--dry-run", action="store_true", help="check recipe, data and one step; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe and data, time a few steps; write nothing")
     parser.add_argument("--quiet", action="store_true", help="print only warnings, errors and the last metrics")
     parser.add_argument("--print", action="store_true", help="print the resolved recipe and stop")
     options, unknown = parser.parse_known_intermixed_args(argv)

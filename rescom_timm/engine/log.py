@@ -151,6 +151,13 @@ def epoch_line(epochs: str, means: dict[str, float], images_per_second: float, t
     return f"epoch {epochs}: {parts}, {images_per_second:,.0f} images/s, {times}, {memory}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 seconds, 12 minutes, 3.4 hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
 def evaluation_line(
     epoch: int, figures: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:

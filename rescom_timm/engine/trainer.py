@@ -8,7 +8,6 @@ errors.py.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import Tensor
@@ -51,7 +49,7 @@ from rescom_timm.engine.prepare import (
     to_device,
     training_loader,
 )
-from rescom_timm.engine.run_folder import Resume, check_place, lines, newest_of_all, open_folder
+from rescom_timm.engine.run_folder import Resume, lines, newest_of_all, open_folder
 from rescom_timm.engine.sam import SamStep
 from rescom_timm.engine.state import Progress, State, check_resumable
 from rescom_timm.engine.step import TrainingStep
@@ -68,29 +66,18 @@ SPLITS = ("test", "validation")
 
 
 def train(
-    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Follower | None = None,
-    teacher: Teacher | None = None, first: First | None = None, splits: Sequence[str] = SPLITS,
+    recipe: Recipe, resume: Resume = False, follower: Follower | None = None, teacher: Teacher | None = None,
+    first: First | None = None, splits: Sequence[str] = SPLITS,
 ) -> Path:  # fmt: skip
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
     name; start if there is none. A run elsewhere is brought here first.
-    dry_run: build everything, do one step and one evaluation batch, write nothing. teacher: whom method.teacher names.
-    first: as build_method's. splits: of the data, those that are evaluated. Raises RecipeError, CheckpointError,
-    NonFiniteLoss, Stopped, and what fetching a run does.
+    teacher: whom method.teacher names. first: as build_method's. splits: of the data, those that are evaluated. Raises
+    RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
     """
-    refuse_secrets(recipe)
     with with_advice():
-        accelerator = launch(recipe)
-        set_seed(recipe.seed)
-        data = load(recipe.data)
-        recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
-        method = build_method(recipe, data, start=True, teacher=teacher, first=first)
-        set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
-        trainer = Trainer(recipe, accelerator, data, method, follower, splits)
-        if dry_run:
-            trainer.dry_run()
-            return trainer.folder
+        trainer = prepared(recipe, resume, follower, teacher, first, splits)
         try:
             trainer.open(resume)
             trainer.fit()
@@ -100,6 +87,21 @@ def train(
         if trainer.main:
             trainer.follower.closed()
         return trainer.folder
+
+
+def prepared(
+    recipe: Recipe, resume: Resume = False, follower: Follower | None = None, teacher: Teacher | None = None,
+    first: First | None = None, splits: Sequence[str] = SPLITS,
+) -> Trainer:  # fmt: skip
+    """The trainer that `train` opens, fits and closes; nothing is written yet. Arguments and errors as of `train`."""
+    refuse_secrets(recipe)
+    accelerator = launch(recipe)
+    set_seed(recipe.seed)
+    data = load(recipe.data)
+    recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
+    method = build_method(recipe, data, start=True, teacher=teacher, first=first)
+    set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
+    return Trainer(recipe, accelerator, data, method, follower, splits)
 
 
 class Trainer:
@@ -185,7 +187,7 @@ class Trainer:
         """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there."""
         recipe, progress = self.recipe, self.progress
         accumulate = recipe.train.accumulate
-        self._start_epoch()
+        self.start_epoch()
         skip = progress.step_in_epoch * accumulate
         loader = skip_first_batches(self.loader, skip) if skip else self.loader
         started, first_step = time.monotonic(), progress.step
@@ -197,7 +199,7 @@ class Trainer:
             last = (index + 1) % accumulate == 0
             self.schedule.step_update(progress.step)
             self.signals.unsaved = True
-            outputs = self.step(self._mixed(batch, index), last)
+            outputs = self.step(self.mixed(batch, index), last)
             metrics.push(outputs, batch["row"], self.signals.requested, progress.epoch, progress.step)
             for one in metrics.ready():
                 finite &= self._count(one)
@@ -221,15 +223,15 @@ class Trainer:
         self._close_epoch(seconds, (progress.step - first_step) * recipe.train.batch_size / max(seconds, 1e-9), bar)
         return stop
 
-    def _start_epoch(self) -> None:
-        """Learning rate, method and data order of the epoch."""
+    def start_epoch(self) -> None:
+        """Set learning rate, method and data order of the epoch."""
         epoch = self.progress.epoch
         self.schedule.step(epoch)
         self.step.start_epoch(epoch)
         set_epoch(self.loader, epoch)
 
-    def _mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-        """The batch of pass `index` of the epoch, mixed if the recipe asks for it."""
+    def mixed(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Return the batch of pass `index` of the epoch, mixed if the recipe asks for it."""
         if not self.recipe.mix.on:
             return batch
         where = (self.recipe.seed, self.progress.epoch, index, self.accelerator.process_index)
@@ -424,24 +426,3 @@ class Trainer:
         self.signals.close()
         self.lock.close()
         leave(self.accelerator)
-
-    def dry_run(self) -> None:
-        """One step and one evaluation batch of each split; writes nothing."""
-        check_place(self.recipe)
-        self.method.train()
-        batch = self._mixed(next(iter(self.completed(self.loader))), 0)
-        loss = self.step(batch, last=True)["loss"].item()
-        if not math.isfinite(loss):
-            raise NonFiniteLoss("train.nonfinite", f"the loss of the first step is {loss}")
-        self.step.finish(finite=True)
-        with torch.no_grad(), self.accelerator.autocast():
-            for loader in self.eval_loaders.values():
-                self.net.eval().classify(next(iter(loader))["image"])
-        if self.main:
-            train = self.recipe.train
-            did = f"one step of {train.batch_size}, loss {loss:.3f}; {self.trained}"
-            pace = f"{self.steps_per_epoch} steps an epoch, {train.epochs} epochs"
-            on = ", ".join(split.name for split in self.splits.values())
-            print(
-                f"dry run: {self.data.summary()}; {did}; {pace}; evaluated on {on or 'nothing'}. Nothing was written."
-            )

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.engine.collapse import dead, last_state
-from rescom_timm.engine.log import lines
+from rescom_timm.engine.log import duration, lines
 from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
 from rescom_timm.inference.decisions import leans
@@ -252,7 +252,7 @@ def _sections(facts: Facts) -> dict[str, str]:
         "few": sum(count < facts.limits[0] for count in facts.counts),
         "few_below": facts.limits[0],
         "leans": leans(load_dict(recipe)),
-        "time": _time(progress.get("seconds") or 0),
+        "time": duration(progress.get("seconds") or 0),
         "machine": f"{len(gpus)} x {gpus[0]}" if gpus else "a CPU",
         "processes": environment.get("processes", 1),
         "packages": environment.get("packages") or {},
@@ -270,12 +270,6 @@ def _groups(facts: Facts) -> list[str]:
         f"{name} ({rules[name]} images): {len(classes)} class{'es' * (len(classes) > 1)}"
         for name, classes in groups(facts.counts, facts.limits).items()
     ]
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _during_training(path: Path) -> dict[str, dict[str, Any]]:

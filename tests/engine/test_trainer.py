@@ -265,7 +265,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
     own = {"queue": {"per_class": 4}, "positives": 1, "negatives": 20} if method == "rescom" else {}
     trainer = trainer_of(recipe(tmp_path, train__nonfinite="skip", train__accumulate=2, train__epochs=1,
                                 schedule__warmup_epochs=0, method={"name": method, **own}))  # fmt: skip
-    before, seen, passed = [], trainer._mixed, trainer.step.forward_backward
+    before, seen, passed = [], trainer.mixed, trainer.step.forward_backward
 
     def first_of_a_step(batch, index):
         if index % 2 == 0:
@@ -276,7 +276,7 @@ def test_a_skipped_step_leaves_no_buffer_moved_by_any_of_its_passes(alone, tmp_p
         outputs = passed(batch, last)
         return {**outputs, "loss": outputs["loss"] * math.nan} if len(before) == 4 and last == part else outputs
 
-    trainer._mixed, trainer.step.forward_backward = first_of_a_step, poisoned
+    trainer.mixed, trainer.step.forward_backward = first_of_a_step, poisoned
     trainer.open(resume=False)
     with pytest.warns(RuntimeWarning):
         trainer.fit()
@@ -701,7 +701,7 @@ def test_each_pass_is_mixed_by_draws_of_its_own_and_the_loader_draws_the_same(al
     shares = []
     for index, (batch, untouched) in enumerate(zip(trainer.loader, plain.loader, strict=True)):
         assert torch.equal(batch["image"], untouched["image"])
-        mixed, again = trainer._mixed(batch, index), trainer._mixed(batch, index)
+        mixed, again = trainer.mixed(batch, index), trainer.mixed(batch, index)
         assert torch.equal(mixed["image"], again["image"])
         own = trainer.net.normalize(batch["image"])
         draws = np.random.default_rng((0, 0, index, 0))
@@ -712,7 +712,7 @@ def test_each_pass_is_mixed_by_draws_of_its_own_and_the_loader_draws_the_same(al
         shares.append(share)
     assert len(set(shares)) == len(shares) == 11
     trainer.progress.epoch = 1
-    assert trainer._mixed(batch, index)["share"] != shares[-1]
+    assert trainer.mixed(batch, index)["share"] != shares[-1]
 
 
 def test_a_mixed_run_learns(alone, tmp_path):

@@ -163,7 +163,7 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
     assert data.test is not None
     run.open(False)
     with parts.measured("first step"):
-        run._start_epoch()
+        run.start_epoch()
         batches = iter(run.completed(run.loader))
         run.step.whole(next(batches))["loss"].item()
     with parts.measured("step", steps):
