@@ -29,7 +29,8 @@ from rescom_timm.config.loading import flat, load, load_dict
 from rescom_timm.config.own_data import recipe_for
 from rescom_timm.config.own_splits import OwnImages
 from rescom_timm.config.recipe import Recipe
-from rescom_timm.data.in_memory import MEMORY, InMemory, in_memory
+from rescom_timm.data.config import MEMORY
+from rescom_timm.data.in_memory import InMemory, in_memory
 from rescom_timm.data.sources import Data
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
@@ -106,7 +107,7 @@ def train(
         elif recipe is None or isinstance(recipe, Mapping):
             resolved = load_dict(dict(recipe or {}), "recipe", overrides)
         else:
-            resolved = load(recipe, overrides)
+            resolved = load(recipe, overrides, to_train=True)
         return Run(train_recipe(resolved, resume), dataset)
 
 

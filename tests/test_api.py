@@ -19,10 +19,10 @@ from rescom_timm import Run, train
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import differences as recipe_differences
 from rescom_timm.config.loading import load_dict
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.digits import digits
 from rescom_timm.data.in_memory import in_memory
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.prepare import settled
 from tests.raises import raises

@@ -19,11 +19,11 @@ from rescom_timm.api import Run, train
 from rescom_timm.class_names import numbers_in, rows_of
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import RecipeError
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.in_memory import in_memory
 from rescom_timm.data.index import Index, overlap
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method, build_net, load_weights
 from rescom_timm.hub.card import read_facts

@@ -10,8 +10,8 @@ import pytest
 from rescom_timm import hub_client
 from rescom_timm.config.loading import shipped
 from rescom_timm.config.recipe import HubConfig
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.errors import UnreachableError
 from rescom_timm.hub_client import hub_id, online
 from rescom_timm.inference.pretrained import from_pretrained

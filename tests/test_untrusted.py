@@ -26,10 +26,10 @@ from rescom_timm.config.loading import load, load_dict, load_fetched
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.config.secrets import secret_in, without_secrets
 from rescom_timm.data import tables
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.decoding import BrokenImage, decode, look
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import load as load_data
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_net, load_weights
 from rescom_timm.engine.errors import RunError, one_line

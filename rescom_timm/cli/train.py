@@ -22,8 +22,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rescom_timm.cli import answer, new_parser
+
+if TYPE_CHECKING:
+    from rescom_timm.engine.run_folder import Resume
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -61,21 +65,26 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def run(options: argparse.Namespace, recipes: list[str], overrides: list[str], addresses: list[str]) -> int:
-    """Find the recipe and the run to resume, and train. A wrong recipe is an error before the trainer is imported."""
+    """Find the recipe and the run to resume, and train.
+
+    An invalid recipe and missing data are reported before trainer, timm, torchvision and datasets are imported.
+    """
     from rescom_timm.config.loading import load, load_fetched
-    from rescom_timm.engine.run_folder import Resume, run_recipe
-    from rescom_timm.hub_download import PushedRun
 
     resume: Resume = options.resume
     if addresses:
-        resume = PushedRun(addresses[0])
-    if isinstance(resume, PushedRun) and not recipes:
-        recipe = load_fetched(resume.recipe(), overrides)
+        from rescom_timm.hub_download import PushedRun
+
+        resume = pushed = PushedRun(addresses[0])
+    if not recipes:
+        recipe = load_fetched(pushed.recipe(), overrides)
     elif resume is True and is_recipe_of_run(Path(recipes[0])):
+        from rescom_timm.engine.run_folder import run_recipe
+
         resume = Path(recipes[0]).parent
         recipe = run_recipe(resume, overrides)
     else:
-        recipe = load(recipes[0], overrides)
+        recipe = load(recipes[0], overrides, to_train=not options.print)
     if options.print:
         print(recipe.to_yaml())
         return 0

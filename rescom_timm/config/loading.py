@@ -19,10 +19,12 @@ import pydantic
 from rescom_timm.config.explain import explain, lists
 from rescom_timm.config.recipe import MAX_SEED, Recipe, RecipeError
 from rescom_timm.config.secrets import secret_in
+from rescom_timm.data.config import VALIDATION, DataConfig, refuse_missing
 from rescom_timm.data.profiles import RULES, parse_call
-from rescom_timm.data.splits import VALIDATION, DataConfig
+from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id
 from rescom_timm.io import MAX_DEPTH, parse_yaml, read_yaml
+from rescom_timm.models.net import check_backbone
 
 FREE_KEYS = (
     "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "evaluation.hide_test",
@@ -90,13 +92,15 @@ def current_name(name: str | Path) -> tuple[str, str] | None:
     return None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), to_train: bool = False) -> Recipe:
     """The recipe of a YAML file or of a shipped recipe's name, with its `base` recipes.
 
     overrides: presets (`+ldam`) and `key=value`. The run is named after file and presets, such as digits_lt_ldam.
+    to_train: the folder and the lists of its data must exist.
 
     Raises RecipeError for a file that is no recipe, an unknown key or preset (naming the nearest), a wrong type or an
-    impossible combination.
+    impossible combination, and MissingFileError for data that is not there; all that before timm and torchvision are
+    imported, which know the names of backbones and of steps.
     """
     chosen = [_preset_name(argument) for argument in overrides if argument.startswith("+")]
     overrides = [argument for argument in overrides if not argument.startswith("+")]
@@ -113,8 +117,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = _merge(tree, own)
     for name in chosen:
         tree = _merge(tree, _preset(name, [file.stem for file, _ in files]))
-    made = load_dict(tree, str(path), overrides)
+    made = _typed(tree, str(path), overrides)
     refuse_secrets(made)
+    if to_train:
+        refuse_missing(made.data)
+    if path.resolve().parent != SHIPPED.resolve() or any(
+        argument.startswith(("net", "views")) for argument in overrides
+    ):
+        _check_names(made, str(path))  # those of shipped recipes are known
     return made
 
 
@@ -209,6 +219,26 @@ def refuse_secrets(recipe: Recipe) -> None:
 
 def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of plain types, changed by `key=value` arguments. Raises RecipeError as load does."""
+    made = _typed(tree, source, overrides)
+    _check_names(made, source)
+    return made
+
+
+def _check_names(recipe: Recipe, source: str) -> None:
+    """Raise RecipeError for a backbone that timm does not know, or a policy of unknown steps."""
+    from rescom_timm.data.transforms import check as check_views
+
+    section = "views"
+    try:
+        check_views(recipe.views)
+        section = "net"
+        check_backbone(recipe.net.backbone)
+    except InputError as error:
+        raise RecipeError(error.code, f"{source}: {section}: {error}") from None
+
+
+def _typed(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe whose keys, types and combinations are checked, the names of backbone and steps are not."""
     if not isinstance(tree, dict):
         raise RecipeError("recipe.file", f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
     tree = _in_full(tree)
@@ -283,7 +313,7 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
     schedule is shortened as much.
     """
     try:
-        whole, epochs = load_dict(before, source), tree["train"]["epochs"]
+        whole, epochs = _typed(before, source, ()), tree["train"]["epochs"]
     except (RecipeError, KeyError, TypeError):
         return tree  # the error is that of the tree with all overrides
     schedule = whole.schedule

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import yaml
 
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.sizes import sample, sizes
 from rescom_timm.data.sources import Data
-from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.data.splits import Split
 from rescom_timm.errors import InputError
 from rescom_timm.methods.rescom import auto_negatives
 from rescom_timm.metrics import groups

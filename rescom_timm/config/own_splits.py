@@ -13,6 +13,7 @@ import numpy as np
 from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.config.secrets import without_home
 from rescom_timm.data import profiles
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.image_folders import (
     IMAGE_SUFFIXES,
     LeftOut,
@@ -26,7 +27,6 @@ from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import NoSplit
 from rescom_timm.data.named_columns import split_rows
 from rescom_timm.data.sources import training_index
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.errors import InputError
 
 

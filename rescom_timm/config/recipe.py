@@ -18,10 +18,7 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 
 from rescom_timm.config.secrets import without_home, without_secrets
-from rescom_timm.data.mixing import MixConfig
-from rescom_timm.data.samples import LoaderConfig, LoadingConfig
-from rescom_timm.data.splits import DataConfig
-from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.data.config import DataConfig, LoaderConfig, LoadingConfig, MixConfig, ViewsConfig
 from rescom_timm.errors import InputError
 from rescom_timm.hub_client import target
 from rescom_timm.methods import MethodConfig, RescomConfig

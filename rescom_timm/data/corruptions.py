@@ -32,11 +32,12 @@ from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
 from rescom_timm.class_names import as_spelled, numbers_in
+from rescom_timm.data.config import LoaderConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.image_folders import class_folders
 from rescom_timm.data.loaders import eval_loader
-from rescom_timm.data.samples import Batch, LoaderConfig, LoadingConfig, ViewsDataset
+from rescom_timm.data.samples import Batch, ViewsDataset
 from rescom_timm.data.splits import Split
-from rescom_timm.data.transforms import Policy, ViewsConfig
+from rescom_timm.data.transforms import Policy
 from rescom_timm.errors import InputError, MissingFileError, MissingPackageError
 from rescom_timm.io import regular_size
 

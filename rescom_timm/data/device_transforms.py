@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
+from rescom_timm.data.config import LoaderConfig, ViewsConfig
 from rescom_timm.data.draws import Draws
-from rescom_timm.data.samples import Batch, LoaderConfig, ViewsDataset
-from rescom_timm.data.transforms import ViewsConfig, parse
+from rescom_timm.data.samples import Batch, ViewsDataset
+from rescom_timm.data.transforms import parse
 
 
 def complete(

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
 from rescom_timm.data.benchmarks import BENCHMARKS, Benchmark, Download, human
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.index import Index
 from rescom_timm.data.progress import bars_shown
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.tables import open_table
 from rescom_timm.errors import InputError, MissingFileError, UnreachableError
 from rescom_timm.io import file_lock, write_json

@@ -17,11 +17,12 @@ from datasets import Dataset, Features, Image, Value
 from datasets.table import InMemoryTable
 
 from rescom_timm.class_names import nfc, refuse_two_forms
+from rescom_timm.data.config import DataConfig, index_path
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.named_columns import is_table
 from rescom_timm.data.profiles import RULES, draw, parse_call
-from rescom_timm.data.splits import DataConfig, Part, index_path
+from rescom_timm.data.splits import Part
 from rescom_timm.errors import InputError, MissingFileError
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,6 @@ from datasets import Dataset, DatasetDict
 
 from rescom_timm.errors import InputError
 
-MEMORY = "memory"
-"""The source's name in a recipe."""
 InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
 """A datasets.Dataset, a map-style torch Dataset of (image, label), or a mapping of split names to such."""
 _there: ContextVar[Mapping[str, Any] | None] = ContextVar("in_memory", default=None)

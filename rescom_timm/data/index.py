@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 
 from rescom_timm.class_names import nfc, numbers_in
+from rescom_timm.data.config import Columns
 from rescom_timm.data.index_files import FORMAT, RESERVED, VERSION, Rows, read_rows
-from rescom_timm.data.named_columns import Columns, is_table, read_table
+from rescom_timm.data.named_columns import is_table, read_table
 from rescom_timm.errors import InputError
 from rescom_timm.io import write_text
 from rescom_timm.metrics import GROUPS, groups

@@ -20,11 +20,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
-from rescom_timm.data.samples import Batch, LoaderConfig, LoadingConfig, ViewsDataset
+from rescom_timm.data.config import LoaderConfig, LoadingConfig, ViewsConfig
+from rescom_timm.data.samples import Batch, ViewsDataset
 from rescom_timm.data.sampling import InOrder, Order, SamplerName
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
-from rescom_timm.data.transforms import ViewsConfig, parse
+from rescom_timm.data.transforms import parse
 from rescom_timm.errors import InputError
 
 T = TypeVar("T")

@@ -7,45 +7,13 @@ labels: the loss is share * L(label) + (1 - share) * L(partner).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rescom_timm.data.config import MixConfig
 from rescom_timm.data.samples import Batch
-from rescom_timm.errors import InputError
-
-
-@dataclass(frozen=True)
-class MixConfig:
-    """Mixing of training images.
-
-    Each pass draws one share from Beta(alpha, alpha), and each process mixes its part of the batch; both views of an
-    image have the same partner.
-    """
-
-    mixup: float = 0.0
-    """alpha of mixup (Zhang et al. 2018, arXiv 1710.09412); 0: off."""
-    cutmix: float = 0.0
-    """alpha of CutMix (Yun et al. 2019, arXiv 1905.04899); 0: off."""
-    probability: float = 1.0
-    """That a pass is mixed at all."""
-    switch_probability: float = 0.5
-    """That a mixed pass is one of CutMix, where both are on."""
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise InputError("recipe.value", f"{name} must be at least 0, where it is off")
-        for name in ("probability", "switch_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError("recipe.value", f"{name} must be in [0, 1]")
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is mixed."""
-        return self.mixup > 0 or self.cutmix > 0
 
 
 def mix(batch: Batch, config: MixConfig, draws: np.random.Generator, normalize: Callable[[Tensor], Tensor]) -> Batch:

@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from pyarrow import ArrowException
 
 from rescom_timm.class_names import as_spelled, distinct, nfc
 from rescom_timm.data.bounds import MAX_COLUMNS, MAX_TEXT, check_lines, length_problem, read_columns
+from rescom_timm.data.config import Columns
 from rescom_timm.data.index_files import NoSplit, Rows, first_few, is_label
 from rescom_timm.errors import InputError
 
@@ -49,16 +49,6 @@ NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 SAME = ({"train", "training"}, {"test", "testing"}, {"val", "valid", "validation", "dev"})
 """Values of a split column that mean the same."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of a table's columns; None: found by name (image, label, split), or not used (group)."""
-
-    image: str | None = None
-    label: str | None = None
-    split: str | None = None
-    group: str | None = None
 
 
 def is_table(path: str | Path) -> bool:

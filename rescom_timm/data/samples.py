@@ -5,8 +5,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,91 +13,18 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
+from rescom_timm.data.config import LoaderConfig as LoaderConfig  # where it was in 0.2.0
+from rescom_timm.data.config import LoadingConfig
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, where
 from rescom_timm.data.draws import Draws, Size
 from rescom_timm.data.plane_transforms import PlanePolicy
 from rescom_timm.data.progress import image_bar
-from rescom_timm.data.sampling import Item, SamplerName
-from rescom_timm.data.shared_memory import TIMEOUT
+from rescom_timm.data.sampling import Item
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, seed_all
 from rescom_timm.errors import InputError
 
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """How training samples are drawn and read. These keys change results."""
-
-    sampler: SamplerName = "uniform"
-    """uniform: every image once an epoch. The others make as many draws, with replacement, and choose the class first:
-    uniformly (class_balanced), by the root of its count (square_root), by its count in the first epoch and uniformly in
-    the last (progressive), or by the inverse of its count (reversed). See `class_probabilities`. Methods with two draws
-    (bbn, gistnet) set the second sampler themselves."""
-    broken: Literal["stop", "skip"] = "stop"
-    """An unreadable training image stops the run, or is replaced by another of its class, with a warning. Evaluation
-    always stops, because its metrics are those of the whole split."""
-    exif: bool = False
-    """Rotate images by their EXIF orientation, also when the trained model reads them. For your own photographs; the
-    papers' pipelines do not."""
-    white_level: int | None = None
-    """Level of 16-bit gray images that is white: 4095 for images that hold 12 bits. null: 65535."""
-    max_pixels: int | None = None
-    """Larger images are refused before they are decoded. null: 178,956,970."""
-    device_views: bool = False
-    """The workers only decode and do a policy's first steps, such as random_resized_crop; flip, jitter, grayscale,
-    randaugment, autoaugment and cutout follow on the device, in batches. The draws are the same; jitter and randaugment
-    change some pixels by a level or two. For GPUs that wait for their images."""
-
-    def __post_init__(self) -> None:
-        if self.sampler not in get_args(SamplerName):
-            raise InputError(
-                "recipe.value", f"sampler must be one of {', '.join(get_args(SamplerName))}, not {self.sampler!r}"
-            )
-        if self.broken not in ("stop", "skip"):
-            raise InputError("recipe.value", f"broken must be stop or skip, not {self.broken!r}")
-        self.reading  # noqa: B018 (it checks its values)
-
-    @property
-    def reading(self) -> ReadConfig:
-        """How images are decoded, also by the trained model."""
-        return ReadConfig(self.exif, self.white_level, self.max_pixels)
-
-
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LoadingConfig:
-    """Keys that change the speed of loading, never what is loaded."""
-
-    workers: int = 4
-    """Worker processes of each training process, at most its cores; 0 loads in the training process itself."""
-    prefetch: int = 4
-    """Batches that each worker prepares ahead."""
-    timeout: float = TIMEOUT
-    """Seconds to wait for a batch of the workers."""
-    pin_memory: bool = True
-    """Page-locked batches, which are copied to a GPU asynchronously; ignored without a GPU."""
-    batched: bool = True
-    """Augment a whole batch at once if its images have one size, at most 128 x 128 pixels, and every step of the policy
-    is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow. The
-    pixels are the same; see batched_transforms.py and plane_transforms.py."""
-    cache: int = 256
-    """Megabytes. Training images of one size that fit in are decoded once, at the start, and kept in memory, which
-    forked workers share (CIFAR: 150). 0: none."""
-    resident: bool = False
-    """Training images of one size (within `cache`) stay on the device and are augmented there, several batches at once;
-    the workers only draw. For small images on a GPU, which is faster than the CPU's workers."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError("recipe.value", f"workers must be 0 or more, not {self.workers}")
-        if not 1 <= self.prefetch <= 1000:
-            raise InputError("recipe.value", f"prefetch must be from 1 to 1,000 batches, not {self.prefetch}")
-        if not self.timeout > 0:
-            raise InputError("recipe.value", f"timeout must be above 0 seconds, not {self.timeout}")
-        if self.cache < 0:
-            raise InputError("recipe.value", f"cache must be 0 or more megabytes, not {self.cache}")
 
 
 class ViewsDataset(Dataset[Batch]):

@@ -17,16 +17,16 @@ import numpy as np
 from datasets import Dataset
 
 from rescom_timm.class_names import numbers_in
-from rescom_timm.data.benchmarks import data_path, get_hint
+from rescom_timm.data.benchmarks import data_path
+from rescom_timm.data.config import MEMORY, VALIDATION, DataConfig, refuse_missing
 from rescom_timm.data.image_folders import class_folders, folder_part, holds_tables, list_within
-from rescom_timm.data.in_memory import MEMORY
 from rescom_timm.data.index import Index, common_paths
 from rescom_timm.data.index_files import first_few
-from rescom_timm.data.profiles import RULES, at_most, holdout, parse_call
-from rescom_timm.data.splits import VALIDATION, DataConfig, Opened, Part, Split, index_path, renumber, with_labels
+from rescom_timm.data.profiles import at_most, holdout, parse_call
+from rescom_timm.data.splits import Opened, Part, Split, renumber, with_labels
 from rescom_timm.data.tables import cache_folder, open_table, table_part
 from rescom_timm.errors import InputError
-from rescom_timm.hub_client import hub_id, missing
+from rescom_timm.hub_client import hub_id
 
 log = logging.getLogger(__name__)
 
@@ -170,24 +170,12 @@ def _opener(config: DataConfig, cache: str | Path | None) -> Opened:
     folder = data_path(config.source)
     named = config.source in ("digits", MEMORY)
     repo = None if named else hub_id(config.source, alone=True)
-    if not named and repo is None:
-        if not folder.is_dir():
-            raise missing(config.source, hint=get_hint(config.source))
-        if not holds_tables(folder):
-            return functools.partial(folder_part, config, folder)
-    if repo is not None:  # seconds before the Hub is asked
-        _refuse_missing_lists(config)
+    refuse_missing(config, lists=repo is not None)  # seconds before the Hub is asked
+    if not named and repo is None and not holds_tables(folder):
+        return functools.partial(folder_part, config, folder)
     # one reading of a split for several parts
     tables = functools.cache(functools.partial(open_table, config, None if repo else folder))
     return functools.partial(table_part, config, tables, Path(cache) if cache else cache_folder())
-
-
-def _refuse_missing_lists(config: DataConfig) -> None:
-    """Raise MissingFileError if a list in the data section does not exist."""
-    call = parse_call(config.validation, VALIDATION) if config.validation != "none" else None
-    for spec in (config.index, config.test_index, *(call[1:] if call and call[0] == "index" else ())):
-        if spec != "all" and not parse_call(spec, RULES):
-            index_path(spec)
 
 
 def _validation(config: DataConfig, train: Part, opened: Opened) -> tuple[Part, Part]:

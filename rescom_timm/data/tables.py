@@ -20,14 +20,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rescom_timm.class_names import as_spelled, distinct, first_names, nfc, numbers_in, other_numbers, refuse_two_forms
 from rescom_timm.data.bounds import MAX_TEXT, length_problem
+from rescom_timm.data.config import MEMORY, DataConfig, index_path
 from rescom_timm.data.digits import digits
-from rescom_timm.data.in_memory import MEMORY, PairDataset, memory_split
+from rescom_timm.data.in_memory import PairDataset, memory_split
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import NoSplit, first_few
 from rescom_timm.data.named_columns import called
 from rescom_timm.data.own_files import LOOSE, load_files, load_saved, own_images, saved_splits
 from rescom_timm.data.profiles import RULES, draw, parse_call
-from rescom_timm.data.splits import DataConfig, Part, check_range, index_path, renumber, short_name, with_labels
+from rescom_timm.data.splits import Part, check_range, renumber, short_name, with_labels
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.hub_client import hub_id, missing, online
 

@@ -26,21 +26,13 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from rescom_timm.data.config import CIFAR_MEAN, ViewsConfig
 from rescom_timm.data.crops import CornerCrop, RisingCrop
 from rescom_timm.errors import InputError
 
 Step = Callable[[Image.Image], Image.Image]
 Colour = tuple[int, int, int]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
-
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "cifar": (CIFAR_MEAN, CIFAR_STD),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
-}
-"""The (mean, std) that the literature uses, of channels scaled to 0..1."""
 
 POLICIES: dict[str, str] = {
     "none": "",
@@ -54,30 +46,6 @@ POLICIES: dict[str, str] = {
 }
 """Named policies. "cifar" and "imagenet" are the ResCom paper's for CIFAR-LT and for ImageNet-LT and iNaturalist,
 "simclr32" and "simclr224" those of the second and third views of BCL and ProCo."""
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """What is done to images before the net sees them."""
-
-    train: str = "cifar"
-    """Policy of every training view: a name of `POLICIES` or a line of steps."""
-    contrast: str | None = None
-    """Policy of all training views but the first, which alone is then classified (rescom, moco, bcl, proco)."""
-    eval: str = "none"
-    """Policy of evaluation images; it must bring all of them to one size."""
-    mean: tuple[float, float, float] = CIFAR_MEAN
-    """Mean of each channel scaled to 0..1, taken off on the device; also cutout's colour. Known: `NORMALISATIONS`."""
-    std: tuple[float, float, float] = CIFAR_STD
-    """Standard deviation of each channel scaled to 0..1."""
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != 3 or not all(0 <= m <= 1 for m in self.mean):
-            raise InputError("recipe.value", f"mean must be three numbers from 0 to 1, not {self.mean}")
-        if len(self.std) != 3 or not all(0 < s <= 1 for s in self.std):
-            raise InputError("recipe.value", f"std must be three numbers above 0 and at most 1, not {self.std}")
-        for line in (self.train, self.eval, self.contrast or ""):
-            parse(line, self.mean)
 
 
 # ---------------------------------------------------------------------------------------------------------- policies
@@ -141,6 +109,12 @@ def parse(policy: str, mean: tuple[float, float, float] = CIFAR_MEAN) -> Policy:
             raise InputError("recipe.views", f"{name}({', '.join(tokens)}): {error}; use {usage(name)}") from error
         texts.append(f"{name}({','.join(map(str, arguments))})")
     return Policy(steps, " | ".join(texts))
+
+
+def check(views: ViewsConfig) -> None:
+    """Raise InputError (recipe.views) for a policy that cannot be parsed."""
+    for line in (views.train, views.eval, views.contrast or ""):
+        parse(line, views.mean)
 
 
 def usage(name: str) -> str:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rescom_timm.class_names import numbers_in, rows_of
 from rescom_timm.config.recipe import OptimizerConfig, Recipe, RecipeError, ScheduleConfig, SpeedConfig
+from rescom_timm.data.config import ViewsConfig
 from rescom_timm.data.sources import Data
-from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.errors import code_of

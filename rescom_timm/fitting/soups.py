@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.data.config import ViewsConfig
 from rescom_timm.engine.build import build_net
 from rescom_timm.models.net import Net, NetConfig
 

@@ -11,12 +11,9 @@ import numpy as np
 from rescom_timm.config.loading import find, load, shipped
 from rescom_timm.config.own_splits import OwnImages, parts, place, saved_lists
 from rescom_timm.config.recipe import Recipe
-from rescom_timm.data.in_memory import MEMORY
+from rescom_timm.data.config import MEMORY, VALIDATION, DataConfig, LoaderConfig, ViewsConfig, index_path
 from rescom_timm.data.index import Index
 from rescom_timm.data.profiles import RULES, parse_call
-from rescom_timm.data.samples import LoaderConfig
-from rescom_timm.data.splits import VALIDATION, DataConfig, index_path
-from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.hub_client import hub_id, missing

@@ -41,7 +41,7 @@ from rescom_timm.fitting.writing import write_run
 from rescom_timm.io import read_json, write_json, write_tensors
 from rescom_timm.methods.heads import KINDS, Fitted, Standard, class_means, named, standard
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
-from rescom_timm.models.net import Net, NetConfig
+from rescom_timm.models.net import Net, NetConfig, check_backbone
 
 NAMES = "class names"
 """The head over CLIP-like nets that class names give."""
@@ -155,6 +155,7 @@ class Steps:
         """A net with its weights and a new head, and its recipe. Raises InputError where the weights cannot be had."""
         file = self.options.weights_file
         config = NetConfig(name, pretrained=file != "none", weights_file=None if file == "none" else file)
+        check_backbone(config.backbone)
         classes, views = len(self.data.counts), self.base.views
         try:
             with self.record.uncounted():

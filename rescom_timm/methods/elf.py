@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rescom_timm.errors import InputError
 from rescom_timm.losses import less_margins, weighted_mean
@@ -88,6 +87,8 @@ class ElfNet(Remade):
     @torch.no_grad()
     def _measure(self) -> tuple[list[int], list[float]]:
         """Channels of each early exit's map, and the fraction of the encoder's operations up to it."""
+        from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
         encoder: Any = self.encoder
         images, training = torch.zeros(1, *encoder.pretrained_cfg["input_size"]), encoder.training
         encoder.eval()

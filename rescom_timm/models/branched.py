@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +74,8 @@ def branch_sources(net: Net, number: int, fresh: bool) -> list[nn.Module]:
 
     Without a known way to make the encoder again, all are the net's own.
     """
+    import timm
+
     if not fresh or net.recreate is None:
         return [net.encoder] * number
     return [net.encoder, *(timm.create_model(**net.recreate, num_classes=0) for _ in range(1, number))]

@@ -1,6 +1,7 @@
 """Net: one forward of any timm backbone gives features, logits and embeddings; exported as a plain timm model.
 
 Shapes: N images of (3, H, W), F features of the backbone, K classes, D the width of an embedding.
+timm, which takes seconds to import, is imported where a net is made: recipes are read without it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from rescom_timm.errors import InputError
@@ -76,7 +75,6 @@ class NetConfig:
         if self.weights_file is not None and not self.pretrained:
             raise InputError("recipe.conflict", "weights_file needs pretrained: true")
         object.__setattr__(self, "backbone", timm_name(self.backbone))
-        check_backbone(self.backbone)
 
     def untrained(self) -> NetConfig:
         """The same net without initial weights, for weights that are loaded anyway."""
@@ -200,6 +198,8 @@ class Net(nn.Module):
         For a cosine classifier, which timm does not have, its logits differ by one factor an image, near 1, that
         changes no ranking. Raises InputError for a backbone whose classifier in timm cannot take these weights.
         """
+        import timm
+
         if self.recreate is None:
             raise InputError("net.export", "timm's name of this net is unknown: make it by rescom_timm.create_model")
         net = copy.deepcopy(self).cpu().float().eval()
@@ -282,6 +282,8 @@ def check_backbone(name: str) -> None:
     """Raises InputError, naming the nearest, if timm knows no such model."""
     if name.startswith((*HUB, "local-dir:")):
         return
+    import timm
+
     base = name.split(".")[0]
     if not timm.is_model(base):
         near = get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
@@ -303,6 +305,9 @@ def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBE
     numbers: the most weights and buffers that it may have. Raises InputError for options out of bounds, for one that is
     no argument of the backbone's class (naming the nearest), and for a net above `numbers` or with too many modules.
     """
+    import timm
+    from timm.models import load_model_config_from_hf
+
     scheme, colon, place = backbone.partition(":")
     if colon:
         local = scheme == "local-dir"
@@ -324,6 +329,8 @@ def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
     """
     if not options:
         return
+    import timm
+
     taken: set[str] = set()
     anything = False
     for kind in type(timm.create_model(backbone, num_classes=0)).__mro__[:-2]:  # all but nn.Module and object
@@ -357,6 +364,8 @@ def create_model(
     default. tuning: added to a frozen backbone. head: the classifier. options: of the backbone's class, passed on to
     timm.create_model. Raises InputError for an unknown name, and as `tune` does.
     """
+    import timm
+
     backbone = timm_name(backbone)
     check_backbone(backbone)
     overlay = {"file": str(Path(weights_file).expanduser())} if weights_file else None

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -103,6 +102,8 @@ def _norm_weights(encoder: nn.Module) -> Iterator[str]:
 def _last_block(encoder: nn.Module) -> Iterator[str]:
     if not hasattr(encoder, "group_matcher"):
         raise InputError("net.trainable", "last_block: timm does not list the blocks of this backbone: give a pattern")
+    from timm.models import group_parameters
+
     groups = group_parameters(encoder, encoder.group_matcher(coarse=False))  # type: ignore[operator]
     weights = dict(encoder.named_parameters())
     last = max(number for number, names in groups.items() if any(weights[name].ndim > 1 for name in names))

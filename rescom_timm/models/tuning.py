@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from rescom_timm.errors import InputError, MissingPackageError
@@ -209,6 +208,8 @@ class PromptedBlock(nn.Module):
 
 
 def _add_prompts(encoder: Any, config: TuningConfig) -> None:
+    from timm.models import VisionTransformer
+
     if not isinstance(encoder, VisionTransformer):
         raise InputError(
             "net.unsupported",

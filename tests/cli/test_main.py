@@ -1,5 +1,7 @@
 """The console command: its subcommands, their old names, and wrong ones."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +52,32 @@ assert not {{"torch", "timm", "datasets", "numpy"}} & sys.modules.keys(), "help 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(SUBCOMMANDS) + 1
+
+
+def test_mistakes_are_reported_before_the_slow_imports(tmp_path):
+    """A wrong key, preset, recipe or data folder, and the list of recipes, in one process; only torch is imported."""
+    mistakes = {
+        "inat18_r50 optimizer.lrr=.1": "recipe.unknown_key",
+        "cifar10_lt_if100_r32 net.backbone=x train.epoch=3": "recipe.unknown_key",
+        "digits_lt +ldm": "recipe.unknown_preset",
+        "digits": "recipe.missing",
+        "inat18_r50": "data.missing",
+        "inat18_r50 data.source=. data.index=none.txt": "file.missing",
+    }
+    code = f"""
+import sys
+from rescom_timm.__main__ import main
+for words in {list(mistakes)}:
+    assert main(["train", *words.split()]) == 1
+for words in ("", "--show inat18_r50 +ldam seed=3"):
+    assert main(["recipes", *words.split()]) == 0
+slow = {{"timm", "torchvision", "datasets", "pandas", "matplotlib", "rescom_timm.engine.trainer"}} & sys.modules.keys()
+assert not slow, slow
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"error\[(.*?)\]", done.stderr) == list(mistakes.values())
 
 
 def test_help_lists_every_plot_and_every_action_of_index(capsys):

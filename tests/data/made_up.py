@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rescom_timm.data.samples import LoadingConfig
+from rescom_timm.data.config import LoadingConfig
 
 PLAIN = LoadingConfig(workers=0, batched=False, cache=0)
 

@@ -16,12 +16,13 @@ from torchvision.transforms.autoaugment import AutoAugmentPolicy, _apply_op
 
 from rescom_timm.data import autoaugment, batched_transforms, near_views, pixels
 from rescom_timm.data.batched_transforms import BatchedPolicy
+from rescom_timm.data.config import LoaderConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.device_transforms import Resident, complete, complete_views
 from rescom_timm.data.draws import Draws, first_words, next_words
 from rescom_timm.data.loaders import set_epoch, train_loader
-from rescom_timm.data.samples import LoaderConfig, LoadingConfig, ViewsDataset
-from rescom_timm.data.transforms import ViewsConfig, magnitudes, parse, seed_all
+from rescom_timm.data.samples import ViewsDataset
+from rescom_timm.data.transforms import magnitudes, parse, seed_all
 from tests.data.made_up import PLAIN, assert_equal, made_up, make_split, tensor
 from tests.raises import raises
 

@@ -18,12 +18,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Picture
 
 from rescom_timm.data import bounds
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.corruptions import _read_array
 from rescom_timm.data.image_folders import below
 from rescom_timm.data.index import read
 from rescom_timm.data.own_files import within
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.errors import code_of
 from tests.raises import raises
 

@@ -17,7 +17,7 @@ from PIL import Image
 from rescom_timm.__main__ import main
 from rescom_timm.data import download, sources
 from rescom_timm.data.benchmarks import BENCHMARKS, data_path, get_hint, human
-from rescom_timm.data.splits import DataConfig
+from rescom_timm.data.config import DataConfig
 from tests.raises import raises
 
 PLACES = {"train": ["airfield", "airfield", "arena-hockey"], "val": ["airfield", "arena-hockey"]}

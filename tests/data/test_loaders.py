@@ -26,12 +26,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rescom_timm.data import sampling
+from rescom_timm.data.config import LoaderConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
-from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.sampling import InOrder, Order, class_probabilities
-from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
+from rescom_timm.data.transforms import parse, seed_all
 from tests.raises import raises
 
 VIEWS = ViewsConfig(train="crop(8,2) | flip | randaugment(n2,m10,mstd0.5) | cutout(4)", eval="center_crop(8)")
@@ -505,7 +505,8 @@ SCRIPT = """
     sys.path[:0] = [{root!r}]
     from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
     from safetensors.torch import save_file
-    from rescom_timm.data.loaders import LoaderConfig, LoadingConfig, eval_loader, set_epoch, train_loader
+    from rescom_timm.data.config import LoaderConfig, LoadingConfig
+    from rescom_timm.data.loaders import eval_loader, set_epoch, train_loader
     from tests.data.test_loaders import VIEWS, make_split
 
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rescom_timm.data.mixing import MixConfig, box, mix
+from rescom_timm.data.config import MixConfig
+from rescom_timm.data.mixing import box, mix
 from tests.raises import raises
 
 

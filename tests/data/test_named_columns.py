@@ -8,10 +8,9 @@ import pytest
 from PIL import Image
 
 from rescom_timm.data import profiles
+from rescom_timm.data.config import Columns, DataConfig
 from rescom_timm.data.index import Index, read
-from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from tests.raises import raises
 
 NAMES = ["cat", "dog", "eel, small"]

@@ -11,10 +11,10 @@ from PIL import Image
 from rescom_timm.__main__ import main
 from rescom_timm.config.loading import load as load_recipe
 from rescom_timm.data import pack as packing
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.decoding import ReadConfig, decode
 from rescom_timm.data.pack import PackConfig, pack
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from tests.raises import raises
 
 

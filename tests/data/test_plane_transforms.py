@@ -14,10 +14,10 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, RandAugment
 
 from rescom_timm.data import near_views, plane_transforms
+from rescom_timm.data.config import LoaderConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.plane_transforms import PlanePolicy
-from rescom_timm.data.samples import LoaderConfig, LoadingConfig
-from rescom_timm.data.transforms import ViewsConfig, parse, seed_all
+from rescom_timm.data.transforms import parse, seed_all
 from tests.data.made_up import PLAIN, assert_equal, made_up, tensor
 
 PLANED = [

@@ -20,10 +20,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PillowImage
 
 from rescom_timm.data import image_folders, tables
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.image_folders import class_folders, fit_layout, holds_tables, missing_files
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import Data, load, training_index
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.inference.predict import _files
 from tests.raises import raises
 
@@ -654,7 +654,8 @@ def measure(folder: Path, counts: list[int]) -> tuple[float, float, float]:
     code = f"""
 import time
 import torch, datasets
-from rescom_timm.data.sources import DataConfig, load
+from rescom_timm.data.config import DataConfig
+from rescom_timm.data.sources import load
 def memory(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))

@@ -12,8 +12,9 @@ from PIL import Image
 from torchvision import transforms
 
 from rescom_timm.data import decoding
+from rescom_timm.data.config import NORMALISATIONS, ViewsConfig
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, look
-from rescom_timm.data.transforms import NORMALISATIONS, POLICIES, STEPS, ViewsConfig, parse, usage
+from rescom_timm.data.transforms import POLICIES, STEPS, check, parse, usage
 from tests.raises import raises
 
 
@@ -321,7 +322,7 @@ def test_views_config_checks_itself() -> None:
         ({"std": (0.2, 0.2, 0.0)}, "recipe.value", "std"),
     ]:
         with raises(code, *naming):
-            ViewsConfig(**wrong)  # type: ignore[arg-type]
+            check(ViewsConfig(**wrong))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding

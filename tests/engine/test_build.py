@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from rescom_timm.config.recipe import OptimizerConfig, ScheduleConfig
-from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.data.config import ViewsConfig
 from rescom_timm.engine.build import build_net, build_optimizer, build_schedule
 from rescom_timm.models.net import NetConfig
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
+from rescom_timm.data.config import ViewsConfig
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.sources import load
-from rescom_timm.data.transforms import ViewsConfig, parse
+from rescom_timm.data.transforms import parse
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.evaluate import evaluate_run, five_crops, table, table_of

@@ -23,11 +23,9 @@ from filelock import FileLock
 
 from rescom_timm import io as files
 from rescom_timm.data import progress, shared_memory
+from rescom_timm.data.config import DataConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.loaders import eval_loader, train_loader
-from rescom_timm.data.samples import LoadingConfig
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
-from rescom_timm.data.transforms import ViewsConfig
 from rescom_timm.engine import checkpoint, errors, stop_signals, trackers
 from rescom_timm.engine.checkpoint import CheckpointError
 from rescom_timm.engine.run_folder import locked

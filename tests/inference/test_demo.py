@@ -17,9 +17,9 @@ from PIL import Image
 
 from rescom_timm.api import train
 from rescom_timm.cli import demo as command
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.inference.demo import OWN_NUMBERS, PRIORS, TrainingImages, answers, first_numbers, prior_of
 from rescom_timm.inference.export import export
 from rescom_timm.inference.predict import embed, predict

@@ -15,8 +15,8 @@ import rescom_timm
 from rescom_timm.api import Run, train_recipe
 from rescom_timm.cli import predict as tool
 from rescom_timm.config.loading import load_dict
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.data.transforms import parse
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.inference.export import export, export_run

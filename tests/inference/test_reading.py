@@ -17,9 +17,9 @@ import rescom_timm
 from rescom_timm.analysis.doctor_page import as_text
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
+from rescom_timm.data.config import LoaderConfig
 from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.doctor import examine, findings
-from rescom_timm.data.samples import LoaderConfig
 from rescom_timm.data.sources import load
 from rescom_timm.engine.evaluate import evaluate_run
 from rescom_timm.inference.demo import PRIORS, TrainingImages, answers
@@ -225,7 +225,7 @@ def test_a_card_says_what_other_readers_see_otherwise(exif):
 
 def test_init_writes_exif_and_the_benchmarks_do_not(tmp_path):
     from rescom_timm.config.own_data import recipe_for
-    from rescom_timm.data.splits import DataConfig
+    from rescom_timm.data.config import DataConfig
 
     config = DataConfig("digits")
     assert yaml.safe_load(recipe_for(load(config), config, "digits"))["loader"] == {"exif": True}

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from rescom_timm.api import train_recipe as train
 from rescom_timm.config.loading import load, presets
 from rescom_timm.contrastive.queue import ClassBalancedQueue
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.sources import load as load_data
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import build_method, build_optimizer
 from rescom_timm.engine.errors import Stopped

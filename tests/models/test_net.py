@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 
+from rescom_timm.config.loading import load
 from rescom_timm.models.net import Net, NetConfig, ProjectorConfig, check_weights, create_model
 from tests.raises import raises
 
@@ -108,8 +109,8 @@ def test_a_backbone_whose_own_head_differs_is_refused_at_export():
 def test_bad_names_and_sizes_are_refused_with_a_hint():
     with raises("net.backbone", "resnet23_cifar", "resnet32_cifar"):
         create_model("resnet23_cifar", 10)
-    with raises("net.backbone", "resnet5000"):
-        NetConfig(backbone="resnet5000")
+    with raises("net.backbone", "net:", "resnet5000"):
+        load("digits_lt", ["net.backbone=resnet5000"])
     with raises("recipe.value", "net.projector"):
         ProjectorConfig(dim=0)
     with raises("recipe.conflict", "weights_file", "pretrained"):

@@ -30,13 +30,13 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 
 from benchmarks.common import clocked, common_arguments, keep, machine
+from rescom_timm.data.config import CIFAR_MEAN, CIFAR_STD, DataConfig, LoaderConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.device_transforms import complete_views
 from rescom_timm.data.loaders import train_loader
-from rescom_timm.data.samples import LoaderConfig, LoadingConfig
 from rescom_timm.data.sources import load
-from rescom_timm.data.splits import DataConfig, Split
-from rescom_timm.data.transforms import CIFAR_MEAN, CIFAR_STD, ViewsConfig, parse
+from rescom_timm.data.splits import Split
+from rescom_timm.data.transforms import parse
 
 PLAIN: dict[str, Callable[[], list[Any]]] = {
     "cifar": lambda: [

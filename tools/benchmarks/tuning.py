@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.common import common_arguments, heading, keep, machine, peak, positive
 from benchmarks.step import in_turn, over
 from rescom_timm.config.recipe import OptimizerConfig, SpeedConfig
-from rescom_timm.data.transforms import ViewsConfig
+from rescom_timm.data.config import ViewsConfig
 from rescom_timm.engine.build import build_net, build_optimizer, speed_up
 from rescom_timm.methods.baselines import BalancedSoftmax, BalancedSoftmaxConfig
 from rescom_timm.models.net import NetConfig, check_backbone

@@ -11,12 +11,12 @@ import numpy as np
 from rescom_timm.data import index as rows
 from rescom_timm.data import profiles
 from rescom_timm.data.broken import unreadable
+from rescom_timm.data.config import Columns, DataConfig
 from rescom_timm.data.index import Index
 from rescom_timm.data.index_files import MAX_CLASSES, is_label
-from rescom_timm.data.named_columns import Columns
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import training_index, training_split
-from rescom_timm.data.splits import DataConfig, Split
+from rescom_timm.data.splits import Split
 from rescom_timm.errors import InputError
 from rescom_timm.io import atomic_path, errors_named, read_json, read_text
 

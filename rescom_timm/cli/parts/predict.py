@@ -12,9 +12,9 @@ import numpy as np
 
 from rescom_timm.api import Run
 from rescom_timm.class_names import as_spelled, nfc
+from rescom_timm.data.config import DataConfig
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, labelled
-from rescom_timm.data.splits import DataConfig
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
 from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, embed, predictions, read_temperature
