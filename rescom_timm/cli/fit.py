@@ -4,8 +4,8 @@
 
 First a class-balanced head is fitted on a frozen pretrained net. With the rest of the minutes all weights are trained
 from there, and averaged with the start. The candidates are compared on validation images, and the best one becomes a
-normal run, for predict, demo, plot and push. If the minutes do not hold one
-epoch, the head is the model.
+normal run, for predict, demo, plot and push. If the minutes do not hold one epoch, the head is the model; if they do
+not hold all images, it is fitted on a sample in which rare classes are whole.
 
 FOLDER: class folders, or train, val and test with class folders, or images with a list; LIST is such a list. Of a
 RECIPE the data, mean, std and loader are used, changed by key=value. After Ctrl-C the best so far is the run, and the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from rescom_timm.cli import answer, new_parser
@@ -30,6 +31,7 @@ IMAGES = (
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Fit a model; returns the exit code."""
+    began = time.monotonic()  # the minutes hold the imports too
     parser = new_parser(
         __doc__,
         prog,
@@ -55,11 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if odd := next((each for each in arguments.overrides if "=" not in each), None):
         parser.error(f"give one source, not {arguments.source} and {odd}")
-    return answer(lambda: run(arguments))
+    return answer(lambda: run(arguments, began))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Fit with these arguments."""
+def run(arguments: argparse.Namespace, began: float) -> int:
+    """Fit with these arguments. began: when the command was started, on time.monotonic()."""
     from rescom_timm.fitting.fit import fit
     from rescom_timm.fitting.plan import FitOptions
     from rescom_timm.fitting.steps import Interrupted
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed, tuple(arguments.overrides), images,
     )  # fmt: skip
     try:
-        fit(options, arguments.output)
+        fit(options, arguments.output, used=time.monotonic() - began)
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ Shapes: N images in V versions (as they are, flipped), F features of the backbon
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,12 @@ class Features:
     """(N, V, F) float32, perhaps of a file; V = 1 without flipped images."""
     labels: np.ndarray
     """(N,) int64."""
+    seconds: float = 0.0
+    """That the pass took; 0 for features of a cache."""
+
+    def counts(self, classes: int) -> Tensor:
+        """Images of each class, (K,) int64."""
+        return torch.from_numpy(np.bincount(self.labels, minlength=classes))
 
     def rows(self, positions: np.ndarray | None = None, versions: int | None = None, device: Any = "cpu") -> Rows:
         """The rows at some positions (all by default), in so many versions (all by default)."""
@@ -65,14 +72,17 @@ class Rows:
 
 
 @torch.no_grad()
-def read_features(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool) -> Features:
+def read_features(
+    accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool, values: np.ndarray | None = None
+) -> Features:
     """The features of a split's images as the recipe's views.eval shows them, in every process.
 
-    net: whole, on its device; in evaluation mode afterwards. flipped: in a second version too. Raises BrokenImage for
-    an image that cannot be read.
+    net: whole, on its device; in evaluation mode afterwards. flipped: in a second version too. values: where they are
+    written, such as a memory-mapped file; None: new memory. Raises BrokenImage for an image that cannot be read.
     """
-    labels = np.asarray(split.labels, dtype=np.int64)
-    values, done = np.empty((len(labels), 1 + flipped, int(net.classifier.in_features)), dtype=np.float32), 0
+    labels, began, done = np.asarray(split.labels, dtype=np.int64), time.monotonic(), 0
+    if values is None:
+        values = np.empty((len(labels), 1 + flipped, int(net.classifier.in_features)), dtype=np.float32)
     net.eval()
     with image_bar(len(split.rows), f"features of {split.name}") as bar:
         for batch in loader_of(accelerator, recipe, split):
@@ -84,7 +94,7 @@ def read_features(accelerator: Accelerator, net: Net, recipe: Recipe, split: Spl
             values[done : done + len(found)] = found
             done += len(found)
             bar.update(len(found))
-    return Features(values, labels)
+    return Features(values, labels, time.monotonic() - began)
 
 
 @torch.no_grad()

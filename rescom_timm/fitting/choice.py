@@ -128,9 +128,8 @@ def folds(labels: np.ndarray, parts: int, repeats: int, seed: int) -> Iterator[t
                 yield np.flatnonzero(fold != part), np.flatnonzero(fold == part)
 
 
-def repetitions(features: Features, classes: int) -> int:
+def repetitions(images: int, classes: int, width: int) -> int:
     """How often cross-validation is repeated, 0 where it takes too long."""
-    images, _, width = features.values.shape
     size = images * classes * width
     return 2 if size <= SMALL else 1 if size <= LARGE else 0
 

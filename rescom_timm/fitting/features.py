@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +44,29 @@ def features_of(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split
             return Features(values, labels)
     except (OSError, ValueError):
         pass  # not there, or damaged: it is made anew
-    found = read_features(accelerator, net, recipe, split, flipped)
-    try:
-        with atomic_path(path) as beside, beside.open("wb") as file:
-            np.save(file, found.values)
-        _forget(path)
-        return Features(np.load(path, mmap_mode="r"), labels)
-    except OSError as error:
-        warnings.warn(f"features are kept in memory, not in {path.parent}: {one_line(error)}", stacklevel=2)
-    return found
+    with ExitStack() as written:
+        try:
+            target = written.enter_context(_array(path, shape))
+        except OSError as error:
+            warnings.warn(f"features are kept in memory, not in {path.parent}: {one_line(error)}", stacklevel=2)
+            target = None
+        found = read_features(accelerator, net, recipe, split, flipped, target)
+    if target is None:
+        return found
+    _forget(path)
+    return Features(np.load(path, mmap_mode="r"), labels, found.seconds)
+
+
+@contextmanager
+def _array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """A new .npy file to write to, whose space is allocated: a full disk refuses it before the pass, not in it."""
+    with atomic_path(path) as beside:
+        values = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with beside.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+        yield values
+        values.flush()
 
 
 def features_folder() -> Path:

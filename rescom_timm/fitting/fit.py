@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from accelerate.utils import patch_environment
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.in_memory import InMemory, in_memory
+from rescom_timm.engine.errors import AGAIN, CheckpointError, with_advice
 from rescom_timm.engine.run_folder import existing, locked
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
@@ -18,25 +20,41 @@ from rescom_timm.fitting.source import name_of
 from rescom_timm.fitting.steps import Steps
 
 
-def fit(options: FitOptions, output: str | Path | None = None, dataset: InMemory | None = None) -> Path:
+def fit(
+    options: FitOptions, output: str | Path | None = None, dataset: InMemory | None = None, used: float = 0.0
+) -> Path:
     """Fit, or go on with a fit that was interrupted; returns the run's folder.
 
     output: the run's folder; None: the first of runs/NAME, NAME-2 ... that is free or of the same unfinished
     command.
-    dataset: the images of the source "memory". Raises InputError, what reading the data raises, and Interrupted.
+    dataset: the images of the source "memory". used: seconds of the minutes that are gone. Raises InputError, what
+    reading the data raises, and Interrupted.
     """
     folder = _folder(options, output)
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     with in_memory(dataset), ExitStack() as device, locked(folder / FOLDER):
         if options.device == "cpu":
             device.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
-        record = Record(folder, options)
-        steps = Steps(options, folder, record)
-        if record.values["finished"]:
-            print(f"{folder} is finished; name another folder with -o for a new fit")
-        else:
-            steps.run()
+        with _advised():
+            record = Record(folder, options, used)
+            steps = Steps(options, folder, record)
+            if record.values["finished"]:
+                print(f"{folder} is finished; name another folder with -o for a new fit")
+            else:
+                steps.run()
     return folder
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+    """Say how a fit goes on after the machine refused a file, not how a training does."""
+    again = "then start the same command again, which goes on"
+    try:
+        with with_advice(f"; {again}"):
+            yield
+    except CheckpointError as error:
+        text = str(error).replace(AGAIN, again).replace("then finish with --resume", again)
+        raise type(error)(error.code, text) from error
 
 
 def _folder(options: FitOptions, output: str | Path | None) -> Path:

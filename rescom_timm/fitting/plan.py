@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.training import Kind, Pace
@@ -86,27 +89,85 @@ BOTH = 10
 """Epochs from which on a budget is shared by both kinds."""
 SECONDS = 10.0
 """For what is not measured: export, reports."""
+PASSES = 250
+"""Passes over its rows that a head takes at all of its ridges; 232 and 207 on 2,430 rows of 40 classes."""
+LEAST = 5
+"""Images of a class that a sample has at least, or all of the class."""
 
 
-def reserve(pace: Pace, images: dict[str, int], refits: bool) -> float:
-    """Return the seconds that follow the trainings.
+@dataclass(frozen=True)
+class Frozen:
+    """What is done with the frozen nets in the time there is."""
 
-    They go to the test images once, three soups on validation and, where a head may be re-fitted, the features of the
-    trained net.
+    versions: int = 2
+    """Of training images: as they are, and flipped."""
+    logistic: bool = True
+    """Whether logistic regression is fitted too."""
+    at_most: int | None = None
+    """Training and validation images of a class; None: all."""
+
+
+def frozen(seconds: float, pace: Pace, train: np.ndarray, validation: np.ndarray, fits: int) -> Frozen | None:
+    """What so many seconds hold; None where that is less than LEAST images of each class.
+
+    First flipped images are left out, then logistic regression, then images of frequent classes: rare ones stay whole.
+    train, validation: images of each class (K,). fits: of a head to all training images, cross-validation included.
     """
-    passes = images["test"] + 3 * images["validation"]
-    passes += (2 * images["train"] + images["validation"]) if refits else 0
-    return SECONDS + passes * pace.forward
+    for choice in (Frozen(), Frozen(1), Frozen(1, False)):
+        if frozen_seconds(choice, pace, train, validation, fits) <= seconds:
+            return choice
+
+    def needed(at_most: int) -> float:
+        return frozen_seconds(Frozen(1, False, at_most), pace, train, validation, fits)
+
+    held = bisect_right(range(LEAST, int(train.max())), seconds, key=needed)
+    return Frozen(1, False, LEAST + held - 1) if held else None
 
 
-def trainings(seconds: float, pace: Pace, images: dict[str, int]) -> list[Training]:
-    """The candidates that so many seconds hold; none where that is less than an epoch."""
-    epoch = images["train"] * pace.step + images["validation"] * pace.forward
-    epochs = int(seconds / epoch)
-    if epochs < BOTH:
-        return [Training("linear", epochs)] if epochs >= 1 else []
-    linear = min(MOST["linear"], epochs // 2)
-    return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear))]
+def frozen_seconds(choice: Frozen, pace: Pace, train: np.ndarray, validation: np.ndarray, fits: int) -> float:
+    """Return the seconds of a choice: features and heads."""
+    images, shown = taken(train, choice.at_most), taken(validation, choice.at_most)
+    rows = choice.versions * images
+    return pace.forward * (rows + shown) + (1 + choice.logistic) * fits * PASSES * pace.head * rows
+
+
+def taken(counts: np.ndarray, at_most: int | None) -> int:
+    """Return the images in a sample. counts: images of each class (K,)."""
+    return int((counts if at_most is None else np.minimum(counts, at_most)).sum())
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Seconds of what follows the trainings."""
+
+    end: float
+    """Evaluation and export of the chosen net."""
+    training: float = 0.0
+    """Of each training: its evaluations and the soup by default."""
+    options: float = 0.0
+    """Of each training: other soups and a re-fitted head, which are left out where time is short."""
+
+    def after(self, kinds: int) -> float:
+        """Of so many trainings."""
+        return self.end + kinds * (self.training + self.options)
+
+
+def trainings(seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1) -> list[Training]:
+    """The candidates that so many seconds hold, with what follows them; none where that is less than an epoch.
+
+    times: how often the chosen one is trained.
+    """
+    epoch = times * epoch_seconds(pace, images)
+    if (epochs := int((seconds - reserve.after(2)) / epoch)) >= BOTH:
+        linear = min(MOST["linear"], epochs // 2)
+        return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear))]
+    epochs = min(MOST["linear"], int((seconds - reserve.after(1)) / epoch))
+    return [Training("linear", epochs)] if epochs >= 1 else []
+
+
+def epoch_seconds(pace: Pace, images: dict[str, int]) -> float:
+    """Return the seconds of an epoch and its evaluation."""
+    return images["train"] * pace.step + images["validation"] * pace.forward
 
 
 def described(plan: Sequence[Training]) -> str:

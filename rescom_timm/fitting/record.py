@@ -20,10 +20,13 @@ FREE = ("device",)
 class Record:
     """`values` is plain JSON; time runs from when the record is opened."""
 
-    def __init__(self, run: Path, options: FitOptions) -> None:
-        """Raises InputError where the folder is of another command."""
+    def __init__(self, run: Path, options: FitOptions, used: float = 0.0) -> None:
+        """used: seconds before this, such as of imports. Raises InputError where the folder is of another command."""
         self.path = run / FOLDER / FILE
-        self.values: dict[str, Any] = {"version": 1, "command": options.to_dict(), "seconds": 0.0, "finished": False}
+        self.values: dict[str, Any] = {
+            "version": 1, "command": options.to_dict(), "seconds": 0.0, "finished": False,
+            "paces": {}, "trained": {}, "dropped": [], "left_out": [],
+        }  # fmt: skip
         if self.path.is_file():
             self.values = read_json(self.path)
             if odd := different(self.values.get("command"), options):
@@ -31,7 +34,7 @@ class Record:
                     "fit.other_run",
                     f"{run} was made by another command ({', '.join(odd)}): name another folder with -o",
                 )
-        self.before = float(self.values["seconds"])
+        self.before = float(self.values["seconds"]) + used
         self.started, self.left_out = time.monotonic(), 0.0
 
     @property

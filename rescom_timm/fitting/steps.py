@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
 from rescom_timm.config.loading import FREE_KEYS, differences, load_dict
-from rescom_timm.config.recipe import EvaluationConfig, Recipe, RecipeError
+from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, load
-from rescom_timm.engine.build import build_net
+from rescom_timm.data.splits import Split
 from rescom_timm.engine.errors import NonFiniteLoss, Stopped, one_line
 from rescom_timm.engine.features import Features, read_logits
 from rescom_timm.engine.launch import new_accelerator
-from rescom_timm.engine.trainer import SPLITS
 from rescom_timm.errors import InputError
 from rescom_timm.fitting import page, plan
+from rescom_timm.fitting.backbones import nets
+from rescom_timm.fitting.budget import Budget, sampled
 from rescom_timm.fitting.candidates import SHARES, Candidate, Weights, best, decide, row, score
-from rescom_timm.fitting.choice import ENOUGH, Scored, choose, cross_validated, decides, repetitions, temperature_of
+from rescom_timm.fitting.choice import (
+    ENOUGH,
+    FOLDS,
+    Scored,
+    choose,
+    cross_validated,
+    decides,
+    repetitions,
+    temperature_of,
+)
 from rescom_timm.fitting.features import features_of
 from rescom_timm.fitting.inventory import changes, inventory
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FOLDER, Record
 from rescom_timm.fitting.soups import loaded, soup
-from rescom_timm.fitting.source import is_recipe, joined, read
-from rescom_timm.fitting.training import Diverged, Kind, Pace, floor_of, measured, size_of, trained, training_recipe
+from rescom_timm.fitting.source import joined, read
+from rescom_timm.fitting.training import (
+    Diverged,
+    Kind,
+    floor_of,
+    measured,
+    size_of,
+    trained,
+    training_recipe,
+    weights_of,
+)
 from rescom_timm.fitting.writing import write_run
 from rescom_timm.io import read_json, write_json, write_tensors
 from rescom_timm.methods.heads import KINDS, Fitted, Standard, class_means, named, standard
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
-from rescom_timm.models.net import Net, NetConfig, check_backbone
+from rescom_timm.models.net import Net
 
 NAMES = "class names"
 """The head over CLIP-like nets that class names give."""
@@ -66,9 +82,9 @@ class Steps:
         self.base = self._base()
         self.data: Data = load(self.base.data)
         validation = self.data.validation
-        splits = {"train": self.data.train, "test": self.data.test, "validation": validation}
-        self.images = {name: 0 if split is None else len(split.labels) for name, split in splits.items()}
         self.enough = validation is not None and decides(validation.labels, len(self.data.counts))
+        self.budget = Budget(options, record, self.data, self.enough)
+        self.images = self.budget.images
         print(self._summary(), flush=True)
 
     def _summary(self) -> str:
@@ -106,7 +122,7 @@ class Steps:
         """All of it. Raises Interrupted, with the best so far handed back."""
         try:
             self.probe()
-            self.train(self.planned())
+            self.train()
         except (KeyboardInterrupt, Stopped) as error:
             self.record.save()
             if not self.candidates:
@@ -119,118 +135,62 @@ class Steps:
 
     def probe(self) -> None:
         """Features of each backbone, heads over them, and the backbone that goes on."""
+        accelerator = new_accelerator("no")
+        backbones = list(nets(self.options, self.base, len(self.data.counts), self.record))
+        for recipe, net in backbones:
+            if recipe.net.backbone not in self.record.values["paces"]:
+                trial = training_recipe(recipe, "linear", 1, self.images["train"], self.folder / "start", False)
+                self.budget.measured(recipe.net.backbone, measured(accelerator, net, trial, self.data))
+        width = max(int(net.classifier.in_features) for _, net in backbones)
+        self.repeats = 0 if self.enough else repetitions(self.images["train"], len(self.data.counts), width)
+        self.frozen = self.budget.frozen(1 if self.enough else 1 + (FOLDS - 1) * max(self.repeats, 1))
+        validation = self.data.validation
+        self.validation = None if validation is None else sampled(validation, self.frozen.at_most)
         found: list[tuple[Recipe, Net, Features, list[Candidate]]] = []
-        for recipe, net in self._nets():
-            accelerator = new_accelerator("no")
-            net.to(accelerator.device)
-            flipped = self._measure(accelerator, recipe, net)
-            train = features_of(accelerator, net, recipe, self.data.train, flipped)
-            found.append((recipe, net.cpu(), train, self._heads(accelerator, recipe, net, train)))
+        for recipe, net in backbones:
+            train = self._features(accelerator, net, recipe, self.data.train)
+            heads = self._heads(accelerator, recipe, net, train)
+            found.append((recipe, net.cpu(), train, heads))
             self.record.save()
         place = best([one[-1][0] for one in found]) if len(found) > 1 else 0
         self.recipe, self.net, self.features, self.candidates = found[place]
+        self.backbone = self.recipe.net.backbone
         print(
-            f"{self.recipe.net.backbone} at {size_of(self.recipe)} pixels: heads over the frozen net after "
+            f"{self.backbone} at {size_of(self.recipe)} pixels: heads over the frozen net after "
             f"{self.record.seconds / 60:.1f} of {self.options.minutes:g} minutes",
             flush=True,
         )
 
-    def _nets(self) -> Iterator[tuple[Recipe, Net]]:
-        """The backbones to probe: those that are named, else the first of the default ones whose weights are here."""
-        if self.options.backbones:
-            yield from map(self._net, self.options.backbones)
-            return
-        device, file = new_accelerator("no").device.type, self.options.weights_file
-        rows = plan.default_backbones(device, self.options.minutes)
-        known = self.record.values.get("backbone")
-        for name in [known] if known else [one.name for one in rows[: None if file is None else 1]]:
-            with contextlib.suppress(InputError):
-                found = self._net(name)
-                self.record.save(backbone=name)
-                yield found
-                return
-        raise InputError("fit.weights", _no_weights(f"{rows[0].name} ({rows[0].megabytes} MB)", file))
-
-    def _net(self, name: str) -> tuple[Recipe, Net]:
-        """A net with its weights and a new head, and its recipe. Raises InputError where the weights cannot be had."""
-        file = self.options.weights_file
-        config = NetConfig(name, pretrained=file != "none", weights_file=None if file == "none" else file)
-        check_backbone(config.backbone)
-        classes, views = len(self.data.counts), self.base.views
-        try:
-            with self.record.uncounted():
-                set_seed(self.options.seed)  # of weights from scratch
-                net = build_net(config, views, classes)
-            cfg: Any = net.encoder.pretrained_cfg
-            size = self.options.size or cfg["input_size"][1]
-            if cfg.get("fixed_input_size") and size != cfg["input_size"][1]:
-                config = replace(config, options={"img_size": size})
-                set_seed(self.options.seed)
-                net = build_net(config, views, classes)
-        except (OSError, RuntimeError, LookupError, RecipeError) as error:  # no network, no file, or one of another net
-            raise InputError("fit.weights", f"{_no_weights(name, file)}: {one_line(error)}") from error
-        if not is_recipe(self.options.source):
-            views = replace(views, mean=cfg["mean"], std=cfg["std"])
-        net.mean.copy_(torch.tensor(views.mean).view_as(net.mean))
-        net.std.copy_(torch.tensor(views.std).view_as(net.std))
-        net.drop_projector()
-        how = cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic"
-        views = replace(
-            views, train="flip", eval=f"resize({round(size / cfg['crop_pct'])},{how}) | center_crop({size})"
-        )
-        recipe = replace(
-            self.base, net=config, views=views, seed=self.options.seed, evaluation=EvaluationConfig(batch_size=64)
-        )
-        return recipe, net
-
-    def _measure(self, accelerator: Accelerator, recipe: Recipe, net: Net) -> bool:
-        """Measure the pace, once; returns whether there is time for the features of flipped images too.
-
-        Raises InputError where there is none for one pass over the images.
-        """
-        known = self.record.values.setdefault("paces", {})
-        if recipe.net.backbone not in known:
-            trial = training_recipe(recipe, "linear", 1, self.images["train"], self.folder / "start", False)
-            pace = measured(accelerator, net, trial, self.data)
-            one = pace.forward * sum(self.images.values())
-            left = 60 * self.options.minutes - self.record.seconds
-            if one > left:
-                needed = (self.record.seconds + one) / 60
-                raise InputError(
-                    "fit.minutes",
-                    f"one pass over {sum(self.images.values()):,} images takes longer than --minutes "
-                    f"{self.options.minutes:g} on this machine: give {math.ceil(1.2 * needed)}, a smaller --size than "
-                    f"{size_of(recipe)}, or a smaller --backbone",
-                )
-            flipped = one + pace.forward * self.images["train"] < left
-            known[recipe.net.backbone] = {**asdict(pace), "flipped": flipped}
-            self.record.save()
-        return bool(known[recipe.net.backbone]["flipped"])
-
-    @property
-    def _flipped(self) -> bool:
-        """Whether heads are fitted over flipped images too."""
-        return bool(self.record.values["paces"][self.recipe.net.backbone]["flipped"])
+    def _features(self, accelerator: Accelerator, net: Net, recipe: Recipe, split: Split) -> Features:
+        """Of the training images that heads are fitted to."""
+        split, versions = sampled(split, self.frozen.at_most), self.frozen.versions
+        found = features_of(accelerator, net.to(accelerator.device), recipe, split, versions == 2)
+        if found.seconds:
+            self.budget.observed(recipe.net.backbone, found.seconds / (versions * len(found.labels)))
+        return found
 
     def _heads(
         self, accelerator: Accelerator, recipe: Recipe, net: Net, train: Features, only: str | None = None
     ) -> list[Candidate]:
         """A head of each kind, at the setting that is best on validation."""
         validation = None
-        if self.data.validation is not None:
-            validation = features_of(accelerator, net, recipe, self.data.validation, False)
-        counts, classes = torch.as_tensor(self.data.counts), len(self.data.counts)
+        if self.validation is not None:
+            validation = features_of(accelerator, net.to(accelerator.device), recipe, self.validation, False)
+        classes = len(self.data.counts)
+        counts = train.counts(classes)
         rows = train.rows()
         scale = standard(rows)
-        encoder = {f"encoder.{name}": value.clone() for name, value in net.encoder.state_dict().items()}
-        repeats = 0 if self.enough else repetitions(train, classes)
+        encoder = {f"encoder.{name}": value.cpu().clone() for name, value in net.encoder.state_dict().items()}
         found = []
         for name, (about, fit) in self._kinds(net).items():
-            if only not in (None, name):
+            if only not in (None, name) or (name == "logistic regression" and not self.frozen.logistic):
                 continue
+            began = time.monotonic()
             options = [scale.folded(head) for head in fit(rows, counts, scale)]
-            if validation is None or repeats:
-                scored = cross_validated(train, fit, classes, max(repeats, 1), self.options.seed)
+            if name == "probe":
+                self.record.values.setdefault("probe_seconds", time.monotonic() - began)
+            if validation is None or self.repeats:
+                scored = cross_validated(train, fit, classes, max(self.repeats, 1), self.options.seed)
             else:
                 scored = [score(head, validation) for head in options]
             place = choose(scored)[0]
@@ -238,7 +198,7 @@ class Steps:
             head = options[place].scaled(factor)
             shown = None if validation is None else score(head, validation)
             own = scored[place].scaled(factor)
-            by = "cross-validation" if validation is None or repeats else "validation"
+            by = "cross-validation" if validation is None or self.repeats else "validation"
             weights = encoder | {"classifier.weight": head.weight, "classifier.bias": head.bias}
             found.append(
                 Candidate(name, about, "linear", weights, own, by, shown, None, (name, place), factor, len(options))
@@ -258,40 +218,30 @@ class Steps:
 
     # ---------------------------------------------------------------- training from the heads
 
-    def planned(self) -> list[plan.Training]:
-        """What the rest of the budget holds; fixed at the first time it is asked."""
-        known = self.record.values
-        if "plan" not in known:
-            forward, step = (known["paces"][self.recipe.net.backbone][name] for name in ("forward", "step"))
-            pace, images = Pace(forward, step), self.images
-            left = 60 * self.options.minutes - self.record.seconds - plan.reserve(pace, images, self.enough)
-            twice = 2 if self.options.use_validation else 1  # trained again at the end
-            chosen, more = (
-                plan.trainings(seconds / twice, pace, images)
-                for seconds in (left, left + 9 * 60 * self.options.minutes)
-            )
-            self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))
-        return [plan.Training(**one) for one in known["plan"]]
-
-    def train(self, planned: Sequence[plan.Training]) -> None:
+    def train(self) -> None:
         """Train each candidate of the plan from its head; its soups with its start, and a head re-fitted on it."""
-        done = self.record.values.setdefault("trained", {})
-        for kind, epochs in planned:
+        planned = self.budget.planned(self.backbone)
+        done = self.record.values["trained"]
+        for place, (kind, epochs) in enumerate(planned):
             print(f"next: {plan.described([plan.Training(kind, epochs)])}", flush=True)
-            if kind in done:
-                continue
             start = self._start(kind)
             path = self.folder / f"{kind}-start.safetensors"
             if not path.is_file():
                 write_tensors(path, start.weights)
             recipe = training_recipe(self.recipe, kind, epochs, self.images["train"], path, self.enough)
-            try:
-                end = trained(recipe, self.data.class_names, floor_of(start.shown))
-            except (Diverged, NonFiniteLoss) as error:
-                done[kind] = f"diverged and left out ({one_line(error)})"
+            if kind not in done:
+                trainings = len(planned) - place
+                seconds = (self.budget.left - self.budget.reserve(self.backbone).after(trainings)) / trainings
+                epoch = plan.epoch_seconds(self.budget.pace(self.backbone), self.images)
+                try:
+                    why = trained(recipe, self.data.class_names, floor_of(start.shown), seconds, epoch)
+                    done[kind] = {"used": weights_of(recipe) is not None, "why": why}
+                except (Diverged, NonFiniteLoss) as error:
+                    done[kind] = {"used": False, "why": f"diverged: {one_line(error)}"}
                 self.record.save()
-                continue
-            self._add_trained(kind, start, end)
+            end = weights_of(recipe) if done[kind]["used"] else None
+            if end is not None:
+                self._add_trained(kind, start, end, self.budget.reserve(self.backbone).after(len(planned) - place - 1))
 
     def _start(self, kind: Kind) -> Candidate:
         """Where a training begins: the probe or, where better, the head of class names; class means as cosines."""
@@ -305,21 +255,27 @@ class Steps:
         weights["classifier.weight"] = means.weight
         return self._net_candidate("cosine class means", "class means as cosines", "cosine", weights)
 
-    def _add_trained(self, kind: Kind, start: Candidate, end: Weights) -> None:
-        """The soups of start and end, the default first, the end itself, and a head re-fitted on the best of them."""
+    def _add_trained(self, kind: Kind, start: Candidate, end: Weights, after: float) -> None:
+        """The soups of start and end, the default first, the end itself, and a head re-fitted on the best of them.
+
+        All but the first are left out where they do not fit before the last `after` seconds.
+        """
         source = {"probe": "the probe", "cosine class means": "class means"}.get(start.name, start.name)
+        one_pass = self.budget.pace(self.backbone).forward * self.images["validation"]
         added = []
-        for share in SHARES if self.enough else SHARES[:1]:
+        for share in (*SHARES, 1.0) if self.enough else SHARES[:1]:
+            name = f"soup {share:g} from {source}" if share < 1 else f"trained from {source}"
+            if share != SHARES[0] and not self.budget.holds(name, one_pass, after):
+                continue
             about = f"{share:g} of the net trained from {source}, {1 - share:g} of its start"
             weights = soup([start.weights, end], [1 - share, share])
-            one = self._net_candidate(f"soup {share:g} from {source}", about, kind, weights)
+            one = self._net_candidate(name, about if share < 1 else f"all weights trained from {source}", kind, weights)
             added.append(replace(one, start=start.shown, share=share))
-        if self.enough:
-            added.append(self._net_candidate(f"trained from {source}", f"all weights trained from {source}", kind, end))
+        if self.enough and self.budget.holds(f"a head re-fitted on {kind}", self.budget.refit(self.backbone), after):
             base = added[best(added)]
             accelerator = new_accelerator("no")
-            net = self._loaded(base).to(accelerator.device)
-            train = features_of(accelerator, net, self.recipe, self.data.train, self._flipped)
+            net = self._loaded(base)
+            train = self._features(accelerator, net, self.recipe, self.data.train)
             refitted = self._heads(accelerator, self.recipe, net, train, "probe")[0]
             about = f"Balanced Softmax probe fitted again on the features of: {base.name}"
             added.append(replace(refitted, name=f"re-fitted, {base.name}", about=about))
@@ -329,13 +285,13 @@ class Steps:
     def _net_candidate(self, name: str, about: str, kind: Kind, weights: Weights) -> Candidate:
         """A candidate that is scored by showing its net the validation images."""
         found = Candidate(name, about, kind, weights, None)
-        if self.data.validation is None:
+        if self.validation is None:
             return found
         path = self.folder / "scores" / f"{name.replace(' ', '-')}.safetensors"
         if not path.is_file():
-            logits = read_logits(new_accelerator("no"), self._loaded(found), self.recipe, self.data.validation)
+            logits = read_logits(new_accelerator("no"), self._loaded(found), self.recipe, self.validation)
             write_tensors(path, {"logits": logits})
-        scored = Scored(load_file(path)["logits"], torch.as_tensor(self.data.validation.labels))
+        scored = Scored(load_file(path)["logits"], torch.as_tensor(self.validation.labels))
         return replace(found, scored=scored, shown=scored)
 
     def _loaded(self, candidate: Candidate) -> Net:
@@ -355,7 +311,7 @@ class Steps:
         path = self.folder / "chosen.safetensors"
         recipe = training_recipe(self.recipe, chosen.kind, 0, self.images["train"], path, False)
         recipe = replace(recipe, net=replace(self.recipe.net, classifier=ClassifierConfig(chosen.kind)))
-        splits = SPLITS if last else ("validation",)
+        splits = self.record.values["evaluated"] if last else ("validation",)
         write_run(recipe, weights, factor, self.data.class_names, path, self.run_folder, splits)
         self.record.save(chosen=chosen.name, why=why, finished=last, table=[row(one) for one in self.candidates])
         page.write(self.run_folder, self.record.values, self._summary())
@@ -377,28 +333,17 @@ class Steps:
         )
         path = self.folder / "all" / f"{chosen.kind}-start.safetensors"
         write_tensors(path, start)
-        epochs = dict(self.planned())[chosen.kind]
-        end = trained(
-            training_recipe(recipe, chosen.kind, epochs, len(data.train.labels), path, False), data.class_names, None
-        )
-        return soup([start, end], [1 - chosen.share, chosen.share])
+        epochs = dict(self.budget.planned(self.backbone))[chosen.kind]
+        training = training_recipe(recipe, chosen.kind, epochs, len(data.train.labels), path, False)
+        trained(training, data.class_names, None, self.budget.left - self.budget.reserve(self.backbone).end, 0.0)
+        end = weights_of(training)
+        return chosen.weights if end is None else soup([start, end], [1 - chosen.share, chosen.share])
 
     def _fitted(self, candidate: Candidate, recipe: Recipe, data: Data) -> Weights:
         """A fitted head of a candidate, fitted at its setting on other images."""
-        accelerator = new_accelerator("no")
-        net = self._loaded(candidate).to(accelerator.device)
-        rows = features_of(accelerator, net, recipe, data.train, self._flipped).rows()
-        scale, (name, place) = standard(rows), candidate.fitted or ("probe", 0)
-        head = scale.folded(self._kinds(net)[name][1](rows, torch.as_tensor(data.counts), scale)[place]).scaled(
-            candidate.factor
-        )
+        accelerator, net = new_accelerator("no"), self._loaded(candidate)
+        features = self._features(accelerator, net, recipe, data.train)
+        scale, (name, place) = standard(features.rows()), candidate.fitted or ("probe", 0)
+        fitted = self._kinds(net)[name][1](features.rows(), features.counts(len(data.counts)), scale)
+        head = scale.folded(fitted[place]).scaled(candidate.factor)
         return candidate.weights | {"classifier.weight": head.weight, "classifier.bias": head.bias}
-
-
-def _no_weights(what: str, file: str | None) -> str:
-    if file is not None:
-        return f"the weights of {what} cannot be read from --weights-file {file} (--backbone NAME says whose they are)"
-    return (
-        f"the weights of {what} cannot be downloaded and are not in timm's cache: give them with --weights-file FILE "
-        "(and --backbone NAME), or train from scratch with --weights-file none"
-    )

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -32,12 +33,13 @@ from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import RunError
-from rescom_timm.engine.features import loader_of
+from rescom_timm.engine.features import Features, loader_of
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
 from rescom_timm.engine.trainer import train
 from rescom_timm.fitting.choice import Scored
 from rescom_timm.methods.baselines import BalancedSoftmaxConfig
+from rescom_timm.methods.heads import softmax_regression, standard
 from rescom_timm.models.classifiers import ClassifierConfig
 from rescom_timm.models.net import Net
 
@@ -56,18 +58,40 @@ class Diverged(RunError):
     """A training fell far below its start."""
 
 
-class Watcher(Follower):
-    """Ends a training that has diverged."""
+class OutOfTime(RunError):
+    """The time of a training holds no further epoch."""
 
-    def __init__(self, floor: float | None) -> None:
-        """floor: of the mean over classes on validation; None: none."""
-        self.floor = floor
+
+class Watcher(Follower):
+    """Ends a training that has diverged, or whose time holds no further epoch."""
+
+    def __init__(self, floor: float | None, seconds: float, epoch: float, epochs: int) -> None:
+        """floor: of the mean over classes on validation; None: none. epoch: seconds that one is expected to take."""
+        self.floor, self.epoch, self.epochs, self.done = floor, epoch, epochs, 0
+        self.began = time.monotonic()
+        self.end = self.began + seconds
+
+    def opened(self, folder: Path, recipe: Recipe, data: Data) -> None:
+        """Raises OutOfTime."""
+        self._check()
 
     def evaluated(self, epoch: int, figures: dict[str, dict[str, float]]) -> None:
         """Raises Diverged."""
+        self.done = epoch
         now = figures.get("validation", {}).get("mean_class")
         if self.floor is not None and now is not None and now < self.floor:
             raise Diverged("fit.diverged", f"epoch {epoch}: {now:.1f} on validation, below {self.floor:.1f}")
+
+    def saved(self, newest: str, best: str | None) -> None:
+        """Raises OutOfTime."""
+        now = time.monotonic()
+        self.epoch, self.began = now - self.began, now
+        if self.done < self.epochs:
+            self._check()
+
+    def _check(self) -> None:
+        if time.monotonic() + self.epoch > self.end:
+            raise OutOfTime("fit.minutes", f"stopped after {self.done} of {self.epochs} epochs, for lack of time")
 
 
 def floor_of(start: Scored | None) -> float | None:
@@ -112,21 +136,32 @@ def training_recipe(base: Recipe, kind: Kind, epochs: int, images: int, start: P
     )
 
 
-def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None) -> dict[str, Tensor]:
-    """Train a candidate, or go on with it; returns its best weights on validation, or its last.
+def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float, epoch: float) -> str:
+    """Train a candidate, or go on with it; returns why it ended early, "" where it did not.
 
-    floor: of the mean over classes on validation. Raises Diverged, NonFiniteLoss, and Stopped after
-    saving, where a signal asked for it.
+    floor, epoch: as of Watcher. seconds: to stop after. Raises Diverged, NonFiniteLoss, and Stopped after saving, where
+    a signal asked for it.
     """
     first = (Path(str(recipe.init_from)), class_names)
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = train(recipe, True, follower=Watcher(floor), first=first, splits=("validation",))
-    newest = checkpoint.newest(run / "checkpoints")
-    assert newest is not None
+    watcher = Watcher(floor, seconds, epoch, recipe.train.epochs)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(recipe, True, follower=watcher, first=first, splits=("validation",))
+    except OutOfTime as error:
+        return str(error)
+    return ""
+
+
+def weights_of(recipe: Recipe) -> dict[str, Tensor] | None:
+    """The best weights of a training on validation, or its last; None where there are none."""
+    folder = recipe.folder / "checkpoints"
+    newest = checkpoint.newest(folder)
+    if newest is None:
+        return None
     best = newest[2]["progress"]["best_checkpoint"]
     if not recipe.evaluation.patience or best in (None, newest[0].name):
         return newest[1]
-    return checkpoint.load(run / "checkpoints" / best)[0]
+    return checkpoint.load(folder / best)[0]
 
 
 @dataclass(frozen=True)
@@ -137,15 +172,18 @@ class Pace:
     """To classify."""
     step: float
     """Forward, backward and update of one view."""
+    head: float = 0.0
+    """One pass of L-BFGS over a row of features."""
 
 
 def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, batches: int = 2) -> Pace:
-    """The pace on this machine, from a few batches after one to warm up. net: on its device; its weights stay."""
+    """The pace on this machine, from a few batches after one to warm up. net: moved to its device; its weights stay."""
     reading = SpeedConfig(workers=0, cache=0)  # what workers do beside this process cannot be measured in a few batches
     batch = recipe.train.batch_size
     loader = accelerator.prepare(train_loader(data.train, recipe.views, 1, batch, config=recipe.loader, speed=reading))
     shown = replace(recipe, speed=reading, evaluation=replace(recipe.evaluation, batch_size=batch))
     evaluation = loader_of(accelerator, shown, data.train)
+    net.to(accelerator.device)
 
     def forward(images: Tensor) -> None:
         with torch.no_grad():
@@ -158,7 +196,8 @@ def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, bat
 
     before = copy_buffers(net)
     try:
-        return Pace(_timed(evaluation, forward, batches, recipe), _timed(loader, step, batches, recipe))
+        head = _pass_seconds(int(net.classifier.in_features), len(data.counts))
+        return Pace(_timed(evaluation, forward, batches, recipe), _timed(loader, step, batches, recipe), head)
     finally:
         put_back(net, before)
         net.eval()
@@ -183,3 +222,14 @@ def _timed(loader: Iterable[dict[str, Tensor]], work: Callable[[Tensor], None], 
         started = done
     read /= max(1, min(recipe.speed.workers, os.cpu_count() or 1))
     return (max(read, worked) if cuda else read + worked) / images
+
+
+def _pass_seconds(width: int, classes: int, images: int = 1024) -> float:
+    """Return the seconds a row of features takes in one pass of L-BFGS."""
+    values = np.random.default_rng(0).standard_normal((images, 1, width), dtype=np.float32)
+    rows = Features(values, np.arange(images) % classes).rows()
+    scale = standard(rows)
+    for _ in range(2):  # the first warms up
+        began = time.monotonic()
+        softmax_regression(rows, torch.zeros(classes), 1.0, scale, tolerance=math.inf)  # ends after one pass
+    return (time.monotonic() - began) / images

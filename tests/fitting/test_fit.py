@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from rescom_timm.data.sources import load as load_data
 from rescom_timm.engine.build import build_net
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.fitting import plan, source, steps, training
+from rescom_timm.fitting import record as fit_record
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
 from rescom_timm.models.text_features import save_class_features
 from tests.fitting.made_up import NET, photographs
@@ -51,7 +54,7 @@ def record(run):
 
 def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
     planned(monkeypatch)
-    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     found = record(run)
     assert found["finished"] and found["chosen"] == "probe" and found["plan"] == []
     assert [row["by"] for row in found["table"]] == ["validation"] * 3
@@ -65,7 +68,7 @@ def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
     assert rescom_timm.from_pretrained(run.folder).class_names[int(logits.argmax())] == told.labels[0]
     assert run.figures("confusion", "report")
     assert "probe" in (run.folder / "fit/report.html").read_text()
-    again = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    again = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     assert again.folder == run.folder, "a finished fit is left as it is"
 
 
@@ -106,11 +109,11 @@ def test_class_names_give_a_head_to_train_from(photos, tmp_path, monkeypatch):
         save_class_features(
             tmp_path / "names.safetensors", net.eval().encoder(net.normalize(pixels)), "abcd", "stub", []
         )
-    run = rescom_timm.fit(photos, 1, **HOW, class_features=tmp_path / "names.safetensors", output=tmp_path / "run")
+    run = rescom_timm.fit(photos, 100, **HOW, class_features=tmp_path / "names.safetensors", output=tmp_path / "run")
     names = [row["name"] for row in record(run)["table"]]
     assert names[:2] == ["probe", "class names"] and any(name.startswith("soup 0.5 from") for name in names)
     with raises("fit.weights", "--class-features"):
-        rescom_timm.fit(photos, 1, **HOW, class_features=photos / "train/a/0.png", output=tmp_path / "other")
+        rescom_timm.fit(photos, 100, **HOW, class_features=photos / "train/a/0.png", output=tmp_path / "other")
 
 
 def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
@@ -118,7 +121,7 @@ def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
     photos = photographs(tmp_path / "photos", [12, 6, 3], validation=2)
     planned(monkeypatch, Training("linear", 1))
     monkeypatch.setattr(training, "FALL", 100.0)
-    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     found = record(run)
     assert found["chosen"] == "soup 0.5 from the probe" and "fewer than 5" in found["why"]
     assert [row["by"] for row in found["table"]] == ["cross-validation"] * 3 + ["validation"]
@@ -128,9 +131,9 @@ def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
 def test_a_diverging_candidate_is_left_out(photos, tmp_path, monkeypatch):
     planned(monkeypatch, Training("linear", 3))
     monkeypatch.setitem(training.RATES, "linear", 50.0)
-    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     found = record(run)
-    assert "diverged" in found["trained"]["linear"] and found["chosen"] in (
+    assert "diverged" in found["trained"]["linear"]["why"] and found["chosen"] in (
         "probe",
         "class means",
         "logistic regression",
@@ -139,14 +142,70 @@ def test_a_diverging_candidate_is_left_out(photos, tmp_path, monkeypatch):
 
 
 def test_what_a_budget_holds():
-    pace, images = Pace(forward=0.01, step=0.03), {"train": 1000, "validation": 200, "test": 500}
+    pace, images, reserve = (
+        Pace(forward=0.01, step=0.03),
+        {"train": 1000, "validation": 200, "test": 500},
+        plan.Reserve(7),
+    )
     epoch = 1000 * 0.03 + 200 * 0.01
-    assert plan.trainings(0.9 * epoch, pace, images) == []
-    assert plan.trainings(3.2 * epoch, pace, images) == [Training("linear", 3)]
-    assert plan.trainings(20 * epoch, pace, images) == [Training("linear", 10), Training("cosine", 10)]
-    assert plan.trainings(999 * epoch, pace, images) == [Training("linear", 20), Training("cosine", 30)]
-    assert plan.reserve(pace, images, False) == plan.SECONDS + (500 + 600) * 0.01
-    assert plan.reserve(pace, images, True) == plan.SECONDS + (500 + 600 + 2200) * 0.01
+    assert plan.trainings(7 + 0.9 * epoch, pace, images, reserve) == []
+    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("linear", 3)]
+    assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("linear", 3)]
+    assert plan.trainings(20 * epoch + 7, pace, images, reserve) == [Training("linear", 10), Training("cosine", 10)]
+    assert plan.trainings(999 * epoch, pace, images, reserve) == [Training("linear", 20), Training("cosine", 30)]
+    costly = plan.Reserve(7, 0.5 * epoch, epoch)
+    assert plan.trainings(7 + 12.2 * epoch, pace, images, costly) == [Training("linear", 10)]
+
+
+def test_what_a_budget_holds_of_the_frozen_net():
+    """Flipped images are left out first, then logistic regression, then images of frequent classes."""
+    pace, train, validation = Pace(1.0, 0, 1 / plan.PASSES), np.array([100, 20, 3]), np.array([10, 10, 2])
+    needed = [2 * 123 + 22 + 2 * 2 * 123, 123 + 22 + 2 * 123, 123 + 22 + 123]
+    expected = [plan.Frozen(), plan.Frozen(1), plan.Frozen(1, False)]
+    for seconds, choice in zip(needed, expected, strict=True):
+        assert plan.frozen(seconds, pace, train, validation, 1) == choice
+        assert plan.frozen_seconds(choice, pace, train, validation, 1) == seconds
+        assert plan.frozen(seconds - 1, pace, train, validation, 1) != choice
+    sample = plan.frozen(150, pace, train, validation, 1)
+    assert sample == plan.Frozen(1, False, 41) and 2 * (41 + 20 + 3) + 22 == 150
+    assert plan.frozen(1e9, pace, train, validation, 5) == plan.Frozen()
+    assert plan.frozen(2 * (5 + 5 + 3) + 5 + 5 + 1, pace, train, validation, 1) is None
+
+
+def test_a_small_budget_fits_heads_on_a_sample(photos, tmp_path, monkeypatch):
+    """Rare classes stay whole, and what is left out is in the report; going on decides nothing anew."""
+    paces = iter([Pace(1000.0, 1.0, 0.0), Pace(100.0, 1.0, 0.0)])  # seconds an image; 6,000 in all
+    monkeypatch.setattr(steps, "measured", lambda *_: next(paces))
+    planned(monkeypatch)
+    with raises("fit.minutes", "--minutes", "--size"):
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "refused")
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
+    found = record(run)
+    assert found["frozen"] == {"versions": 1, "logistic": False, "at_most": 6} and found["evaluated"] == ["test"]
+    features = [np.load(path).shape for path in (tmp_path / "cache").rglob("*.npy")]
+    assert sorted(shape[:2] for shape in features) == [(4 * 5, 1), (6 + 6 + 6 + 3, 1)]
+    assert [path.stem for path in (run.folder / "evaluation").glob("*.json")] == ["test-last"]
+    assert len(found["left_out"]) == 4 and "at most 6" in (run.folder / "fit/report.html").read_text()
+    (run.folder / "fit/fit.json").write_text(json.dumps(found | {"finished": False}))
+    again = record(rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run"))
+    assert again["table"] == found["table"] and again["left_out"] == found["left_out"]
+
+
+def test_what_no_longer_fits_is_left_out(photos, tmp_path, monkeypatch):
+    """A slower machine than measured: the training ends after an epoch, and only the first soup is scored."""
+    planned(monkeypatch, Training("linear", 3))
+    monkeypatch.setattr(training, "FALL", 100.0)
+    late, saved = [0.0], training.Watcher.saved
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late[0])
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(fit_record, "time", clock)
+    monkeypatch.setattr(training.Watcher, "saved", lambda *words: (late.append(late.pop() + 7000), saved(*words)))
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
+    found = record(run)
+    assert found["trained"]["linear"]["used"] and "1 of 3" in found["trained"]["linear"]["why"]
+    assert [row["name"] for row in found["table"]][3:] == ["soup 0.5 from the probe"]
+    assert len(found["dropped"]) == 4 and found["finished"]
+    assert (run.folder / "evaluation/test-last.json").is_file()
 
 
 def test_measuring_leaves_the_net_as_it_is(photos, tmp_path):
@@ -175,38 +234,38 @@ def test_bad_input(photos, tmp_path, monkeypatch):
     with raises("fit.minutes", "--minutes", "--size"):
         rescom_timm.fit(photos, 1e-6, **HOW, output=tmp_path / "a")
     with raises("fit.weights", "nowhere.safetensors"):
-        rescom_timm.fit(photos, 1, **{**HOW, "weights_file": tmp_path / "nowhere.safetensors"}, output=tmp_path / "b")
+        rescom_timm.fit(photos, 100, **{**HOW, "weights_file": tmp_path / "nowhere.safetensors"}, output=tmp_path / "b")
     with raises("fit.argument", "data.source"):
-        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "c", overrides=["data.source=x"])
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "c", overrides=["data.source=x"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with raises("file.exists", "full"):
-        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "full")
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "full")
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_command_or_other_images_are_refused(tmp_path, monkeypatch, finished):
     photos = photographs(tmp_path / "photos", [8, 6])
     planned(monkeypatch)
-    run = rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+    run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     state = record(run)
     (run.folder / "fit/fit.json").write_text(json.dumps(state | {"finished": finished}))
     for option, value in (("minutes", 2), ("size", 18), ("backbone", "resnet18")):
         with raises("fit.other_run", option):
-            rescom_timm.fit(photos, **{"minutes": 1, **HOW, option: value}, output=tmp_path / "run")
+            rescom_timm.fit(photos, **{"minutes": 100, **HOW, option: value}, output=tmp_path / "run")
     image = photos / "train/a/0.png"
     aside = shutil.move(image, tmp_path / "aside.png")
     with raises("fit.changed", "1 removed", image):
-        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     shutil.copy(aside, image)
     with raises("fit.changed", "1 replaced", image):
-        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     image.unlink()
     shutil.move(aside, image)
-    assert rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run").folder == run.folder
+    assert rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run").folder == run.folder
     shutil.copy(image, photos / "test/b/new.png")
     with raises("fit.changed", "1 added", "test/b/new.png"):
-        rescom_timm.fit(photos, 1, **HOW, output=tmp_path / "run")
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
 
 
 def test_a_data_set_in_memory(tmp_path, monkeypatch):
@@ -220,7 +279,7 @@ def test_a_data_set_in_memory(tmp_path, monkeypatch):
         {"image": images, "label": [k for k in range(3) for _ in range(15)]},
         features=Features({"image": ImageFeature(), "label": Value("int64")}),
     )
-    run = rescom_timm.fit(dataset, 1, **HOW)
+    run = rescom_timm.fit(dataset, 100, **HOW)
     assert run.folder.name == "memory" and run.evaluate()["top1"] > 50
 
 
@@ -264,7 +323,7 @@ def test_a_fit_that_is_interrupted_goes_on_to_the_same_end(photos, tmp_path, mon
 
     interrupt(steps, "features_of", ctrl_c, {1, 9})
     interrupt(training.Watcher, "evaluated", lambda: os.kill(os.getpid(), signal.SIGINT), {2, 4})
-    interrupt(steps.Steps, "_logits", ctrl_c, {2})
+    interrupt(steps, "read_logits", ctrl_c, {2})
     with pytest.raises(KeyboardInterrupt):
         rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     seconds = []
@@ -285,7 +344,7 @@ def test_a_fit_that_is_interrupted_goes_on_to_the_same_end(photos, tmp_path, mon
 
 def test_validation_images_are_fitted_too_where_asked(photos, tmp_path, monkeypatch):
     planned(monkeypatch)
-    rescom_timm.fit(photos, 1, **HOW, use_validation=True, output=tmp_path / "run")
+    rescom_timm.fit(photos, 100, **HOW, use_validation=True, output=tmp_path / "run")
     lines = (tmp_path / "run/fit/all.txt").read_text().splitlines()
     assert sum(not line.startswith("#") for line in lines) == 63
 
@@ -295,6 +354,6 @@ def test_a_chosen_soup_is_trained_again_on_validation_images_too(photos, tmp_pat
     planned(monkeypatch, Training("linear", 1))
     monkeypatch.setattr(training, "FALL", 100.0)
     monkeypatch.setattr(steps, "decide", lambda candidates, _: (3, "a soup"))
-    run = rescom_timm.fit(photos, 1, **HOW, use_validation=True, output=tmp_path / "soup")
+    run = rescom_timm.fit(photos, 100, **HOW, use_validation=True, output=tmp_path / "soup")
     metrics = (tmp_path / "soup/fit/all/linear/metrics.jsonl").read_text()
     assert metrics and record(run)["chosen"] == "soup 0.5 from the probe"
