@@ -12,17 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 
+import rescom_timm
 from rescom_timm.api import train_recipe as train
 from rescom_timm.config.loading import load_dict
 from rescom_timm.contrastive.mined import composed, mined_supcon
 from rescom_timm.contrastive.queue import ClassBalancedQueue
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine import launch as launching
+from rescom_timm.fitting import plan
+from rescom_timm.fitting.plan import Training
 from rescom_timm.methods import METHODS
 from tests.conftest import ROOT
 from tests.contrastive.cases import unit
 from tests.engine.child import differences, figures, last, recipe, trainer_of
+from tests.fitting.made_up import NET as TIMM_NET
+from tests.fitting.made_up import photographs
 
 pytestmark = pytest.mark.gpu
 NET = {"net__backbone": "resnet20_cifar", "net__options": {}, "data__validation": "none"}
@@ -165,6 +171,9 @@ def test_faster_forms_of_a_step_give_its_losses(tmp_path, changes):
         {"name": "elf"},
         {"name": "dive"},
         {"name": "ssd"},
+        {"name": "bcl"},
+        {"name": "proco"},
+        {"name": "logit_adjustment", "gamma": 0.05, "reweight_from": 0.5, "nu": 0.15},
     ],
     ids=lambda method: method["name"],
 )
@@ -189,6 +198,38 @@ def short(output, method, **changes):
     told = [figure["train/loss"] for figure in figures(tree) if "train/loss" in figure]
     assert len(told) == 4 and all(math.isfinite(loss) for loss in told)
     return folder, told
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_aware_steps_are_captured(tmp_path, precision, adaptive):
+    """rho too, which changes in the last of the four epochs."""
+    how = {"train__precision": precision, "optimizer__sam": {"rho": 0.05, "rho_late": 0.2, "adaptive": adaptive}}
+    method = {"name": "balanced_softmax"}
+    _, plain = short(tmp_path / "plain", method, **how)
+    _, captured = short(tmp_path / "captured", method, **how, speed__capture=True)
+    assert captured == pytest.approx(plain, rel=2e-2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"speed__capture": True}, {"speed__capture": True, "speed__resident": True}])
+def test_views_of_their_own_for_contrast(tmp_path, changes):
+    method = {"queue": {"per_class": 4}, "positives": 4, "negatives": 20, "prototypes": True}
+    short(tmp_path, method, views__contrast="random_resized_crop(8) | jitter(0.4,0.4,0.4,0.1,0.8)", **changes)
+
+
+def test_fit_on_a_gpu_is_that_of_a_cpu(tmp_path, monkeypatch):
+    """Features and heads to rounding; the training goes through."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos = photographs(tmp_path / "photos", [20, 12, 8, 6])
+    monkeypatch.setattr(plan, "trainings", lambda *_: [])
+    how = {"backbone": TIMM_NET, "weights_file": "none", "size": 16}
+    cpu, gpu = (rescom_timm.fit(photos, 1, **how, device=at, output=tmp_path / at) for at in ("cpu", "cuda"))
+    heads = [load_file(run.folder / "model/model.safetensors") for run in (cpu, gpu)]
+    for name, weight in heads[0].items():
+        torch.testing.assert_close(heads[1][name], weight, rtol=2e-2, atol=2e-3)
+    monkeypatch.setattr(plan, "trainings", lambda *_: [Training("linear", 1)])
+    trained = rescom_timm.fit(photos, 1, **how, device="cuda", output=tmp_path / "trained")
+    assert json.loads((trained.folder / "fit/fit.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -5,6 +5,7 @@
     python tools/benchmark.py loader                 # from encoded images to batches of two views
     python tools/benchmark.py step resnet50          # a whole training step, and inference
     python tools/benchmark.py tuning                 # a step of a ViT with all, few and none of its weights trained
+    python tools/benchmark.py methods                # a training step of each method
     python tools/benchmark.py loop RECIPE            # the trainer's own loop over a recipe's data
     python tools/benchmark.py startup RECIPE         # from the start of a process to its first training step
     python tools/benchmark.py inference resnet50     # inference time of a net and of ensembles
@@ -32,6 +33,7 @@ PARTS = {
     "loader": "one core's way from encoded images to a batch of two views",
     "step": "a whole training step, and inference, against plain ones",
     "tuning": "a training step of one ViT with all, few and none of its weights trained",
+    "methods": "time and memory of a training step of each method",
     "loop": "the trainer's own loop over a recipe's data, for some steps",
     "startup": "the time from the start of a process to the end of its first training step",
     "inference": "inference time of a net against ensembles of 2, 3 and 4 experts",

@@ -9,6 +9,7 @@ from rescom_timm.config import synonyms
 from rescom_timm.config.explain import keys
 from rescom_timm.config.loading import differences, load, load_dict, load_fetched
 from rescom_timm.config.recipe import RecipeError
+from rescom_timm.data.sources import load as load_data
 from rescom_timm.methods import METHODS
 from tests.raises import raises, warns
 
@@ -270,3 +271,13 @@ def test_a_recipe_of_020_with_a_removed_key_loads_where_the_key_changed_nothing(
     assert load_dict(tree) == load_dict({"data": {"source": "digits"}, "loader": {"exif": True}})
     with raises("recipe.removed_key", "loader.near_resize"):
         load_dict({"data": {"source": "digits"}, "loader": {"near_resize": True}})
+
+
+def test_caltech101_has_the_classes_that_its_recipe_describes(shared):
+    folder = shared / "caltech101_48px"
+    if not folder.is_dir():
+        pytest.skip(f"real data absent: {folder}")
+    data = load_data(load("caltech101_r20", [f"data.source={folder}"]).data)
+    counts = data.counts
+    assert (len(counts), int(counts.sum()), int(counts.max()), int(counts.min())) == (101, 7667, 790, 21)
+    assert len(data.test.rows) == 1010
