@@ -148,6 +148,7 @@ CODES = {
     "plot.value": "arrays that a plot cannot show",
     "plot.log": "a run without the log that a plot shows",
     "plot.evaluation": "an evaluation that a plot needs is missing or unreadable",
+    "plot.images": "the images of an evaluation cannot be read, or are others",
     "plot.queue": "a method without a queue, or a queue without keys",
     "plot.no_mistakes": "a gallery of mistakes of a net that made none",
     "plot.robustness": "results of rescom-timm robustness that are missing, unreadable or of different corruptions",

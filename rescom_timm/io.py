@@ -223,6 +223,19 @@ def _clear_leftovers(stem: Path, path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def write_csv(path: str | Path, columns: Mapping[str, Iterable[Any]]) -> None:
+    """Write columns of one length as CSV (`write_rows`), atomically; None is an empty cell.
+
+    A name that is not UTF-8 keeps its bytes. Raises OSError, which names `path`.
+    """
+    with (
+        errors_named(path),
+        atomic_path(path) as beside,
+        beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        write_rows(file, [list(columns), *zip(*columns.values(), strict=True)])
+
+
 def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
     """Write rows as CSV.
 

@@ -29,7 +29,6 @@ from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.export import DETAILS
 from rescom_timm.inference.predict import predict
 from rescom_timm.inference.pretrained import from_pretrained
-from rescom_timm.io import read_json
 from rescom_timm.metrics import CONFIDENCE, LIMITS, Limits, span
 from rescom_timm.paired import Comparison, compare
 
@@ -74,13 +73,21 @@ def read(path: str | Path, name: str = "", split: str = "test", checkpoint: str 
             f"{checkpoint}",
         )
     found = run.evaluation(stem)
-    record = path / "evaluation" / f"{stem}.json"
-    digest = read_json(record).get("data") if record.is_file() else None
     names = [nfc(str(one)) for one in found.class_names]
     counts = {} if found.counts is None else dict(zip(names, found.counts.tolist(), strict=True))
     setting, seed = setting_of(run) or (None, "")
     labels = [names[k] for k in found.labels.tolist()]
-    return Answers(run.name, labels, found.labels == found.predicted, None, digest, counts, found.limits, setting, seed)
+    return Answers(
+        run.name,
+        labels,
+        found.labels == found.predicted,
+        None,
+        found.digest or None,
+        counts,
+        found.limits,
+        setting,
+        seed,
+    )
 
 
 def _of_table(path: Path, name: str) -> Answers:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rescom_timm import metrics
-from rescom_timm.analysis import style
-from rescom_timm.analysis.classes import measure as measure_classes
+from rescom_timm.analysis import classes, style
 from rescom_timm.analysis.run_files import Evaluation
 
 NAMED = 5
@@ -27,7 +26,7 @@ def conclusions(found: Evaluation) -> list[str]:
         f"{int((tested > 0).sum()):,} classes is {mean:.1f}%{_interval(found, 'mean_class')}."
     ]
     if found.counts is not None:
-        told += [*_groups(found), *_failing(found, accuracy)]
+        told += [*_groups(found), *_failing(found)]
     told += _untested(found)
     gap = 100 * float(found.confidence.mean()) - accuracy
     if abs(gap) >= 3:
@@ -46,43 +45,38 @@ def _groups(found: Evaluation) -> list[str]:
     assert found.counts is not None
     parts = []
     for name, members in metrics.groups(found.counts, found.limits).items():
-        images, classes = found.size(name)
+        images, number = found.size(name)
         if images:
             value = 100 * found.correct[members.numpy()].sum() / images
-            of = f"{classes:,} class{'es' * (classes != 1)}, {images:,} test images"
+            of = f"{number:,} class{'es' * (number != 1)}, {images:,} test images"
             parts.append(f"{name} {value:.1f}%{_interval(found, name)} ({of})")
     return [f"By group: {'; '.join(parts)}."]
 
 
-def _failing(found: Evaluation, accuracy: float) -> list[str]:
+def _failing(found: Evaluation) -> list[str]:
     """Rare classes whose whole interval lies below the accuracy of all images, the surest first."""
     assert found.counts is not None
-    groups = style.group_of(found.counts, found.limits)
-    rarest = next((name for name in ("few", "medium") if name in groups), None)
-    if rarest is None:
+    details = classes.measure(found)
+    rare = classes.rarest(found, details)
+    if rare is None or rare.group == "many":
         return []
-    high = metrics.wilson(found.correct, found.tested)[1]
-    failing = np.flatnonzero((groups == rarest) & (found.tested > 0) & (high < accuracy))
-    classes = int(((groups == rarest) & (found.tested > 0)).sum())
-    if not len(failing):
+    if not rare.failing:
+        width = float(np.median((details.high - details.low)[rare.classes]))
         return [
-            f"No class of {rarest} is surely below the accuracy of all images"
-            + (f": most of the {classes:,} have too few test images to tell." if classes else ".")
+            f"No class of {rare.group} is surely below the accuracy of all images; the interval of one of the "
+            f"{len(rare.classes):,} is {width:.0f} points wide in the median."
         ]
-    details = measure_classes(found)
     parts = []
-    for k in failing[np.argsort(high[failing], kind="stable")][:NAMED].tolist():
+    for k in rare.classes[: min(NAMED, rare.failing)].tolist():
         text = f"{found.class_names[k]} ({found.counts[k]:,} training images): "
         text += f"{found.correct[k]} of {found.tested[k]} right"
-        other = int(details.confused[k])
-        if other >= 0:
-            taken = round(float(details.share[k]) / 100 * int(found.tested[k]))
-            text += f", {taken} taken for {found.class_names[other]}"
+        if details.taken[k]:
+            text += f", {details.taken[k]} taken for {found.class_names[details.confused[k]]}"
         parts.append(text)
-    more = f"; and {len(failing) - NAMED:,} more" if len(failing) > NAMED else ""
+    more = f"; and {rare.failing - NAMED:,} more" if rare.failing > NAMED else ""
     return [
-        f"{len(failing):,} of {classes:,} classes of {rarest} surely fail (their interval ends below "
-        f"{accuracy:.1f}%): {'; '.join(parts)}{more}."
+        f"{rare.failing:,} of {len(rare.classes):,} classes of {rare.group} surely fail (their interval ends below "
+        f"{details.overall:.1f}%): {'; '.join(parts)}{more}."
     ]
 
 

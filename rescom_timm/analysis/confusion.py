@@ -18,7 +18,7 @@ from matplotlib.image import AxesImage
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Evaluation
 
-_NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and the cells numbers
+_NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and the cells counts
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ def measure(evaluation: Evaluation) -> Confusion:
     )
 
 
-def shares(confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.float64]:
-    """Percent of the images of each block of classes that are predicted as each block; NaN for a block without images.
+def shares(
+    confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """How many images of each block of classes are predicted as each block, and their percent of the row's images.
 
-    A block is an array of class numbers; every class is in one. Images without a valid output are missing in the rows.
+    NaN percent for a block without images. A block is an array of class numbers; every class is in one. Images without
+    a valid output are missing in the rows.
     """
     n, block_of = len(blocks), np.empty(len(confusion.order), dtype=np.int64)
     for index, block in enumerate(blocks):
@@ -61,7 +64,7 @@ def shares(confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]) -> npt
     row, seen = block_of[confusion.labels], confusion.predicted >= 0
     pairs = np.bincount(row[seen] * n + block_of[confusion.predicted[seen]], minlength=n * n).reshape(n, n)
     images = np.bincount(row, minlength=n)[:, None]
-    return np.where(images > 0, 100 * pairs / np.maximum(images, 1), np.nan)
+    return pairs, np.where(images > 0, 100 * pairs / np.maximum(images, 1), np.nan)
 
 
 def table(confusion: Confusion) -> style.Table:
@@ -78,16 +81,20 @@ def table(confusion: Confusion) -> style.Table:
 
 
 def draw(confusion: Confusion, cells: int = 120) -> Figure:
-    """The matrix in percent of each row's images and, if groups are known, the same by group of the predicted class.
+    """The matrix, coloured by the percent of each row's images, with counts in the cells of few classes.
 
-    The second is not the accuracy of a group: it counts right and wrong predictions of a class of the group.
+    If groups are known, the same by group of the predicted class beside it, which is not the accuracy of a group: it
+    counts right and wrong predictions of a class of the group.
     """
     present = style.present(confusion.groups)
     figure = style.new_figure(11 if present else 8, 6.8)
     main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
     sizes = _block_sizes(confusion, cells)
     blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
-    image = _heat(main, shares(confusion, blocks))
+    images, percent = shares(confusion, blocks)
+    image = _heat(main, percent)
+    if len(sizes) == len(confusion.order) <= _NUMBERED:
+        _numbers(main, images, percent, 8 if len(sizes) <= 12 else 6)
     merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < len(confusion.order) else ""
     title = f"{style.plain(confusion.title, 60)}\n{len(confusion.order):,} classes{merged}"
     lost = int((confusion.predicted < 0).sum())
@@ -121,11 +128,12 @@ def _heat(axes: Axes, percent: npt.NDArray[np.float64]) -> AxesImage:
     return axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
 
 
-def _numbers(axes: Axes, percent: npt.NDArray[np.float64], size: int, least: float = 0.5) -> None:
-    for (row, column), share in np.ndenumerate(percent):
-        if share >= least:
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=size,
-                      color="white" if share > 35 else "black")  # fmt: skip
+def _numbers(axes: Axes, images: npt.NDArray[np.int64], percent: npt.NDArray[np.float64], size: int) -> None:
+    """The number of images of each cell."""
+    for (row, column), number in np.ndenumerate(images):
+        if number:
+            axes.text(column, row, f"{number:,}", ha="center", va="center", fontsize=size,
+                      color="white" if percent[row, column] > 35 else "black")  # fmt: skip
 
 
 def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> None:
@@ -139,8 +147,6 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-    if k <= _NUMBERED:
-        _numbers(axes, shares(confusion, [np.array([c]) for c in confusion.order]), 8 if k <= 12 else 6)
     starts = np.cumsum([0, *sizes])
     names_shown = confusion.groups[confusion.order]
     for group in style.present(confusion.groups):
@@ -155,10 +161,10 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
 
 
 def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
-    percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
+    images, percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
     _heat(axes, percent)
-    _numbers(axes, percent, 10, least=0)
-    style.tidy(axes, "group of the predicted class,\nright or wrong (percent)", "predicted", "label")
+    _numbers(axes, images, percent, 10)
+    style.tidy(axes, "group of the predicted class,\nright or wrong (images)", "predicted", "label")
     axes.set_xticks(range(len(present)), present)
     axes.set_yticks(range(len(present)), present, rotation=90, va="center")
     for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):

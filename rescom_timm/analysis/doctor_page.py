@@ -1,23 +1,20 @@
-"""The doctor's findings as text and as one HTML page with thumbnails, which opens offline."""
+"""The doctor's findings as text, as one HTML page with thumbnails, which opens offline, and as CSV and JSON."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from PIL import Image
-
-from rescom_timm.data.decoding import BrokenImage
+from rescom_timm.analysis import pages
 from rescom_timm.data.doctor import Examined, Finding
 from rescom_timm.text.pages import render
 
-SIDE = 96
-"""Pixels of a thumbnail's longer side."""
 GROUPS_SHOWN = 40
 """Groups shown of each finding."""
 IMAGES_SHOWN = 8
+COLUMNS = ("finding", "title", "group", "split", "row", "image", "class", "note")
+"""Of the CSV. Images of one group belong together, such as duplicates. A finding about classes or names has a row for
+each note, without an image."""
 
 
 def as_text(images: Examined, found: Sequence[Finding], class_names: Sequence[str], examples: int = 3) -> str:
@@ -40,35 +37,59 @@ def as_text(images: Examined, found: Sequence[Finding], class_names: Sequence[st
 def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str], title: str) -> str:
     """The findings as HTML, with thumbnails of GROUPS_SHOWN groups at most; everything from the data is escaped."""
     counts = ", ".join(f"{(images.split == name).sum():,} in {name}" for name in images.splits)
-    findings = [
-        {
-            "about": one,
-            "lines": one.lines[:1000],
-            "groups": [
-                [_figure(images, i, class_names, note) for i in group[:IMAGES_SHOWN]]
-                for group, note in zip(one.groups[:GROUPS_SHOWN], one.notes or repeat(""), strict=False)
-            ],
-            "more": len(one.groups) - GROUPS_SHOWN,
-        }
-        for one in found
-    ]
+    findings = []
+    for one in found:
+        notes = [f": {note}" for note in one.notes] or [""] * len(one.groups)
+        groups = [
+            [
+                pages.thumbnail(images.stored(i), i, images.reading, _name(images, i, class_names) + note)
+                for i in group[:IMAGES_SHOWN]
+            ]
+            for group, note in list(zip(one.groups, notes, strict=True))[:GROUPS_SHOWN]
+        ]
+        more = len(one.groups) - GROUPS_SHOWN
+        findings.append({"about": one, "lines": one.lines[:1000], "groups": groups, "more": more})
     return render("doctor.html", title=title, images=len(images), counts=counts, findings=findings)
 
 
-def _figure(images: Examined, i: int, class_names: Sequence[str], note: str) -> dict[str, str]:
-    """caption, and the thumbnail as JPEG in base64; empty for an image that cannot be read."""
-    caption = _name(images, i, class_names) + (f": {note}" if note else "")
-    try:
-        image = images.image(i)
-    except BrokenImage:
-        return {"caption": caption, "jpeg": ""}
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
-    file = io.BytesIO()
-    image.save(file, "jpeg", quality=80)
-    return {"caption": caption, "jpeg": base64.b64encode(file.getvalue()).decode("ascii")}
+def write(
+    path: str | Path, images: Examined, found: Sequence[Finding], class_names: Sequence[str], title: str
+) -> list[Path]:
+    """Write the page, and all findings as CSV (COLUMNS) and JSON (`pages.files`); returns the paths."""
+    rows = [(one, list(_rows(images, one, class_names))) for one in found]
+    every = [row for _, part in rows for row in part]
+    record = [
+        {"finding": one.key, "title": one.title, "advice": one.advice, "count": one.count}
+        | {"rows": [dict(zip(COLUMNS[2:], row[2:], strict=True)) for row in part]}
+        for one, part in rows
+    ]
+    return pages.write(
+        path,
+        page(images, found, class_names, title),
+        {name: [row[k] for row in every] for k, name in enumerate(COLUMNS)},
+        {"title": title, "images": len(images), "findings": record},
+    )
+
+
+def _rows(images: Examined, finding: Finding, class_names: Sequence[str]) -> Iterator[tuple[str | int | None, ...]]:
+    """Of COLUMNS."""
+    for number, group in enumerate(finding.groups):
+        note = finding.notes[number] if finding.notes else None
+        for i in group:
+            split, place = str(images.split[i]), int(images.position[i])
+            row = int(images.splits[split].rows[place])
+            yield (
+                finding.key, finding.title, number, split, row, images.name[i], _class(images, i, class_names),
+                images.broken.get(i, note),
+            )  # fmt: skip
+    for number, line in enumerate(finding.lines):
+        yield (finding.key, finding.title, number, None, None, None, None, line)
 
 
 def _name(images: Examined, i: int, class_names: Sequence[str]) -> str:
+    return f"{images.split[i]} {images.name[i]} ({_class(images, i, class_names)})"
+
+
+def _class(images: Examined, i: int, class_names: Sequence[str]) -> str:
     label = int(images.label[i])
-    named = class_names[label] if label < len(class_names) else str(label)
-    return f"{images.split[i]} {images.name[i]} ({named})"
+    return class_names[label] if label < len(class_names) else str(label)

@@ -44,29 +44,35 @@ def table(reliability: Reliability) -> style.Table:
 
 
 def draw(reliability: Reliability) -> Figure:
-    """Accuracy against confidence with the gap to the diagonal, over a histogram of the confidences."""
-    figure = style.new_figure(5.4, 6.0)
+    """Accuracy against confidence with 95% intervals (Wilson), above the number of images of each bin."""
+    figure = style.new_figure(6.4, 6.4)
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
     bins = len(reliability.count)
-    edges, width = np.linspace(0, 100, bins + 1)[:-1], 100 / bins
     filled = reliability.count > 0
-    x, accuracy, confidence = edges[filled], reliability.accuracy[filled], reliability.confidence[filled]
-    options = {"width": width, "align": "edge", "linewidth": 0.6}
-    top.bar(x, accuracy, color="#0072B2", edgecolor="white", label="accuracy", **options)
-    for over, hatch, colour, label in (
-        (confidence > accuracy, "////", "#D55E00", "mean confidence above accuracy"),
-        (confidence <= accuracy, "....", "#009E73", "mean confidence below accuracy"),
+    count, accuracy, confidence = (
+        column[filled] for column in (reliability.count, reliability.accuracy, reliability.confidence)
+    )
+    top.plot([0, 100], [0, 100], color=style.GREY, linestyle="--", linewidth=1, label="perfect calibration")
+    low, high = metrics.wilson(accuracy * count / 100, count)
+    thin = count < style.THIN
+    for part, face, label in (
+        (~thin, "#0072B2", "accuracy of the bin's images"),
+        (thin, "white", f"below {style.THIN} images"),
     ):
-        if over.any():
-            top.bar(x[over], (confidence - accuracy)[over], bottom=accuracy[over], facecolor="none", edgecolor=colour,
-                    hatch=hatch, label=label, **options)  # fmt: skip
-    top.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=1.2, zorder=3, label="perfect calibration")
+        if part.any():
+            ends = np.abs(np.stack([low, high]) - accuracy)[:, part]
+            top.errorbar(confidence[part], accuracy[part], yerr=ends, fmt="o", color="#0072B2", markerfacecolor=face,
+                         ecolor="#0072B2", elinewidth=1, capsize=2, label=label, clip_on=False)  # fmt: skip
+    for x, y, text in ((97, 3, "probabilities too high"), (3, 97, "probabilities too low")):
+        top.text(x, y, text, color=style.GREY, fontsize=9, ha="right" if x > 50 else "left", va="center")
     title = f"{style.plain(reliability.title, 60)}\nECE {reliability.ece:.2f} percent ({bins} bins)"
-    style.tidy(top, title, "", "accuracy (percent)", "y")
-    top.legend(frameon=False, fontsize=8, loc="upper left")
+    style.tidy(top, title, "", "accuracy (percent)", "both")
+    top.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.94))
     top.set(xlim=(0, 100), ylim=(0, 100))
-    total = reliability.count.sum()
-    bottom.bar(edges, 100 * reliability.count / total, color="#94a4a2", edgecolor="white", **options)
-    share = f"share of {int(total):,}\nimages (percent)"
-    style.tidy(bottom, "", "confidence of the predicted class (percent)", share, "y")
+    edges, width = np.linspace(0, 100, bins + 1)[:-1], 100 / bins
+    bars = bottom.bar(edges, reliability.count, width=width, align="edge", color="#94a4a2", edgecolor="white")
+    bottom.bar_label(bars, [f"{number:,.0f}" if number else "" for number in reliability.count], fontsize=7, padding=1)
+    bottom.set_ylim(top=1.2 * reliability.count.max())
+    total = f"images\n({int(reliability.count.sum()):,} in all)"
+    style.tidy(bottom, "", "confidence of the predicted class (percent)", total, "y")
     return figure

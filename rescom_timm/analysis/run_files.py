@@ -35,7 +35,8 @@ class Evaluation:
 
     labels, predicted (N,) int64 (predicted -1: no valid output), confidence (N,) float32 in 0..1, counts (K,) int64
     training images or None, class_names (K), numbers name -> percent, chosen: how the checkpoint was chosen, limits of
-    the groups, recorded: the intervals of the numbers that its JSON holds (0.2.0 recorded none).
+    the groups, recorded: the intervals of the numbers that its JSON holds (0.2.0 recorded none), digest: of its labels
+    and images, "" if it is not recorded.
     """
 
     run: str
@@ -50,6 +51,7 @@ class Evaluation:
     chosen: str = ""
     limits: metrics.Limits = metrics.LIMITS
     recorded: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    digest: str = ""
 
     @cached_property
     def tested(self) -> npt.NDArray[np.int64]:
@@ -168,6 +170,7 @@ class RunFolder:
             str(record.get("chosen", "")),
             metrics.read_limits(record.get("group_limits")),
             record.get("intervals", {}),
+            str(record.get("data") or ""),
         )
 
 

@@ -18,7 +18,7 @@ from PIL.Image import open as open_image
 
 from rescom_timm import metrics
 from rescom_timm.errors import InputError
-from rescom_timm.io import atomic_path, errors_named, write_rows
+from rescom_timm.io import atomic_path, errors_named, write_csv
 from rescom_timm.text import escape_controls
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
@@ -169,10 +169,5 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
     for path, options in ((paths[0], {}), (paths[1], {"metadata": {"Date": None}})):
         with errors_named(path), atomic_path(path) as beside:
             write(figure, beside, dpi, format=path.suffix[1:], **options)
-    with (
-        errors_named(paths[2]),
-        atomic_path(paths[2]) as beside,
-        beside.open("w", newline="", encoding="utf-8") as file,
-    ):
-        write_rows(file, [list(columns), *zip(*columns.values(), strict=True)])
+    write_csv(paths[2], columns)
     return paths

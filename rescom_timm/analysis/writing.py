@@ -49,7 +49,7 @@ def write_figures(
                 stem += evaluated_otherwise(run_recipe(own), run_recipe(own, overrides), "")[2]
             yield from map(Path, style.save(one.figure, one.table, folder / stem))
     if "report" in names:
-        yield Path(report.write(runs, folder / "report.html", drawn, evaluation))
+        yield from report.write(runs, folder / "report.html", drawn, evaluation, overrides)
 
 
 SENT = ("curves", "longtail", "confusion", "reliability")

@@ -6,8 +6,9 @@ Reads every image of the recipe's splits and reports: unreadable images; the sam
 splits, with two labels or twice; tiny, single-coloured, grey, long and rotated (EXIF) images; 16-bit images with fewer
 bits in use; classes too small for a validation split or without test images; class names that look alike. For a RUN it
 also reports test and validation images whose labels the net disagrees with (confident learning, over classes of at
-least ten such images; the net has memorised its training images). Prints text and writes an HTML page with thumbnails.
-Exit code 3 if images are unreadable, in two splits or have two labels. For your own images, first: rescom-timm init.
+least ten such images; the net has memorised its training images). Prints text and writes an HTML page with thumbnails,
+and doctor-findings.csv and .json beside it. Exit code 3 if images are unreadable, in two splits or have two labels. For
+your own images, first: rescom-timm init.
 """
 
 from __future__ import annotations
@@ -40,14 +41,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def look(options: argparse.Namespace) -> int:
     """Examine the images, print the findings and write the page."""
-    from rescom_timm.analysis.doctor_page import as_text, page
+    from rescom_timm.analysis.doctor_page import as_text, write
     from rescom_timm.api import Run
     from rescom_timm.config.loading import load as load_recipe
     from rescom_timm.data.doctor import examine, findings
     from rescom_timm.data.progress import image_bar
     from rescom_timm.data.sources import load, numbered_as
     from rescom_timm.engine.run_folder import class_names, run_recipe
-    from rescom_timm.io import write_text
 
     run = Run(options.recipe).folder if Path(options.recipe).is_dir() else None
     recipe = run_recipe(run, options.overrides) if run else load_recipe(options.recipe, options.overrides)
@@ -64,8 +64,8 @@ def look(options: argparse.Namespace) -> int:
         found += suspects(run, options.overrides, images, data)
     print(as_text(images, found, data.class_names))
     title = f"What may be wrong with {recipe.name or Path(recipe.data.source).name}"
-    write_text(options.output, page(images, found, data.class_names, title))
-    print(options.output)
+    for path in write(options.output, images, found, data.class_names, title):
+        print(path)
     return 3 if any(finding.key in GRAVE for finding in found) else 0
 
 

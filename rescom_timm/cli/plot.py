@@ -2,7 +2,8 @@
 
     rescom-timm plot RUN [RUN ...] [--only curves,tsne] [-o FOLDER] [key=value ...]
 
-Writes every plot as PNG, SVG and CSV, and report.html, which opens offline and compares the runs.
+Writes every plot as PNG, SVG and CSV; report.html, which opens offline and compares the runs; and its findings as
+report-findings.csv (one row a class) and .json. The report of one run shows images of its worst rare classes.
 Plots of the net (views, pairs, queue_pairs, queues, similarity, gradients, tsne) load a checkpoint and its data; for
 several runs they are drawn only if --only names them. key=value changes the runs' recipes for them, such as
 data.source=PATH. With --only, the report shows the plots named beside it (--only curves,report), or all.

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import IMAGES_AT_ONCE
-from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, inspect, name_of
+from rescom_timm.data.decoding import BrokenImage, ReadConfig, inspect, name_of
 from rescom_timm.data.splits import Split
 from rescom_timm.errors import MissingPackageError
 
@@ -69,10 +69,9 @@ class Examined:
     def __len__(self) -> int:
         return len(self.label)
 
-    def image(self, i: int) -> Image.Image:
-        """The i-th image, decoded again. Raises BrokenImage."""
-        split = self.splits[str(self.split[i])]
-        return decode(split.dataset[int(self.position[i])]["image"], int(split.rows[self.position[i]]), self.reading)
+    def stored(self, i: int) -> Any:
+        """The i-th image as its data set stores it."""
+        return self.splits[str(self.split[i])].dataset[int(self.position[i])]["image"]
 
 
 @dataclass(frozen=True)

@@ -41,5 +41,5 @@ def test_what_is_not_known_is_not_said() -> None:
 def test_the_report_begins_with_them(tmp_path) -> None:
     runs = [RunFolder(make_run(tmp_path / name, [300, 50, 5], seed=seed)) for seed, name in enumerate("ab")]
     text = report.page(runs, drawn=[])
-    assert text.index("Conclusions") < text.index("Summary")
+    assert text.index("Conclusions") < text.index("Groups")
     assert f"b: {conclusions(runs[1].evaluation())[0].split('%')[0]}%" in text

@@ -15,11 +15,11 @@ def evaluation(labels: list[int], predicted: list[int], k: int) -> Evaluation:
 
 def test_recall_precision_f1_and_confusions_of_each_class() -> None:
     found = classes.measure(evaluation([0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 1, 0, 0, 0, -1], 4))
-    assert found.recall[:3].tolist() == [50.0, 50.0, 0.0] and np.isnan(found.recall[3])
+    assert found.accuracy[:3].tolist() == [50.0, 50.0, 0.0] and np.isnan(found.accuracy[3])
     assert found.precision[:3].tolist() == [40.0, 50.0, 0.0] and np.isnan(found.precision[3])
     assert found.f1[:3] == pytest.approx([100 * 4 / 9, 50.0, 0.0]) and np.isnan(found.f1[3])
     assert found.confused.tolist() == [2, 0, 0, -1]
-    assert found.share[:3] == pytest.approx([25.0, 50.0, 200 / 3])
+    assert found.taken.tolist() == [1, 1, 2, 0] and found.overall == pytest.approx(100 * 3 / 9)
 
 
 def test_classes_are_those_of_scikit_learn() -> None:
@@ -30,7 +30,7 @@ def test_classes_are_those_of_scikit_learn() -> None:
     predicted = np.where(rng.random(4000) < 0.6, labels, rng.integers(0, 30, 4000))
     found = classes.measure(evaluation(labels.tolist(), predicted.tolist(), 30))
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted)
-    for ours, theirs in ((found.precision, precision), (found.recall, recall), (found.f1, f1)):
+    for ours, theirs in ((found.precision, precision), (found.accuracy, recall), (found.f1, f1)):
         assert ours == pytest.approx(100 * theirs)
 
 

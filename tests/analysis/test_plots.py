@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from rescom_timm import metrics
 from rescom_timm.analysis import confusion, curves, longtail, plots, reliability, schedule, style
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder, open_runs
 from rescom_timm.analysis.writing import pictures
@@ -52,8 +53,12 @@ def test_save_refuses_ragged_numbers(tmp_path: Path) -> None:
 
 def test_confusion_counts_orders_by_training_count_and_keeps_the_unpredicted() -> None:
     found = confusion.measure(_evaluation([0, 0, 1, 1, 2], [0, 1, 1, -1, 0], [5, 500, 50]))
-    single = confusion.shares(found, [np.array([c]) for c in range(3)])
-    assert single.tolist() == [[50, 50, 0], [0, 50, 0], [100, 0, 0]]
+    images, single = confusion.shares(found, [np.array([c]) for c in range(3)])
+    assert images.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]] and single.tolist() == [
+        [50, 50, 0],
+        [0, 50, 0],
+        [100, 0, 0],
+    ]
     assert found.order.tolist() == [1, 2, 0]
     assert found.groups.tolist() == ["few", "many", "medium"]
     table = confusion.table(found)
@@ -71,7 +76,7 @@ def test_confusion_blocks_stay_within_groups_and_shares_count_all_images() -> No
     assert sizes.sum() == k and len(sizes) <= 103 and sizes.max() <= 10
     edges = set(np.cumsum(sizes))
     assert {int((found.groups == "many").sum()), int((found.groups != "few").sum())} <= edges
-    shares = confusion.shares(found, np.split(found.order, np.cumsum(sizes)[:-1]))
+    _, shares = confusion.shares(found, np.split(found.order, np.cumsum(sizes)[:-1]))
     assert shares[0].sum() == pytest.approx(100 * (1 - 10 / sizes[0]) if sizes[0] > 10 else 0)
     np.testing.assert_allclose(shares[1:].sum(axis=1), 100)
     assert confusion.draw(found).axes
@@ -129,7 +134,7 @@ def test_curves_after_a_resume_and_a_crash(tmp_path: Path) -> None:
 
 
 def test_curves_in_percent_have_one_scale(tmp_path: Path) -> None:
-    lines = [json.dumps({"epoch": e, "train/loss": 2.0, "train/top1": 20 + e, "test/top1": 90 - e}) for e in range(3)]
+    lines = [json.dumps({"epoch": e, "train/loss": 2.0, "train/top1": 20 + e, "test/few": 90 - e}) for e in range(3)]
     figure = curves.draw(curves.measure([_log(tmp_path / "a", lines)]))
     loss, *percents = (axes.get_ylim() for axes in figure.axes if axes.get_visible())
     assert len(percents) == 2 and percents[0] == percents[1] != loss
@@ -146,16 +151,36 @@ def test_curves_show_many_medium_and_few_however_many_splits_are_evaluated(tmp_p
     run = _log(tmp_path / "a", [json.dumps({"epoch": e, **train, **numbers}) for e in range(2)])
     found = {curve.name for curve in curves.measure([run])}
     shown = {f"{split}/{name}" for split in splits for name in ("top1", "many", "medium", "few")}
-    assert found == {"train/loss", "train/top1", *shown}
-    panels = [axes for axes in curves.draw(curves.measure([run])).axes if axes.get_visible()]
-    assert len(panels) == len(found)
+    assert found >= {"train/loss", "train/top1", "train/loss_contrast", *shown}
+    panels = {
+        axes.get_title(loc="left"): axes for axes in curves.draw(curves.measure([run])).axes if axes.get_visible()
+    }
+    assert list(panels)[:3] == ["train/loss", "top1", "many, medium, few"] and len(panels) == 6
+    groups = panels["many, medium, few"].lines
+    assert len(groups) == 3 * len(splits) and len({line.get_color() for line in groups}) == 3
+    assert len({line.get_linestyle() for line in groups}) == len(splits), "one line style a split"
+    two = curves.draw(curves.measure([run, _log(tmp_path / "b", [json.dumps({"epoch": 0, **numbers})])]))
+    names = {axes.get_ylabel() for axes in two.axes}
+    assert {"many (percent)", "medium (percent)", "few (percent)"} <= names, "the runs have the colours"
 
 
-def test_reliability_tells_over_from_under_confidence() -> None:
-    count, confidence, accuracy = (np.array(values, float) for values in ([5, 5], [30, 80], [20, 90]))
-    found = reliability.Reliability("r", count, confidence, accuracy, ece=10.0)
-    hatches = [patch.get_hatch() for patch in reliability.draw(found).axes[0].patches]
-    assert hatches == [None, None, "////", "...."]
+def test_splits_of_one_panel_share_its_axis(tmp_path: Path) -> None:
+    lines = [json.dumps({"epoch": e // 2, "step": e, "train/top1": 1.0}) for e in range(4)]
+    lines += [json.dumps({"epoch": e, "step": 2 * e + 1, "test/top1": 5, "test/ece": 3}) for e in range(2)]
+    found = {curve.name: curve.axis for curve in curves.measure([_log(tmp_path / "a", lines)])}
+    assert found == {"train/top1": "step", "test/top1": "step", "test/ece": "epoch"}
+
+
+def test_reliability_shows_intervals_and_counts_of_bins() -> None:
+    count, confidence, accuracy = (np.array(values, float) for values in ([5, 0, 1200], [30, 0, 80], [20, 0, 90]))
+    top, bottom = reliability.draw(reliability.Reliability("r", count, confidence, accuracy, ece=10.0)).axes
+    assert [text.get_text() for text in bottom.texts] == ["5", "", "1,200"]
+    many, few = top.containers
+    assert (many.lines[0].get_xdata(), few.lines[0].get_xdata()) == ([80], [30]), "empty bins have no point"
+    assert few.lines[0].get_markerfacecolor() == "white" != many.lines[0].get_markerfacecolor(), "below ten images"
+    low, high = metrics.wilson(np.array([1.0]), np.array([5.0]))
+    (segment,) = few.lines[2][0].get_segments()
+    assert segment[:, 1] == pytest.approx([low[0], high[0]])
 
 
 def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:

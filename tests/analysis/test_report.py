@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rescom_timm import metrics
-from rescom_timm.analysis import confusion, longtail, report
+from rescom_timm.analysis import confusion, longtail, pages, report, report_tables
 from rescom_timm.analysis.run_files import Evaluation, RunFolder, open_runs
 from rescom_timm.cli import plot as command
 from tests.analysis.made_up import long_tail, make_run
@@ -80,7 +80,7 @@ def test_few_is_defined_once_in_report_and_card_alike(two_runs: list[Path]) -> N
 @pytest.mark.slow
 def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -> None:
     runs = open_runs(two_runs)
-    page = _Page(report.write(runs, tmp_path / "new" / "report.html").read_text(encoding="utf-8"))
+    page = _Page(report.write(runs, tmp_path / "new" / "report.html")[0].read_text(encoding="utf-8"))
     pictures = [address for address in page.addresses if not address.startswith("#")]
     assert all(address.startswith("data:image/png;base64,") for address in pictures)
     assert len(pictures) == 3 + 2 * 3
@@ -102,10 +102,10 @@ def test_report_of_two_runs_side_by_side(two_runs: list[Path], tmp_path: Path) -
 
 def test_summary_reads_recipe_and_numbers(two_runs: list[Path]) -> None:
     run = RunFolder(two_runs[1])
-    line = report.summary(run, run.evaluation())
+    line = report_tables.summary(run, run.evaluation())
     assert line["method"] == "rescom" and line["seed"] == "1" and line["epochs"] == "12"
     assert line["all"] == pytest.approx(run.evaluation().numbers["top1"])
-    assert report.summary(run, None)["all"] is None
+    assert report_tables.summary(run, None)["all"] is None
 
 
 def test_mean_and_deviation_over_seeds(two_runs: list[Path], tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_mean_and_deviation_over_seeds(two_runs: list[Path], tmp_path: Path) -> 
     again = make_run(tmp_path / "again", COUNTS, seed=1)
     runs = open_runs([*two_runs, other, again])  # two seeds of one setting, one of them twice, and another setting
     found = {run.name: run.evaluation() for run in runs}
-    ((members, numbers),) = report.over_seeds(runs, found)
+    ((members, numbers),) = report_tables.over_seeds(runs, found)
     assert members == ["rescom", "balanced_softmax"]
     values = [found[name].numbers["few"] for name in members]
     assert numbers["few"] == pytest.approx((sum(values) / 2, abs(values[0] - values[1]) / 2**0.5))
     page = _Page(report.page(runs, drawn=[]))
     assert f"{numbers['few'][0]:.1f} \N{PLUS-MINUS SIGN} {numbers['few'][1]:.1f}" in page.text
-    assert "Over seeds" not in _Page(report.page(runs[1:], drawn=[])).text
+    assert "sample standard deviation" not in _Page(report.page(runs[1:], drawn=[])).text
 
 
 def test_missing_pieces_are_named(tmp_path: Path) -> None:
@@ -130,14 +130,14 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         assert expected in page.text
     assert [link for link in page.addresses if not link.startswith("#")] == []
     assert page.text.index("Not drawn") < page.text.rindex("no training log"), "told last"
-    assert page.addresses == ["#summary", "#classes", "#recipes-and-versions", "#not-drawn"]
+    assert page.addresses == ["#groups", "#classes", "#recipes-and-versions", "#not-drawn"]
 
 
 def test_the_contents_lead_to_every_section(two_runs: list[Path]) -> None:
     text = report.page(open_runs(two_runs))
     links = re.findall(r'<a href="#([\w-]+)">', text)
     assert re.findall(r'<h2 id="([\w-]+)">', text) == links
-    assert links[:4] == ["conclusions", "summary", "over-seeds", "classes"]
+    assert links[:5] == ["conclusions", "groups", "confusion", "reliability", "learning-curves"]
 
 
 def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None:
@@ -145,21 +145,22 @@ def test_numbers_are_recomputed_where_the_json_is_absent(tmp_path: Path) -> None
     top1 = RunFolder(folder).evaluation().numbers["top1"]
     (folder / "evaluation" / "test-last.json").unlink()
     run = RunFolder(folder)
-    line = report.summary(run, run.evaluation())
+    line = report_tables.summary(run, run.evaluation())
     assert line["all"] == pytest.approx(top1) and line["many"] is None
 
 
 def test_runs_of_other_classes_get_tables_of_their_own(two_runs: list[Path], tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", long_tail(4, 300, 30))
     text = report.page(open_runs([*two_runs, other]), drawn=[])
-    assert text.count("<th>training images</th>") == 2
+    assert text.count(">training images</th>") == 2
 
 
 def test_tool_writes_pictures_and_report(tool: ModuleType, two_runs: list[Path], tmp_path: Path) -> None:
     assert tool.main([*map(str, two_runs), "--only", "reliability, report", "-o", str(tmp_path)]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == sorted(
-        ["report.html"] + [f"reliability-{run.name}.{kind}" for run in two_runs for kind in ("csv", "png", "svg")]
+        [path.name for path in pages.files("report.html")]
+        + [f"reliability-{run.name}.{kind}" for run in two_runs for kind in ("csv", "png", "svg")]
     )
 
 

@@ -1,6 +1,8 @@
 """The doctor finds what was put into a made-up data set, and nothing else."""
 
+import csv
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from rescom_timm.analysis.doctor_page import GROUPS_SHOWN, as_text, page
+from rescom_timm.analysis.doctor_page import COLUMNS, GROUPS_SHOWN, as_text, page, write
 from rescom_timm.data.doctor import (
     Examined,
     Finding,
@@ -138,6 +140,27 @@ def test_the_page_opens_offline_is_bounded_and_escapes(images: Examined) -> None
     assert "&lt;b&gt;&amp;eel" in page(images, [Finding("one", "O", "B", [[22]])], NAMES, "t")
 
 
+def test_findings_as_csv_and_json(images: Examined, tmp_path: Path) -> None:
+    found = [
+        Finding("twice", "Twice", "A", [[0, 12], [30]], notes=("=1+1", "odd")),
+        Finding("broken", "Unreadable", "B", [[18]]),
+        Finding("names", "Names", "C", [], ("'cat', 'Cat'",)),
+    ]
+    paths = write(tmp_path / "d.html", images, found, NAMES, "t")
+    assert [path.name for path in paths] == ["d.html", "d-findings.csv", "d-findings.json"]
+    with paths[1].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["group"] for row in rows] == ["0", "0", "1", "0", "0"] and tuple(rows[0]) == COLUMNS
+    assert [rows[0][key] for key in ("finding", "split", "row", "image", "note")] == [
+        "twice", "train", "0", "good0.png", "'=1+1",
+    ]  # fmt: skip
+    assert images.broken[18] == rows[3]["note"] and (rows[4]["image"], rows[4]["note"]) == ("", "'cat', 'Cat'")
+    record = json.loads(paths[2].read_text())["findings"]
+    assert [one["count"] for one in record] == [2, 1, 1] and record[0]["rows"][0]["note"] == "=1+1"
+    (empty,) = write(tmp_path / "e.html", images, [], NAMES, "t")[1:2]
+    assert empty.read_text().strip() == ",".join(COLUMNS)
+
+
 def test_labels_that_a_net_contradicts() -> None:
     """A hand-made case: class means .8, .7 and .9; image 5, labelled 0, has .85 for class 1."""
     probabilities = np.array(
@@ -201,7 +224,7 @@ def test_disputed_labels_are_named_once_with_probabilities(monkeypatch: pytest.M
     text = as_text(images, [found], ["cat", "dog"])
     assert text.count("test0.png") == 1 and "dog 0.98, cat 0.02" in text
     html = page(images, [found], ["cat", "dog"], "t")
-    assert html.count("test0.png") == 1 and "dog 0.98, cat 0.02" in html
+    assert html.count("<figcaption>test test0.png") == 1 and "dog 0.98, cat 0.02" in html
 
 
 def test_class_names_of_two_unicode_forms_look_alike(images: Examined) -> None:

@@ -18,7 +18,7 @@ from rescom_timm.analysis.doctor_page import as_text
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.config import LoaderConfig
-from rescom_timm.data.decoding import ReadConfig
+from rescom_timm.data.decoding import ReadConfig, decode
 from rescom_timm.data.doctor import examine, findings
 from rescom_timm.data.sources import load
 from rescom_timm.engine.evaluate import evaluate_run
@@ -185,7 +185,7 @@ def test_the_doctor_counts_turned_photographs_and_shows_them_as_training_does(tm
         [found] = [one for one in findings(images, ["a", "b"], data.counts) if one.key == "turned"]
         assert found.count == 18 and advice in found.advice
         assert "Images with an EXIF orientation tag: 18" in as_text(images, [found], ["a", "b"])
-        assert {images.image(i).size == (14, 20) for [i] in found.groups} == {True, exif}
+        assert {decode(images.stored(i), i, images.reading).size == (14, 20) for [i] in found.groups} == {True, exif}
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(12, "PNG"), (12, "TIFF"), (10, "PNG"), (14, "PNG")])

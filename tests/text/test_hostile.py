@@ -17,6 +17,7 @@ from rescom_timm.analysis.doctor_page import page
 from rescom_timm.analysis.run_files import RunFolder
 from rescom_timm.cli.parts.sweep import markdown as sweep_table
 from rescom_timm.cli.parts.sweep import summary
+from rescom_timm.data.decoding import ReadConfig
 from rescom_timm.data.doctor import Finding
 from rescom_timm.hub import card
 from rescom_timm.inference.demo import PRIORS, answers
@@ -156,7 +157,7 @@ class Images:
     """What the page needs of data.doctor.Examined: two images of one name."""
 
     splits: ClassVar = {"train": None}
-    split, label = np.array(["train"] * 2), np.array([0, 1])
+    split, label, reading = np.array(["train"] * 2), np.array([0, 1]), ReadConfig()
 
     def __init__(self, name):
         self.name = [name, name]
@@ -164,7 +165,7 @@ class Images:
     def __len__(self):
         return 2
 
-    def image(self, i):
+    def stored(self, i):
         return Image.new("RGB", (8, 8))
 
 
