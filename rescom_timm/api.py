@@ -58,7 +58,9 @@ from rescom_timm.io import parse_yaml
 Format = Literal["timm", "onnx", "torch"]
 
 
-def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) -> Path:
+def train_recipe(
+    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Publisher | None = None
+) -> Path:
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder.
 
     dry_run: instead print what that takes on this machine (engine.dry_run). Other arguments and errors are those of
@@ -66,7 +68,7 @@ def train_recipe(recipe: Recipe, resume: Resume = False, dry_run: bool = False) 
     """
     with first_weights(recipe) as first:
         if not dry_run:
-            return train_only(recipe, resume, Publisher(pictures), read_teacher(recipe), first)
+            return train_only(recipe, resume, follower or Publisher(pictures), read_teacher(recipe), first)
         estimate = timed(recipe, resume, read_teacher(recipe), first)
     if PartialState().is_main_process:
         print("\n".join(estimate.lines()))

@@ -1,6 +1,7 @@
 r"""Every combination of some keys, with several seeds, as a table and a plot.
 
     rescom-timm sweep RECIPE [RECIPE ...] [+PRESET,+PRESET ...] [key=a,b,c ...] [--seeds 0,1,2]
+    rescom-timm sweep RECIPE [+PRESET ...] --search N key=low:high key=low:high:log key=a,b,c ...
 
 +a +b puts both presets over each recipe, +a,+b tries each. Each cell is a normal run in FOLDER (--output; by default
 runs/<recipe>_sweep), named by its recipe, presets and settings, such as digits_lt_ldam-margin=0.3-seed=1. The same
@@ -9,6 +10,11 @@ command again resumes: finished cells are skipped. Several commands with one FOL
 together. {seed} in a value becomes the cell's seed. --table writes the table of the finished cells and trains nothing.
 --lean keeps metrics and exported model of a finished cell, but not its checkpoints. On a machine with a time limit,
 `timeout --signal TERM 9m` saves within the epoch, and the same command resumes there.
+
+--search N trains N trials instead of every cell: Optuna's TPE sampler proposes values of ranges and choices, and ends
+trials that fall below the median of the earlier ones at an evaluation. It maximises the validation metric --by. A key
+that takes whole numbers is searched in whole numbers. The same command again, at the same time or later and on any
+machine that sees FOLDER, is one more worker of the same search; a trial whose worker was killed goes on.
 
 Writes FOLDER/sweep.md, sweep.csv, sweep.png and sweep.svg: mean and sample standard deviation over the seeds of the
 metrics at the last epoch, in percent, with the mean 95% interval of a run over images and classes, and of the minutes
@@ -40,6 +46,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from rescom_timm.cli import answer, new_parser
@@ -49,7 +56,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a sweep; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm sweep digits_lt method.beta=0,0.9,0.999 --seeds 0,1,2")
     parser.add_argument("arguments", nargs="*", metavar="RECIPE, +PRESET or key=a,b,c")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", help="default: 0,1,2; with --search 0")
+    parser.add_argument("--search", type=int, metavar="N", help="N trials that Optuna proposes, instead of every cell")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N equal parts of the cells")
     parser.add_argument("--lean", action="store_true", help="drop the checkpoints of finished cells")
@@ -63,6 +71,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     options = parser.parse_intermixed_args(argv)
     recipes = [each for each in options.arguments if "=" not in each and each[0] != "+"]
+    if options.seeds is None:
+        options.seeds = "0,1,2" if options.search is None else "0"
     try:
         part, parts = (int(number) for number in options.share.split("/"))
         seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -70,6 +80,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error("write --seeds as 0,1,2 and --share as 1/2")
     if not 1 <= part <= parts:
         parser.error(f"--share {options.share}: the first number must be from 1 to {parts}")
+    if options.search is not None:
+        if len(recipes) != 1 or len(seeds) != 1 or (part, parts) != (1, 1) or options.table or options.search < 1:
+            parser.error("--search takes one recipe and one seed, at least one trial, and neither --share nor --table")
+        if any("," in each for each in options.arguments if each[0] == "+"):
+            parser.error("--search takes presets as +a +b, not alternatives such as +a,+b")
     if not recipes and not (options.table and options.output):
         parser.error("give a recipe, such as digits_lt, or --table and --output of a sweep")
     return answer(lambda: sweep(options, recipes, seeds, part, parts), trains=True)
@@ -83,19 +98,29 @@ def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], par
     from rescom_timm.data.progress import quiet
     from rescom_timm.engine.errors import Stopped
 
-    grid = {key: split(values) for key, _, values in (each.partition("=") for each in options.arguments if "=" in each)}
-    over = [[name.removeprefix("+") for name in split(each)] for each in options.arguments if each[0] == "+"]
     output = options.output or Path("runs") / f"{Path(recipes[0]).stem}_sweep"
-    found = cells(recipes, grid, seeds, over)
-    known = remember(found, output) if PartialState().is_main_process else []
+    settings = [each for each in options.arguments if "=" in each]
+    over = [[name.removeprefix("+") for name in split(each)] for each in options.arguments if each[0] == "+"]
+    main_process = PartialState().is_main_process
+    if options.search is None:
+        grid = {key: split(values) for key, _, values in (each.partition("=") for each in settings)}
+        found = cells(recipes, grid, seeds, over)
+        if main_process:
+            remember(found, output)
+        work = partial(run, [] if options.table else found[part - 1 :: parts], output, options.lean)
+    else:
+        from rescom_timm.cli.parts.search import Search, space_of
+
+        space = space_of(recipes[0], [name for (name,) in over], settings, seeds[0], output)
+        work = Search(space, options.search, options.by, output, options.lean).run
     try:
         with quiet() if options.quiet else nullcontext():
-            wrong = [] if options.table else run(found[part - 1 :: parts], output, options.lean)
+            wrong = work()
     except Stopped as error:
         print(f"{error}, or the sweep with the same command", file=sys.stderr)
         return 143
-    if PartialState().is_main_process:
-        table = summary(measure(known, output))
+    if main_process:
+        table = summary(measure(remember([], output), output))
         if table:
             write(table, output, options.by)
     return 1 if wrong else 0
