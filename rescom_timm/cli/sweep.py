@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,7 @@ def sweep(options: argparse.Namespace, recipes: list[str], seeds: list[int], par
     settings = [each for each in options.arguments if "=" in each]
     over = [[name.removeprefix("+") for name in split(each)] for each in options.arguments if each[0] == "+"]
     main_process = PartialState().is_main_process
+    work: Callable[[], list[str]]
     if options.search is None:
         grid = {key: split(values) for key, _, values in (each.partition("=") for each in settings)}
         found = cells(recipes, grid, seeds, over)

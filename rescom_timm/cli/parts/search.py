@@ -89,7 +89,7 @@ def space_of(recipe: str, presets: Sequence[str], settings: Sequence[str], seed:
     given = dict(setting.split("=", 1) for setting in settings)
     fixed = [(key, value) for key, value in given.items() if not RANGE.fullmatch(value) and len(split(value)) == 1]
     bare = Space(recipe, tuple(presets), tuple(fixed), (), seed)
-    searched = []
+    searched: list[tuple[str, Range | tuple[str, ...]]] = []
     for key, value in given.items():
         if found := RANGE.fullmatch(value):
             searched.append((key, _range(bare, key, value, found, output)))
