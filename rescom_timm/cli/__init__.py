@@ -7,12 +7,14 @@ parsing; `parts` has what needs them from the first line. Not here: the work its
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -101,7 +103,7 @@ def answer(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (*FAILURES, ImportError, MemoryError) as error:
-        print(f"error[{code_of(error)}]: {message(error)}", file=sys.stderr)
+        _print_error(f"error[{code_of(error)}]: {message(error)}")
         return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -109,6 +111,22 @@ def answer(
     finally:
         if mine:
             signal.signal(signal.SIGTERM, before)
+
+
+def _print_error(line: str) -> None:
+    """Print an error line on stderr.
+
+    torchrun and `accelerate launch` of several processes end with a report of those that failed, and read each one's
+    line from a file. So only the first process prints it.
+    """
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        plain = escape_controls(line, lines=True)
+        about = {"py_callstack": plain, "timestamp": int(time.time())}
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": {"message": plain, "extraInfo": about}}))
+    if not report or os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def print_loading() -> None:

@@ -218,3 +218,18 @@ def test_a_tool_answers_as_its_subcommand(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error == told.stderr.splitlines(keepends=True)[-1]
     assert error.startswith("error[") and words[0] in error
+
+
+def test_the_launchers_report_has_the_line_of_each_process(monkeypatch, tmp_path, capsys):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RESCOM_DATA", raising=False)
+    for rank, lines in (("0", 1), ("1", 0)):
+        report = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+        assert main(["doctor", "inat18_r50"]) == 1
+        failure = ProcessFailure(int(rank), 1, 1, str(report))
+        assert failure.message["message"].startswith("error[data.missing]: ./data/inat2018")
+        assert capsys.readouterr().err.count("error[") == lines
