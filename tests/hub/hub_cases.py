@@ -43,6 +43,7 @@ import torch
 import yaml
 
 import rescom_timm
+from rescom_timm.__main__ import main
 from rescom_timm.cli import export as export_command
 from rescom_timm.cli import push as tool
 from rescom_timm.config.loading import load, load_fetched
@@ -56,6 +57,7 @@ from rescom_timm.hub.staging import Pusher, stage, staged, status
 from rescom_timm.hub_download import HubError, PushedRun
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.io import MAX_RECIPE
+from tests.data.archives import served
 from tests.engine.made_up_run import HOME, NAMES, add_evaluation, make_run
 
 torch.set_num_threads(1)
@@ -727,3 +729,23 @@ def test_the_tool(tmp_path, capsys):
     assert same_net(from_pretrained(tmp_path / "out").net, from_pretrained(run).net)
     assert (tmp_path / "out" / "README.md").is_file() and not staged(run)
     assert tool.main([str(tmp_path / "nothing"), "--repo", REPO]) == 1
+
+
+def test_places_lt_from_an_empty_folder_to_the_hub(tmp_path, monkeypatch):
+    """README's four commands, with small archives, a small net and its weights in a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RESCOM_DATA", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    torch.save(timm.create_model("test_resnet").state_dict(), "imagenet.pth")
+    small = [
+        "net.backbone=test_resnet", "net.weights_file=imagenet.pth", "net.projector.dim=8", "method.negatives=1",
+        "views.train=random_resized_crop(32) | flip | jitter(0.4,0.4,0.4,0)", "views.eval=resize(36) | center_crop(32)",
+        "train.epochs=2", "train.batch_size=2", "train.precision=no", "schedule.warmup_epochs=1", "speed.workers=0",
+    ]  # fmt: skip
+    with served(monkeypatch):
+        assert main(["get", "places_lt", "--yes"]) == 0
+    assert main(["train", "places_lt_r152", *small]) == 0
+    assert main(["evaluate", "runs/places_lt_r152"]) == 0
+    assert main(["push", "runs/places_lt_r152", "--repo", REPO]) == 0
+    assert json.loads(Path("runs/places_lt_r152/classes.json").read_text())["counts"] == [2, 1]
+    assert same_net(from_pretrained(REPO).net, from_pretrained("runs/places_lt_r152").net)
