@@ -32,23 +32,29 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--from", dest="archives", action="append", default=[], metavar="FILE", help="a file that you have; repeated"
     )
     parser.add_argument("--no-check", dest="check", action="store_false", help="accept files with other checksums")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, free space and terms, and stop")
     parser.add_argument("-y", "--yes", action="store_true", help="accept the terms and the size without a question")
     options = parser.parse_args(argv)
 
     def work() -> int:
+        from datasets.config import HF_DATASETS_CACHE
+
         from rescom_timm.data.benchmarks import BENCHMARKS, human
-        from rescom_timm.data.download import check_space, get, plan
+        from rescom_timm.data.download import check_space, free_space, get, plan
         from rescom_timm.errors import InputError
 
         steps = plan(options.name, options.to, options.archives)
         benchmark = BENCHMARKS[options.name]
         for step in steps:
-            source = "there" if step.source is None else f"about {human(step.file.size)} from {step.source}"
+            source = "there" if step.source is None else f"about {human(step.size)} from {step.source}"
             print(f"{step.folder / step.file.makes}: {source}")
+        if steps:
+            needed, free = human(sum(step.needs for step in steps)), human(free_space(options.to))
+            print(f"needed in {options.to}: about {needed}, archives and unpacked files; {free} free")
         if benchmark.hub:
+            size, free = human(2 * benchmark.hub_size), human(free_space(HF_DATASETS_CACHE))
             print(f"{benchmark.hub}: about {human(benchmark.hub_size)} from the Hub, unless the cache holds it")
-        print(f"needed on the disk of {options.to}: about {human(sum(step.needs for step in steps))}")
+            print(f"needed in {HF_DATASETS_CACHE}: about {size}, files and a copy to read; {free} free")
         print(f"terms: {benchmark.terms}")
         if options.dry_run:
             return 0

@@ -40,10 +40,12 @@ class Download:
         """Whether the file is a tar archive."""
         return self.name.endswith((".tar", ".tar.gz"))
 
-    @property
-    def on_disk(self) -> int:
-        """Bytes when it is unpacked, about. JPEG files do not compress; annotations do, about ten times."""
-        return self.size * 10 if self.makes.endswith(".json") else self.size
+    def on_disk(self, size: int) -> int:
+        """Bytes that an archive of `size` bytes takes when it is unpacked, about.
+
+        JPEG files do not compress; annotations do, about ten times.
+        """
+        return size * 10 if self.makes.endswith(".json") else size
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Benchmark:
     """Id of a data set on the Hub, kept in the cache of Hugging Face."""
     hub_splits: tuple[str, ...] = ()
     hub_size: int = 0
-    """Bytes, about."""
+    """Bytes to download, about; the cache keeps them, and as many again in the format that is read."""
     train: str = ""
     """The training list, below the folder of data."""
     rows: int = 0

@@ -43,12 +43,17 @@ class Step:
     source: str | Path | None
 
     @property
+    def size(self) -> int:
+        """Bytes of the file: of the one that is here, else about those of the published one."""
+        return _size(self.source) if isinstance(self.source, Path) else self.file.size
+
+    @property
     def needs(self) -> int:
         """Bytes that have to be free, about."""
         if self.source is None:
             return 0
-        kept = 0 if isinstance(self.source, Path) else self.file.size - _size(self.folder / WORK / self.file.name)
-        return max(kept, 0) + (self.file.on_disk if self.file.is_archive else 0)
+        kept = 0 if isinstance(self.source, Path) else self.size - _size(self.folder / WORK / self.file.name)
+        return max(kept, 0) + (self.file.on_disk(self.size) if self.file.is_archive else 0)
 
 
 def plan(name: str, to: str | Path = ".", archives: Sequence[str | Path] = ()) -> list[Step]:
@@ -103,18 +108,14 @@ def get(
             _fetch(step, check)
             say(f"{step.folder / step.file.makes}: done")
         for split in benchmark.hub_splits:
-            table = open_table(DataConfig(benchmark.hub), None, split)
-            say(f"{benchmark.hub} {split}: {len(table.dataset):,} images in the cache of Hugging Face")
+            say(f"{benchmark.hub} {split}: {_from_hub(benchmark.hub, split):,} images in the cache of Hugging Face")
         if benchmark.train:
             _check_list(to / benchmark.train, benchmark, check, say)
 
 
 def check_space(steps: Sequence[Step], to: str | Path) -> None:
     """Raises InputError where the disk has not enough room for archives and unpacked images."""
-    needed = sum(step.needs for step in steps)
-    place = Path(to).expanduser().absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    needed, free = sum(step.needs for step in steps), free_space(to)
     if needed > free:
         raise InputError(
             "get.space",
@@ -123,10 +124,30 @@ def check_space(steps: Sequence[Step], to: str | Path) -> None:
         )
 
 
+def free_space(folder: str | Path) -> int:
+    """Bytes free on the disk of a folder that may not exist yet."""
+    place = Path(folder).expanduser().absolute()
+    return shutil.disk_usage(next(there for there in (place, *place.parents) if there.exists())).free
+
+
 def _benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise InputError("get.name", f"no data set {name!r}; there are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def _from_hub(name: str, split: str) -> int:
+    """Fetch a split into the cache; returns its number of images."""
+    try:
+        return len(open_table(DataConfig(name), None, split).dataset)
+    except MissingFileError as error:
+        if error.code != "hub.not_found":
+            raise
+        raise MissingFileError(
+            "hub.not_found",
+            f"{name} is not open to you: accept its terms at https://huggingface.co/datasets/{name} and log in with  "
+            "hf auth login  (or set HF_TOKEN), then run the command again",
+        ) from None
 
 
 def _size(path: Path) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from rescom_timm.__main__ import main
@@ -62,6 +63,8 @@ def test_inat18_from_archives_at_hand(server, tmp_path, monkeypatch):
         server["gone"].add(name)
     server["files"] |= {path.name: path.read_bytes() for path in own.iterdir()}
     words = [word for path in own.iterdir() for word in ("--from", str(path))]
+    huge = tuple(replace(file, size=10**18) for file in BENCHMARKS["inat18"].files)
+    monkeypatch.setitem(BENCHMARKS, "inat18", replace(BENCHMARKS["inat18"], files=huge))  # not of what is at hand
     assert main(["get", "inat18", "--to", str(tmp_path / "to"), "--yes", "--no-check", *words]) == 0
     assert files(tmp_path / "to/data/inat2018") == INAT and len(list(own.iterdir())) == 3
     monkeypatch.chdir(tmp_path / "to")
@@ -170,6 +173,18 @@ def test_numbers_other_than_the_published_ones(server, tmp_path, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "places_lt", replace(BENCHMARKS["places_lt"], rows=62_500))
     with raises("get.list", "Places_LT_train.txt", "62,500"):
         download.get("places_lt", tmp_path, say=lambda line: None)
+
+
+def test_a_gated_data_set_names_its_terms_and_the_login(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setitem(BENCHMARKS, "imagenet_lt", replace(BENCHMARKS["imagenet_lt"], files=()))
+    assert main(["get", "imagenet_lt", "--to", str(tmp_path), "--yes"]) == 1
+    error = capsys.readouterr().err
+    assert "error[hub.not_found]" in error and "hf auth login" in error
+    assert "https://huggingface.co/datasets/ILSVRC/imagenet-1k" in error
 
 
 def test_dry_run_and_a_shell_without_a_terminal(server, tmp_path, monkeypatch, capsys):
