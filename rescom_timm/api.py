@@ -46,12 +46,13 @@ from rescom_timm.fitting.steps import Interrupted
 from rescom_timm.hub.publish import Publisher
 from rescom_timm.hub.push import export_push, push_run
 from rescom_timm.inference.conformal import PredictionSets
-from rescom_timm.inference.export import export_run
+from rescom_timm.inference.export import export_run, kept_validation
 from rescom_timm.inference.neighbours import Embeddings
 from rescom_timm.inference.onnx import export_onnx
 from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predict
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.inference.program import export_program
+from rescom_timm.inference.rules import OperatingPoint, operating_point
 from rescom_timm.inference.teacher import first_weights, read_teacher
 from rescom_timm.io import parse_yaml
 
@@ -296,6 +297,14 @@ class Run:
         found, names = self._split("validation")
         return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
 
+    def operating_point(self, recall: Mapping[str, float]) -> OperatingPoint:
+        """The rule that finds at least a share of named classes, such as {"defect": 0.9}, for predict(..., rule=).
+
+        Found on the validation images. Raises InputError (data.split, predict.classes, predict.value,
+        predict.calibration).
+        """
+        return operating_point(*kept_validation(self.folder).whole(), recall, class_names(self.folder) or [])
+
     def data(self, overrides: Sequence[str] = ()) -> Data:
         """The run's splits, with classes numbered as in training and the counts that it was trained on.
 
@@ -348,19 +357,21 @@ class Run:
         return written
 
     def export(
-        self, path: str | Path, format: Format = "timm", weights: Weights | None = None, overrides: Sequence[str] = ()
-    ) -> Path:
+        self, path: str | Path, format: Format = "timm", weights: Weights | None = None, overrides: Sequence[str] = (),
+        recall: Mapping[str, float] | None = None,
+    ) -> Path:  # fmt: skip
         """Write the best checkpoint's model for other programs; returns the path.
 
         format: timm writes a folder for timm, transformers and from_pretrained, with a model card; onnx and torch a
         file of the classifier (normalised images (N, 3, H, W) to logits (N, K)), whose logits are compared with the
         net's. weights: raw or ema (default: as train.ema.export says). overrides: of the hub section, for the card.
+        recall: of classes by name, an operating point that the folder keeps and predict and demo use (timm only).
         Raises CheckpointError for weights that the run lacks, MissingPackageError without the extra onnx, InputError
         for a net that the format cannot store.
         """
         path = Path(path)
         if format == "timm":
-            return export_push(self.folder, path, overrides, weights)
+            return export_push(self.folder, path, overrides, weights, recall)
         write = {"onnx": export_onnx, "torch": export_program}[format]
         if weights is None:
             return write(self.pretrained(), path)

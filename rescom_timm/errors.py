@@ -130,7 +130,9 @@ CODES = {
     "predict.images": "images that cannot be predicted, or none",
     "predict.value": "an argument of predict that is out of range",
     "predict.prior": "a class prior that cannot be used",
-    "predict.calibration": "too few or unusable images for prediction sets",
+    "predict.calibration": "too few or unusable images for prediction sets or an operating point",
+    "predict.classes": "class names of costs or an operating point that are unknown, missing or double",
+    "predict.costs": "a cost matrix that is no table of finite numbers",
     "predict.embeddings": "a file of embeddings that is damaged or of another model",
     # text
     "text.name": "a name with characters that a terminal executes or hides",

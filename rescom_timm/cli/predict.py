@@ -16,7 +16,13 @@ are softmax(logits / T); fitted is the T of the run's validation images.
 --nearest 3                    name the nearest training images of a RUN; --among FILE keeps their embeddings, or names
                                another such file to search
 --coverage 0.9                 give the set of classes with this probability of the right one, calibrated on the RUN's
-                               validation images; --by-group calibrates many, medium and few each
+                               validation images; --by-group calibrates many, medium and few each; --sets prevalence
+                               makes prevalence-adjusted sets, which hold rare classes more often
+--recall defect=0.9            decide so that 90% of the class defect are found, from the RUN's validation images; its
+                               price is printed, and the CSV has a column `decision`. An export may keep this
+                               (export --recall); then it is used
+--costs FILE                   decide by the least expected cost: a CSV whose first line names the predicted classes and
+                               whose other lines have a true class and its costs, or JSON {true: {predicted: cost}}
 --five-crops                   also give the label by the mean of five crops
 """
 
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescom_timm.cli import answer, new_parser, temperature
+from rescom_timm.cli import add_rules, answer, check_rules, new_parser, temperature
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -43,12 +49,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--split", default="test", help="of the data set (default: test)")
     parser.add_argument("--top-k", type=int, default=5, help="classes of each image (default: 5)")
     parser.add_argument("--prior", help="train, uniform, estimate, or a file of name,number a line")
-    parser.add_argument("--temperature", default=1.0, type=temperature, metavar="T", help="a number, or fitted")
+    parser.add_argument("--temperature", type=temperature, metavar="T", help="a number, or fitted")
     parser.add_argument("--embeddings", metavar="FILE", help="write features and embeddings, as safetensors")
     parser.add_argument("--nearest", type=int, default=0, metavar="K", help="name the K nearest training images")
     parser.add_argument("--among", metavar="FILE", help="embeddings to search; written if missing")
     parser.add_argument("--coverage", type=float, metavar="C", help="prediction sets of this coverage: 0.9")
+    parser.add_argument("--sets", choices=["marginal", "prevalence"], default="marginal", help="kind of these sets")
     parser.add_argument("--by-group", action="store_true", help="coverage for many, medium and few each")
+    add_rules(parser)
     parser.add_argument("--five-crops", action="store_true", help="also the label by the mean of five crops")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")
@@ -61,8 +69,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error("--list needs --data SOURCE")
     if options.among and not options.nearest:
         parser.error("--among needs --nearest")
-    if options.by_group and options.coverage is None:
-        parser.error("--by-group needs --coverage")
+    if (options.by_group or options.sets != "marginal") and options.coverage is None:
+        parser.error("--by-group and --sets need --coverage")
+    check_rules(parser, options)
 
     def work() -> int:
         from rescom_timm.cli.parts.predict import predict

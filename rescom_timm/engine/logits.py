@@ -97,6 +97,11 @@ class Logits:
                 values = dense.scatter(1, self.classes[part].long(), values)
             yield values, self.labels[part]
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All logits (N, K) float32 and labels (N,)."""
+        found, labels = zip(*self.batches(), strict=True)
+        return torch.cat(found), torch.cat(labels)
+
     def judged(
         self, counts: Tensor | np.ndarray | None = None, limits: Limits = LIMITS, shift: Tensor | None = None,
         temperature: float = 1.0,

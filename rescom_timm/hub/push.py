@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,20 @@ def stage_now(run: Path, config: HubConfig) -> Path:
     return checkpoint.whole_read(run / "checkpoints", read)
 
 
-def export_push(run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None) -> Path:
+def export_push(
+    run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None,
+    recall: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
     """Copy what would be pushed into a folder, without a network.
 
-    weights: as in export_run. Raises as stage_now and build do, and InputError (file.exists) where the folder is a
-    file, or holds other files than an export.
+    weights, recall: as in export_run. Raises as stage_now and build do, and InputError (file.exists) where the folder
+    is a file, or holds other files than an export.
     """
     config = run_recipe(run, overrides).hub
     request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
     waiting = stage_now(run, config)
     try:
-        files = build(waiting, {**request, "checkpoints": False, "weights": weights})
+        files = build(waiting, {**request, "checkpoints": False, "weights": weights, "recall": recall})
         _refuse_other_files(folder, files)
         for name, path in files.items():
             with errors_named(folder / name), atomic_path(folder / name) as beside:
@@ -205,11 +208,12 @@ def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> di
     """
     upload, refusal = stage / "upload", stage / "refusal.txt"
     if not (upload / "hashes.json").is_file():
+        which, weights, recall = request["export"], request.get("weights"), request.get("recall")
         try:
-            export_run(stage, upload, request["export"], weights=request.get("weights"))
+            export_run(stage, upload, which, weights=weights, recall=recall)
         except ValueError as error:
             write_text(refusal, str(error))
-            export_run(stage, upload, request["export"], plain=False, weights=request.get("weights"))
+            export_run(stage, upload, which, plain=False, weights=weights, recall=recall)
     reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}

@@ -124,6 +124,7 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
             raise FileNotFoundError(errno.ENOENT, "the checkpoint was removed while it was copied", str(source))
     for path in (
         *(run / name for name in TEXTS), *run.glob("evaluation/*.json"), *run.glob("figures/*.png"),
+        *run.glob("evaluation/logits/validation-*.safetensors"),
     ):  # fmt: skip
         if path.is_file():
             target = partial / path.relative_to(run)

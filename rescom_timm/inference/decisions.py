@@ -7,7 +7,9 @@ probabilities where the classes have the frequencies q.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.sampling import class_probabilities
 from rescom_timm.errors import InputError
+from rescom_timm.inference.conformal import (
+    COVERAGES,
+    Kind,
+    PredictionSets,
+    calibrated,
+    needed,
+    population,
+    with_threshold,
+)
 from rescom_timm.losses import at_least_float32
 from rescom_timm.metrics import LIMITS, Limits, groups, wilson
 
@@ -64,6 +75,63 @@ def frequencies(prior: Sequence[float] | Tensor | str, counts: Tensor | None, cl
             f"got {len(share) if share.ndim else 1}: {share.flatten()[:5].tolist()}",
         )
     return share / share.sum()
+
+
+def shift_of(prior: Tensor | None, even: Tensor, temperature: float = 1.0) -> Tensor:
+    """What is added to s / T, (K,) float32: log prior, and `even_shift` over T. prior: (K,); None: as trained."""
+    log_prior = -even if prior is None else prior.log()
+    return (log_prior + even / temperature).float()
+
+
+def sets_of(
+    logits: Tensor, labels: Tensor, coverage: float, even: Tensor, kind: Kind = "marginal", temperature: float = 1.0,
+    prior: Tensor | None = None, counts: Tensor | None = None, limits: Limits = LIMITS,
+) -> PredictionSets:  # fmt: skip
+    """Prediction sets from a net's logits (N, K) and the labels (N,) of images that it was not trained on.
+
+    even: (K,), of `even_shift`. prior: (K,); None: as the net was trained to answer, and for prevalence-adjusted sets
+    the frequencies of these labels. counts, limits and errors: as in `calibrated`.
+    """
+    adjusted = kind == "prevalence"
+    if adjusted and prior is None:
+        prior = population(labels, logits.shape[1])
+    shift = shift_of(prior, even, temperature)
+    probabilities = (logits.float() / temperature + shift).softmax(dim=1)
+    found = calibrated(probabilities, labels, coverage, counts, limits, prior if adjusted else None)
+    return replace(found, temperature=temperature, shift=shift)
+
+
+def kept_sets(logits: Tensor, labels: Tensor, even: Tensor, temperature: float) -> dict[str, object]:
+    """What an export keeps of its prediction sets; `read_sets` reads it. Arguments: as of `sets_of`.
+
+    Marginal sets as the net answers, prevalence-adjusted ones with the temperature; of each coverage of COVERAGES that
+    there are enough images for, the threshold of a class of prior 1.
+    """
+    prior = population(labels, logits.shape[1])
+    thresholds: dict[str, dict[str, float]] = {"marginal": {}, "prevalence": {}}
+    for coverage in (one for one in COVERAGES if needed(one) <= len(labels)):
+        found = sets_of(logits, labels, coverage, even)
+        thresholds["marginal"][f"{coverage}"] = float(found.thresholds[0]) - 1
+        found = sets_of(logits, labels, coverage, even, "prevalence", temperature)
+        thresholds["prevalence"][f"{coverage}"] = float((found.thresholds[0] - 1) / prior[0])
+    return {"images": len(labels), "prior": prior.tolist(), **thresholds}
+
+
+def read_sets(kept: Mapping[str, Any], even: Tensor, temperature: float) -> dict[tuple[Kind, float], PredictionSets]:
+    """The prediction sets of an export by kind and coverage. Raises InputError (model.details), KeyError, TypeError."""
+    prior, images = torch.tensor(kept["prior"], dtype=torch.float64), int(kept["images"])
+    given: tuple[tuple[Kind, float, Tensor | None], ...] = (("marginal", 1.0, None), ("prevalence", temperature, prior))
+    numbers = [float(one) for kind, *_ in given for pair in kept[kind].items() for one in pair]
+    if prior.shape != even.shape or not bool((prior > 0).all()) or not np.isfinite([*numbers, *prior.tolist()]).all():
+        raise InputError("model.details", "kept prediction sets need a finite number above 0 of each class")
+    return {
+        (kind, float(coverage)): replace(
+            with_threshold(float(coverage), float(threshold), torch.ones_like(prior) if own is None else own, images),
+            temperature=scale, shift=shift_of(own, even, scale),
+        )
+        for kind, scale, own in given
+        for coverage, threshold in kept[kind].items()
+    }  # fmt: skip
 
 
 def estimated_prior(logits: Tensor, temperature: float = 1.0, rounds: int = 1000, tolerance: float = 1e-6) -> Tensor:

@@ -15,7 +15,8 @@ from rescom_timm.data.decoding import decode
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.errors import message
 from rescom_timm.errors import InputError
-from rescom_timm.inference.predict import Prediction, Prior, embed, image_name, predict
+from rescom_timm.inference.images import image_name
+from rescom_timm.inference.predict import Prediction, Prior, embed, predict
 from rescom_timm.inference.pretrained import Pretrained
 from rescom_timm.text.pages import render
 

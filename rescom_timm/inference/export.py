@@ -33,8 +33,10 @@ from rescom_timm.data.transforms import MAX_SIDE, parse
 from rescom_timm.engine import checkpoint, logits
 from rescom_timm.engine.build import Weights, base_net, build_net, chosen_weights, refuse_queue, whole_weights
 from rescom_timm.engine.evaluate import file_name, load_net
+from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.errors import InputError, MissingFileError
-from rescom_timm.inference.decisions import even_shift, fitted_temperature
+from rescom_timm.inference.decisions import even_shift, fitted_temperature, kept_sets
+from rescom_timm.inference.rules import operating_point
 from rescom_timm.io import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.models.classifiers import Cosine
@@ -126,11 +128,13 @@ def describe(run: Path, data: Data, recipe: Recipe) -> None:
 
 
 def export_run(
-    run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None
-) -> Path:
+    run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None,
+    recall: Mapping[str, float] | None = None,
+) -> Path:  # fmt: skip
     """Export a checkpoint of a run's folder: which = "best" (the last if none was selected), "last", or its name.
 
-    weights: the trained ones (raw) or their average (ema); None: by train.ema.export. Raises CheckpointError if it has
+    weights: the trained ones (raw) or their average (ema); None: by train.ema.export. recall: of an operating point to
+    keep, by class name (`rules`). Raises CheckpointError if it has
     no average, MissingFileError if the run has no checkpoint
     (checkpoint.missing) or no classes.json (model.missing), InputError as export.
     """
@@ -147,7 +151,7 @@ def export_run(
     with checkpoint.consistent(path):
         recipe = load_dict(state["recipe"], str(path))
         if weights is None:
-            weights = "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
+            weights = _exported(recipe)
         net = build_net(base_net(recipe, state), recipe.views, len(names))
         refuse_queue(recipe, len(names))
         net = create_method(net, torch.tensor(counts), recipe.method).net.eval()  # a method may replace the classifier
@@ -158,20 +162,46 @@ def export_run(
         net, folder, names, size, counts=counts,
         eval_policy=recipe.views.eval, recipe=recipe, state=method, plain=plain,
         about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress}
-        | _temperature(run, which, weights, recipe, torch.tensor(counts)),
+        | _decisions(run, which, weights, recipe, torch.tensor(counts), names, recall),
     )  # fmt: skip
 
 
-def _temperature(run: Path, which: str, weights: Weights, recipe: Recipe, counts: Tensor) -> dict[str, float]:
-    """{"temperature": T} fitted on the kept logits of a checkpoint's validation images; {} without them."""
+def kept_validation(run: Path, which: str = "best", weights: Weights | None = None) -> logits.Logits:
+    """The kept logits of a checkpoint's validation images; arguments as in export_run.
+
+    Raises InputError: data.split where there are none, run.evaluation if they cannot be read.
+    """
+    weights = weights or _exported(run_recipe(run))
     names = [file_name("validation", one, weights) for one in (("best", "last") if which == "best" else (which,))]
-    name = next((name for name in names if logits.place(run, name).is_file()), None)
-    if name is None:
+    for name in names:
+        if logits.place(run, name).is_file():
+            return logits.read(run, name)
+    raise InputError(
+        "data.split",
+        f"{run} has no kept logits of validation images: train it with data.validation=holdout(0.1), or run "
+        f"rescom-timm evaluate {run} --split validation",
+    )
+
+
+def _exported(recipe: Recipe) -> Weights:
+    return "ema" if recipe.train.ema is not None and recipe.train.ema.export else "raw"
+
+
+def _decisions(
+    run: Path, which: str, weights: Weights, recipe: Recipe, counts: Tensor, names: Sequence[str],
+    recall: Mapping[str, float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of rescom.json from validation images: temperature, prediction sets, operating point. {} without them."""
+    try:
+        found, labels = kept_validation(run, which, weights).whole()
+    except InputError as error:
+        if recall or error.code != "data.split":
+            raise
         return {}
-    kept = logits.read(run, name)
-    found, labels = zip(*kept.batches(), strict=True)
-    even = even_shift(recipe, counts, len(counts)).float()
-    return {"temperature": round(fitted_temperature(torch.cat(found) + even, torch.cat(labels)), 4)}
+    even = even_shift(recipe, counts, len(counts))
+    temperature = round(fitted_temperature(found + even.float(), labels), 4)
+    made: dict[str, Any] = {"temperature": temperature, "sets": kept_sets(found, labels, even, temperature)}
+    return made | ({"operating_point": operating_point(found, labels, recall, names).record()} if recall else {})
 
 
 def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from rescom_timm.class_names import as_spelled
-from rescom_timm.data.decoding import BrokenImage, decode
-from rescom_timm.data.image_folders import IMAGE_SUFFIXES, LeftOut, files_under
 from rescom_timm.data.loaders import one_ahead
 from rescom_timm.data.progress import progress
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
-from rescom_timm.data.transforms import Policy, parse
 from rescom_timm.engine.allocator import keep_freed_memory
 from rescom_timm.engine.evaluate import five_crops
-from rescom_timm.errors import InputError, MissingFileError
-from rescom_timm.inference.conformal import PredictionSets, calibrated
-from rescom_timm.inference.decisions import estimated_prior, even_shift, frequencies
+from rescom_timm.errors import InputError
+from rescom_timm.inference.conformal import Kind, PredictionSets
+from rescom_timm.inference.decisions import estimated_prior, even_shift, frequencies, sets_of, shift_of
+from rescom_timm.inference.images import Images
 from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
+from rescom_timm.inference.rules import Rule
 from rescom_timm.models.net import Net
 
 Prior = Sequence[float] | Tensor | Literal["uniform", "train", "estimate"]
@@ -55,6 +51,8 @@ class Prediction:
     """The classes of its prediction set, most probable first; None without `sets`."""
     nearest: list[Neighbour] = field(default_factory=list)
     """The nearest of the images of `among`."""
+    decision: str | None = None
+    """The class that the rule decides for; None without `rule`."""
     five_crops: tuple[str, float] | None = None
     """The most probable class by the mean of five crops, with its probability; None without `five_crops`."""
 
@@ -74,6 +72,7 @@ def predict(
     among: Embeddings | None = None,
     nearest: int = 0,
     temperature: Temperature = 1.0,
+    rule: Rule | None = None,
 ) -> list[Prediction]:
     """The top-k classes of every image, in order; the error of an unreadable image is in its Prediction.
 
@@ -87,11 +86,12 @@ def predict(
     temperature: T of softmax(s / T + log prior), or "fitted": the one of the run's validation images (Guo et al. 2017).
     class_names: of the labels of a Split; None: the model's. five_crops: also the mean of five crops. sets: prediction
     sets made by `calibrate`. nearest: how many nearest images of `among`, made by `embed`, to return.
+    rule: an operating point or costs (`rules`), which gives each image a decision beside its probabilities.
     Raises MissingFileError and InputError (predict.images, predict.value, predict.prior, predict.embeddings, and those
     of from_pretrained).
     """
     reader = Reader(model, images, prior, batch_size, workers, device, class_names, five_crops, temperature)
-    return list(predictions(reader, top_k, sets=sets, among=among, nearest=nearest))
+    return list(predictions(reader, top_k, sets=sets, among=among, nearest=nearest, rule=rule))
 
 
 def predictions(
@@ -102,6 +102,7 @@ def predictions(
     among: Embeddings | None = None,
     nearest: int = 0,
     gatherer: Gatherer | None = None,
+    rule: Rule | None = None,
 ) -> Iterator[Prediction]:
     """The predictions of a reader's images one by one, for more images than results fit in memory.
 
@@ -112,7 +113,7 @@ def predictions(
     if nearest < 0 or bool(nearest) != (among is not None):
         message = "nearest and among go together: the number of nearest images, and the embeddings to search"
         raise InputError("predict.value", message)
-    return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer)
+    return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer, rule)
 
 
 def _predictions(
@@ -122,6 +123,7 @@ def _predictions(
     among: Embeddings | None,
     nearest: int,
     gatherer: Gatherer | None,
+    rule: Rule | None,
 ) -> Iterator[Prediction]:
     names = reader.names
     for batch in reader.batches(embed=among is not None or gatherer is not None):
@@ -132,10 +134,13 @@ def _predictions(
             for probabilities, classes in zip(top.values.tolist(), top.indices.tolist(), strict=True):
                 found.append({"labels": [names[k] for k in classes], "probabilities": probabilities})
             if sets is not None:
-                inside = sets.of(batch.probabilities)
+                inside = sets.of_logits(batch.logits, batch.probabilities)
                 for one, row, members in zip(found, batch.probabilities, inside, strict=True):
                     order = row.masked_fill(~members, -1).argsort(descending=True, stable=True)
                     one["inside"] = [names[k] for k in order[: int(members.sum())].tolist()]
+            if rule is not None:
+                for one, k in zip(found, rule.decide(batch.logits, batch.probabilities).tolist(), strict=True):
+                    one["decision"] = names[k]
             if among is not None:
                 for one, neighbours in zip(found, among.nearest(batch.features, nearest), strict=True):
                     one["nearest"] = neighbours
@@ -181,16 +186,18 @@ def calibrate(
     device: str | torch.device | None = None,
     class_names: Sequence[str] | None = None,
     temperature: Temperature = 1.0,
+    kind: Kind = "marginal",
 ) -> PredictionSets:
     """Prediction sets that contain the true class with probability `coverage`.
 
     split: labelled images that the model was not trained on, such as a run's validation split. by_group: separately for
-    many, medium and few. prior, temperature: as later in predict. Raises InputError
-    (predict.calibration) for too few or unreadable images and for unknown classes.
+    many, medium and few. prior, temperature: as later in predict. kind: "prevalence" makes prevalence-adjusted sets,
+    which have the prior of these images and the fitted temperature, if there is one, unless others are given. Raises
+    InputError (predict.calibration) for too few or unreadable images and for unknown classes.
     """
     reader = Reader(model, split, prior, batch_size, workers, device, class_names, temperature=temperature)
     numbers = {name: k for k, name in enumerate(reader.names)}
-    probabilities, labels = [], []
+    logits, labels = [], []
     for batch in reader.batches():
         for about in batch.about:
             if "error" in about:
@@ -199,19 +206,27 @@ def calibrate(
                 message = f"{about['image']} is of class {about['label']!r}, which the model does not have"
                 raise InputError("predict.calibration", message)
             labels.append(numbers[about["label"]])
-        probabilities.append(batch.probabilities.cpu())
-    counts = _counts(reader.model) if by_group else None
-    return calibrated(torch.cat(probabilities), torch.tensor(labels), coverage, counts, reader.model.limits)
+        logits.append(batch.logits.cpu())
+    read, classes = reader.model, len(reader.names)
+    fitted = kind == "prevalence" and reader.temperature == 1 and read.temperature is not None
+    own = reader.prior if prior == "estimate" else None if prior is None else frequencies(prior, read.counts, classes)
+    even = reader.even if kind == "marginal" else even_shift(read.recipe, read.counts, classes)
+    return sets_of(
+        torch.cat(logits), torch.tensor(labels), coverage, even, kind,
+        read.temperature if fitted and read.temperature else reader.temperature,
+        own, _counts(read) if by_group else None, read.limits,
+    )  # fmt: skip
 
 
 class _Batch(NamedTuple):
     """about: fields of each image's Prediction, with `error` if it could not be read.
 
-    The tensors are of the R others: probabilities (R, K), and if requested features (R, F), embeddings (R, D), the mean
-    of five crops (R, K).
+    The tensors are of the R others: logits (R, K) of the net, probabilities (R, K), and if requested features (R, F),
+    embeddings (R, D), the mean of five crops (R, K).
     """
 
     about: list[dict[str, str]]
+    logits: Tensor
     probabilities: Tensor
     features: Tensor
     embeddings: Tensor
@@ -236,12 +251,14 @@ class Reader:
         """Arguments and errors as in predict; crops is its five_crops."""
         if batch_size < 1:
             raise InputError("predict.value", f"batch_size must be at least 1, not {batch_size}")
-        self.source = _Images(images)
+        self.source = Images(images)
         self.model = model if isinstance(model, Pretrained) else from_pretrained(model)
         self.names = self.model.class_names or [str(k) for k in range(self.model.net.classifier.out_features)]
         self.temperature = read_temperature(self.model, temperature)
         plain = prior is None and self.temperature == 1
-        self.even = torch.zeros(1) if plain else even_shift(self.model.recipe, self.model.counts, len(self.names))
+        self.even = (
+            torch.zeros(len(self.names)) if plain else even_shift(self.model.recipe, self.model.counts, len(self.names))
+        )
         if prior == "estimate" and len(self.source) * len(self.names) > MOST:
             message = (
                 f"a prior is estimated from at most {MOST // len(self.names):,} images of {len(self.names):,} classes"
@@ -267,33 +284,27 @@ class Reader:
 
     def _shift(self, prior: Prior | None) -> Tensor:
         """What is added to s / T, (K,), for a prior; None: as the model was trained to answer."""
-        if self.temperature == 1:
-            return adjustment(self.model, prior)
-        log_prior = -self.even if prior is None else frequencies(prior, self.model.counts, len(self.names)).log()
-        return (log_prior + self.even / self.temperature).float()
+        share = None if prior is None else frequencies(prior, self.model.counts, len(self.names))
+        return shift_of(share, self.even, self.temperature)
 
     def _estimate(self) -> None:
         """The prior of the images, in a pass over them of its own, by the fitted temperature if there is one."""
         if self.temperature == 1 and self.model.temperature is not None:
             self.temperature = self.model.temperature
-        self.shift = self.even.float()
-        found = [batch.probabilities.cpu() for batch in self.batches(logits=True) if len(batch.probabilities)]
-        self.prior = estimated_prior(torch.cat(found), self.temperature) if found else None
+        found = [batch.logits.cpu() for batch in self.batches() if len(batch.logits)]
+        self.prior = estimated_prior(torch.cat(found) + self.even.float(), self.temperature) if found else None
         self.shift = self._shift("uniform" if self.prior is None else self.prior)
 
     @torch.inference_mode()
-    def batches(self, embed: bool = False, logits: bool = False) -> Iterator[_Batch]:
-        """Yield the predictions batch by batch, in order.
-
-        embed: with features and embeddings. logits: these plus the shift instead of probabilities.
-        """
+    def batches(self, embed: bool = False) -> Iterator[_Batch]:
+        """Yield the predictions batch by batch, in order. embed: with features and embeddings."""
         image = 3 * math.prod(self.source.size) * len(self.source.policies)  # bytes
         options = worker_options(self.workers, 2, self.batch_size * image)
         loader = DataLoader(self.source, self.batch_size, collate_fn=list, **options)
         batches = one_ahead(loader) if self.workers == 0 and self.source.from_disk else loader
         for batch in progress(batches, "predict", len(self.source), len):
             read = [views for views, _ in batch if views is not None]
-            features = embeddings = probabilities = torch.empty(0, 0)
+            features = embeddings = probabilities = found = torch.empty(0, 0)
             crops = None
             if read:
                 views = torch.stack(read).to(self.device)  # (R, 1 or 6, 3, H, W)
@@ -302,11 +313,12 @@ class Reader:
                     features, found, embeddings = self._embed(first)
                 else:
                     found = self.net.classify(first)
-                probabilities = found.float() + self.shift.to(self.device) if logits else self._answer(found)
+                found = found.float()
+                probabilities = self._answer(found)
                 if views.shape[1] > 1:
                     each = self.net.classify(views[:, 1:].flatten(0, 1))
                     crops = self._answer(each.unflatten(0, (len(views), -1)).float().mean(dim=1))
-            yield _Batch([about for _, about in batch], probabilities, features, embeddings, crops)
+            yield _Batch([about for _, about in batch], found, probabilities, features, embeddings, crops)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features, logits and embeddings, float32; the logits as from `classify`."""
@@ -316,8 +328,7 @@ class Reader:
         return features.float().cpu(), logits, embeddings.cpu()
 
     def _answer(self, logits: Tensor) -> Tensor:
-        scores = logits.float() if self.temperature == 1 else logits.float() / self.temperature
-        return (scores + self.shift.to(self.device)).softmax(dim=1)
+        return (logits / self.temperature + self.shift.to(self.device)).softmax(dim=1)
 
 
 def read_temperature(model: Pretrained, temperature: Temperature) -> float:
@@ -326,7 +337,8 @@ def read_temperature(model: Pretrained, temperature: Temperature) -> float:
         if model.temperature is None:
             raise InputError(
                 "predict.value",
-                "this model has no fitted temperature: train it with validation images (data.validation=holdout(0.1))",
+                "this model has no fitted temperature: train it with validation images (data.validation=holdout(0.1)), "
+                "or give a number",
             )
         return model.temperature
     if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
@@ -334,110 +346,8 @@ def read_temperature(model: Pretrained, temperature: Temperature) -> float:
     return float(temperature)
 
 
-def adjustment(model: Pretrained, prior: Prior | None) -> Tensor:
-    """What is added to the logits, (K,), for a class prior; zeros for None. Raises InputError (predict.prior)."""
-    classes = model.net.classifier.out_features
-    if prior is None:
-        return torch.zeros(classes)
-    share = frequencies(prior, model.counts, classes)
-    return (share.log() + even_shift(model.recipe, model.counts, classes)).float()
-
-
 def _counts(model: Pretrained) -> Tensor:
     if model.counts is None:
         message = "this model has no class counts of its training: give the prior as numbers"
         raise InputError("predict.prior", message)
     return model.counts
-
-
-class _Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
-    """The images of predict: position -> (uint8 (views, 3, H, W) or None, fields of its Prediction)."""
-
-    def __init__(self, images: Any) -> None:
-        self.split = images if isinstance(images, Split) else None
-        self.names: Sequence[str] = []
-        self.items: Any = images
-        if self.split is not None:
-            self.items = self.split.dataset
-            self.true = self.split.labels
-            return
-        if isinstance(images, str | Path):
-            self.items = _files(Path(images))
-        elif not isinstance(images, Iterable) or isinstance(images, np.ndarray | Tensor):
-            message = "images must be a file, a folder, a Split or a list of files, PIL images or arrays"
-            raise InputError("predict.images", message)
-        else:
-            self.items = [
-                one for item in images for one in (_files(Path(item)) if isinstance(item, str | Path) else [item])
-            ]
-        if not self.items:
-            raise InputError("predict.images", "there are no images to predict")
-
-    def prepare(self, model: Pretrained, names: Sequence[str], crops: Sequence[str]) -> None:
-        """names: class names of a split's labels. crops: policies of further views of each image."""
-        _, height, width = model.input_size
-        own = model.eval_policy if model.eval_policy != "none" else ""
-        self.policies, self.size = [parse(policy) for policy in (own, *crops)], (width, height)
-        # Images of another size than in training are resized, as timm's own transform does.
-        self.fit = parse(f"resize({min(height, width)}) | center_crop({min(height, width)})")
-        self.names, self.reading = names, model.reading
-
-    @property
-    def from_disk(self) -> bool:
-        """Whether all are files; images of a caller or a data set are read in the caller's thread."""
-        return self.split is None and all(isinstance(item, Path) for item in self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, position: int) -> tuple[Tensor | None, dict[str, str]]:
-        value = self.items[position]
-        about = {"image": str(value) if isinstance(value, Path) else str(position)}
-        if self.split is not None:
-            value = value["image"]
-            about = {"image": _name(value, self.split.rows[position])}
-            number = int(self.true[position])
-            about["label"] = self.names[number] if number < len(self.names) else str(number)
-        try:
-            decoded = decode(str(value) if isinstance(value, Path) else value, position, self.reading)
-            views = [self._view(decoded, policy) for policy in self.policies]
-        except BrokenImage as error:
-            return None, {**about, "error": str(error)}
-        return torch.stack(views), about
-
-    def _view(self, decoded: Image.Image, policy: Policy) -> Tensor:
-        image = policy.augment(decoded)
-        if image.size != self.size:
-            image = self.fit.augment(image)
-        if image.size != self.size:
-            raise BrokenImage(f"it has {image.size} pixels and the model needs {self.size}")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def image_name(split: Split, position: int) -> str:
-    """The name of a split's image in predictions and embeddings: its path, else its row."""
-    return _name(split.dataset[position]["image"], split.rows[position])
-
-
-def _name(image: dict[str, Any], row: Any) -> str:
-    return image.get("path") or str(int(row))
-
-
-def _files(path: Path) -> list[Path]:
-    """The file, or all images in and below the folder except hidden ones.
-
-    Raises MissingFileError, and InputError (predict.images) for a folder without images.
-    """
-    if path.is_dir():
-        left = LeftOut()
-        files = list(map(Path, files_under(path, left)))
-        left.paths.pop("are hidden", None)
-        left.say(path, logging.getLogger(__name__).warning)
-        found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not found:
-            message = f"no image in {path}: images end in {', '.join(sorted(IMAGE_SUFFIXES))}"
-            raise InputError("predict.images", message)
-        return found
-    if not path.exists():
-        raise MissingFileError("file.missing", f"no image {path}")
-    return [path]

@@ -21,12 +21,13 @@ def write_csv(
     sets: bool = False,
     nearest: int = 0,
     crops: bool = False,
+    decisions: bool = False,
 ) -> tuple[int, int]:
     """Write predictions as CSV.
 
     The columns are image, label_1, probability_1 ... label_k, probability_k, error, true_label, and on request
-    set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label and
-    five_crops_probability. On a failure other than a full disk, the rows so far stay in PATH.partial and an earlier
+    decision, set_size and set (a JSON list of classes), nearest_1, nearest_label_1, similarity_1 ..., five_crops_label
+    and five_crops_probability. On a failure other than a full disk, the rows so far stay in PATH.partial and an earlier
     table stays. Returns (images, unreadable). Raises OSError, which names `path`.
     """
     images = broken = 0
@@ -36,12 +37,23 @@ def write_csv(
         pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
         near = [f"{name}_{k}" for k in range(1, nearest + 1) for name in ("nearest", "nearest_label", "similarity")]
         ends = ["five_crops_label", "five_crops_probability"] if crops else []
-        yield ["image", *pairs, "error", "true_label", *(["set_size", "set"] if sets else []), *near, *ends]
+        yield [
+            "image",
+            *pairs,
+            "error",
+            "true_label",
+            *(["decision"] if decisions else []),
+            *(["set_size", "set"] if sets else []),
+            *near,
+            *ends,
+        ]
         for one in found:
             cells = [
                 cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
             ]
             row = [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
+            if decisions:
+                row.append(one.decision or "")
             if sets:
                 row += ["", ""] if one.inside is None else [f"{len(one.inside)}", json.dumps(one.inside)]
             close = [cell for other in one.nearest for cell in (other.image, other.label, f"{other.similarity:.6f}")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from rescom_timm.engine.build import refuse_queue
 from rescom_timm.errors import CodedError, InputError, MissingFileError, code_of
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.hub_download import at_revision, download
+from rescom_timm.inference.conformal import Kind, PredictionSets
+from rescom_timm.inference.decisions import even_shift, read_sets
 from rescom_timm.inference.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
+from rescom_timm.inference.rules import OperatingPoint, read_point
 from rescom_timm.io import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
 from rescom_timm.metrics import LIMITS, Limits
@@ -53,6 +57,22 @@ class Pretrained:
     """How image files are read before that, as in training."""
     temperature: float | None = None
     """T fitted on the run's validation images; None without."""
+    sets: Mapping[tuple[Kind, float], PredictionSets] = field(default_factory=dict)
+    """By kind and coverage, prediction sets calibrated on the run's validation images; empty without."""
+    operating_point: OperatingPoint | None = None
+    """The rule that the export keeps, if there is one."""
+
+    def prediction_sets(self, coverage: float, kind: Kind = "marginal") -> PredictionSets:
+        """Those that the export keeps. Raises InputError (predict.calibration) for another coverage, or without any."""
+        if (kind, coverage) not in self.sets:
+            there = ", ".join(f"{c:g}" for k, c in self.sets if k == kind)
+            message = (
+                f"it keeps sets of coverage {there}" if there else "its run had too few validation images, or none"
+            )
+            raise InputError(
+                "predict.calibration", f"this model has no {kind} sets of coverage {coverage:g}: {message}"
+            )
+        return self.sets[kind, coverage]
 
     @property
     def limits(self) -> Limits:
@@ -202,13 +222,14 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         if details["head"] is not None:
             has_head = any(name.startswith("classifier.") for name in tensors)
             tensors |= _from_plain(net, folder / PLAIN, None if has_head else details["head"])
+        policy = details["eval_policy"]
         names, counts = details["class_names"], details["counts"] and torch.tensor(details["counts"])
         recipe = _recipe(folder / "recipe.yaml")
         reading = _reading(details, recipe)
         trained = None
         if num_classes is not None:
             net.classifier = classifier(head, net.classifier.in_features, num_classes)
-            names, counts, temperature = [], None, None
+            names, counts, temperature, details = [], None, None, {}
             known = [name for name, _ in net.named_children() if name != "classifier"]  # not parts that a method adds
             tensors = {name: value for name, value in tensors.items() if name.split(".")[0] in known}
             tensors |= {f"classifier.{name}": value for name, value in net.classifier.state_dict().items()}
@@ -221,12 +242,15 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
             trained.load_state_dict(state, strict=False)
         check_weights(tensors, net.state_dict(), "the model")
         net.load_state_dict(tensors)
+        even = even_shift(recipe, counts, net.classifier.out_features) if "sets" in details else None
+        sets = {} if even is None else read_sets(details["sets"], even, temperature or 1.0)
+        point = read_point(details["operating_point"], names) if "operating_point" in details else None
     except Exception as error:  # an attacker chooses the content, and timm raises many kinds
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         code = error.code if isinstance(error, CodedError) else "model.unreadable"
         raise InputError(code, f"{folder} cannot be read{fresh}: {what}") from error
-    return Pretrained(net.eval(), names, counts, size, details["eval_policy"], recipe, trained, reading, temperature)
+    return Pretrained(net.eval(), names, counts, size, policy, recipe, trained, reading, temperature, sets, point)
 
 
 def _check_details(details: dict[str, Any]) -> None:

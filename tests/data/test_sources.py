@@ -24,7 +24,7 @@ from rescom_timm.data.config import DataConfig
 from rescom_timm.data.image_folders import class_folders, fit_layout, holds_tables, missing_files
 from rescom_timm.data.index import Index
 from rescom_timm.data.sources import Data, load, training_index
-from rescom_timm.inference.predict import _files
+from rescom_timm.inference.images import _files
 from tests.raises import raises
 
 

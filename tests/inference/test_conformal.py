@@ -1,9 +1,12 @@
 """Prediction sets, against closed forms and by simulation."""
 
+import json
+
 import pytest
 import torch
 
 from rescom_timm.inference.conformal import calibrated
+from rescom_timm.inference.decisions import kept_sets, read_sets, sets_of
 from tests.raises import raises
 
 COUNTS = torch.tensor([500, 300, 50, 30, 10, 5])
@@ -63,6 +66,55 @@ def test_by_group_it_holds_for_rare_classes_where_the_common_one_does_not() -> N
             kept.append(float(sets.of(probabilities[rare]).gather(1, labels[rare][:, None]).float().mean()))
     few_mean, common_mean = torch.tensor(few).mean(), torch.tensor(common).mean()
     assert few_mean > 0.79 and common_mean < 0.72
+
+
+def test_prevalence_adjusted_sets_cover_the_mean_over_classes_more_at_the_same_coverage() -> None:
+    """Over 200 calibrations of a calibrated classifier with a long tail; the score is -p / pi, as in a loop."""
+    pi = COUNTS.double() / COUNTS.sum()
+    generator = torch.Generator().manual_seed(3)
+
+    def images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.multinomial(pi, number, replacement=True, generator=generator)
+        noise = 0.7 * torch.randn(number, 6, generator=generator, dtype=torch.float64)
+        return (torch.eye(6, dtype=torch.float64)[labels] + noise) / 0.49, labels
+
+    found = []
+    for _ in range(200):
+        (known, true), (new, labels) = images(300), images(2000)
+        row = []
+        for kind in ("marginal", "prevalence"):
+            sets = sets_of(known, true, 0.9, torch.zeros(6), kind, prior=pi)
+            held = sets.of_logits(new, new).gather(1, labels[:, None]).flatten()
+            row += [held.double().mean(), torch.stack([held[labels == k].double().mean() for k in range(6)]).nanmean()]
+        found.append(row)
+    means, errors = torch.tensor(found).mean(0), torch.tensor(found).std(0) / 200**0.5
+    assert (means[0::2] >= 0.9 - 4 * errors[0::2]).all() and means[2] <= 0.91
+    assert means[3] > means[1] + 0.02
+    probabilities = (known + pi.log()).softmax(1)
+    scores = sorted(-float(p[y]) / float(pi[y]) for p, y in zip(probabilities, true.tolist(), strict=True))
+    inside = sets.of_logits(new, new)
+    for row, answer in zip(inside, (new + pi.log()).softmax(1), strict=True):
+        expected = [-float(p) / float(pi_k) <= scores[270] + 1e-6 for p, pi_k in zip(answer, pi, strict=True)]
+        assert row.tolist() == [a or k == int(answer.argmax()) for k, a in enumerate(expected)]
+        if int(row.sum()) > 2:
+            break
+
+
+def test_an_export_keeps_the_same_sets() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, labels = 3 * torch.randn(40, 6, generator=generator), torch.randint(0, 5, (40,), generator=generator)
+    even = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    found = read_sets(json.loads(json.dumps(kept_sets(logits, labels, even, 1.7))), even, 1.7)
+    assert set(found) == {(kind, c) for kind in ("marginal", "prevalence") for c in (0.8, 0.9, 0.95)}, "not .99 of 40"
+    for (kind, coverage), sets in found.items():
+        ours = sets_of(logits, labels, coverage, even, kind, 1.7 if kind == "prevalence" else 1.0)
+        torch.testing.assert_close(sets.thresholds, ours.thresholds)
+        torch.testing.assert_close(sets.shift, ours.shift)
+        assert (sets.temperature, sets.guarantee) == (ours.temperature, ours.guarantee)
+    kept = kept_sets(logits, labels, even, 1.7)
+    for wrong in ({"prior": [1.0]}, {"prior": [0.0] * 6}, {"marginal": {"0.9": float("nan")}}):
+        with raises("model.details"):
+            read_sets(kept | wrong, even, 1.7)
 
 
 def test_a_group_without_enough_images_is_told() -> None:

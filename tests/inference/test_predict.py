@@ -21,7 +21,7 @@ from rescom_timm.data.transforms import parse
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.inference.export import export, export_run
 from rescom_timm.inference.neighbours import Embeddings
-from rescom_timm.inference.predict import Reader, adjustment, embed, predictions
+from rescom_timm.inference.predict import Reader, embed, predictions
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import from_pretrained
 from tests.engine.child import recipe
@@ -130,6 +130,11 @@ def test_the_split_of_a_data_set(tmp_path):
     found = rescom_timm.predict(tmp_path, data.test, batch_size=256, top_k=1)
     assert len(found) == 500 and [one.label for one in found[:20]] == [str(k) for k in data.test.labels[:20]]
     assert found[0].image.startswith("digit_")
+
+
+def adjustment(model, prior):
+    """What is added to the logits, (K,)."""
+    return Reader(model, [pixels()], prior).shift
 
 
 def test_a_prior_is_bayes_rule(model):

@@ -1,11 +1,10 @@
-"""What `evaluate` computes from the kept logits: another prior or temperature, and abstention."""
+"""What `evaluate` computes from the kept logits: another prior or temperature, abstention, other decisions."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rescom_timm.api import Run
@@ -19,7 +18,9 @@ from rescom_timm.inference.decisions import (
     even_shift,
     fitted_temperature,
     frequencies,
+    shift_of,
 )
+from rescom_timm.inference.rules import Rule, operating_point, price, read_costs
 from rescom_timm.metrics import Meter, span
 
 
@@ -27,31 +28,63 @@ def adjusted(
     options: argparse.Namespace, run: Path, name: str, meter: Meter, class_names: list[str]
 ) -> tuple[str, Meter]:
     """(title, evaluation) of softmax(s / T + log prior). Raises InputError (predict.prior, data.split)."""
-    kept, counts, classes = logits.read(run, name), meter.counts, meter.num_classes
-    even = even_shift(Run(run).recipe, counts, classes)
-    temperature = _temperature(options, run, even)
-    prior = read_prior(options.prior, class_names)
-    if prior == "estimate":
-        found = torch.cat([values for values, _ in kept.batches()]) + even.float()
-        log_prior = estimated_prior(found, temperature).log()
-    else:
-        log_prior = -even if prior is None else frequencies(prior, counts, classes).log()
-    shift = (log_prior + even / temperature).float()
+    kept = logits.read(run, name)
+    shift, temperature = _scale(options, run, kept, meter, class_names)
     title = f"the same with temperature {temperature:.3g}" + (f", prior {options.prior}" if options.prior else "")
     title += f", approximate: from the {kept.values.shape[1]} largest logits" if kept.approximate else ""
-    return title, kept.judged(counts, meter.limits, shift, temperature)
+    return title, kept.judged(meter.counts, meter.limits, shift, temperature)
 
 
-def _temperature(options: argparse.Namespace, run: Path, even: Tensor) -> float:
-    if options.temperature != "fitted":
-        return float(options.temperature)
+def _scale(
+    options: argparse.Namespace, run: Path, kept: logits.Logits, meter: Meter, class_names: list[str]
+) -> tuple[Tensor, float]:
+    """(shift (K,), T) of the probabilities softmax(s / T + shift) that the options ask for."""
+    even = even_shift(Run(run).recipe, meter.counts, meter.num_classes)
+    asked = options.temperature or ("fitted" if options.costs else 1.0)
+    if asked == "fitted":
+        found, labels = _validation(options, run).whole()
+        temperature = fitted_temperature(found + even.float(), labels)
+    else:
+        temperature = float(asked)
+    prior = read_prior(options.prior, class_names)
+    if prior == "estimate":
+        share: Tensor | None = estimated_prior(kept.whole()[0] + even.float(), temperature)
+    else:
+        share = None if prior is None else frequencies(prior, meter.counts, meter.num_classes)
+    return shift_of(share, even, temperature), temperature
+
+
+def _validation(options: argparse.Namespace, run: Path) -> logits.Logits:
+    """The kept logits of the checkpoint's validation images. Raises InputError (data.split) where there are none."""
     name = file_name("validation", options.checkpoint, options.weights)
     if not logits.place(run, name).is_file():
         words = f"--split validation --checkpoint {options.checkpoint}"
-        message = f"a temperature is fitted on validation images: first run rescom-timm evaluate {run} {words}"
+        message = f"this needs the logits of validation images: first run rescom-timm evaluate {run} {words}"
+        message += ", or give --temperature 1" if options.costs else ""
         raise InputError("data.split", message)
-    found, labels = zip(*logits.read(run, name).batches(), strict=True)
-    return fitted_temperature(torch.cat(found) + even.float(), torch.cat(labels))
+    return logits.read(run, name)
+
+
+def decided(options: argparse.Namespace, run: Path, name: str, meter: Meter, class_names: list[str]) -> str:
+    """What --recall or --costs changes, on the validation images that it was found on and on the evaluated ones.
+
+    Raises InputError (predict.classes, predict.calibration, predict.costs, data.split).
+    """
+    kept = {name: logits.read(run, name)}
+    shift, temperature = _scale(options, run, kept[name], meter, class_names)
+    rule: Rule
+    if options.costs:
+        rule = read_costs(options.costs, class_names)
+        lines = [f"{rule.text}, temperature {temperature:.3g}"]
+    else:
+        known = _validation(options, run)
+        rule = operating_point(*known.whole(), options.recall, class_names)
+        lines = [rule.text]
+        kept = kept if options.split == "validation" else {"validation": known} | kept
+    for where, found in kept.items():
+        lines.append(f"{where}, {len(found.labels):,} images:")
+        lines.append(price(rule, found, class_names, meter.counts, meter.limits, shift, temperature))
+    return "\n".join(lines)
 
 
 def abstention(meter: Meter) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from rescom_timm.data.config import DataConfig
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, labelled
 from rescom_timm.errors import InputError, MissingFileError
+from rescom_timm.inference.export import kept_validation
 from rescom_timm.inference.neighbours import Embeddings, Gatherer
 from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, embed, predictions, read_temperature
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
+from rescom_timm.inference.rules import Costs, Rule, operating_point, price, read_costs
 from rescom_timm.io import read_text
 from rescom_timm.metrics import groups
 
@@ -28,7 +31,7 @@ def predict(options: argparse.Namespace) -> int:
     """Write the CSV and print the accuracy if the labels are known. Raises InputError, and as from_pretrained does."""
     model = from_pretrained(options.model, revision=options.revision)
     prior, names = read_prior(options.prior, model.class_names), None
-    temperature = read_temperature(model, options.temperature)
+    temperature = read_temperature(model, options.temperature or ("fitted" if options.costs else 1.0))
     images: Any = options.images
     if options.data:
         images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
@@ -41,7 +44,10 @@ def predict(options: argparse.Namespace) -> int:
             )
     reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
     search_run = bool(options.nearest) and not (options.among and Path(options.among).is_file())
-    data = _run_data(options.model) if options.coverage is not None or search_run else None
+    of_run = (Path(options.model) / "checkpoints").is_dir()
+    calibrates = options.coverage is not None and (of_run or not model.sets or options.by_group)
+    data = _run_data(options.model) if calibrates or search_run else None
+    rule = read_rule(options, model)
     reader = Reader(
         model, images, prior, class_names=names, crops=options.five_crops, temperature=temperature, **reading
     )
@@ -50,7 +56,9 @@ def predict(options: argparse.Namespace) -> int:
     if reader.prior is not None:
         print(prior_line(reader))
     sets = among = None
-    if options.coverage is not None and data is not None:
+    if options.coverage is not None and not calibrates:
+        sets = model.prediction_sets(options.coverage, options.sets)
+    elif options.coverage is not None and data is not None:
         if data.validation is None:
             raise InputError(
                 "data.split",
@@ -59,9 +67,10 @@ def predict(options: argparse.Namespace) -> int:
             )
         sets = calibrate(
             model, data.validation, options.coverage, by_group=options.by_group, prior=known, temperature=temperature,
-            class_names=data.class_names, **reading,
+            class_names=data.class_names, kind=options.sets, **reading,
         )  # fmt: skip
-        print(f"prediction sets: {sets.guarantee}")
+    if sets is not None:
+        print(f"{options.sets} prediction sets: {sets.guarantee}")
     if search_run and data is not None:
         among = embed(model, data.train, class_names=data.class_names, **reading)
         if options.among:
@@ -70,16 +79,41 @@ def predict(options: argparse.Namespace) -> int:
     elif options.nearest:
         among = Embeddings.load(options.among)
     gatherer = Gatherer() if options.embeddings else None
-    found = predictions(reader, options.top_k, sets=sets, among=among, nearest=options.nearest, gatherer=gatherer)
-    score = Score(model, sets is not None, options.five_crops)
+    found = predictions(
+        reader, options.top_k, sets=sets, among=among, nearest=options.nearest, gatherer=gatherer, rule=rule
+    )
+    score = Score(model, sets is not None, options.five_crops, rule)
     number, broken = write_csv(
         score.count(found), options.output, options.top_k, sets=sets is not None, nearest=options.nearest,
-        crops=options.five_crops,
+        crops=options.five_crops, decisions=rule is not None,
     )  # fmt: skip
     if gatherer is not None:
         gatherer.gathered().save(options.embeddings)
     print(f"{number} images, {broken} unreadable: {options.output}{score.summary()}")
     return 0
+
+
+def read_rule(options: argparse.Namespace, model: Pretrained) -> Rule | None:
+    """The rule of --costs or --recall, else the operating point that an export keeps.
+
+    Raises InputError (predict.classes, predict.costs, predict.calibration, data.split).
+    """
+    if options.costs:
+        return read_costs(options.costs, model.class_names)
+    if not options.recall:
+        if model.operating_point is not None:
+            print(f"decided by the model's operating point: {model.operating_point.text}")
+        return model.operating_point
+    if not (Path(options.model) / "checkpoints").is_dir():
+        message = (
+            f"{options.model} is not a run's folder, so it has no validation images: use export --recall on the run"
+        )
+        raise InputError("run.missing", message)
+    kept = kept_validation(Path(options.model))
+    point = operating_point(*kept.whole(), options.recall, model.class_names)
+    print(f"{point.text}; on the validation images:")
+    print(price(point, kept, model.class_names, model.counts, model.limits))
+    return point
 
 
 def _run_data(model: str) -> Data:
@@ -92,12 +126,14 @@ def _run_data(model: str) -> Data:
 class Score:
     """Accuracy over predictions of images whose class is known."""
 
-    def __init__(self, model: Pretrained, sets: bool = False, crops: bool = False) -> None:
+    def __init__(
+        self, model: Pretrained, sets: bool = False, crops: bool = False, rule: Rule | None = None
+    ) -> None:  # fmt: skip
         self.names = model.class_names
-        self.counts = model.counts
-        self.sets, self.crops = sets, crops
-        self.rows: dict[str, list[tuple[bool, bool, int, bool]]] = {}
-        """Class -> (top-1 right, class in the set, size of the set, five crops right) of each image."""
+        self.counts, self.limits = model.counts, model.limits
+        self.sets, self.crops, self.rule = sets, crops, rule
+        self.rows: dict[str, list[tuple[bool, bool, int, bool, bool, float]]] = {}
+        """Class -> (top-1 right, class in the set, size of the set, five crops right, decision right, its cost)."""
 
     def count(self, found: Iterable[Prediction]) -> Iterator[Prediction]:
         """Pass the predictions on, counting those with a label."""
@@ -105,7 +141,10 @@ class Score:
             if one.label and one.labels:
                 inside = one.inside or []
                 crops = one.five_crops is not None and one.five_crops[0] == one.label
-                row = (one.labels[0] == one.label, one.label in inside, len(inside), crops)
+                decided, cost = one.decision == one.label, math.nan
+                if isinstance(self.rule, Costs) and one.label in self.names and one.decision is not None:
+                    cost = float(self.rule.matrix[self.names.index(one.label), self.names.index(one.decision)])
+                row = (one.labels[0] == one.label, one.label in inside, len(inside), crops, decided, cost)
                 self.rows.setdefault(one.label, []).append(row)
             yield one
 
@@ -118,12 +157,16 @@ class Score:
         parts = [f"; top-1 {100 * every[:, 0].mean():.2f} % of {len(every)}"]
         parts.append(f"mean of {len(rows)} classes {100 * np.mean([one[:, 0].mean() for one in rows.values()]):.2f} %")
         if self.counts is not None:
-            for group, classes in groups(self.counts).items():
+            for group, classes in groups(self.counts, self.limits).items():
                 own = [rows[self.names[k]] for k in classes.tolist() if self.names[k] in rows]
                 if own:
                     parts.append(f"{group} {100 * np.concatenate(own)[:, 0].mean():.2f} %")
         if self.crops:
             parts.append(f"five crops {100 * every[:, 3].mean():.2f} %")
+        if self.rule is not None:
+            parts.append(f"decided right {100 * every[:, 4].mean():.2f} %")
+        if isinstance(self.rule, Costs):
+            parts.append(f"mean cost {np.nanmean(every[:, 5]):.4g}")
         if self.sets:
             parts.append(f"sets hold the class {100 * every[:, 1].mean():.2f} %, of {every[:, 2].mean():.2f} classes")
         if unknown := sum(len(found) for label, found in rows.items() if label not in self.names and self.names):

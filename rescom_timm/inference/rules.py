@@ -1,0 +1,311 @@
+"""Which class to answer: an operating point (at least some recall of named classes), or the least expected cost.
+
+N images, K classes. Probabilities stay as they are: a rule decides beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from rescom_timm.class_names import first_names, nfc
+from rescom_timm.engine.evaluate import table
+from rescom_timm.engine.logits import Logits
+from rescom_timm.errors import InputError
+from rescom_timm.inference.conformal import needed, order_statistic
+from rescom_timm.io import read_text
+from rescom_timm.metrics import CONFIDENCE, DRAWS, LIMITS, Limits, Meter, span, wilson
+
+ROUNDS = 10_000
+"""Passes over the named classes, whose offsets depend on each other, at most."""
+
+
+class Rule(Protocol):
+    """A decision for every image."""
+
+    @property
+    def text(self) -> str:
+        """The rule in words, for people."""
+
+    def decide(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Classes (N,) for the net's own logits (N, K) and the probabilities (N, K) that are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class OperatingPoint:
+    """Offsets of the net's logits that give named classes at least a recall.
+
+    Recall does not depend on how frequent classes are, so a class prior changes the probabilities and not this rule.
+    """
+
+    recall: Mapping[str, float]
+    """The least recall by class name."""
+    images: Mapping[str, int]
+    """Validation images of each of these classes."""
+    classes: tuple[int, ...]
+    """The numbers of these classes."""
+    offsets: Tensor
+    """(K,) float64, added to the net's logits; 0 for other classes."""
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        parts = [
+            f"recall of {name!r} at least {least:g} (from {self.images[name]:,} validation images)"
+            for name, least in self.recall.items()
+        ]
+        return ", ".join(parts)
+
+    def decide(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Classes (N,) of the largest logits (N, K) with the offsets."""
+        return (logits.cpu().double() + self.offsets).argmax(dim=1)
+
+    def record(self) -> list[dict[str, object]]:
+        """Plain JSON, which `read_point` reads."""
+        return [
+            {"number": k, "offset": float(self.offsets[k]), "recall": self.recall[name], "images": self.images[name]}
+            for name, k in zip(self.recall, self.classes, strict=True)
+        ]
+
+
+def operating_point(
+    logits: Tensor, labels: Tensor, recall: Mapping[str, float], class_names: Sequence[str]
+) -> OperatingPoint:
+    """The smallest offsets with which new images of each named class are found with at least its recall.
+
+    Split conformal within the class: of its n validation images the ceil((n + 1) r)-th easiest is still found, so for
+    images drawn as those were the expected recall is at least r. logits: (N, K) of validation images, labels: (N,).
+    Raises InputError: predict.classes for unknown names, predict.value for a recall that is not between 0 and 1,
+    predict.calibration for a class with fewer than r / (1 - r) images, or recalls that cannot be had together.
+    """
+    numbers = dict(zip(numbers_of(list(recall), class_names), map(float, recall.values()), strict=True))
+    scores, images = logits.double(), torch.bincount(labels, minlength=len(class_names)).tolist()
+    for k, least in numbers.items():
+        if not 0 < least < 1:
+            raise InputError("predict.value", f"recall of {class_names[k]!r} must be between 0 and 1, not {least:g}")
+        if images[k] < needed(least):
+            message = f"a recall of {least:g} needs {needed(least)} validation images of {class_names[k]!r}; there are"
+            raise InputError("predict.calibration", f"{message} {images[k]}: ask for less, or hold out more images")
+    offsets = torch.zeros(len(class_names), dtype=torch.float64)
+    most = 2 * float(scores.amax() - scores.amin()) + 1  # beyond this, classes only chase each other
+    for _ in range(ROUNDS):
+        before = offsets.clone()
+        for k, least in numbers.items():
+            own = scores[labels == k]
+            others = (own + offsets).index_fill(1, torch.tensor(k), -math.inf).amax(dim=1)
+            margin = order_statistic(others - own[:, k], least)
+            assert margin is not None
+            offsets[k] = max(0.0, margin + 1e-6)
+        if torch.equal(before, offsets):
+            record = [{"number": k, "recall": r, "images": images[k], "offset": offsets[k]} for k, r in numbers.items()]
+            return read_point(record, class_names)
+        if float(offsets.amax()) > most:
+            break
+    message = f"the recalls of {', '.join(map(repr, recall))} cannot be had together: these classes overlap"
+    raise InputError("predict.calibration", f"{message}; ask for less")
+
+
+def read_point(record: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> OperatingPoint:
+    """The operating point of a record. Raises InputError (model.details), KeyError, TypeError and ValueError."""
+    offsets, numbers = torch.zeros(len(class_names), dtype=torch.float64), [int(one["number"]) for one in record]
+    if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= k < len(class_names) for k in numbers):
+        raise InputError("model.details", f"an operating point of classes {numbers}")
+    offsets[numbers] = torch.tensor([float(one["offset"]) for one in record], dtype=torch.float64)
+    recall = {class_names[int(one["number"])]: float(one["recall"]) for one in record}
+    if not bool(offsets.isfinite().all()) or not all(0 < least < 1 for least in recall.values()):
+        raise InputError("model.details", "an operating point needs finite offsets and recalls between 0 and 1")
+    images = {class_names[int(one["number"])]: int(one["images"]) for one in record}
+    return OperatingPoint(recall, images, tuple(numbers), offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """The class of the least expected cost (Elkan 2001, eq. 1)."""
+
+    matrix: Tensor
+    """(K, K) float64: cost of answering column j for an image of class i."""
+
+    @property
+    def text(self) -> str:
+        """The rule in words."""
+        return "least expected cost"
+
+    def decide(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Classes (N,) of the least sum over i of p_i C_ij; of several the most probable."""
+        probabilities = probabilities.cpu().double()
+        expected = probabilities @ self.matrix
+        least = expected.amin(dim=1, keepdim=True)
+        return probabilities.masked_fill(expected > least + 1e-12 * self.matrix.abs().amax(), -1).argmax(dim=1)
+
+    def paid(self, labels: Tensor, decided: Tensor) -> np.ndarray:
+        """The cost of each image, (N,)."""
+        found: np.ndarray = self.matrix[labels.cpu(), decided.cpu()].numpy()
+        return found
+
+
+def price(
+    rule: Rule, kept: Logits, class_names: Sequence[str], counts: Tensor | None = None, limits: Limits = LIMITS,
+    shift: Tensor | float = 0.0, temperature: float = 1.0,
+) -> str:  # fmt: skip
+    """What a rule gains and costs on labelled images, with 95% intervals, as text.
+
+    kept: the logits s of an evaluation. counts: (K,) training images. softmax(s / temperature + shift) are the
+    probabilities.
+    """
+    columns = []
+    for values, true in kept.batches():
+        probabilities = (values / temperature + shift).softmax(dim=1)
+        columns.append((true, probabilities.argmax(dim=1), rule.decide(values, probabilities)))
+    labels, before, after = map(torch.cat, zip(*columns, strict=True))
+    rows, beside = {}, {}
+    for name, answers in (("most probable class", before), ("by the rule", after)):
+        meter = Meter(len(class_names), counts, topk=(1,), limits=limits)
+        for own, true in zip(answers.split(1024), labels.split(1024), strict=True):
+            meter.update(one_hot(own, len(class_names)).float(), true)
+        figures, ends = meter.compute(), meter.intervals()
+        rows[name] = {figure: figures[figure] for figure in ends}
+        beside[name] = {"95%": {figure: span(pair) for figure, pair in ends.items()}}
+    lines = [table(rows, beside)]
+    if isinstance(rule, OperatingPoint):
+        lines += _price_of_recall(rule, labels, before, after, class_names)
+    if isinstance(rule, Costs):
+        lines.append(_mean_costs(rule, labels, before, after))
+    return "\n".join(lines)
+
+
+def _price_of_recall(
+    rule: OperatingPoint, labels: Tensor, before: Tensor, after: Tensor, class_names: Sequence[str]
+) -> list[str]:
+    lines = []
+    for k in rule.classes:
+        for what, of in (("recall", [labels == k] * 2), ("precision", [before == k, after == k])):
+            change = " -> ".join(
+                _share(labels[mask] == answers[mask]) for mask, answers in zip(of, (before, after), strict=True)
+            )
+            lines.append(f"{what} of {class_names[k]!r}: {change}")
+    others = ~torch.isin(labels, torch.tensor(rule.classes))
+    change = " -> ".join(_share(labels[others] == answers[others]) for answers in (before, after))
+    lost = torch.bincount(labels[others & (before == labels)], minlength=len(class_names))
+    lost -= torch.bincount(labels[others & (after == labels)], minlength=len(class_names))
+    total = torch.bincount(labels, minlength=len(class_names))
+    most = [k for k in lost.argsort(descending=True, stable=True).tolist()[:5] if lost[k] > 0]
+    worst = ", ".join(f"{class_names[k]!r} {lost[k]} of {total[k]}" for k in most)
+    return [*lines, f"recall of the other classes: {change}" + (f"; images lost: {worst}" if worst else "")]
+
+
+def _share(right: Tensor) -> str:
+    """How many of these images are right, with its interval."""
+    if not len(right):
+        return "none of 0 images"
+    ends = tuple(map(float, wilson(int(right.sum()), len(right))))
+    return f"{100 * float(right.double().mean()):.1f}% ({span(ends)}; n {len(right):,})"
+
+
+def _mean_costs(rule: Costs, labels: Tensor, before: Tensor, after: Tensor) -> str:
+    """The mean cost of an image under both, and the difference, by a paired bootstrap over the images."""
+    pairs = np.stack([rule.paid(labels, before), rule.paid(labels, after)])
+    columns = np.stack([*pairs, pairs[1] - pairs[0]])
+    generator, drawn = np.random.default_rng(0), np.empty((DRAWS, 3))
+    for draw in drawn:
+        draw[:] = columns[:, generator.integers(len(labels), size=len(labels))].mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    means = zip(columns.mean(axis=1), low, high, strict=True)
+    first, second, difference = (f"{mean:.4g} (95%: {a:.4g} to {b:.4g})" for mean, a, b in means)
+    return f"mean cost of {len(labels):,} images: {first} -> {second}, difference {difference}"
+
+
+def numbers_of(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """The class of each name. Raises InputError (predict.classes) for unknown names, with near ones, or double ones."""
+    known = {nfc(name): k for k, name in enumerate(class_names)}
+    stripped = {name.strip(): k for name, k in known.items()}
+    found: dict[int, str] = {}
+    for name in names:
+        k = known.get(nfc(name), stripped.get(nfc(name).strip()))
+        if k is None:
+            near = get_close_matches(name, class_names, n=3)
+            hint = f"did you mean {first_names(near)}?" if near else f"it has {first_names(class_names)}"
+            raise InputError("predict.classes", f"the model has no class {name!r}; {hint}")
+        if k in found:
+            raise InputError("predict.classes", f"class {class_names[k]!r} is given twice")
+        found[k] = name
+    return list(found)
+
+
+def read_costs(path: str | Path, class_names: Sequence[str]) -> Costs:
+    """Costs by class names, in any order.
+
+    A .json file: {true class: {predicted class: cost}}. Another file is CSV: the first line names the predicted
+    classes after a first cell, each other line is a true class and its costs. Raises InputError: predict.classes for
+    classes that are unknown, missing or double, predict.costs for what is not finite numbers, and as read_text.
+    """
+    text = read_text(path)
+    rows = _json_rows(text, path) if Path(path).suffix.lower() == ".json" else _csv_rows(text, path)
+    matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.float64)
+    every = _all_of([name for name, _ in rows], class_names, f"{path}: true classes")
+    columns: dict[tuple[str, ...], list[int]] = {}
+    for i, (name, costs) in zip(every, rows, strict=True):
+        others, values = zip(*costs, strict=True) if costs else ((), ())
+        if others not in columns:
+            columns[others] = _all_of(others, class_names, f"{path}: predicted classes of {name!r}")
+        what = f"{path}: each cost of {name!r} must be a finite number"
+        matrix[i, columns[others]] = torch.tensor([_number(value, what) for value in values], dtype=torch.float64)
+    return Costs(matrix)
+
+
+Row = tuple[str, Sequence[tuple[str, object]]]
+"""A true class, and the cost of each class that may be answered."""
+
+
+def _json_rows(text: str, path: str | Path) -> Sequence[Row]:
+    try:
+        rows: Sequence[Row] = json.loads(text, object_pairs_hook=tuple)  # a dict would keep the last of equal names
+    except (ValueError, RecursionError) as error:
+        raise InputError("predict.costs", f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, tuple) or not all(isinstance(row, tuple) for _, row in rows):
+        raise InputError("predict.costs", f"{path} must be of the form {{true class: {{predicted class: cost}}}}")
+    return rows
+
+
+def _csv_rows(text: str, path: str | Path) -> Sequence[Row]:
+    try:
+        lines = [row for row in csv.reader(io.StringIO(text, newline=""), skipinitialspace=True) if row]
+    except csv.Error as error:
+        raise InputError("predict.costs", f"{path} is no CSV: {error}") from None
+    if len({len(row) for row in lines}) != 1:
+        raise InputError("predict.costs", f"{path} is no table: its lines have different numbers of cells, or none")
+    predicted = lines[0][1:]
+    return [(row[0], list(zip(predicted, row[1:], strict=True))) for row in lines[1:]]
+
+
+def _all_of(names: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
+    """`numbers_of` names that must be all classes."""
+    try:
+        found = numbers_of(names, class_names)
+    except InputError as error:
+        raise InputError(error.code, f"{where}: {error}") from None
+    if missing := set(range(len(class_names))).difference(found):
+        names = [class_names[k] for k in sorted(missing)]
+        raise InputError("predict.classes", f"{where}: {first_names(names)} missing")
+    return found
+
+
+def _number(value: object, what: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError("predict.costs", f"{what}, not {value!r}")
+    return number
