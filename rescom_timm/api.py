@@ -37,6 +37,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.dry_run import dry_run as timed
 from rescom_timm.engine.evaluate import data_of, evaluate_run
+from rescom_timm.engine.own import NOTHING, Metric, Own
 from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
 from rescom_timm.errors import InputError
@@ -60,8 +61,9 @@ Format = Literal["timm", "onnx", "torch"]
 
 
 def train_recipe(
-    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Publisher | None = None
-) -> Path:
+    recipe: Recipe, resume: Resume = False, dry_run: bool = False, follower: Publisher | None = None,
+    own: Own = NOTHING,
+) -> Path:  # fmt: skip
     """Train, evaluate, save, export and push as the recipe says; returns the run's folder.
 
     dry_run: instead print what that takes on this machine (engine.dry_run). Other arguments and errors are those of
@@ -69,7 +71,8 @@ def train_recipe(
     """
     with first_weights(recipe) as first:
         if not dry_run:
-            return train_only(recipe, resume, follower or Publisher(pictures), read_teacher(recipe), first)
+            follower = follower or Publisher(pictures)
+            return train_only(recipe, resume, follower, read_teacher(recipe), first, own=own)
         estimate = timed(recipe, resume, read_teacher(recipe), first)
     if PartialState().is_main_process:
         print("\n".join(estimate.lines()))
@@ -82,6 +85,8 @@ def train(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    metrics: Mapping[str, Metric] = {},
+    callbacks: Sequence[object] = (),
     **sections: Any,
 ) -> Run:
     """Train a recipe and return its run.
@@ -96,6 +101,9 @@ def train(
     sections: sections of the recipe over it, such as train={"epochs": 30} or net={"backbone": "resnet18"}.
     overrides: as on the command line, "train.epochs=30".
     resume: continue the last run of the recipe's name, if there is one.
+    metrics: further metrics of every evaluation by name, functions of labels (N,) and probabilities (N, K), NumPy
+    arrays; evaluation.select may name one of which larger is better. callbacks: objects with on_epoch_end(epoch,
+    metrics) or on_evaluate(epoch, figures), called in the main process.
 
     Raises RecipeError for an invalid recipe, InputError and MissingFileError for the data, and as engine.trainer.train.
     """
@@ -111,7 +119,7 @@ def train(
             resolved = load_dict(dict(recipe or {}), "recipe", overrides)
         else:
             resolved = load(recipe, overrides, to_train=True)
-        return Run(train_recipe(resolved, resume), dataset)
+        return Run(train_recipe(resolved, resume, own=Own(metrics, callbacks)), dataset, metrics)
 
 
 def fit(
@@ -224,12 +232,13 @@ class Run:
     """A trained run: its folder, and what can be done with it.
 
     folder: of the run. dataset: for a run trained on a data set in memory, that data set; or another one to evaluate
-    on, with the same classes in any order, of which a single split has the test images.
+    on, with the same classes in any order, of which a single split has the test images. metrics: as of `train`, for
+    evaluate.
     Raises an error with code run.missing for a path that is no run's folder.
     """
 
-    def __init__(self, folder: str | Path, dataset: InMemory | None = None) -> None:
-        self.folder = check_run(folder)
+    def __init__(self, folder: str | Path, dataset: InMemory | None = None, metrics: Mapping[str, Metric] = {}) -> None:
+        self.folder, self.own = check_run(folder), Own(metrics)
         self.dataset = dataset
 
     def __repr__(self) -> str:
@@ -257,7 +266,7 @@ class Run:
         """
         overrides = [*self._data_overrides(dataset), *overrides]
         with in_memory(dataset if dataset is not None else self.dataset):
-            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops, weights)[2].compute()
+            return evaluate_run(self.folder, checkpoint, split, overrides, five_crops, weights, self.own)[2].compute()
 
     def _data_overrides(self, dataset: InMemory | None = None) -> list[str]:
         """Overrides that replace the run's own data by the data set in memory, if there is one."""

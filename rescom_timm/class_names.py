@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from unicodedata import normalize
 
 from rescom_timm.errors import InputError
@@ -80,6 +81,23 @@ def rows_of(names: Sequence[str] | None, theirs: Sequence[str] | None, here: str
     """The position in `theirs` of each class of `names`; None and errors as in `numbers_in`."""
     numbers = numbers_in(names, theirs, here, there)
     return None if numbers is None else sorted(range(len(numbers)), key=numbers.__getitem__)
+
+
+def numbers_of(names: Iterable[str], class_names: Sequence[str], code: str) -> list[int]:
+    """The class of each name. Raises InputError (`code`) for unknown names, with near ones, or double ones."""
+    known = {nfc(name): k for k, name in enumerate(class_names)}
+    stripped = {name.strip(): k for name, k in known.items()}
+    found: dict[int, str] = {}
+    for name in names:
+        k = known.get(nfc(name), stripped.get(nfc(name).strip()))
+        if k is None:
+            near = get_close_matches(name, class_names, n=3)
+            hint = f"did you mean {first_names(near)}?" if near else f"there are {first_names(class_names)}"
+            raise InputError(code, f"there is no class {name!r}; {hint}")
+        if k in found:
+            raise InputError(code, f"class {class_names[k]!r} is given twice")
+        found[k] = name
+    return list(found)
 
 
 def distinct(names: Iterable[str]) -> list[str]:

@@ -61,6 +61,8 @@ CODES = {
     "checkpoint.average": "a checkpoint without an average of the weights",
     "train.from": "weights to start from that are missing, unreadable or of another net",
     "train.memory": "a net, batch or queue that is too large for the memory",
+    "train.metric": "a metric of the caller that cannot be used, raised or gave no finite number",
+    "train.callback": "a callback of the caller that cannot be used or raised",
     "train.nonfinite": "a loss or weights that became NaN or infinite",
     "train.distributed": "a distributed launch that the recipe or the trainer does not support",
     "train.device": "a precision that the device does not support",

@@ -159,6 +159,8 @@ class Meter:
         self.counts = None if counts is None else torch.as_tensor(counts).detach().cpu().long()
         if self.counts is not None and self.counts.shape != (num_classes,):
             raise InputError("metric.shape", f"counts must be ({num_classes},), not {tuple(self.counts.shape)}")
+        self.own: dict[str, float] = {}
+        """Further metrics of the caller, by name, in their own units."""
         self.reset()
 
     def reset(self) -> None:
@@ -204,7 +206,15 @@ class Meter:
         correct = kept["predicted"] == kept["labels"]
         numbers["ece"] = expected_calibration_error(kept["confidence"], correct, self.bins)
         invalid = 100 * float((kept["predicted"] < 0).double().mean())
-        return numbers | ({"invalid": invalid} if invalid else {})
+        return numbers | ({"invalid": invalid} if invalid else {}) | self.own
+
+    def names(self, labels: Tensor) -> list[str]:
+        """What compute() gives for images of these labels (N,), without ece: all of which larger is better."""
+        meter = Meter(self.num_classes, self.counts, self.topk, limits=self.limits)
+        values = {"labels": labels, "predicted": labels, "confidence": torch.ones(len(labels)), "rank": 0 * labels}
+        for name, value in values.items():
+            meter._kept[name].append(value)
+        return [name for name in meter.compute() if name != "ece"]
 
     def per_class(self) -> dict[str, Tensor]:
         """Columns (K,) on the CPU, by class.
@@ -240,7 +250,7 @@ class Meter:
         of = {name: total[classes] for name, classes in self._groups().items()}
         found = {}
         for name in self.compute():
-            if name not in ("ece", "invalid"):
+            if name not in ("ece", "invalid", *self.own):
                 own = of.get(name.removesuffix("_mean_class"), total)
                 found[name] = {"images": int(own.sum()), "classes": int((own > 0).sum())}
         return found

@@ -27,7 +27,7 @@ NARROWER: dict[str, set[str]] = {
     "contrastive": {"errors", "losses", "distributed"},
     "data": BOTTOM | {"metrics"},
     "models": {"errors", "io", "hub_client", "class_names"},
-    "methods": {"errors", "distributed", "losses", "contrastive", "models"},
+    "methods": {"errors", "class_names", "distributed", "losses", "contrastive", "models"},
     "config": BOTTOM | {"metrics", "data", "models", "methods"},
 }
 LAYERS = {name: NARROWER.get(name, set(ORDER[:place])) for place, name in enumerate(ORDER)}

@@ -1,5 +1,6 @@
 """t-SNE of features or embeddings (paper, Fig. 6; van der Maaten & Hinton 2008), by scikit-learn."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +67,8 @@ def table(tsne: Tsne) -> style.Table:
     return {"row": tsne.rows, "x": x, "y": y, "class": tsne.labels, "group": tsne.groups[tsne.labels]}
 
 
-def draw(tsne: Tsne) -> Figure:
-    """Marker by group; colour by class up to ten classes, else by group too."""
+def draw(tsne: Tsne, marks: Mapping[str, tuple[float, float]] = {}) -> Figure:
+    """Marker by group; colour by class up to ten classes, else by group too. marks: name -> place of further images."""
     shown = np.unique(tsne.labels)
     by_class = len(shown) <= _CLASSES
     figure = style.new_figure(7.6, 5.6)
@@ -82,6 +83,9 @@ def draw(tsne: Tsne) -> Figure:
         axes.scatter(x, y, s=14, color=shade, marker=marker, alpha=0.75, linewidths=0)
         text = f"{style.plain(tsne.class_names[label], 20)} ({group})" if by_class else rules[group]
         handles.append(Line2D([], [], linestyle="", color=shade, marker=marker, label=f"{text}: {inside.sum()}"))
+    for name, place in marks.items():
+        axes.scatter(*place, s=140, color="black", marker="*", edgecolors="white", linewidths=0.8)
+        axes.annotate(style.plain(name, 24), place, (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xticks([])
     axes.set_yticks([])
     style.tidy(axes, f"{style.plain(tsne.title, 60)}\nt-SNE by cosine distance, {len(tsne.rows):,} points", "", "")

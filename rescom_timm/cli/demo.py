@@ -3,9 +3,11 @@
     rescom-timm demo MODEL [key=value ...]
 
 MODEL: a run's folder, an exported folder or a Hub id. The page shows the most probable classes of each image with
-their training images, for class frequencies as in training, uniform, or your own. If the data of a run is available,
-also the nearest training images and a map (t-SNE) of the test images; key=value changes the run's recipe, such as
-data.source=PATH. Nothing leaves this machine. Needs the extra demo: pip install 'rescom-timm[demo]'
+their training images, for class frequencies as in training, uniform, or your own. It says where the model is unsure
+(its prediction set has several classes) and decides by the operating point that an export keeps. If the data of a run
+is available, also the nearest training images and a map (t-SNE) of the test images, with yours marked; key=value
+changes the run's recipe, such as data.source=PATH. Nothing leaves this machine. Needs the extra demo:
+pip install 'rescom-timm[demo]'
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from rescom_timm.cli import answer, new_parser
 from rescom_timm.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from rescom_timm.data.sources import Data
     from rescom_timm.data.splits import Split
@@ -69,23 +74,41 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
     """
     try:
         import gradio
+        import torch
     except ImportError as error:
         raise MissingPackageError(
             "system.package", "the demo needs more packages: pip install 'rescom-timm[demo]'"
         ) from error
-    from rescom_timm.inference.demo import OWN_NUMBERS, PRIORS, Numbers, TrainingImages, answers, first_numbers
+    from rescom_timm.inference.demo import (
+        OWN_NUMBERS,
+        PRIORS,
+        Numbers,
+        TrainingImages,
+        answers,
+        first_numbers,
+        introduction,
+        titles,
+    )  # fmt: skip
+    from rescom_timm.inference.neighbours import Gatherer
     from rescom_timm.inference.page_guard import DELETE_CACHE
     from rescom_timm.inference.pretrained import from_pretrained
 
     read = from_pretrained(model, revision=revision)
     data = run_data(Path(model), overrides) if with_data else None
     training = TrainingImages(read, data.train) if data else None
+    test = ImageMap(read, data, data.test) if data and data.test is not None else None
 
-    def show(files: list[str] | None, choice: str, numbers: Numbers, top_k: float) -> str:
-        return answers(read, files or [], choice, numbers, int(top_k), training)
+    def show(files: list[str] | None, choice: str, numbers: Numbers, top_k: float) -> str | list[Any]:
+        gatherer = Gatherer()
+        cards = answers(read, files or [], choice, numbers, int(top_k), training, gatherer)
+        if test is None:
+            return cards
+        names = dict(zip(map(str, map(Path, files or [])), titles(files or []), strict=True))
+        features = torch.cat(gatherer.features) if gatherer.images else torch.empty(0)
+        return [cards, test.figure({names[image]: one for image, one in zip(gatherer.images, features, strict=True)})]
 
-    with gradio.Blocks(title="rescom_timm", analytics_enabled=False, delete_cache=DELETE_CACHE) as made:
-        gradio.Markdown("## What is on these images?")
+    with gradio.Blocks(title=f"{model}: rescom_timm", analytics_enabled=False, delete_cache=DELETE_CACHE) as made:
+        gradio.HTML(introduction(read, model))
         files = gradio.File(label="images", file_count="multiple", file_types=["image"])
         choice = gradio.Radio(list(PRIORS), value=next(iter(PRIORS)), label="how frequent are the classes?")
         numbers = gradio.Dataframe(
@@ -102,11 +125,12 @@ def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revi
         top_k = gradio.Slider(1, min(10, max(2, len(read.class_names))), value=3, step=1, label="classes shown")
         cards = gradio.HTML()
         choice.change(lambda chosen: gradio.update(visible=chosen == OWN_NUMBERS), choice, numbers)
+        shown = [cards]
+        if test is not None:
+            with gradio.Accordion("map of the test images; yours are stars, beside the nearest ones", open=True):
+                shown.append(gradio.Plot(test.figure({}), show_label=False))
         for part in (files, choice, numbers, top_k):
-            part.change(show, [files, choice, numbers, top_k], cards)
-        if data and data.test is not None:
-            with gradio.Accordion("map of the test images", open=True):
-                gradio.Plot(test_map(read, data, data.test), show_label=False)
+            part.change(show, [files, choice, numbers, top_k], shown)
     return made
 
 
@@ -123,14 +147,31 @@ def run_data(run: Path, overrides: Sequence[str]) -> Data | None:
         return None
 
 
-def test_map(model: Pretrained, data: Data, test: Split) -> Figure:
-    """A t-SNE plot of the features of at most 1,000 test images."""
-    import torch
+class ImageMap:
+    """A t-SNE map of at most 1,000 test images, on which others are marked beside their nearest ones."""
 
-    from rescom_timm.analysis import tsne
-    from rescom_timm.inference.predict import embed
+    def __init__(self, model: Pretrained, data: Data, test: Split) -> None:
+        """Raises InputError (plot.value) for fewer than four test images that can be read."""
+        import torch
 
-    found, names = embed(model, test, class_names=data.class_names), tuple(data.class_names)
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = torch.tensor([numbers[label] for label in found.labels])
-    return tsne.draw(tsne.measure(found.features, labels, data.counts, names, most=1000, title=test.name))
+        from rescom_timm.analysis import tsne
+        from rescom_timm.inference.predict import embed
+
+        found, names = embed(model, test, class_names=data.class_names), tuple(data.class_names)
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = torch.tensor([numbers[label] for label in found.labels])
+        self.tsne = tsne.measure(
+            found.features, labels, data.counts, names, most=1000, title=test.name, limits=model.limits
+        )
+        self.features = torch.nn.functional.normalize(found.features[self.tsne.rows], dim=1)
+
+    def figure(self, marks: Mapping[str, Tensor]) -> Figure:
+        """Draw the map. marks: name -> features (F,) of an image, placed amid its three nearest test images."""
+        from rescom_timm.analysis import tsne
+
+        places = {}
+        for name, features in marks.items():
+            near = (self.features @ features).topk(min(3, len(self.features))).indices.numpy()
+            x, y = self.tsne.points[near].mean(axis=0).tolist()
+            places[name] = (x, y)
+        return tsne.draw(self.tsne, places)

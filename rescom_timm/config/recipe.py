@@ -194,8 +194,10 @@ class EvaluationConfig:
     every: int = 10
     """Epochs between evaluations; the last epoch is always evaluated."""
     batch_size: int = 256
-    select: Literal["top1", "many", "medium", "few", "mean_class"] = "top1"
-    """Figure by which the best checkpoint is chosen on the validation split."""
+    select: str = "top1"
+    """Figure by which the best checkpoint is chosen on the validation split, larger is better: any that evaluation
+    reports (top1, top5, mean_class, many, medium, few, few_mean_class ...), worst_class, the accuracy of the worst
+    class, or a metric of the caller of `rescom_timm.train`."""
     patience: int | None = None
     """Training ends at an evaluation so many epochs or more after the best one on validation; null: never."""
     group_limits: tuple[int, int] = LIMITS

@@ -127,6 +127,7 @@ def build_method(
     head = net.classifier
     try:
         method = create_method(net, torch.as_tensor(data.counts), recipe.method)
+        method.set_classes(data.class_names)
     except ValueError as error:
         raise RecipeError(code_of(error), f"method: {error}") from error
     if method.net.classifier is not head and recipe.net.classifier != ClassifierConfig():

@@ -33,6 +33,7 @@ from rescom_timm.engine import checkpoint, logits
 from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, whole_weights
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.logits import Keeper
+from rescom_timm.engine.own import NOTHING, Own
 from rescom_timm.engine.run_folder import CHANGED, run_recipe
 from rescom_timm.errors import InputError
 from rescom_timm.io import read_json, refuse_links, write_json, write_tensors
@@ -43,24 +44,26 @@ from rescom_timm.models.net import Net, check_weights
 @torch.no_grad()
 def evaluate(
     accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray,
-    limits: Limits = LIMITS, keeper: Keeper | None = None,
+    limits: Limits = LIMITS, keeper: Keeper | None = None, own: Own = NOTHING,
 ) -> Meter:  # fmt: skip
     """Every image of a prepared evaluation loader once, encoder and classifier only.
 
     counts: (K,) training images of each class, which with the limits (evaluation.group_limits) decide many, medium and
-    few. Every process gets the whole Meter. keeper: is given all logits.
+    few. Every process gets the whole Meter. keeper: is given all logits. own: further metrics.
     """
-    return evaluate_views(accelerator, net, [loader], counts, limits, keeper)
+    return evaluate_views(accelerator, net, [loader], counts, limits, keeper, own)
 
 
 @torch.no_grad()
 def evaluate_views(
     accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray,
-    limits: Limits = LIMITS, keeper: Keeper | None = None,
+    limits: Limits = LIMITS, keeper: Keeper | None = None, own: Own = NOTHING,
 ) -> Meter:  # fmt: skip
     """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
     plain: Net = accelerator.unwrap_model(net)
     meter = Meter(len(counts), torch.as_tensor(counts), limits=limits)
+    collector = own.collector()
+    takers = [one for one in (meter, keeper, collector) if one is not None]
     was_training = plain.training
     plain.eval()
     with agreed_statistics(plain), image_bar(len(loaders[0].dataset), "evaluation") as bar:  # type: ignore[arg-type]
@@ -69,11 +72,11 @@ def evaluate_views(
                 found = [plain.classify(batch["image"]) for batch in batches]
             mean = found[0] if len(found) == 1 else torch.stack(found).mean(dim=0)
             gathered = accelerator.gather_for_metrics((mean, batches[0]["label"]))
-            meter.update(*gathered)
-            if keeper is not None:
-                keeper.update(*gathered)
+            for one in takers:
+                one.update(*gathered)
             bar.update(len(gathered[1]))
     plain.train(was_training)
+    own.add_to(meter, collector)
     return meter
 
 
@@ -307,7 +310,7 @@ def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray 
 
 def evaluate_run(
     run: Path, which: str = "last", split: str = "test", overrides: Sequence[str] = (), crops: bool = False,
-    weights: Weights = "raw",
+    weights: Weights = "raw", own: Own = NOTHING,
 ) -> tuple[str, str, Meter]:  # fmt: skip
     """Evaluate a checkpoint of a run and write evaluation/<split>-<which>: (its name, its title, its figures).
 
@@ -316,13 +319,13 @@ def evaluate_run(
     whose name ends in -changed- and a digest of them and of the data, so that the run's own figures stay; so it does
     where labels or images are no longer those of the run's own evaluation. Classes are matched by name. crops: average
     the logits of `five_crops`; the name then ends in -five-crops. weights: "ema" are the averaged ones of train.ema.
-    Raises RecipeError, CheckpointError or ValueError.
+    own: further metrics. Raises RecipeError, CheckpointError or ValueError.
     """
-    own = run_recipe(run)
-    recipe = run_recipe(run, overrides) if overrides else own
+    own_recipe = run_recipe(run)
+    recipe = run_recipe(run, overrides) if overrides else own_recipe
     path, tensors, state, chosen = open_checkpoint(run, which, recipe.evaluation.select)
     taken = chosen_weights(weights, tensors, state, path)
-    data = data_of(run, own, recipe, checkpoint.class_names(path, state))
+    data = data_of(run, own_recipe, recipe, checkpoint.class_names(path, state))
     part = {"test": data.test, "validation": data.validation}[split]
     if part is None:
         rule = getattr(recipe.data, split)
@@ -339,12 +342,13 @@ def evaluate_run(
         batches = eval_loader(part, views, recipe.evaluation.batch_size, recipe.loader, recipe.speed, len(policies))
         loaders.append(accelerator.prepare(batches))
     keeper = Keeper(len(part.labels), len(data.counts))
-    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits, keeper)
+    own = replace(own, select=recipe.evaluation.select)
+    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits, keeper, own)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)
     then = next(filter(None, (_digest_then(run, one, part) for one in (name, file_name(split, "last", "raw")))), None)
-    changed, described, suffix = evaluated_otherwise(own, recipe, record["data"], then)
+    changed, described, suffix = evaluated_otherwise(own_recipe, recipe, record["data"], then)
     if changed:
         record |= {"overrides": changed, "chosen": f"{chosen}; {described}"}
         name += suffix

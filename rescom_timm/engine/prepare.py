@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,13 @@ from rescom_timm.data.transforms import parse
 from rescom_timm.engine.build import speed_up
 from rescom_timm.engine.launch import prepare_to_shard
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
+from rescom_timm.engine.own import WORST
 from rescom_timm.engine.run_folder import Resume, RunElsewhere, resumed
 from rescom_timm.engine.stop_signals import in_own_process_group
 from rescom_timm.errors import code_of
 from rescom_timm.methods import Method
 from rescom_timm.methods.rescom import RescomConfig, auto_negatives
-from rescom_timm.metrics import GROUPS, groups
+from rescom_timm.metrics import GROUPS, Meter, groups
 from rescom_timm.models.net import Net
 
 
@@ -241,8 +243,11 @@ def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net
     return sums
 
 
-def check_selection(recipe: Recipe, data: Data) -> None:
-    """Raises RecipeError where validation has no image of the classes by which the best checkpoint is chosen."""
+def check_selection(recipe: Recipe, data: Data, metrics: Collection[str] = ()) -> None:
+    """Raises RecipeError where evaluation on validation does not report the figure that chooses the best checkpoint.
+
+    metrics: names of further ones.
+    """
     select = recipe.evaluation.select
     if data.validation is not None and select in GROUPS:
         chosen = groups(data.counts, recipe.evaluation.group_limits).get(select, torch.empty(0))
@@ -250,3 +255,10 @@ def check_selection(recipe: Recipe, data: Data) -> None:
             raise RecipeError(
                 "recipe.conflict", f"evaluation.select: {data.validation.name} has no image of a class of {select}"
             )
+    split = data.validation or data.test or data.train
+    meter = Meter(len(data.counts), torch.as_tensor(data.counts), limits=recipe.evaluation.group_limits)
+    known = [*meter.names(torch.as_tensor(split.labels)), WORST, *metrics]
+    if select not in known:
+        raise RecipeError(
+            "recipe.value", f"evaluation.select: {split.name} has no figure {select!r}; there are {', '.join(known)}"
+        )

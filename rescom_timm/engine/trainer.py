@@ -2,8 +2,7 @@
 
 `Trainer.fit` is the loop: what an epoch does, in order. What surrounds it has files of its own: prepare.py (loaders,
 the net on its devices), step.py (passes and updates: accumulated, captured, undone), state.py (saving and restoring),
-run_folder.py (which folder), stop_signals.py, nonfinite.py (a loss that is NaN), step_metrics.py (reading a loss late),
-errors.py.
+run_folder.py, stop_signals.py, nonfinite.py (a loss that is NaN), step_metrics.py (reading a loss late), errors.py.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
 from rescom_timm.engine.log import Log, epoch_line, evaluation_line, peak_memory, progress_bar, show, trained_line
 from rescom_timm.engine.logits import Keeper
+from rescom_timm.engine.own import NOTHING, Own
 from rescom_timm.engine.prepare import (
     average_of,
     check_image_size,
@@ -67,17 +67,17 @@ SPLITS = ("test", "validation")
 
 def train(
     recipe: Recipe, resume: Resume = False, follower: Follower | None = None, teacher: Teacher | None = None,
-    first: First | None = None, splits: Sequence[str] = SPLITS,
+    first: First | None = None, splits: Sequence[str] = SPLITS, own: Own = NOTHING,
 ) -> Path:  # fmt: skip
     """Train, evaluate and save as the recipe says; returns the run's folder.
 
     resume: go on from the newest whole checkpoint of this run's folder, or, with True, of the last run of the recipe's
     name; start if there is none. A run elsewhere is brought here first.
-    teacher: whom method.teacher names. first: as build_method's. splits: of the data, those that are evaluated. Raises
-    RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
+    teacher: whom method.teacher names. first: as build_method's. splits: of the data, those that are evaluated. own:
+    metrics and callbacks. Raises RecipeError, CheckpointError, NonFiniteLoss, Stopped, and what fetching a run does.
     """
     with with_advice():
-        trainer = prepared(recipe, resume, follower, teacher, first, splits)
+        trainer = prepared(recipe, resume, follower, teacher, first, splits, own)
         try:
             trainer.open(resume)
             trainer.fit()
@@ -91,7 +91,7 @@ def train(
 
 def prepared(
     recipe: Recipe, resume: Resume = False, follower: Follower | None = None, teacher: Teacher | None = None,
-    first: First | None = None, splits: Sequence[str] = SPLITS,
+    first: First | None = None, splits: Sequence[str] = SPLITS, own: Own = NOTHING,
 ) -> Trainer:  # fmt: skip
     """The trainer that `train` opens, fits and closes; nothing is written yet. Arguments and errors as of `train`."""
     refuse_secrets(recipe)
@@ -101,7 +101,7 @@ def prepared(
     recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
     method = build_method(recipe, data, start=True, teacher=teacher, first=first)
     set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
-    return Trainer(recipe, accelerator, data, method, follower, splits)
+    return Trainer(recipe, accelerator, data, method, follower, splits, own)
 
 
 class Trainer:
@@ -109,16 +109,17 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, data: Data, method: Method, follower: Follower | None = None,
-        splits: Sequence[str] = SPLITS,
+        splits: Sequence[str] = SPLITS, own: Own = NOTHING,
     ) -> None:  # fmt: skip
         self.recipe, self.accelerator, self.data, self.method = recipe, accelerator, data, method
+        self.own = replace(own, select=recipe.evaluation.select)
         self.follower, self.main, self.folder = follower or Follower(), accelerator.is_main_process, recipe.folder
         self.log: Log | None = None
         self.signals, self.metrics = StopSignals(), MetricsQueue(accelerator)
         self.signals.unsaved = self.several = accelerator.num_processes > 1
         self.lock = ExitStack()
         refuse_what_cannot_be_sharded(accelerator, recipe, method)
-        check_selection(recipe, data)
+        check_selection(recipe, data, own.metrics)
         found = {"test": None if recipe.evaluation.hide_test else data.test, "validation": data.validation}
         self.splits = {name: split for name, split in found.items() if name in splits and split is not None}
         check_images(accelerator, recipe, data.train, self.splits)
@@ -263,6 +264,7 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             pace["memory_gib"] = peak_memory() / 2**30
         self._write(logged | skipped | {"lr": lr} | pace)
+        self.own.call("on_epoch_end", progress.epoch, logged | {"lr": lr})
         show(bar, f"{progress.epoch}/{self.recipe.train.epochs}", means, 1)
         if self.main and bar.disable:  # a log: one line an epoch, which nothing is drawn over
             left = progress.seconds / progress.step * (self.recipe.train.epochs * self.steps_per_epoch - progress.step)
@@ -303,7 +305,7 @@ class Trainer:
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
                 name = split if weights == "raw" else f"{split}_{weights}"
-                meters[name] = evaluate(self.accelerator, net, loader, self.data.counts, self.limits)
+                meters[name] = evaluate(self.accelerator, net, loader, self.data.counts, self.limits, own=self.own)
         figures = {name: meter.compute() for name, meter in meters.items()}
         self._write(
             {f"{split}/{k}": v for split, values in figures.items() for k, v in values.items()}
@@ -315,6 +317,7 @@ class Trainer:
             progress.scored(figures["validation"][self.recipe.evaluation.select])
         if self.main:
             self.follower.evaluated(progress.epoch, figures)
+        self.own.call("on_evaluate", progress.epoch, figures)
         if self.main and bar.disable and figures:
             intervals = {name: meter.intervals(draws=QUICK_DRAWS) for name, meter in meters.items()}
             bar.write(evaluation_line(progress.epoch, figures, intervals))
@@ -356,7 +359,7 @@ class Trainer:
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
                 keeper = Keeper(len(self.splits[split].labels), len(self.data.counts)) if self.main else None
-                meter = evaluate(self.accelerator, net, loader, self.data.counts, self.limits, keeper)
+                meter = evaluate(self.accelerator, net, loader, self.data.counts, self.limits, keeper, self.own)
                 record = about(self.splits[split], name, chosen, self.data.class_names, weights)
                 if self.main:
                     write(self.folder, file_name(split, name, weights), meter, record, keeper)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from rescom_timm.data.decoding import decode
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.errors import message
 from rescom_timm.errors import InputError
+from rescom_timm.inference.conformal import PredictionSets
+from rescom_timm.inference.decisions import leans
 from rescom_timm.inference.images import image_name
-from rescom_timm.inference.predict import Prediction, Prior, embed, predict
+from rescom_timm.inference.neighbours import Gatherer
+from rescom_timm.inference.predict import Prediction, Prior, Reader, embed, predictions
 from rescom_timm.inference.pretrained import Pretrained
 from rescom_timm.text.pages import render
 
@@ -28,6 +32,9 @@ PRIORS: dict[str, Prior | None] = {
     OWN_NUMBERS: None,
 }
 """Choices of the class prior, and each as predict takes it."""
+
+COVERAGE = 0.9
+"""Of the sets that are shown."""
 
 Numbers = Sequence[Sequence[object]]
 """K rows: a class name and the number that the user wrote."""
@@ -77,26 +84,79 @@ def _number(name: str, written: object) -> float:
 
 def answers(
     model: Pretrained, files: Sequence[str], choice: str, numbers: Numbers, top_k: int,
-    training: TrainingImages | None = None,
+    training: TrainingImages | None = None, gatherer: Gatherer | None = None,
 ) -> str:  # fmt: skip
     """The predictions of uploaded files as HTML.
 
-    For each file: its most probable classes, the training images of each class and the nearest training images, or its
-    error. Names of files and classes are escaped.
+    For each file: its most probable classes, whether the model is sure, the decision by its operating point, the
+    training images of each class and the nearest training images, or its error. Names of files and classes are escaped.
+    gatherer: collects the features of the files that can be read.
     """
     if not files:
         return render("demo.html", note="Drop images above.")
     among, nearest = (training.embeddings, 5) if training else (None, 0)
     try:
         prior = prior_of(choice, numbers)
-        found = predict(model, list(files), top_k=top_k, prior=prior, among=among, nearest=nearest)
+        reader = Reader(model, list(files), prior, temperature=model.temperature or 1.0)
+        shown = predictions(
+            reader, top_k, sets=sets_of(model), among=among, nearest=nearest, gatherer=gatherer,
+            rule=model.operating_point,
+        )  # fmt: skip
+        cards = [_card(model, *pair, training) for pair in zip(titles(files), shown, strict=True)]
     except (ValueError, OSError) as error:
         return render("demo.html", error=message(error))
-    return render("demo.html", cards=[_card(model, one, training) for one in found])
+    return render("demo.html", cards=cards)
 
 
-def _card(model: Pretrained, found: Prediction, training: TrainingImages | None) -> dict[str, Any]:
-    name = Path(found.image).name
+def sets_of(model: Pretrained) -> PredictionSets | None:
+    """The prediction sets that the page shows: prevalence-adjusted, if the model keeps them."""
+    return model.sets.get(("prevalence", COVERAGE))
+
+
+def titles(files: Sequence[str]) -> list[str]:
+    """The files' names; of equal ones with a number, in the order given."""
+    names, seen = [Path(file).name for file in files], Counter[str]()
+    repeated = Counter(names)
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} ({seen[name]} of {repeated[name]})" if repeated[name] > 1 else name)
+    return found
+
+
+def introduction(model: Pretrained, source: str) -> str:
+    """Which model this is, and what its probabilities, sets and decisions mean, as HTML. source: its path or id."""
+    recipe, lines = model.recipe, [f"{len(model.class_names):,} classes"]
+    if model.counts is not None:
+        lines.append(
+            f"{int(model.counts.sum()):,} training images, {model.counts.max()} to {model.counts.min()} a class"
+        )
+    if recipe is not None:
+        lines.insert(0, f"{recipe.net.backbone} trained with {recipe.method.name}")
+    told = [f"{', '.join(lines)}."]
+    by_itself = "as frequent as in training" if recipe is not None and leans(recipe) else "equally frequent"
+    told.append(
+        f"Class frequencies: by itself this model takes the classes for {by_itself}. Where your images come from, they "
+        "may be others: choose them below, and the probability of each class is weighted by its frequency."
+    )
+    if model.temperature is None:
+        told.append("Probabilities are not calibrated: the model has no validation images.")
+    else:
+        told.append(f"Probabilities are calibrated on validation images, with temperature {model.temperature:.3g}.")
+    sets = sets_of(model)
+    if sets is None:
+        told.append("The page cannot say when the model is unsure: there were too few validation images, or none.")
+    else:
+        told.append(
+            f"Unsure: each image has a set of classes, with {sets.guarantee}, whatever frequencies you choose. The "
+            "model is unsure where it has more than one."
+        )
+    if model.operating_point is not None:
+        told.append(f"The decision is made for {model.operating_point.text}.")
+    return render("demo.html", model=source, about=told)
+
+
+def _card(model: Pretrained, name: str, found: Prediction, training: TrainingImages | None) -> dict[str, Any]:
     if found.error:
         return {"name": name, "error": found.error}
     counts = dict(zip(model.class_names, [] if model.counts is None else model.counts.tolist(), strict=False))
@@ -113,6 +173,8 @@ def _card(model: Pretrained, found: Prediction, training: TrainingImages | None)
         "error": "",
         "png": _picture(decode(found.image, 0, model.reading), 96),
         "rows": rows,
+        "inside": found.inside,
+        "decision": found.decision,
         "near": near,
     }
 

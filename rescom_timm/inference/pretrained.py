@@ -82,8 +82,8 @@ class Pretrained:
     def method(self, counts: Tensor | None = None) -> Method:
         """The recipe's method over this net, to continue training.
 
-        It has its queue, or an empty one for the `counts` (K,) of new classes. Raises InputError: model.missing without
-        a recipe, model.classes for counts that do not fit.
+        It has its queue, or an empty one for the `counts` (K,) of new classes, which have no class weights. Raises
+        InputError: model.missing without a recipe, model.classes for counts that do not fit.
         """
         if self.recipe is None:
             message = "this export has no recipe: build a method with rescom_timm.methods.create_method"
@@ -236,6 +236,7 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         elif recipe is not None and counts is not None:
             with budget(most + refuse_queue(recipe, len(names))):
                 trained = create_method(net, counts, recipe.method)
+            trained.set_classes(names)
             net = trained.net
             own = {k: v for k, v in trained.state_dict().items() if not k.startswith("net.") and k in state}
             check_weights(state, own, "the method")

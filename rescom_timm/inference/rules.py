@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rescom_timm.class_names import first_names, nfc
+from rescom_timm.class_names import first_names, numbers_of
 from rescom_timm.engine.evaluate import table
 from rescom_timm.engine.logits import Logits
 from rescom_timm.errors import InputError
@@ -90,7 +89,9 @@ def operating_point(
     Raises InputError: predict.classes for unknown names, predict.value for a recall that is not between 0 and 1,
     predict.calibration for a class with fewer than r / (1 - r) images, or recalls that cannot be had together.
     """
-    numbers = dict(zip(numbers_of(list(recall), class_names), map(float, recall.values()), strict=True))
+    numbers = dict(
+        zip(numbers_of(list(recall), class_names, "predict.classes"), map(float, recall.values()), strict=True)
+    )
     scores, images = logits.double(), torch.bincount(labels, minlength=len(class_names)).tolist()
     for k, least in numbers.items():
         if not 0 < least < 1:
@@ -226,23 +227,6 @@ def _mean_costs(rule: Costs, labels: Tensor, before: Tensor, after: Tensor) -> s
     return f"mean cost of {len(labels):,} images: {first} -> {second}, difference {difference}"
 
 
-def numbers_of(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
-    """The class of each name. Raises InputError (predict.classes) for unknown names, with near ones, or double ones."""
-    known = {nfc(name): k for k, name in enumerate(class_names)}
-    stripped = {name.strip(): k for name, k in known.items()}
-    found: dict[int, str] = {}
-    for name in names:
-        k = known.get(nfc(name), stripped.get(nfc(name).strip()))
-        if k is None:
-            near = get_close_matches(name, class_names, n=3)
-            hint = f"did you mean {first_names(near)}?" if near else f"it has {first_names(class_names)}"
-            raise InputError("predict.classes", f"the model has no class {name!r}; {hint}")
-        if k in found:
-            raise InputError("predict.classes", f"class {class_names[k]!r} is given twice")
-        found[k] = name
-    return list(found)
-
-
 def read_costs(path: str | Path, class_names: Sequence[str]) -> Costs:
     """Costs by class names, in any order.
 
@@ -292,7 +276,7 @@ def _csv_rows(text: str, path: str | Path) -> Sequence[Row]:
 def _all_of(names: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
     """`numbers_of` names that must be all classes."""
     try:
-        found = numbers_of(names, class_names)
+        found = numbers_of(names, class_names, "predict.classes")
     except InputError as error:
         raise InputError(error.code, f"{where}: {error}") from None
     if missing := set(range(len(class_names))).difference(found):

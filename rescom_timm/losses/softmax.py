@@ -16,26 +16,33 @@ from rescom_timm.distributed import processes
 from rescom_timm.losses.weights import at_least_float32, log_prior, vector_scale
 
 
-def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor, smoothing: float = 0.0) -> Tensor:
+def balanced_softmax(
+    logits: Tensor, labels: Tensor, counts: Tensor, smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
     """Balanced Softmax: cross-entropy of s + log N_k.
 
     logits: (N, K). labels: (N,). counts: (K,) training images. smoothing: share of the target spread evenly over all
-    classes. Returns a scalar, the mean over N; over the 2B rows of two views it is Siamese Balanced Softmax (paper eq.
-    6).
+    classes. Returns a scalar, the mean over N, or (N,) with reduction "none"; over the 2B rows of two views it is
+    Siamese Balanced Softmax (paper eq. 6).
     """
     logits = at_least_float32(logits)
-    return F.cross_entropy(logits + counts.to(logits.dtype).log(), labels, label_smoothing=smoothing)
+    logits = logits + counts.to(logits.dtype).log()
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
 
 
-def focal(logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None = None) -> Tensor:
-    """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5): -w_y (1 - p_y)^gamma log p_y, the mean over N.
+def focal(
+    logits: Tensor, labels: Tensor, gamma: float, weights: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Focal loss (Lin et al. 2017, arXiv 1708.02002, eq. 5): -w_y (1 - p_y)^gamma log p_y.
 
     logits: (N, K). labels: (N,). weights: (K,) of the classes, ones by default. With gamma = 0 and
-    w_k = K (1 / E_k) / sum(1 / E_j) it is the class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 8).
+    w_k = K (1 / E_k) / sum(1 / E_j) it is the class-balanced loss (Cui et al. 2019, arXiv 1901.05555, eq. 8). Returns a
+    scalar, the mean over N, or (N,) with reduction "none".
     """
     log_p = -F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     loss = -((-torch.expm1(log_p)) ** gamma) * log_p
-    return (loss if weights is None else loss * weights.to(loss.dtype)[labels]).mean()
+    loss = loss if weights is None else loss * weights.to(loss.dtype)[labels]
+    return loss.mean() if reduction == "mean" else loss
 
 
 def logit_adjustment(

@@ -7,14 +7,30 @@ Shapes: B images of V views, N = V * B, K classes, D the width of an embedding.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic
+import torch
 from torch import Tensor, nn
 
+from rescom_timm.class_names import numbers_of
 from rescom_timm.contrastive.queue import Queue
+from rescom_timm.errors import InputError
 from rescom_timm.methods.heads import Rows
 from rescom_timm.methods.parts import MomentumNet, Teacher
 from rescom_timm.models.net import Net
+
+
+def _by_name(value: Any) -> Any:
+    """Class names that YAML reads as numbers are text."""
+    return {str(name): number for name, number in value.items()} if isinstance(value, Mapping) else value
+
+
+ByClass = Annotated[dict[str, float], pydantic.BeforeValidator(_by_name)]
+"""Numbers by class name, in a recipe."""
 
 
 class BaseConfig:
@@ -22,6 +38,9 @@ class BaseConfig:
 
     name: str
     """Literal: the method's name in METHODS."""
+
+    weights: Mapping[str, float] = MappingProxyType({})
+    """Weights of classes by name. A method that supports them has this as a field."""
 
     remedy: ClassVar[str] = "change method.contrast_weight (lambda), method.temperature or views.contrast"
     """What to change where the contrastive branch learns nothing."""
@@ -90,6 +109,8 @@ class Method(nn.Module):
     """Keys of earlier steps."""
     momentum_net: MomentumNet | None
     """Moving average of the net."""
+    class_weights: Tensor | None
+    """(K,) of `config.weights`, set before training; None: all are 1."""
     net: Net
     """All that is trained. Accelerate wraps it for several processes."""
 
@@ -103,6 +124,7 @@ class Method(nn.Module):
         self.net = net
         self.config = config
         self.queue = self.momentum_net = None
+        self.register_buffer("class_weights", None, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss of a training step.
@@ -123,11 +145,36 @@ class Method(nn.Module):
         rows: features and labels of the training images, as they are and flipped, on the CPU.
         """
 
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Called before training with the names of the K classes.
+
+        Raises InputError (method.value) for weights of classes that do not exist.
+        """
+        if self.config.weights:
+            self.class_weights = by_class(self.config.weights, names, "weights")
+
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch, 0 <= epoch < epochs. See `epoch_changes_host`."""
 
     def after_step(self) -> None:
         """Called after each optimizer step, not after one that is skipped."""
+
+
+def by_class(values: Mapping[str, float], names: Sequence[str], key: str) -> Tensor:
+    """The values of a recipe's key as (K,) float32, 1 for classes that are not named.
+
+    Raises InputError (method.value) for names that no class has, and for values that are not above 0.
+    """
+    found = torch.ones(len(names))
+    try:
+        numbers = numbers_of(values, names, "method.value")
+    except InputError as error:
+        raise InputError(error.code, f"method.{key}: {error}") from None
+    for k, value in zip(numbers, values.values(), strict=True):
+        if not 0 < value < math.inf:
+            raise InputError("method.value", f"method.{key}: {names[k]!r} must have a number above 0, not {value:g}")
+        found[k] = value
+    return found
 
 
 def stack_views(images: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ Shapes: B images of V views, N = V * B, K classes, F features. A classifier that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from rescom_timm import losses
 from rescom_timm.errors import InputError
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, ByClass, Method, by_class, stack_views
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.deferred import Deferred, DeferredConfig, balanced_weights
-from rescom_timm.models.classifiers import Cosine, full_precision
+from rescom_timm.models.classifiers import Cosine, full_precision, linear
 from rescom_timm.models.net import Net
 
 Views = Literal[1, 2]
@@ -33,6 +34,8 @@ class CrossEntropyConfig(BaseConfig):
     views: Views = 1
     """Augmented views of each image in a batch; 2 costs as much as ResCom."""
     label_smoothing: float = 0.0
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, 1 for the others. The loss is the weighted mean, sum(w_y L) / sum(w_y)."""
 
     def __post_init__(self) -> None:
         check(self, label_smoothing=BELOW_ONE)
@@ -48,6 +51,8 @@ class BalancedSoftmaxConfig(BaseConfig):
     views: Views = 1
     """Augmented views of each image in a batch; 2 is Siamese Balanced Softmax (eq. 6)."""
     label_smoothing: float = 0.0
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, 1 for the others. The loss is the weighted mean, sum(w_y L) / sum(w_y)."""
 
     def __post_init__(self) -> None:
         check(self, label_smoothing=BELOW_ONE)
@@ -61,9 +66,15 @@ class FocalConfig(BaseConfig):
     views: Views = 1
     gamma: float = 2.0
     """Power of 1 - p_y; 0 is cross-entropy."""
+    alpha: float | ByClass = 1.0
+    """alpha_y: one factor of the loss, or one by class name, 1 for the others. Unlike weights it is not normalised."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, 1 for the others. The loss is the weighted mean, sum(w_y L) / sum(w_y)."""
 
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
+        if isinstance(self.alpha, float | int):
+            check(self, alpha=POSITIVE)
 
     long_tailed: ClassVar[bool] = True
 
@@ -131,6 +142,8 @@ class LogitAdjustmentConfig(BaseConfig):
     nu: float = 0.0
     tau_late: float | None = None
     """null: tau."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, as of cross_entropy; in the second phase they multiply its own."""
 
     def __post_init__(self) -> None:
         check(self, tau=NOT_NEGATIVE, gamma=NOT_NEGATIVE, reweight_from=PART, nu=NOT_NEGATIVE, tau_late=NOT_NEGATIVE)
@@ -255,13 +268,6 @@ class CausalNorm(nn.Linear):
         self.seen.zero_()
 
 
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer with this weight (K, F) and bias (K,)."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-    return layer
-
-
 # ----------------------------------------------------------------------------------------------------------- methods
 
 
@@ -285,40 +291,65 @@ class Classification(Method):
         scalar, the weight of the own labels.
         """
         _, logits, _ = self.net(stack_views(batch["image"]))
-        loss = self.loss(logits, batch["label"].repeat(self.views))
+        loss = self.weighted(logits, batch["label"].repeat(self.views))
         if "partner" in batch:
             share = batch["share"]
-            loss = share * loss + (1 - share) * self.loss(logits, batch["partner"].repeat(self.views))
+            loss = share * loss + (1 - share) * self.weighted(logits, batch["partner"].repeat(self.views))
         return {"loss": loss, "logits": logits}
 
+    def weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss, or its mean with the class weights, if there are any."""
+        if self.class_weights is None:
+            return self.loss(logits, labels)
+        rows = self.loss(logits, labels, reduction="none")  # type: ignore[call-arg]
+        return losses.weighted_mean(rows, self.class_weights[labels])
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits: (N, K). labels: (N,). Returns a scalar, the mean over N."""
+        """logits: (N, K). labels: (N,). Returns a scalar, the mean over N.
+
+        A method whose config has `weights` takes reduction="none" too, for the losses of the rows, (N,).
+        """
         raise NotImplementedError
 
 
 class CrossEntropy(Classification):
     """Cross-entropy."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy with label smoothing."""
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(losses.at_least_float32(logits), labels, label_smoothing=smoothing)
+        logits = losses.at_least_float32(logits)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
 
 
 class BalancedSoftmax(Classification):
     """Balanced Softmax, over two views Siamese Balanced Softmax."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of s + log N_k."""
-        return losses.balanced_softmax(logits, labels, self.counts, self.config.label_smoothing)
+        return losses.balanced_softmax(logits, labels, self.counts, self.config.label_smoothing, reduction)
 
 
 class Focal(Classification):
     """Focal loss."""
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Focal loss without class weights."""
-        return losses.focal(logits, labels, self.config.gamma)
+    alpha: Tensor | None
+
+    def __init__(self, net: Net, counts: Tensor, config: FocalConfig) -> None:
+        super().__init__(net, counts, config)
+        self.register_buffer("alpha", None, persistent=False)
+
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Called before training: alpha of each class."""
+        super().set_classes(names)
+        given = self.config.alpha
+        if given != 1:
+            given = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+            self.alpha = by_class(given, names, "alpha")
+
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Focal loss with the factors alpha."""
+        return losses.focal(logits, labels, self.config.gamma, self.alpha, reduction)
 
 
 class ClassBalanced(Classification):
@@ -367,17 +398,25 @@ class LogitAdjustment(Classification):
         """Called before each epoch: the second phase starts after its fraction of the run."""
         self.late.fill_(epoch >= self.config.reweight_from * epochs)
 
+    def set_classes(self, names: Sequence[str]) -> None:
+        """Called before training: class weights apply in the second phase too."""
+        super().set_classes(names)
+        if self.class_weights is not None:
+            self.weights = self.weights * self.class_weights.to(self.weights.device)
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of s_k / D_k + tau log pi_k, or of s in the form post_hoc."""
-        config = self.config
+        config, weights = self.config, self.class_weights
         if config.form == "post_hoc":
-            return losses.logit_adjustment(logits, labels, self.counts, 0.0)
-        first = losses.logit_adjustment(logits, labels, self.counts, config.tau, config.gamma)
+            return losses.logit_adjustment(logits, labels, self.counts, 0.0, weights=weights)
+        first = losses.logit_adjustment(logits, labels, self.counts, config.tau, config.gamma, weights)
         if config.reweight_from == 1:
             return first
         tau = config.tau if config.tau_late is None else config.tau_late
         second = losses.logit_adjustment(logits, labels, self.counts, tau, weights=self.weights)
         return torch.where(self.late, second, first)  # no host synchronisation
+
+    weighted = loss  # it has the weights itself
 
 
 class Lade(Classification):

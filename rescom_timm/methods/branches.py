@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32, weighted_mean
 from rescom_timm.methods.base import BaseConfig, Method, stack_views
-from rescom_timm.methods.baselines import linear, replace_classifier
+from rescom_timm.methods.baselines import replace_classifier
 from rescom_timm.methods.bounds import PART, check
 from rescom_timm.models.branched import BranchedNet, Remade, agrees, branch_sources, last_block
+from rescom_timm.models.classifiers import linear
 from rescom_timm.models.net import Net, Outputs
 
 

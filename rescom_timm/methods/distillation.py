@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, distillation
 from rescom_timm.methods.base import BaseConfig, stack_views
-from rescom_timm.methods.baselines import Classification, Views, linear, replace_classifier
+from rescom_timm.methods.baselines import Classification, Views, replace_classifier
 from rescom_timm.methods.bounds import PART, POSITIVE, check
 from rescom_timm.methods.parts import Teacher as Teacher
 from rescom_timm.methods.parts import ask
+from rescom_timm.models.classifiers import linear
 from rescom_timm.models.net import Net
 
 

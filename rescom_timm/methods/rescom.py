@@ -7,7 +7,7 @@ the first views of the batch, rows B..2B-1 the second.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,8 +18,8 @@ from rescom_timm.contrastive.queue import ClassBalancedQueue, FifoQueue, Queue, 
 from rescom_timm.contrastive.supcon import chance_level
 from rescom_timm.distributed import gather, processes
 from rescom_timm.errors import InputError
-from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights, weighted_mean
+from rescom_timm.methods.base import BaseConfig, ByClass, Method, stack_views
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.methods.parts import Prototypes
 from rescom_timm.models.net import Net
@@ -72,6 +72,9 @@ class RescomConfig(BaseConfig):
     vectors, as in BCL (Zhu et al. 2022)."""
     siamese: bool = True
     """Balanced Softmax on both views (eq. 6) or on the first only, as always with views.contrast."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name in Balanced Softmax, such as {defect: 10}; 1 for the others. The loss is the weighted
+    mean, the sum of w_y L over the sum of w_y."""
     gather_pairs: bool = False
     """In-batch pairs from all processes instead of the local batch (released mode)."""
 
@@ -170,7 +173,7 @@ class ResCom(Method):
             logits = logits[: len(y)]
         classified = slice(None if self.config.siamese else len(y))
         targets = labels[: len(logits)]
-        classification = balanced_softmax(logits[classified], targets[classified], self.counts)
+        classification = self.classification(logits[classified], targets[classified])
         z1, z2 = embeddings.detach().chunk(2)
         key = z2 if self.config.mode == "paper" or self.contrast_views else z1
         self.queue.enqueue(gather(key), gather(y))
@@ -183,6 +186,13 @@ class ResCom(Method):
             "loss_contrast": contrast.detach(),
             "loss_contrast_chance": chance,
         }
+
+    def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Balanced Softmax of logits (N, K), labels (N,), with the class weights, if there are any."""
+        if self.class_weights is None:
+            return balanced_softmax(logits, labels, self.counts)
+        rows = balanced_softmax(logits, labels, self.counts, reduction="none")
+        return weighted_mean(rows, self.class_weights[labels])
 
     def pair_loss(self) -> tuple[float, Tensor | None]:
         """Temperature and class weights (K,)."""

@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rescom_timm import losses
 from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig
-from rescom_timm.methods.baselines import Classification, linear, replace_classifier
+from rescom_timm.methods.baselines import Classification, replace_classifier
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, POSITIVE, check
 from rescom_timm.methods.heads import Rows, adjusted, class_means, softmax_regression, standard
+from rescom_timm.models.classifiers import linear
 from rescom_timm.models.net import Net
 
 

@@ -59,11 +59,14 @@ class Cosine(nn.Linear):
 
     def ranking_alike(self, norm: float) -> nn.Linear:
         """A linear layer of the same ranking; its logits are these times the norm of the features / `norm`."""
-        layer = nn.Linear(self.in_features, self.out_features)
-        with torch.no_grad():
-            layer.weight.copy_(self.scale / norm * F.normalize(self.weight, dim=1))
-            layer.bias.zero_()
-        return layer
+        return linear(self.scale / norm * F.normalize(self.weight, dim=1), self.weight.new_zeros(self.out_features))
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A linear layer with this weight (K, F) and bias (K,)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return layer
 
 
 def classifier(config: ClassifierConfig, in_features: int, out_features: int) -> nn.Linear:

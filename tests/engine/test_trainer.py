@@ -173,8 +173,10 @@ def test_patience_ends_a_training_that_gets_no_better_and_a_resumed_one_at_the_s
 def test_a_figure_that_validation_does_not_have_is_refused_before_anything_is_trained(tmp_path):
     with raises("recipe.conflict", "evaluation.select", "few"):
         train(load_dict(recipe(tmp_path, data__index="step(1)", evaluation__select="few")))
-    with raises("recipe.value", "evaluation.select", "'top1', 'many', 'medium', 'few' or 'mean_class'"):
-        load_dict(recipe(tmp_path, evaluation__select="topl"))
+    with raises("recipe.value", "evaluation.select", "'topl'", "top1", "few", "mean_class", "worst_class"):
+        train(load_dict(recipe(tmp_path, evaluation__select="topl")))
+    with raises("recipe.value", "evaluation.select", "'ece'"):
+        train(load_dict(recipe(tmp_path, evaluation__select="ece", data__validation="none")))
     assert not any(tmp_path.iterdir())
 
 

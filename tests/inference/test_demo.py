@@ -17,19 +17,34 @@ from PIL import Image
 
 from rescom_timm.api import train
 from rescom_timm.cli import demo as command
+from rescom_timm.config.loading import load_dict
 from rescom_timm.data.config import DataConfig
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.sources import load
-from rescom_timm.inference.demo import OWN_NUMBERS, PRIORS, TrainingImages, answers, first_numbers, prior_of
-from rescom_timm.inference.export import export
+from rescom_timm.data.splits import Split
+from rescom_timm.engine import logits
+from rescom_timm.inference.demo import (
+    OWN_NUMBERS,
+    PRIORS,
+    TrainingImages,
+    answers,
+    first_numbers,
+    introduction,
+    prior_of,
+    titles,
+)
+from rescom_timm.inference.export import export, export_run
 from rescom_timm.inference.predict import embed, predict
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.models.net import ProjectorConfig, create_model
 from tests.engine.child import free_port
+from tests.engine.made_up_run import make_run
 from tests.inference.page_server import served
+from tests.inference.test_decisions import calibrated_scores
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["<script>alert(1)</script>", "a & b", "=1+1", *map(str, range(3, 10))]
+CROSS_ENTROPY = {"data": {"source": "digits"}, "method": {"name": "cross_entropy"}}
 COUNTS = [128, 80, 50, 32, 20, 13, 8, 5, 3, 2]
 
 
@@ -78,7 +93,7 @@ def test_several_images_have_a_card_each(model, files):
     paths = [files[0], files[2], files[0]]
     _, *cards = answers(model, paths, next(iter(PRIORS)), [], 2).split('<div class="answer">')
     for card, path, ours in zip(cards, paths, predict(model, paths, top_k=2), strict=True):
-        assert card.startswith(f"<h3>{Path(path).name}</h3>")
+        assert card.startswith(f"<h3>{Path(path).name}")
         labels, shares = zip(*re.findall(r"<tr><td>(.*?)</td><td>(.*?) %", card), strict=True)
         assert list(map(unescape, labels)) == ours.labels
         assert list(map(float, shares)) == pytest.approx([100 * p for p in ours.probabilities], abs=0.06)
@@ -145,6 +160,66 @@ def test_nearest_training_images_are_those_of_the_largest_cosine(model, digits, 
     assert [caption.rpartition(" (")[2] for _, caption in found] == [f"{cosine:.2f})" for cosine in cosines]
     names = {(one.tobytes(), NAMES[label]) for one, label in zip(images, digits.train.labels, strict=True)}
     assert all((pixels, caption.rpartition(" (")[0]) in names for pixels, caption in found)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A model whose run had validation images and that keeps an operating point."""
+    run = make_run(tmp_path_factory.mktemp("judged") / "run", steps=(2,))
+    keeper = logits.Keeper(800, 4)
+    keeper.update(*calibrated_scores(torch.tensor([0.6, 0.25, 0.1, 0.05]), 800))
+    keeper.write(logits.place(run, "validation-last"))
+    return from_pretrained(export_run(run, run.parent / "model", recall={"fox": 0.75}))
+
+
+def test_cards_show_sets_unsure_and_the_decision_at_the_kept_temperature(judged, files):
+    paths = [files[0], files[2]]
+    told = answers(judged, paths, next(iter(PRIORS)), [], 4)
+    sets = judged.prediction_sets(0.9, "prevalence")
+    found = predict(judged, paths, top_k=4, temperature="fitted", sets=sets, rule=judged.operating_point)
+    _, *cards = told.split('<div class="answer">')
+    for card, one in zip(cards, found, strict=True):
+        assert [float(s) for s in re.findall(r"<td>([\d.]+) %", card)] == pytest.approx(
+            [100 * p for p in one.probabilities], abs=0.06
+        )
+        assert f"<b>{one.decision}</b>" in card
+        assert ("<b>unsure</b>" in card) == (len(one.inside) > 1) and ", ".join(one.inside) in card
+    wide = replace(judged, sets={("prevalence", 0.9): replace(sets, thresholds=torch.ones(4))})
+    assert answers(wide, paths, next(iter(PRIORS)), [], 4).count("unsure") == 2
+
+
+def test_equal_file_names_are_told_apart(model, files, tmp_path):
+    (tmp_path / "other").mkdir()
+    again = shutil.copy(files[0], tmp_path / "other" / "one.png")
+    assert titles([files[0], files[2], again]) == ["one.png (1 of 2)", "two.png", "one.png (2 of 2)"]
+    told = answers(model, [files[0], again], next(iter(PRIORS)), [], 2)
+    assert "<h3>one.png (1 of 2)</h3>" in told and "<h3>one.png (2 of 2)</h3>" in told
+
+
+def test_the_page_names_its_model_and_explains(model, judged):
+    told = introduction(judged, "me/<b>")
+    assert (
+        "me/&lt;b&gt;" in told
+        and "rescom" in told
+        and "equally frequent" in told
+        and f"{judged.temperature:.3g}" in told
+    )
+    assert "800" in told and "&#39;fox&#39;" in told
+    assert "as frequent as in training" in introduction(replace(judged, recipe=load_dict(CROSS_ENTROPY)), "x")
+    assert "not calibrated" in introduction(model, "x") and "cannot say" in introduction(model, "x")
+
+
+def test_own_images_are_marked_beside_the_nearest_on_the_map(model, digits):
+    test = digits.test
+    test = Split(test.name, test.dataset.select(range(40)), test.labels[:40], test.rows[:40])
+    shown = command.ImageMap(model, digits, test)
+    features = embed(model, test).features[int(shown.tsne.rows[7])]
+    shown.features = shown.features[[7, 7, 7]]
+    shown.tsne = replace(shown.tsne, points=shown.tsne.points[[7, 7, 7]], labels=shown.tsne.labels[[7, 7, 7]])
+    axes = shown.figure({"mine.png": features}).axes[0]
+    (note,) = axes.texts
+    assert note.get_text() == "mine.png" and note.xy == pytest.approx(tuple(shown.tsne.points[0]))
+    assert not shown.figure({}).axes[0].texts
 
 
 def test_without_the_extra_the_verb_says_what_to_install(monkeypatch, capsys):
