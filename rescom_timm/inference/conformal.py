@@ -36,6 +36,8 @@ class PredictionSets:
     """(K,): q of each class."""
     guarantee: str
     """The guarantee in words: the number of calibration images, and the groups without a guarantee."""
+    prior: Tensor | None = None
+    """(K,): pi of prevalence-adjusted sets; None: ones."""
     temperature: float = 1.0
     shift: Tensor | None = None
     """(K,): the probabilities are softmax(s / temperature + shift) of the net's logits s, whatever prior and
@@ -50,10 +52,13 @@ class PredictionSets:
     def of(self, probabilities: Tensor) -> Tensor:
         """Which classes are in the sets, bool (N, K), for probabilities (N, K).
 
-        The most probable class is always in, which only adds to the coverage.
+        The class of the best score, the most probable one or the largest p / pi, is always in, which only adds to the
+        coverage.
         """
-        inside = 1 - probabilities.double() <= self.thresholds.to(probabilities.device)
-        return inside.scatter(1, probabilities.argmax(dim=1, keepdim=True), True)
+        probabilities = probabilities.double()
+        inside = 1 - probabilities <= self.thresholds.to(probabilities.device)
+        score = probabilities if self.prior is None else probabilities / self.prior.to(probabilities)
+        return inside.scatter(1, score.argmax(dim=1, keepdim=True), True)
 
 
 def calibrated(
@@ -92,14 +97,14 @@ def calibrated(
                 thresholds[classes] = 1 + threshold * pi[classes]
                 parts.append(f"{name} on {len(own)}")
         guarantee = f"coverage {coverage:g} within each group: {', '.join(parts)}"
-        return PredictionSets(coverage, thresholds, guarantee)
+        return PredictionSets(coverage, thresholds, guarantee, sets.prior)
     return sets
 
 
 def with_threshold(coverage: float, threshold: float, prior: Tensor, images: int) -> PredictionSets:
     """Sets of one threshold of the score -p / prior, from so many images. prior: (K,), ones for marginal sets."""
     guarantee = f"coverage {coverage:g} over all images, calibrated on {images}"
-    return PredictionSets(coverage, 1 + threshold * prior, guarantee)
+    return PredictionSets(coverage, 1 + threshold * prior, guarantee, prior)
 
 
 def order_statistic(scores: Tensor, coverage: float) -> float | None:

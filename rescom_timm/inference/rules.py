@@ -89,16 +89,19 @@ def operating_point(
     Raises InputError: predict.classes for unknown names, predict.value for a recall that is not between 0 and 1,
     predict.calibration for a class with fewer than r / (1 - r) images, or recalls that cannot be had together.
     """
-    numbers = dict(
-        zip(numbers_of(list(recall), class_names, "predict.classes"), map(float, recall.values()), strict=True)
-    )
-    scores, images = logits.double(), torch.bincount(labels, minlength=len(class_names)).tolist()
+    if not recall:
+        raise InputError("predict.value", "an operating point needs a class and its recall")
+    classes = numbers_of(recall, class_names, "predict.classes")
+    numbers = dict(zip(classes, map(float, recall.values()), strict=True))
+    images = torch.bincount(labels, minlength=len(class_names)).tolist()
     for k, least in numbers.items():
         if not 0 < least < 1:
             raise InputError("predict.value", f"recall of {class_names[k]!r} must be between 0 and 1, not {least:g}")
         if images[k] < needed(least):
             message = f"a recall of {least:g} needs {needed(least)} validation images of {class_names[k]!r}; there are"
             raise InputError("predict.calibration", f"{message} {images[k]}: ask for less, or hold out more images")
+    named = torch.isin(labels, torch.tensor(classes))
+    scores, labels = logits[named].double(), labels[named]
     offsets = torch.zeros(len(class_names), dtype=torch.float64)
     most = 2 * float(scores.amax() - scores.amin()) + 1  # beyond this, classes only chase each other
     for _ in range(ROUNDS):

@@ -83,7 +83,6 @@ def test_a_hook_that_raises_is_named_and_the_run_resumes_bit_equal(alone, tmp_pa
         1,
         2,
         3,
-        4,
     ]
     for name, value in weights(whole.folder).items():
         assert torch.equal(value, weights(run.folder)[name])

@@ -128,8 +128,8 @@ SCORES = {
 def scripted(seen):
     """evaluate, whose figures in the n-th evaluation of a split are the n-th of SCORES, whatever the net."""
 
-    def told(accelerator, net, loader, *more):
-        meter = evaluate(accelerator, net, loader, *more)
+    def told(accelerator, net, loader, *more, **named):
+        meter = evaluate(accelerator, net, loader, *more, **named)
         split = "test" if len(loader.dataset) == 500 else "validation"
         epoch = min(seen[split], 2)
         seen[split] += 1

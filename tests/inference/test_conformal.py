@@ -88,14 +88,14 @@ def test_prevalence_adjusted_sets_cover_the_mean_over_classes_more_at_the_same_c
             row += [held.double().mean(), torch.stack([held[labels == k].double().mean() for k in range(6)]).nanmean()]
         found.append(row)
     means, errors = torch.tensor(found).mean(0), torch.tensor(found).std(0) / 200**0.5
-    assert (means[0::2] >= 0.9 - 4 * errors[0::2]).all() and means[2] <= 0.91
+    assert (means[0::2] >= 0.9 - 4 * errors[0::2]).all() and means[2] <= 0.92
     assert means[3] > means[1] + 0.02
     probabilities = (known + pi.log()).softmax(1)
     scores = sorted(-float(p[y]) / float(pi[y]) for p, y in zip(probabilities, true.tolist(), strict=True))
     inside = sets.of_logits(new, new)
     for row, answer in zip(inside, (new + pi.log()).softmax(1), strict=True):
         expected = [-float(p) / float(pi_k) <= scores[270] + 1e-6 for p, pi_k in zip(answer, pi, strict=True)]
-        assert row.tolist() == [a or k == int(answer.argmax()) for k, a in enumerate(expected)]
+        assert row.tolist() == [a or k == int((answer / pi).argmax()) for k, a in enumerate(expected)]
         if int(row.sum()) > 2:
             break
 
