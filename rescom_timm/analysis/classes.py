@@ -42,7 +42,7 @@ class Classes:
 
     @property
     def worst_first(self) -> npt.NDArray[np.int64]:
-        """Class numbers (K,) by the upper end of the interval: the surest failures first, classes not tested last."""
+        """Class numbers (K,) by the upper end of the interval, the lowest first, classes not tested last."""
         return np.argsort(self.high, kind="stable")
 
 
@@ -74,12 +74,12 @@ def confusions(evaluation: Evaluation) -> list[tuple[int, int, int]]:
 
 
 class Rarest(NamedTuple):
-    """The tested classes of the rarest group that has any, the surest failures first."""
+    """The tested classes of the rarest group that has any, in the order of Classes.worst_first."""
 
     group: str
     classes: npt.NDArray[np.int64]
     failing: int
-    """So many of the first surely fail: their interval lies below the accuracy of all images."""
+    """So many of the first have their whole interval below the accuracy of all images."""
 
 
 def rarest(evaluation: Evaluation, found: Classes) -> Rarest | None:
@@ -94,7 +94,7 @@ def rarest(evaluation: Evaluation, found: Classes) -> Rarest | None:
 
 
 def table(evaluation: Evaluation, found: Classes) -> style.Table:
-    """One row per class, the surest failures first. None: not known, or no image to measure it on."""
+    """One row per class, in the order of Classes.worst_first. None: not known, or no image to measure it on."""
     order = found.worst_first
     unknown = [None] * len(order)
     counts = unknown if evaluation.counts is None else evaluation.counts[order].tolist()

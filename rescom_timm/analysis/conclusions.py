@@ -15,8 +15,8 @@ NAMED = 5
 def conclusions(found: Evaluation) -> list[str]:
     """State in sentences what an evaluation shows.
 
-    Accuracy and groups with their intervals; the rare classes that surely fail, and what they are taken for; which
-    classes have too few test images to say; whether the probabilities are too high.
+    Accuracy and groups with their intervals; the rare classes whose interval lies below or above it, and what they
+    are taken for; which classes have too few test images to say; whether the probabilities are too high.
     """
     right = found.labels == found.predicted
     accuracy, tested = 100 * float(right.mean()), found.tested
@@ -26,7 +26,7 @@ def conclusions(found: Evaluation) -> list[str]:
         f"{int((tested > 0).sum()):,} classes is {mean:.1f}%{_interval(found, 'mean_class')}."
     ]
     if found.counts is not None:
-        told += [*_groups(found), *_failing(found)]
+        told += [*_groups(found), *_rare(found)]
     told += _untested(found)
     gap = 100 * float(found.confidence.mean()) - accuracy
     if abs(gap) >= 3:
@@ -49,35 +49,49 @@ def _groups(found: Evaluation) -> list[str]:
         if images:
             value = 100 * found.correct[members.numpy()].sum() / images
             of = f"{number:,} class{'es' * (number != 1)}, {images:,} test images"
-            parts.append(f"{name} {value:.1f}%{_interval(found, name)} ({of})")
+            parts.append(f"{name} {value:.1f}%{_interval(found, name)}, {of}")
     return [f"By group: {'; '.join(parts)}."]
 
 
-def _failing(found: Evaluation) -> list[str]:
-    """Rare classes whose whole interval lies below the accuracy of all images, the surest first."""
+def _rare(found: Evaluation) -> list[str]:
+    """Rare classes whose whole interval lies below, or above, the accuracy of all images, the most extreme first."""
     assert found.counts is not None
     details = classes.measure(found)
     rare = classes.rarest(found, details)
     if rare is None or rare.group == "many":
         return []
+    number, all_images = len(rare.classes), f"the accuracy of all images ({details.overall:.1f}%)"
     if not rare.failing:
         width = float(np.median((details.high - details.low)[rare.classes]))
-        return [
-            f"No class of {rare.group} is surely below the accuracy of all images; the interval of one of the "
-            f"{len(rare.classes):,} is {width:.0f} points wide in the median."
+        told = [
+            f"No class of {rare.group} has its whole 95% interval below {all_images}; the interval of one of the "
+            f"{number:,} is {width:.0f} points wide in the median."
         ]
-    parts = []
-    for k in rare.classes[: min(NAMED, rare.failing)].tolist():
-        text = f"{found.class_names[k]} ({found.counts[k]:,} training images): "
-        text += f"{found.correct[k]} of {found.tested[k]} right"
-        if details.taken[k]:
-            text += f", {details.taken[k]} taken for {found.class_names[details.confused[k]]}"
-        parts.append(text)
-    more = f"; and {rare.failing - NAMED:,} more" if rare.failing > NAMED else ""
-    return [
-        f"{rare.failing:,} of {len(rare.classes):,} classes of {rare.group} surely fail (their interval ends below "
-        f"{details.overall:.1f}%): {'; '.join(parts)}{more}."
-    ]
+    else:
+        failing = [
+            f"{_trained(found, k)}: {found.correct[k]} of {found.tested[k]} right"
+            + (f", {details.taken[k]} taken for {found.class_names[details.confused[k]]}" if details.taken[k] else "")
+            for k in rare.classes[: min(NAMED, rare.failing)].tolist()
+        ]
+        told = [
+            f"{rare.failing:,} of {number:,} classes of {rare.group} have their whole 95% interval below {all_images}, "
+            f"where {0.025 * number:.1f} would by chance: {_list(failing, rare.failing, '; ')}."
+        ]
+    above = rare.classes[details.verdict[rare.classes] == "high"][::-1]
+    if len(above):
+        named = [_trained(found, k) for k in above[:NAMED].tolist()]
+        told.append(f"{len(above):,} of {number:,} above it: {_list(named, len(above), ', ')}.")
+    return told
+
+
+def _trained(found: Evaluation, k: int) -> str:
+    assert found.counts is not None
+    number = int(found.counts[k])
+    return f"{found.class_names[k]} ({number:,} training image{'s' * (number != 1)})"
+
+
+def _list(parts: list[str], number: int, separator: str) -> str:
+    return separator.join(parts) + (f"{separator}and {number - len(parts):,} more" if number > len(parts) else "")
 
 
 def _untested(found: Evaluation) -> list[str]:

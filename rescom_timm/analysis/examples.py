@@ -24,8 +24,8 @@ SHOWN = 6
 WRONG, RIGHT = 6, 3
 """Images of each class."""
 LEGEND = (
-    "The rarest group's classes, the surest failures first. Orange: the most confident mistakes; blue: the most "
-    "confident right answers. A thumbnail opens its file."
+    "Classes of the rarest group with mistakes, the lowest upper end of the interval first. Orange: the most confident "
+    "mistakes; blue: the most confident right answers. A thumbnail opens its file."
 )
 
 
@@ -69,7 +69,7 @@ def split_of(run: RunFolder, found: Evaluation, overrides: Sequence[str] = ()) -
 def measure(
     found: Evaluation, details: Classes, rare: Rarest, split: Split, reading: ReadConfig
 ) -> list[ClassExamples]:
-    """Images of the rarest group's classes, the surest failures first; classes without mistakes are left out."""
+    """Images of the rarest group's classes, the worst first; classes without mistakes are left out."""
     worst = [k for k in rare.classes.tolist() if details.correct[k] < details.tested[k]][:SHOWN]
     return [
         ClassExamples(

@@ -223,15 +223,20 @@ def _class_table(runs: Sequence[tuple[Evaluation, Classes]], csv: str) -> Report
         if len(runs) == 1:
             row += [Td(_cell(_number(column[k])), "n wide") for column in (details.precision, details.f1)]
             other = first.class_names[details.confused[k]] if details.taken[k] else _NONE
-            row.append(Td(other, small=f"{details.taken[k]:,} images" if details.taken[k] else ""))
+            row.append(Td(other, small=_images(int(details.taken[k]))))
         rows.append(row)
     of = "" if first.num_classes <= CLASSES_SHOWN else f"{CLASSES_SHOWN} of {first.num_classes:,} classes. "
     note = (
-        f"{of}The surest failures first; {csv} has all classes. Accuracy in percent with its 95% interval (Wilson). "
+        f"{of}The lowest upper end of the interval first; {csv} has all classes. Accuracy in percent with its 95% "
+        "interval (Wilson). "
         "Orange: the whole interval lies below the accuracy of all images; blue: above; without colour it may be "
         f"either. Hollow: below {style.THIN} test images."
     )
     return ReportTable(head, rows, note, sortable=True)
+
+
+def _images(number: int) -> str:
+    return f"{number:,} image{'s' * (number > 1)}" if number else ""
 
 
 def _at(recipe: Mapping[str, Any], path: str) -> object:

@@ -9,16 +9,17 @@ from typing import Any
 from rescom_timm.engine.evaluate import table
 from rescom_timm.fitting.record import FOLDER
 from rescom_timm.io import read_json, write_text
+from rescom_timm.metrics import span
 from rescom_timm.text.pages import render
 
 PAGE = "report.html"
 """In RUN/fit."""
 
 
-def evaluations(run: Path) -> dict[str, dict[str, float]]:
-    """The figures of the run's own evaluations by split, test first."""
+def evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """The records of the run's own evaluations by split, test first."""
     files = {split: run / "evaluation" / f"{split}-last.json" for split in ("test", "validation")}
-    return {split: read_json(path)["numbers"] for split, path in files.items() if path.is_file()}
+    return {split: read_json(path) for split, path in files.items() if path.is_file()}
 
 
 def text(run: Path, record: Mapping[str, Any]) -> str:
@@ -32,7 +33,7 @@ def text(run: Path, record: Mapping[str, Any]) -> str:
         lines.append(f"{one['name']:<{width}}  {figures}  {one['by']}")
     lines.append(f"chosen: {record['chosen']} ({record['why']})")
     if found := evaluations(run):
-        lines.append(table(found))
+        lines.append(table({split: one["numbers"] for split, one in found.items()}))
     used = f"{record['seconds'] / 60:.1f} of {record['command']['minutes']:g} minutes used; {run / FOLDER / PAGE}"
     return "\n".join([*lines, *_more(record), used, f"run folder: {run}"])
 
@@ -44,6 +45,12 @@ def _more(record: Mapping[str, Any]) -> list[str]:
 
 def write(run: Path, record: Mapping[str, Any], data: str) -> None:
     """RUN/fit/report.html. data: of the images, for people."""
-    found = {split: sorted(numbers.items()) for split, numbers in evaluations(run).items()}
+    found = {
+        split: [
+            (name, value, span(one["intervals"][name]) if name in one["intervals"] else "", one["sizes"].get(name))
+            for name, value in one["numbers"].items()
+        ]
+        for split, one in evaluations(run).items()
+    }
     page = render("fit.html", title=f"fit: {run.name}", data=data, record=record, found=found, more=_more(record))
     write_text(run / FOLDER / PAGE, page)
