@@ -11,6 +11,7 @@
     python tools/benchmark.py inference resnet50     # inference time of a net and of ensembles
     python tools/benchmark.py scale                  # lists of up to a million rows, ten thousand classes
     python tools/benchmark.py soak --minutes 60      # a long training, killed and resumed at random
+    python tools/benchmark.py fit FOLDER             # how well `fit` keeps its minutes
     python tools/benchmark.py PART --help            # what a part measures, and its options
     python tools/benchmark.py head --device cuda --json tools/benchmarks/      # a dated record
 
@@ -38,6 +39,7 @@ PARTS = {
     "startup": "the time from the start of a process to the end of its first training step",
     "inference": "inference time of a net against ensembles of 2, 3 and 4 experts",
     "scale": "up to a million rows and ten thousand classes: time and memory of a run's parts, and how they grow",
+    "fit": "the wall clock of rescom-timm fit, as a share of its --minutes",
     "soak": "a long training, killed and resumed at random: memory, handles, processes, disk",
 }
 """Files of benchmarks/, each imported when its part is asked for."""

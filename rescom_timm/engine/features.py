@@ -98,15 +98,14 @@ def read_features(
 
 
 @torch.no_grad()
-def read_logits(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split) -> Tensor:
-    """Logits (N, K) of a split's images on the CPU, in every process.
+def read_logits(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split) -> Iterator[Tensor]:
+    """Logits (m, K) of a split's images, batch by batch, on the CPU and in every process.
 
     net: anywhere; on the accelerator's device and in evaluation mode afterwards.
     """
     net.to(accelerator.device).eval()
-    loader = loader_of(accelerator, recipe, split)
-    found = [accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu() for batch in loader]
-    return torch.cat(found)
+    for batch in loader_of(accelerator, recipe, split):
+        yield accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu()
 
 
 def loader_of(accelerator: Accelerator, recipe: Recipe, split: Split) -> DataLoader[Any]:

@@ -19,7 +19,7 @@ from rescom_timm.engine.features import read_logits
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.errors import InputError
-from rescom_timm.fitting.choice import Scored, temperature_of
+from rescom_timm.fitting.choice import Scored, scored, temperature_of
 from rescom_timm.fitting.soups import loaded, soup
 from rescom_timm.fitting.writing import write_run
 from rescom_timm.methods.baselines import BalancedSoftmaxConfig, CrossEntropyConfig
@@ -76,8 +76,8 @@ class _Nets:
             return None
         accelerator = new_accelerator(self.recipe.train.precision)
         net = loaded(self.recipe.net, self.recipe.views, len(self.data.counts), weights)
-        found = read_logits(accelerator, net, self.recipe, self.data.validation)
-        return Scored(found, torch.as_tensor(self.data.validation.labels))
+        logits = read_logits(accelerator, net, self.recipe, self.data.validation)
+        return scored(logits, torch.as_tensor(self.data.validation.labels))
 
 
 def average_runs(

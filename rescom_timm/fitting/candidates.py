@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.engine.features import Features
-from rescom_timm.fitting.choice import ENOUGH, Scored, choose
+from rescom_timm.fitting.choice import ENOUGH, Scored, choose, scored
 from rescom_timm.fitting.training import Kind, floor_of
 from rescom_timm.methods.heads import RIDGES, Head
 
@@ -60,8 +60,7 @@ def row(candidate: Candidate) -> dict[str, Any]:
 
 def score(head: Head, features: Features) -> Scored:
     """The head on the features of images as they are."""
-    values, labels = (torch.cat(parts) for parts in zip(*features.rows(versions=1), strict=True))
-    return Scored(head(values), labels)
+    return scored((head(values) for values, _ in features.rows(versions=1)), torch.from_numpy(features.labels))
 
 
 def best(candidates: Sequence[Candidate]) -> int:

@@ -5,7 +5,7 @@ Shapes: N scored images, K classes, S settings of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,15 +25,27 @@ SMALL, LARGE = 2e7, 1e9
 second, where it takes minutes and validation parts are large."""
 
 
+HELD = 2**21
+"""Logits that a Scored keeps."""
+TENSORS = ("predicted", "labels", "logits", "truth")
+"""Of a Scored, in order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Logits (N, K) and labels (N,) that a candidate is scored by.
+    """What a candidate is scored by.
 
     Of validation images, or of training images by heads that were fitted without them.
     """
 
-    logits: Tensor
+    predicted: Tensor
+    """(N,) classes."""
     labels: Tensor
+    """(N,)."""
+    logits: Tensor
+    """(n, K) for the temperature: of all N images, or an even sample of them where N * K is above HELD."""
+    truth: Tensor
+    """(n,) labels of the logits."""
     repeats: int = 1
     """How often each image stands there, as by repeated cross-validation; errors count it once."""
 
@@ -44,13 +56,12 @@ class Scored:
     @property
     def correct(self) -> np.ndarray:
         """(N,) whether each image is right."""
-        return (self.logits.argmax(dim=1) == self.labels).numpy()
+        return (self.predicted == self.labels).numpy()
 
     @property
     def weights(self) -> np.ndarray:
         """(N,) by which a mean over images is the mean over classes; they sum to 1."""
-        counts = np.bincount(self.labels.numpy())
-        return (1 / counts[self.labels.numpy()]) / np.count_nonzero(counts)
+        return class_weights(self.labels)
 
     @property
     def mean_class(self) -> float:
@@ -66,8 +77,32 @@ class Scored:
 
     def loss(self) -> float:
         """Mean over classes of the negative log-likelihood."""
-        own = self.logits.double().log_softmax(dim=1).gather(1, self.labels[:, None])[:, 0]
-        return -float(torch.from_numpy(self.weights) @ own)
+        own = self.logits.double().log_softmax(dim=1).gather(1, self.truth[:, None])[:, 0]
+        return -float(torch.from_numpy(class_weights(self.truth)) @ own)
+
+
+def scored(logits: Iterable[Tensor], labels: Tensor) -> Scored:
+    """Of logits (m, K), which may come in chunks, and labels (N,)."""
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    done = 0
+    for chunk in logits:
+        truth = labels[done : done + len(chunk)]
+        done += len(chunk)
+        step = -(-len(labels) * chunk.shape[1] // HELD)
+        parts.append((chunk.argmax(dim=1), truth, chunk[::step].clone(), truth[::step]))
+    return of_tensors([torch.cat(part) for part in zip(*parts, strict=True)])
+
+
+def of_tensors(tensors: Sequence[Tensor], repeats: int = 1) -> Scored:
+    """A Scored of its TENSORS."""
+    predicted, labels, logits, truth = tensors
+    return Scored(predicted, labels, logits, truth, repeats)
+
+
+def class_weights(labels: Tensor) -> np.ndarray:
+    """Return (N,) weights by which a mean over images is the mean over classes; they sum to 1."""
+    counts = np.bincount(labels.numpy())
+    return np.asarray((1 / counts[labels.numpy()]) / np.count_nonzero(counts))
 
 
 def error_of_difference(a: Scored, b: Scored) -> float:
@@ -107,7 +142,7 @@ def temperature_of(scored: Scored) -> float:
     too high.
     """
     smoothing = 1 / (len(scored.labels) // scored.repeats + 2)
-    return temperature(scored.logits, scored.labels, torch.from_numpy(scored.weights), smoothing)
+    return temperature(scored.logits, scored.truth, torch.from_numpy(class_weights(scored.truth)), smoothing)
 
 
 def folds(labels: np.ndarray, parts: int, repeats: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -138,16 +173,17 @@ def cross_validated(
     features: Features, fit: Fitted, classes: int, repeats: int = 1, seed: int = 0, parts: int = FOLDS
 ) -> list[Scored]:
     """Of each of the S settings, every image of a class of two or more `repeats` times by heads fitted without it."""
-    logits: list[list[Tensor]] = []
-    labels = []
-    for trained, scored in folds(features.labels, parts, repeats, seed):
+    found: list[list[Scored]] = []
+    for trained, held in folds(features.labels, parts, repeats, seed):
         rows = features.rows(trained)
         scale = standard(rows)
         counts = torch.from_numpy(np.bincount(features.labels[trained], minlength=classes))
+        truth = torch.from_numpy(features.labels[held])
         heads = fit(rows, counts, scale)
-        logits = logits or [[] for _ in heads]
-        values, own = (torch.cat(part) for part in zip(*features.rows(scored, 1), strict=True))
-        labels.append(own)
-        for found, head in zip(logits, heads, strict=True):
-            found.append(head(scale(values)))
-    return [Scored(torch.cat(found), torch.cat(labels), repeats) for found in logits]
+        found.append([scored((head(scale(x)) for x, _ in features.rows(held, 1)), truth) for head in heads])
+    return [joined(of_setting, repeats) for of_setting in zip(*found, strict=True)]
+
+
+def joined(parts: Sequence[Scored], repeats: int) -> Scored:
+    """The parts of a cross-validation together."""
+    return of_tensors([torch.cat([getattr(part, name) for part in parts]) for name in TENSORS], repeats)

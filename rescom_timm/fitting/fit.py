@@ -31,29 +31,38 @@ def fit(
     reading the data raises, and Interrupted.
     """
     folder = _folder(options, output)
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    with in_memory(dataset), ExitStack() as device, locked(folder / FOLDER):
+    with _advised(), in_memory(dataset), ExitStack() as stack:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder / FOLDER))
         if options.device == "cpu":
-            device.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
-        with _advised():
-            record = Record(folder, options, used)
-            steps = Steps(options, folder, record)
-            if record.values["finished"]:
-                print(f"{folder} is finished; name another folder with -o for a new fit")
-            else:
-                steps.run()
+            stack.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
+        record = Record(folder, options, used)
+        steps = Steps(options, folder, record)
+        if record.values["finished"]:
+            print(f"{folder} is finished; name another folder with -o for a new fit")
+        else:
+            steps.run()
     return folder
+
+
+GO_ON = "then start the same command again, which goes on"
+ADVICE = {
+    AGAIN: GO_ON,
+    "then finish with --resume": GO_ON,
+    "start another run without --resume": "fit into another folder with -o",
+}
+"""What the errors of a training advise, and what they advise in a fit, which has no --resume."""
 
 
 @contextlib.contextmanager
 def _advised() -> Iterator[None]:
-    """Say how a fit goes on after the machine refused a file, not how a training does."""
-    again = "then start the same command again, which goes on"
     try:
-        with with_advice(f"; {again}"):
+        with with_advice(f"; {GO_ON}"):
             yield
     except CheckpointError as error:
-        text = str(error).replace(AGAIN, again).replace("then finish with --resume", again)
+        text = str(error)
+        for old, new in ADVICE.items():
+            text = text.replace(old, new)
         raise type(error)(error.code, text) from error
 
 

@@ -30,11 +30,13 @@ from rescom_timm.fitting.candidates import SHARES, Candidate, Weights, best, dec
 from rescom_timm.fitting.choice import (
     ENOUGH,
     FOLDS,
-    Scored,
+    TENSORS,
     choose,
     cross_validated,
     decides,
+    of_tensors,
     repetitions,
+    scored,
     temperature_of,
 )
 from rescom_timm.fitting.features import features_of
@@ -186,18 +188,18 @@ class Steps:
             if only not in (None, name) or (name == "logistic regression" and not self.frozen.logistic):
                 continue
             began = time.monotonic()
-            options = [scale.folded(head) for head in fit(rows, counts, scale)]
+            options = fit(rows, counts, scale)
             if name == "probe":
                 self.record.values.setdefault("probe_seconds", time.monotonic() - began)
             if validation is None or self.repeats:
-                scored = cross_validated(train, fit, classes, max(self.repeats, 1), self.options.seed)
+                scores = cross_validated(train, fit, classes, max(self.repeats, 1), self.options.seed)
             else:
-                scored = [score(head, validation) for head in options]
-            place = choose(scored)[0]
-            factor = 1 / temperature_of(scored[place])
-            head = options[place].scaled(factor)
+                scores = [score(scale.folded(head), validation) for head in options]
+            place = choose(scores)[0]
+            factor = 1 / temperature_of(scores[place])
+            head = scale.folded(options[place]).scaled(factor)
             shown = None if validation is None else score(head, validation)
-            own = scored[place].scaled(factor)
+            own = scores[place].scaled(factor)
             by = "cross-validation" if validation is None or self.repeats else "validation"
             weights = encoder | {"classifier.weight": head.weight, "classifier.bias": head.bias}
             found.append(
@@ -290,9 +292,11 @@ class Steps:
         path = self.folder / "scores" / f"{name.replace(' ', '-')}.safetensors"
         if not path.is_file():
             logits = read_logits(new_accelerator("no"), self._loaded(found), self.recipe, self.validation)
-            write_tensors(path, {"logits": logits})
-        scored = Scored(load_file(path)["logits"], torch.as_tensor(self.validation.labels))
-        return replace(found, scored=scored, shown=scored)
+            made = scored(logits, torch.as_tensor(self.validation.labels))
+            write_tensors(path, {name: getattr(made, name) for name in TENSORS})
+        tensors = load_file(path)
+        kept = of_tensors([tensors[name] for name in TENSORS])
+        return replace(found, scored=kept, shown=kept)
 
     def _loaded(self, candidate: Candidate) -> Net:
         config = replace(self.recipe.net, classifier=ClassifierConfig(candidate.kind))

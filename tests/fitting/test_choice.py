@@ -13,7 +13,8 @@ from rescom_timm.methods import heads
 
 
 def scored(predicted: list[int], labels: list[int], classes: int = 3) -> Scored:
-    return Scored(torch.nn.functional.one_hot(torch.tensor(predicted), classes).float(), torch.tensor(labels))
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), classes).float()
+    return choice.scored(logits.split(7), torch.tensor(labels))
 
 
 def test_mean_over_classes_is_balanced_accuracy():
@@ -23,6 +24,20 @@ def test_mean_over_classes_is_balanced_accuracy():
     assert found.mean_class == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
     low, high = found.interval()
     assert low < found.mean_class < high
+
+
+def test_many_logits_are_sampled(monkeypatch):
+    """The choice is by all images; the temperature and the loss are by an even sample."""
+    torch.manual_seed(0)
+    labels = torch.arange(600) % 5
+    logits = 3 * torch.nn.functional.one_hot(labels, 5) + 2 * torch.randn(600, 5)
+    whole = choice.scored([logits], labels)
+    monkeypatch.setattr(choice, "HELD", 1000)
+    part = choice.scored(logits.split(100), labels)
+    assert whole.logits.shape == (600, 5) and part.logits.shape == (204, 5)
+    assert part.mean_class == whole.mean_class and part.interval() == whole.interval()
+    assert choice.temperature_of(part) == pytest.approx(choice.temperature_of(whole), rel=0.2)
+    assert part.loss() == pytest.approx(whole.loss(), rel=0.2)
 
 
 def test_error_of_a_difference_is_that_of_repeated_draws():
@@ -42,7 +57,7 @@ def test_error_of_a_difference_is_that_of_repeated_draws():
 def test_repeats_count_an_image_once():
     labels = [0, 0, 0, 1, 1, 1]
     a, b = scored([0, 0, 1, 1, 1, 0], labels), scored([0, 1, 1, 1, 0, 0], labels)
-    twice = [Scored(x.logits.repeat(2, 1), x.labels.repeat(2), 2) for x in (a, b)]
+    twice = [choice.joined([x, x], 2) for x in (a, b)]
     free = (len(labels) - 2) / (2 * len(labels) - 2) * 2  # pooled variance: degrees of freedom
     assert choice.error_of_difference(*twice) == pytest.approx(choice.error_of_difference(a, b) * free**0.5)
     assert twice[0].interval() == a.interval()

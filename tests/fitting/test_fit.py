@@ -23,7 +23,9 @@ from rescom_timm.config.loading import load
 from rescom_timm.config.recipe import NetConfig, OptimizerConfig
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.engine.build import build_net
+from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.launch import new_accelerator
+from rescom_timm.engine.run_folder import locked
 from rescom_timm.fitting import plan, source, steps, training
 from rescom_timm.fitting import record as fit_record
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
@@ -237,6 +239,9 @@ def test_bad_input(photos, tmp_path, monkeypatch):
         rescom_timm.fit(photos, 100, **{**HOW, "weights_file": tmp_path / "nowhere.safetensors"}, output=tmp_path / "b")
     with raises("fit.argument", "data.source"):
         rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "c", overrides=["data.source=x"])
+    (tmp_path / "busy/fit").mkdir(parents=True)
+    with locked(tmp_path / "busy/fit"), raises("run.locked", os.getpid(), "-o", kind=CheckpointError):
+        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "busy")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     with raises("file.exists", "full"):

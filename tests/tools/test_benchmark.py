@@ -14,6 +14,7 @@ from benchmarks.loader import PlainDataset, photographs
 from benchmarks.loop import Watched
 from rescom_timm.data.decoding import decode
 from rescom_timm.data.transforms import parse, seed_all
+from tests.fitting import made_up
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_lt.yaml")
@@ -160,6 +161,15 @@ def test_a_watched_loader_gives_as_many_batches_as_asked_over_any_number_of_epoc
     assert [[batch["row"] for batch in watched] for _ in range(2)] == [[1, 2], [0]]
     watched.left, watched.again, watched.iterator = 4, True, None
     assert [[batch["row"] for batch in watched] for _ in range(2)] == [[0, 0, 0], [0]]
+
+
+@pytest.mark.slow
+def test_fit_is_timed(tmp_path):
+    photos, file = made_up.photographs(tmp_path / "photos", [8, 6]), tmp_path / "fit.json"
+    words = ["--minutes", "5", "--size", "16", "--backbone", made_up.NET, "--weights-file", "none"]
+    assert benchmark.main(["fit", str(photos), *words, "-o", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["minutes"] == 5 and row["used"] > 0 and row["chosen"]
 
 
 @pytest.mark.slow
