@@ -25,8 +25,8 @@ from torch import nn
 
 from rescom_timm.analysis.run_files import RunFolder
 from rescom_timm.analysis.writing import pictures, write_figures
-from rescom_timm.config.loading import flat, load, load_dict
-from rescom_timm.config.own_data import recipe_for
+from rescom_timm.config.loading import flat, load, load_dict, overridden
+from rescom_timm.config.own_data import Wanted, propose
 from rescom_timm.config.own_splits import OwnImages
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.config import MEMORY
@@ -55,7 +55,6 @@ from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.inference.program import export_program
 from rescom_timm.inference.rules import OperatingPoint, operating_point
 from rescom_timm.inference.teacher import first_weights, read_teacher
-from rescom_timm.io import parse_yaml
 
 Format = Literal["timm", "onnx", "torch"]
 
@@ -92,9 +91,9 @@ def train(
     """Train a recipe and return its run.
 
     recipe: a file, the name of a recipe in this package ("digits_lt"), a Recipe, or nested plain values. None: with a
-    dataset, what `rescom-timm init` writes for such images (for photographs a net with ImageNet weights, which are
-    downloaded unless sections name another backbone; a split validation or val selects the best checkpoint), else the
-    defaults.
+    dataset, what `rescom-timm init` writes for such images on this machine (for photographs a net with ImageNet
+    weights, which are downloaded unless sections name another backbone; a split validation or val selects the best
+    checkpoint), else the defaults.
     dataset: replaces the recipe's data.source. A datasets.DatasetDict with the splits train and test (or those that the
     recipe names), or one Dataset, of which a fifth of each class is kept for testing. A torch Dataset of (image, label)
     can replace a Dataset, a dict of them a DatasetDict.
@@ -177,7 +176,8 @@ def fit(
 def _proposed(dataset: InMemory, overrides: Sequence[str]) -> Recipe:
     """The recipe that `rescom-timm init` proposes for a data set in memory, with these overrides.
 
-    If they name a backbone, the proposed net section is dropped, with its pretrained weights.
+    A backbone that they name starts from scratch unless they set net.pretrained, and keys of method without its name
+    are ResCom's, as in any recipe.
     """
     keys = {override.partition("=")[0].strip() for override in overrides}
     config = load_dict({}, "recipe", [each for each in overrides if each.startswith(("data.", "data="))]).data
@@ -191,18 +191,19 @@ def _proposed(dataset: InMemory, overrides: Sequence[str]) -> Recipe:
         spare.remove(max(found, key=len))
     if spare:
         print(f"left out: the splits {', '.join(spare)} of the data set (data.train, data.test, data.validation)")
-    tree = parse_yaml(recipe_for(load_data(config), config, MEMORY))
-    del tree["method"]["negatives"]  # depends on K and Q, and the overrides may set another Q
-    if {"net", "net.backbone"} & keys:
-        del tree["net"]
+    given = overridden({}, overrides)
+    net, method = (value if isinstance(value := given.get(key), dict) else {} for key in ("net", "method"))
+    wanted = Wanted(
+        backbone=backbone if isinstance(backbone := net.get("backbone"), str) else None,
+        pretrained=bool(net.get("pretrained")) if "backbone" in net else None,
+        method={"method": {"name": method.get("name", "rescom")}} if method else {},
+    )
+    proposal = propose(load_data(config), config, wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "train.epochs=.* shortens the schedule")  # not the user's choice
-        recipe = load_dict(tree, "recipe", overrides)
-    print(
-        f"no recipe given: using what rescom-timm init proposes, net.backbone={recipe.net.backbone} "
-        f"net.pretrained={str(recipe.net.pretrained).lower()} views.train={recipe.views.train!r} "
-        f"views.eval={recipe.views.eval!r}; all keys are in the run's recipe.yaml"
-    )
+        recipe = load_dict(proposal.sections, "recipe", overrides)
+    print("\n  ".join(["no recipe given: using what rescom-timm init proposes", *proposal.reasons]))
+    print("your own settings are over these; all keys are in the run's recipe.yaml")
     return recipe
 
 

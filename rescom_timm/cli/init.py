@@ -3,7 +3,9 @@
     rescom-timm init SOURCE -o RECIPE.yaml
 
 SOURCE: a folder of class folders (or of train, val and test with class folders in each), a folder with a list, or a
-local or Hub data set. The lists of the images are written beside the recipe.
+local or Hub data set. The lists of the images are written beside the recipe. Net, method and epochs follow from the
+number of images, their size, the imbalance and the device; each choice is printed with its reason, and the training
+time, by a measured step.
 """
 
 from __future__ import annotations
@@ -31,8 +33,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--leave-out", action="store_true", help="leave out unreadable images")
     parser.add_argument(
         "--tune", choices=["lora", "adaptformer", "prompt"],
-        help="train few weights over a frozen ViT of ImageNet-21k: best for few images",
+        help="train less than 2%% of the weights, over a frozen ViT of ImageNet-21k",
     )  # fmt: skip
+    parser.add_argument("--backbone", metavar="NAME", help="a timm model (default: by the images and the device)")
+    parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: by the backbone)")
+    parser.add_argument("--method", metavar="NAME", help="a preset or a method (rescom-timm recipes lists them)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="to train on (default: a GPU where there is one)")
     parser.add_argument("--force", action="store_true", help="overwrite files")
     data_options(parser)
     options = parser.parse_args(argv)

@@ -24,6 +24,7 @@ from rescom_timm.data.profiles import RULES, parse_call
 from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id
 from rescom_timm.io import MAX_DEPTH, parse_yaml, read_yaml
+from rescom_timm.methods import METHODS
 from rescom_timm.models.net import check_backbone
 
 FREE_KEYS = (
@@ -114,9 +115,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), to_train: bool = False
     files = _with_bases(path, ())
     tree: dict[str, Any] = {"name": "_".join([path.stem, *chosen])}
     for _, own in files:
-        tree = _merge(tree, own)
+        tree = merged(tree, own)
     for name in chosen:
-        tree = _merge(tree, _preset(name, [file.stem for file, _ in files]))
+        tree = merged(tree, _preset(name, [file.stem for file, _ in files]))
     made = _typed(tree, str(path), overrides)
     refuse_secrets(made)
     if to_train:
@@ -145,8 +146,22 @@ def _preset(name: str, files: Sequence[str]) -> dict[str, Any]:
     tree = _yaml(presets()[name])
     when = tree.pop("when", {})
     for file in files:
-        tree = _merge(tree, when.get(file, {}))
+        tree = merged(tree, when.get(file, {}))
     return tree
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """What the preset of a name sets over any recipe; of a method without a preset, that method.
+
+    Raises RecipeError, naming the nearest, if there is neither.
+    """
+    if name in presets():
+        return _preset(name, [])
+    if name in METHODS:
+        return {"method": {"name": name}}
+    near = get_close_matches(name, {**presets(), **METHODS}, n=3)
+    todo = f"did you mean {', '.join(near)}?" if near else "`rescom-timm recipes` lists them"
+    raise RecipeError("recipe.unknown_method", f"no preset or method {name!r}; {todo}")
 
 
 def load_fetched(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -243,8 +258,7 @@ def _typed(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Recip
         raise RecipeError("recipe.file", f"{source}: a recipe is a mapping of keys, not {type(tree).__name__}")
     tree = _in_full(tree)
     before, given = tree, [argument.partition("=")[0].strip() for argument in overrides]
-    for argument in overrides:
-        tree = _merge(tree, _override(argument))
+    tree = overridden(tree, overrides)
     if "train.epochs" in given and not any(key.startswith("schedule") for key in given):
         tree = _shortened(tree, before, source)
     if "from" in tree:
@@ -264,6 +278,13 @@ def _typed(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Recip
         raise RecipeError(
             "recipe.file", f"{source}: {error}; a recipe holds text, numbers, true, false, null and lists"
         ) from None
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree of plain types with `key=value` arguments over it. Raises RecipeError for what is no such argument."""
+    for argument in overrides:
+        tree = merged(tree, _override(argument))
+    return tree
 
 
 REMOVED = {
@@ -329,7 +350,7 @@ def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dic
         f"train.epochs={epochs} instead of {whole.train.epochs} shortens the schedule in proportion: {shown}",
         stacklevel=4,
     )
-    return _merge(tree, {"schedule": shorter})
+    return merged(tree, {"schedule": shorter})
 
 
 _ADAPTER = pydantic.TypeAdapter(Recipe)
@@ -390,18 +411,18 @@ def _in_full(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return full
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`. A section that changes its `name` starts anew: another method has other keys."""
-    merged = dict(below)
+    result = dict(below)
     for key, value in above.items():
-        old = merged.get(key)
+        old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             name = old.get("name", "rescom")
             renamed = key == "method" and value.get("name", name) != name
-            merged[key] = value if renamed else _merge(old, value)
+            result[key] = value if renamed else merged(old, value)
         else:
-            merged[key] = value
-    return merged
+            result[key] = value
+    return result
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

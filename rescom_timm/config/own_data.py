@@ -1,97 +1,177 @@
-"""A recipe for your own data, with settings derived from its class counts."""
+"""A recipe for your own data, by the rules of own_rules and what was asked for."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
 
+from rescom_timm.config import own_rules
+from rescom_timm.config.loading import load_dict, merged
+from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.config import DataConfig
 from rescom_timm.data.sizes import sample, sizes
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.errors import InputError
-from rescom_timm.methods.rescom import auto_negatives
+from rescom_timm.methods import create_method
 from rescom_timm.metrics import groups
+from rescom_timm.models.net import create_model, pretrained_cfg, timm_name
+from rescom_timm.text import escape_controls
+
+SIZES = (1, 2048)
+"""Least and largest side of the images that a net sees, in pixels."""
 
 
-def settings(counts: np.ndarray) -> dict[str, tuple[float, str]]:
-    """Q, Qp, Qn and beta for data with these class counts (K,), each with its reason. Ours: only some are published."""
-    classes = len(counts)
-    q = int(np.clip(round(1000 / classes), 4, 64))
-    others = (classes - 1) * q
-    qn = auto_negatives(classes, q)
-    many = int((counts > 100).sum())
-    return {
-        "per_class": (q, f"Q: {classes * q:,} keys in all; the paper has 10 for 100 classes and 4 for 1,000"),
-        "positives": (1, "Qp: the hardest positive alone, as in every published setting"),
-        "negatives": (qn, f"Qn: {100 * qn / others:.0f}% of {others:,} keys of other classes; paper: 400 of 990"),
-        "beta": (0.99, f"weights level off above about 100 images, which {many} of {classes} classes have")
-        if many
-        else (0.999999, "weights of in effect 1 / count: no class has more than 100 images"),
-    }
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for; None: by the rules.
 
-
-def recipe_for(data: Data, config: DataConfig, source: str, tune: str | None = None) -> str:
-    """The text of a recipe for this data, with the reasons of its settings.
-
-    tune: lora, adaptformer or prompt, over a frozen ViT of ImageNet-21k.
+    Raises InputError for a size out of bounds, and for a backbone that timm does not know.
     """
-    section = {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
-    chosen = settings(data.counts)
+
+    device: str | None = None
+    """cpu or cuda; None: a GPU where there is one."""
+    backbone: str | None = None
+    """timm's name."""
+    pretrained: bool | None = None
+    """Whether it starts from its weights; None: where timm has them."""
+    size: int | None = None
+    """Side of the images that the net sees, in pixels."""
+    tune: str | None = None
+    """lora, adaptformer or prompt, over a frozen ViT."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """Sections over those by the rules, as a preset has them."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not SIZES[0] <= self.size <= SIZES[1]:
+            raise InputError("recipe.value", f"the size of images must be {SIZES[0]} to {SIZES[1]:,}, not {self.size}")
+        if self.backbone is not None:
+            pretrained_cfg(self.backbone)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the training is to be on a CPU."""
+        return self.device == "cpu" or (self.device is None and not torch.cuda.is_available())
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings as the sections of a recipe, and the reason of each choice, a line each."""
+
+    sections: dict[str, Any]
+    reasons: tuple[str, ...]
+
+    def text(self, source: str) -> str:
+        """The text of the recipe. source: of the images."""
+        comments = (
+            f"{source}: {self.reasons[0]}",
+            "Made by rescom-timm init. Train:  rescom-timm train THIS_FILE",
+            *self.reasons[1:],
+        )
+        body = yaml.safe_dump(self.sections, sort_keys=False, width=120, allow_unicode=True, default_flow_style=None)
+        return "".join(f"# {escape_controls(line)}\n" for line in comments) + body
+
+
+def propose(data: Data, config: DataConfig, wanted: Wanted | None = None) -> Proposal:
+    """The recipe for this data, and why.
+
+    Raises InputError for a method that does not fit the data or the net, and as `_sides` does.
+    """
+    wanted = wanted or Wanted()
+    counts, images = data.counts, int(data.counts.sum())
     least, side, most = _sides(data.train)
-    images = int(data.counts.sum())
-    batch = 128 if images >= 1024 else min(32, 2 ** int(np.log2(images)))
-    few, many = (len(groups(data.counts).get(name, ())) for name in ("few", "many"))
-    line = {key: f"{key}: {value:g}  # {why}" for key, (value, why) in chosen.items()}
-    epochs, warmup = 100, 5
-    if tune is not None:
-        small = "small" if torch.cuda.is_available() else "tiny"
-        net = (
-            "net:  # less than 2% of the weights train: with few images, fine-tuning all of them hurts rare classes\n"
-            f"  backbone: vit_{small}_patch16_224.augreg_in21k  # vit_base_... where a GPU has room\n"
-            "  pretrained: true\n"
-            f"  tuning: {{name: {tune}}}\n"
-            "  classifier: {kind: cosine, scale: 25.0, init: class_means}"
-        )
-        views = (
-            'views: {train: "random_resized_crop(224,0.08,1,bicubic) | flip", eval: "resize(256,bicubic) | '
-            'center_crop(224)", mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}'
-        )
-        rate = "optimizer: {lr: 0.01, weight_decay: 5.0e-4}  # with the epochs, as LIFT's (arXiv 2309.10019)"
-        epochs, warmup = 10, 0
-    elif side <= 64:
-        same = f"resize({side}) | center_crop({side})"
-        net = "net: {backbone: resnet32_cifar, projector: {hidden: 64, dim: 32}}"
-        views = f'views: {{train: "{same} | crop({side},4) | flip", eval: "{same}"}}'
-        rate = "optimizer: {lr: 0.1, weight_decay: 5.0e-4}"
+    few, many = (len(groups(counts).get(name, ())) for name in ("few", "many"))
+    sections, start, choices = _net_and_views(wanted, side)
+    row = own_rules.row_for(start, wanted.is_cpu, images)
+    named = wanted.method.get("method", {}).get("name")
+    if wanted.tune:
+        row = row._replace(kind="tune", epochs=10)
+    elif row.kind == "probe" and named not in (None, "probe"):
+        row = row._replace(kind="fine_tune", epochs=1)
+    settings, why = own_rules.SETTINGS[row.kind]
+    method, loss = own_rules.method(counts, start)
+    base = {
+        "data": section(config),
+        **sections,
+        "loader": {"exif": True},
+        "method": own_rules.rescom(counts) if named == "rescom" else method,
+        "optimizer": {},
+        "schedule": {},
+        "train": {"epochs": row.epochs, "batch_size": row.batch},
+        "evaluation": {"select": "mean_class"},
+    }
+    tree = merged(merged(base, settings), dict(wanted.method))
+    epochs = tree["train"]["epochs"]
+    tree["evaluation"].setdefault("every", max(2, epochs // 5))
+    if "classifier" in tree["net"] and named and not _keeps_classifier(load_dict(tree), counts):
+        tree["net"] = {key: value for key, value in tree["net"].items() if key != "classifier"}
+        why = "head: the method's own"
+    if named:
+        loss = f"method: {tree['method']['name']}, as asked for"
+    device = "a CPU" if wanted.is_cpu else "a GPU"
+    return Proposal(
+        tree,
+        (
+            f"{images:,} training images of {len(counts):,} classes, {counts.max():,} to {counts.min():,} a class; "
+            f"{many} classes have more than 100, {few} fewer than 20; shorter sides have {least} to {most} pixels, "
+            f"usually {side}",
+            *choices,
+            *[why] * bool(why),
+            *[loss] * (row.kind != "probe"),
+            *[f"epochs: {epochs}, for {images:,} images on {device}"] * (epochs > 0),
+        ),
+    )
+
+
+def section(config: DataConfig) -> dict[str, Any]:
+    """The section `data` of a recipe, without defaults."""
+    return {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
+
+
+def _net_and_views(wanted: Wanted, side: int) -> tuple[dict[str, Any], str, list[str]]:
+    """The sections net and views for images of a shorter side, whether it starts from weights or scratch, and why."""
+    default = own_rules.default_backbones("cpu" if wanted.is_cpu else "cuda")[0]
+    small = side <= own_rules.SMALL
+    if wanted.backbone:
+        backbone, why = timm_name(wanted.backbone), "as asked for"
+    elif wanted.tune:
+        backbone, why = f"vit_{'tiny' if wanted.is_cpu else 'small'}_patch16_224.augreg_in21k", "a small ViT"
+    elif small:
+        backbone, why = "resnet32_cifar", f"images of {side} pixels (--backbone NAME --size N enlarges them instead)"
     else:
-        net = "net: {backbone: resnet50.tv_in1k, pretrained: true}  # ImageNet weights: few data sets do without"
-        views = "views: {train: imagenet, eval: eval224, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
-        rate = "optimizer: {lr: 0.02, weight_decay: 5.0e-4}"
-    return f"""\
-# {source}: {data.counts.sum():,} training images of {len(data.counts):,} classes, {data.counts.max():,} to \
-{data.counts.min():,} a class; {many} classes have more than 100, {few} fewer than 20.
-# Made by rescom-timm init. Q, Qp, Qn and beta are chosen for these counts, for the reasons beside them; nothing
-# here was tuned. Train:  rescom-timm train THIS_FILE
-{yaml.safe_dump({"data": section}, sort_keys=False, width=120, allow_unicode=True)}\
-{views}  # shorter sides have {least} to {most} pixels, usually {side}
-loader: {{exif: true}}  # photographs are turned upright by their EXIF orientation
-{net}
-method:
-  name: rescom
-  queue:
-    {line["per_class"]}
-  {line["positives"]}
-  {line["negatives"]}
-  {line["beta"]}
-{rate}
-schedule: {{name: cosine, warmup_epochs: {warmup}}}
-train: {{epochs: {epochs}, batch_size: {batch}}}
-evaluation: {{select: mean_class}}  # by which the best epoch on validation is chosen
-"""
+        backbone = default.name
+        why = f"fit's default for a {'CPU' if wanted.is_cpu else 'GPU'}, {default.megabytes} MB to download"
+    cfg = pretrained_cfg(backbone)
+    pretrained = wanted.pretrained
+    if pretrained is None:
+        pretrained = ":" in backbone or any(cfg.get(key) for key in ("hf_hub_id", "url", "file"))
+    own = cfg["input_size"][1]
+    size = wanted.size or (side if small and not pretrained else own)
+    options = own_rules.options_of(cfg, size)
+    net: dict[str, Any] = {"backbone": backbone, "pretrained": pretrained}
+    if options:
+        net["options"] = options
+    if wanted.tune:
+        net["tuning"] = {"name": wanted.tune}
+    views = own_rules.views(cfg, size, pretrained, small)
+    choices = [f"net: {backbone}, {'from its weights' if pretrained else 'from scratch'}: {why}"]
+    whose = "as asked for" if wanted.size else "those of the images" if size == side else "the net's own"
+    choices.append(f"size: {size} pixels, {whose}" + "; smaller images are enlarged" * (size > side))
+    start = "weights" if pretrained else "scratch"
+    return {"views": views, "net": net}, start, choices
+
+
+def _keeps_classifier(recipe: Recipe, counts: np.ndarray) -> bool:
+    """Whether the recipe's method trains the net's classifier, and not one of its own."""
+    net = create_model(recipe.net.backbone, len(counts), **recipe.net.options)
+    head = net.classifier
+    method = create_method(net, torch.as_tensor(counts), recipe.method)
+    return method.net.classifier is head and not method.fits_head
 
 
 def _sides(train: Split) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
-from rescom_timm.errors import InputError
+from rescom_timm.data.index_files import NoSplit
 
 
 def digits(split: str) -> Dataset:
@@ -19,7 +19,7 @@ def digits(split: str) -> Dataset:
     import PIL.Image
 
     if split not in ("train", "test"):
-        raise InputError("data.split", f"digits has no split {split!r}, only 'train' and 'test'")
+        raise NoSplit("data.split", f"digits has no split {split!r}, only 'train' and 'test'")
     table = _table()  # (1797, 65): 64 levels and the label of each image
     labels = table[:, -1].astype(np.int64)
     rank = np.empty_like(labels)  # number of the image in its class

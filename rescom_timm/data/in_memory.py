@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from rescom_timm.data.index_files import NoSplit
 from rescom_timm.errors import InputError
 
 InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
@@ -121,7 +122,7 @@ def memory_split(name: str) -> Dataset | PairDataset:
             "data.source=PATH for the same data on disk",
         )
     if name not in splits:
-        raise InputError(
+        raise NoSplit(
             "data.split", f"the data set in memory has no split {name!r}, only {', '.join(splits)}: set data.test"
         )
     return splits[name]

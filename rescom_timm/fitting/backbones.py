@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from rescom_timm.config.own_rules import default_backbones, evaluation_view, options_of
 from rescom_timm.config.recipe import EvaluationConfig, Recipe, RecipeError
 from rescom_timm.engine.build import build_net
 from rescom_timm.engine.errors import advice, one_line
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.errors import InputError
-from rescom_timm.fitting.plan import FitOptions, default_backbones
+from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import Record
 from rescom_timm.fitting.source import is_recipe
 from rescom_timm.models.net import Net, NetConfig, check_backbone
@@ -54,8 +55,8 @@ def _net(name: str, options: FitOptions, base: Recipe, classes: int, record: Rec
             net = build_net(config, views, classes)
         cfg: Any = net.encoder.pretrained_cfg
         size = options.size or cfg["input_size"][1]
-        if cfg.get("fixed_input_size") and size != cfg["input_size"][1]:
-            config = replace(config, options={"img_size": size})
+        if more := options_of(cfg, size):
+            config = replace(config, options=more)
             set_seed(options.seed)
             net = build_net(config, views, classes)
     except (OSError, RuntimeError, LookupError, RecipeError) as error:  # no network, no file, or one of another net
@@ -67,8 +68,7 @@ def _net(name: str, options: FitOptions, base: Recipe, classes: int, record: Rec
     net.mean.copy_(torch.tensor(views.mean).view_as(net.mean))
     net.std.copy_(torch.tensor(views.std).view_as(net.std))
     net.drop_projector()
-    how = cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic"
-    views = replace(views, train="flip", eval=f"resize({round(size / cfg['crop_pct'])},{how}) | center_crop({size})")
+    views = replace(views, train="flip", eval=evaluation_view(cfg, size))
     recipe = replace(base, net=config, views=views, seed=options.seed, evaluation=EvaluationConfig(batch_size=64))
     return recipe, net
 

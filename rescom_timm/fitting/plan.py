@@ -14,34 +14,6 @@ from rescom_timm.errors import InputError
 from rescom_timm.fitting.training import Kind, Pace
 
 
-class Backbone(NamedTuple):
-    """A row of BACKBONES."""
-
-    device: str
-    minutes: float
-    """From which budget on."""
-    name: str
-    megabytes: int
-    """Of the download."""
-
-
-BACKBONES = (
-    Backbone("cpu", 0, "tf_efficientnet_lite0.in1k", 19),
-    Backbone("cpu", 60, "convnext_tiny.fb_in22k_ft_in1k", 114),
-    Backbone("cuda", 0, "convnext_tiny.fb_in22k_ft_in1k", 114),
-    Backbone("cuda", 10, "convnext_small.fb_in22k_ft_in1k", 201),
-    Backbone("cuda", 60, "convnext_base.fb_in22k_ft_in1k", 354),
-)
-"""The default by device and minutes. Lite0 is what was measured here; the others are by their ImageNet accuracy."""
-
-
-def default_backbones(device: str, minutes: float) -> list[Backbone]:
-    """The rows for a device, the default for the budget first, then the others, of which one may be in timm's cache."""
-    rows = [row for row in BACKBONES if row.device == ("cpu" if device == "cpu" else "cuda")]
-    fit = [row for row in rows if row.minutes <= minutes]
-    return [*reversed(fit), *(row for row in rows if row not in fit)]
-
-
 @dataclass(frozen=True)
 class FitOptions:
     """What the command says; the same again goes on with what was interrupted."""
@@ -50,7 +22,7 @@ class FitOptions:
     """A folder, a list, a recipe, or an id of the Hub."""
     minutes: float = 20.0
     backbones: tuple[str, ...] = ()
-    """timm names; the best of several by its probe goes on. None: by BACKBONES."""
+    """timm names; the best of several by its probe goes on. None: by own_rules.BACKBONES."""
     size: int | None = None
     """Side of the images that the net sees; None: that of its weights."""
     device: str | None = None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from rescom_timm.config.own_rules import BACKBONE, RATES, training_view
 from rescom_timm.config.recipe import (
     CheckpointConfig,
     EvaluationConfig,
@@ -44,9 +45,6 @@ from rescom_timm.models.classifiers import ClassifierConfig
 from rescom_timm.models.net import Net
 
 Kind = Literal["linear", "cosine"]
-RATES: dict[Kind, float] = {"linear": 0.002, "cosine": 0.005}
-"""Learning rate of the head; the backbone has BACKBONE of it."""
-BACKBONE = 0.3
 BATCH = 32
 PATIENCE = 5
 """Epochs without a better mean over classes on validation after which a training ends."""
@@ -119,7 +117,7 @@ def training_recipe(base: Recipe, kind: Kind, epochs: int, images: int, start: P
         name=kind,
         output=str(start.parent),
         init_from=str(start),
-        views=replace(base.views, train=f"random_resized_crop({size},0.35,1,bicubic) | flip"),
+        views=replace(base.views, train=training_view(size)),
         net=replace(base.net.untrained(), classifier=ClassifierConfig(kind), frozen_statistics=True),
         method=BalancedSoftmaxConfig(),
         optimizer=OptimizerConfig(lr=RATES[kind], weight_decay=1e-4, encoder_lr_scale=BACKBONE),

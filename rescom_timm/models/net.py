@@ -291,6 +291,25 @@ def check_backbone(name: str) -> None:
         raise InputError("net.backbone", f"timm has no model {name!r}{hint}")
 
 
+def pretrained_cfg(backbone: str) -> dict[str, Any]:
+    """What timm knows of a backbone and its weights: input_size, mean, std, crop_pct, url ...
+
+    Raises InputError for a name, or a tag after its dot, that timm does not know.
+    """
+    import timm
+
+    backbone = timm_name(backbone)
+    check_backbone(backbone)
+    if ":" in backbone:
+        with online() if backbone.startswith(HUB) else nullcontext():
+            return dict(describe(backbone, {}).pretrained_cfg)  # type: ignore[arg-type]
+    try:
+        return dict(timm.get_pretrained_cfg(backbone, allow_unregistered=False).to_dict())  # type: ignore[union-attr]
+    except RuntimeError as error:
+        known = ", ".join(timm.list_models(f"{backbone.split('.')[0]}.*", pretrained=True)[:5])
+        raise InputError("net.backbone", f"{error} {f'There are {known}' if known else ''}".strip()) from None
+
+
 CONTROL = (
     "cache_dir", "checkpoint_path", "device", "dtype", "exportable", "feature_cfg", "features_only", "kwargs_filter",
     "model_name", "no_jit", "num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",

@@ -222,16 +222,6 @@ def test_measuring_leaves_the_net_as_it_is(photos, tmp_path):
     assert all(weight.grad is None for weight in net.parameters())
 
 
-def test_default_backbones_by_device_and_minutes():
-    names = [row.name for row in plan.default_backbones("cpu", 20)]
-    assert names[0] == "tf_efficientnet_lite0.in1k" and len(names) == 2
-    assert [row.name.split("_")[1].split(".")[0] for row in plan.default_backbones("cuda", 30)] == [
-        "small",
-        "tiny",
-        "base",
-    ]
-
-
 def test_bad_input(photos, tmp_path, monkeypatch):
     with raises("fit.minutes", "--minutes", "--size"):
         rescom_timm.fit(photos, 1e-6, **HOW, output=tmp_path / "a")

@@ -224,10 +224,10 @@ def test_a_card_says_what_other_readers_see_otherwise(exif):
 
 
 def test_init_writes_exif_and_the_benchmarks_do_not(tmp_path):
-    from rescom_timm.config.own_data import recipe_for
+    from rescom_timm.config.own_data import propose
     from rescom_timm.data.config import DataConfig
 
     config = DataConfig("digits")
-    assert yaml.safe_load(recipe_for(load(config), config, "digits"))["loader"] == {"exif": True}
+    assert yaml.safe_load(propose(load(config), config).text("digits"))["loader"] == {"exif": True}
     for recipe in (Path(rescom_timm.__file__).parents[1] / "recipes").glob("*.yaml"):
         assert "exif" not in recipe.read_text() and not LoaderConfig().reading.exif
