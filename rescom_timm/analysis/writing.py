@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rescom_timm.analysis import plots, report, style
 from rescom_timm.analysis.run_files import RunFolder
 from rescom_timm.engine.evaluate import evaluated_otherwise
 from rescom_timm.engine.run_folder import FOLDERS, run_recipe
@@ -29,6 +28,8 @@ def write_figures(
     default, ./figures for several runs. evaluation, checkpoint, overrides: as plots.draw_all. Raises InputError for an
     unknown plot, and an error for a run's folder with a symlink out of it.
     """
+    from rescom_timm.analysis import plots, report, style  # which import matplotlib
+
     default = plots.NAMES if len(runs) == 1 else plots.FROM_FILES
     names = [*default, "report"] if names is None else list(names)
     plots.check_names(names, (*plots.NAMES, "report"))
@@ -58,6 +59,8 @@ SENT = ("curves", "longtail", "confusion", "reliability")
 
 def pictures(run: Path) -> dict[str, Image]:
     """Pictures figures/NAME of SENT; without those that the run lacks data for."""
+    from rescom_timm.analysis import plots, style  # which import matplotlib
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # names of classes in scripts that the font lacks
         drawn = plots.draw_all([RunFolder(run)], SENT)

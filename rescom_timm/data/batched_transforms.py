@@ -1,11 +1,12 @@
 """The steps of transforms.py over whole batches of small images, on any device.
 
-*Equal* steps (crop, flip, autoaugment, grayscale, cutout) give Pillow's pixels, bit for bit: Pillow makes their maps
-and tables from images of pixel numbers and gray levels, the rest is integer arithmetic. samples.py uses them if all
-steps of a policy are equal and all images of a batch have one size; speed.batched=false gives the same pixels without.
+*Equal* steps (crop, flip, rotate, autoaugment, jitter, grayscale, cutout) give Pillow's pixels, bit for bit: Pillow
+makes the maps and tables of autoaugment from images of pixel numbers and gray levels, the rest is integer arithmetic or
+Pillow's own in its order and precision. samples.py uses them if all steps of a policy are equal and all images of a
+batch have one size; speed.batched=false gives the same pixels without.
 
-*Near* steps (jitter, randaugment) are for a GPU (loader.device_views): they draw what torchvision and timm draw, but
-sum and interpolate in another order than Pillow, so a few pixels differ by a level or two.
+The *near* step randaugment is for a GPU (loader.device_views): it draws what timm draws, but sums and interpolates in
+another order than Pillow, so a few pixels differ by a level or two.
 
 Draws come from the same generators, in the same order, as those of Pillow's steps. torch's is read in bulk: a draw is
 one 32-bit word w of the Mersenne Twister, w mod n for an integer below n, the lower 24 bits for a number in [0, 1).
@@ -29,13 +30,9 @@ from torchvision import transforms
 from rescom_timm.data.autoaugment import BatchedAutoAugment
 from rescom_timm.data.draws import BatchedStep, Draws, Size, first_words, next_words
 from rescom_timm.data.near_views import Jitter, NearRandAugment
-from rescom_timm.data.pixels import change, gather, gray, paint, to_device
+from rescom_timm.data.pixels import change, gather, gray, paint, rotate, to_device
 from rescom_timm.data.transforms import Cutout, Policy, seed_all
 from rescom_timm.errors import InputError
-
-LARGEST = 128 * 128
-"""Pixels of an image up to which this is faster on a CPU: a batch of 64 with CIFAR's policy takes a fifth of Pillow's
-time at 32 x 32, a third at 64 x 64, four fifths at 128 x 128, the same at 224 x 224."""
 
 
 class BatchedPolicy:
@@ -62,12 +59,20 @@ class BatchedPolicy:
 
     def serves(self, reference: Policy, size: Size) -> bool:
         """Whether this is the whole policy, pays for images of this size and gives Pillow's pixels."""
-        if self.head or size[0] * size[1] > LARGEST:
+        if self.head or size[0] * size[1] > BatchedStep.largest:
             return False
         try:
-            return not self.count(size) or agrees(self, reference, size)
+            return self._pays(size) and (not self.count(size) or agrees(self, reference, size))
         except ValueError:
             return False  # Pillow's steps report it
+
+    def _pays(self, size: Size) -> bool:
+        """Whether no step gets larger images than it is faster for."""
+        for step in self.steps:
+            if size[0] * size[1] > step.largest:
+                return False
+            size = step.size(size)
+        return True
 
     def draw(self, seeds: Sequence[int], num_views: int, size: Size) -> Draws:
         """The draws of all views, one seed an image, (len(seeds) * num_views, ...). Where there is no head."""
@@ -185,6 +190,18 @@ class _Flip(BatchedStep):
         return views
 
 
+class _Rotate(BatchedStep):
+    of = transforms.RandomRotation
+    draws = 1
+    largest = 24 * 24  # a tenth of Pillow's time at 8 x 8, more than its time at 32 x 32
+
+    def __init__(self, step: transforms.RandomRotation) -> None:
+        self.degrees = step.degrees
+
+    def __call__(self, views: Tensor, draws: Draws) -> Tensor:
+        return rotate(views, draws.uniform(*self.degrees))
+
+
 class _Grayscale(BatchedStep):
     of = transforms.RandomGrayscale
     draws = 1
@@ -216,4 +233,4 @@ class _Cutout(BatchedStep):
 
 
 _KINDS: tuple[type[BatchedStep], ...]
-_KINDS = (_Crop, _Flip, _Grayscale, BatchedAutoAugment, _Cutout, Jitter, NearRandAugment)
+_KINDS = (_Crop, _Flip, _Rotate, _Grayscale, BatchedAutoAugment, _Cutout, Jitter, NearRandAugment)

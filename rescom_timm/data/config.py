@@ -152,9 +152,9 @@ class LoaderConfig:
     max_pixels: int | None = None
     """Larger images are refused before they are decoded. null: 178,956,970."""
     device_views: bool = False
-    """The workers only decode and do a policy's first steps, such as random_resized_crop; flip, jitter, grayscale,
-    randaugment, autoaugment and cutout follow on the device, in batches. The draws are the same; jitter and randaugment
-    change some pixels by a level or two. For GPUs that wait for their images."""
+    """The workers only decode and do a policy's first steps, such as random_resized_crop; flip, rotate, jitter,
+    grayscale, randaugment, autoaugment and cutout follow on the device, in batches. The draws are the same; rotate,
+    jitter and randaugment may change some pixels by a level or two. For GPUs that wait for their images."""
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -185,8 +185,8 @@ class LoadingConfig:
     """Page-locked batches, which are copied to a GPU asynchronously; ignored without a GPU."""
     batched: bool = True
     """Augment a whole batch at once if its images have one size, at most 128 x 128 pixels, and every step of the policy
-    is crop, flip, autoaugment, grayscale or cutout; else do jitter and randaugment in NumPy instead of Pillow. The
-    pixels are the same; see batched_transforms.py and plane_transforms.py."""
+    is crop, flip, autoaugment, grayscale or cutout (jitter: 64 x 64, rotate: 24 x 24); else do jitter and randaugment
+    in NumPy instead of Pillow. The pixels are the same; see batched_transforms.py and plane_transforms.py."""
     cache: int = 256
     """Megabytes. Training images of one size that fit in are decoded once, at the start, and kept in memory, which
     forked workers share (CIFAR: 150). 0: none."""

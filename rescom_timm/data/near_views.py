@@ -1,4 +1,4 @@
-"""Jitter and RandAugment over batches of views: the same draws, but some pixels differ by a level or two."""
+"""Jitter over batches of views, and RandAugment, of which some pixels differ from Pillow's by a level or two."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ from rescom_timm.data.pixels import (
 class Jitter(BatchedStep):
     """torchvision's ColorJitter without hue."""
 
-    equal = False
+    largest = 64 * 64
 
     def __init__(self, step: transforms.ColorJitter) -> None:
         self.ranges = [step.brightness, step.contrast, step.saturation]
@@ -57,7 +57,7 @@ class Jitter(BatchedStep):
             order[row, place], order[row, other] = order[row, other], order[row, place]
         for i, (name, bounds) in enumerate(zip(("Brightness", "Contrast", "Color"), self.ranges, strict=True)):
             if bounds is not None:
-                factors[i] = name, bounds[0] + draws.uniform() * (bounds[1] - bounds[0])
+                factors[i] = name, draws.uniform(*bounds)
         for place in range(4):
             for i, (name, factor) in factors.items():
                 change(views, order[:, place] == i, functools.partial(_enhance, name, factor))

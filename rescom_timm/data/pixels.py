@@ -1,5 +1,6 @@
 """Pillow's arithmetic over batches of views, on any device."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -143,6 +144,34 @@ def warp(views: Tensor, matrices: np.ndarray, taps: int, fill: Sequence[int]) ->
         total += weight[:, None] * line
     warped = total.clamp(0, 255).to(torch.uint8)
     return torch.where(outside[:, None], to_device(np.array(fill, np.uint8)[:, None, None], views), warped)
+
+
+def rotate(views: Tensor, degrees: np.ndarray) -> Tensor:
+    """Image.rotate by degrees (N,), bilinear, corners black: in float64 and in Pillow's order of operations."""
+    height, width = views.shape[2:]
+    matrices = np.array([_rotation(float(angle), width / 2, height / 2) for angle in degrees])
+    a, b, c, d, e, f = to_device(matrices.T, views)[..., None, None].unbind(0)
+    x = torch.arange(width, dtype=torch.float64, device=views.device) + 0.5
+    y = torch.arange(height, dtype=torch.float64, device=views.device)[:, None] + 0.5
+    x, y = a * x + b * y + c, d * x + e * y + f
+    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    x, y = x - 0.5, y - 0.5
+    left, top = x.floor(), y.floor()
+    across, down = (x - left)[:, None], (y - top)[:, None]
+    columns = [(left.long() + i).clamp(0, width - 1) for i in (0, 1)]
+    rows = [(top.long() + i).clamp(0, height - 1) for i in (0, 1)]
+    lines = []
+    for row in rows:
+        first, second = (gather(views, (row * width + one).flatten(1)).view_as(views).double() for one in columns)
+        lines.append(first + (second - first) * across)
+    return (lines[0] + (lines[1] - lines[0]) * down).masked_fill_(outside[:, None], 0).to(torch.uint8)
+
+
+def _rotation(degrees: float, x: float, y: float) -> tuple[float, ...]:
+    """Image.rotate's matrix about (x, y), counter-clockwise."""
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
 def _taps(at: Tensor, taps: int, side: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from rescom_timm.config.recipe import Recipe
@@ -167,6 +166,8 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     if not len(labels):
         raise InputError("predict.calibration", "a temperature needs labelled images")
+    from scipy.optimize import minimize_scalar  # a quarter of a second
+
     scores = at_least_float32(logits)
     prior = torch.bincount(labels, minlength=logits.shape[1]).to(scores)
     log_prior = (prior / prior.sum()).log()

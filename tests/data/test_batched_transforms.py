@@ -33,6 +33,8 @@ EQUAL = [
     "autoaugment(imagenet,0) | flip(1) | cutout(1)",
     "autoaugment(svhn) | crop(40,4)",
     "crop(40,4) | autoaugment(cifar10) | autoaugment(cifar10)",
+    "jitter(0.8,0.7,0.9,0) | flip",
+    "crop(24) | rotate(180) | jitter(0.4,0,0.4,0)",
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WARPS = list(near_views.NearRandAugment.MATRICES)
@@ -102,6 +104,31 @@ def test_cifar_policy_on_real_images(photos: np.ndarray) -> None:
     batched = BatchedPolicy(parse("cifar"))
     views = batched(tensor(photos), batched.draw(seeds, 2, (32, 32)))
     assert np.array_equal(array(views), by_pillow("cifar", photos, seeds))
+
+
+def test_the_digits_policy_gives_pillows_pixels() -> None:
+    images, seeds = np.concatenate([made_up(8, 8)] * 8), list(range(128))
+    batched = BatchedPolicy(parse("digits"))
+    assert batched.serves(parse("digits"), (8, 8))
+    views = batched(tensor(images), batched.draw(seeds, 2, (8, 8)))
+    assert np.array_equal(array(views), by_pillow("digits", images, seeds))
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1e-9, 30.0, 45.0, 90.0, 180.0, 270.0, -90.0, -180.0])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (5, 9)], ids=str)
+def test_rotation_by_exact_angles(degrees: float, size: tuple[int, int]) -> None:
+    images, black, bilinear = made_up(*size), (0, 0, 0), Image.Resampling.BILINEAR
+    expected = [np.asarray(Image.fromarray(one).rotate(degrees, bilinear, fillcolor=black)) for one in images]
+    views = pixels.rotate(tensor(images), np.full(len(images), degrees))
+    assert np.array_equal(array(views), np.stack(expected))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.6, 1.4), (-10.0, 10.0), (0.2, 1.8)])
+def test_numbers_between_bounds_are_torchs(low: float, high: float) -> None:
+    torch.manual_seed(3)
+    expected = [float(torch.empty(1).uniform_(low, high)) for _ in range(1000)]
+    drawn = Draws(first_words([3], 1000).T, np.zeros((1000, 0)))
+    assert drawn.uniform(low, high).tolist() == expected
 
 
 def test_oblong_images() -> None:
@@ -198,11 +225,14 @@ def test_probabilities_are_compared_as_torch_compares_them() -> None:
 
 
 def test_what_cannot_be_batched_is_left_to_pillow() -> None:
-    for line in ("imagenet", "digits", "cifar | blur", "trivialaugment", "jitter(.4,.4,.4,0)", "crop(8) | rotate(10)"):
+    for line in ("imagenet", "cifar | blur", "trivialaugment", "jitter(.4,.4,.4,.1)"):
         batched = BatchedPolicy(parse(line))
         assert len(batched.head) == len(parse(line).steps) and not batched.steps
         assert not batched.serves(parse(line), (32, 32))
-    assert not BatchedPolicy(parse("cifar")).serves(parse("cifar"), (224, 224)), "Pillow is as fast there"
+    for line, side in [("cifar", 128), ("jitter(.4,.4,.4,0)", 64), ("flip | rotate(10)", 24)]:
+        batched = BatchedPolicy(parse(line))
+        assert batched.serves(parse(line), (side, side))
+        assert not batched.serves(parse(line), (side, side + 1)), "Pillow is as fast there"
     assert not BatchedPolicy(parse("cifar")).serves(parse("cifar"), (20, 32)), "too small for the crop: Pillow says so"
 
 
@@ -360,7 +390,7 @@ def test_resident_images_may_be_finished_nearly_on_request() -> None:
     [
         (((32, 32), (32, 40)) * 12, "cifar", 256, ["speed.cache", "256 MB"]),
         (((32, 32),) * 24, "cifar", 0, ["speed.cache", "0 MB"]),
-        (((32, 32),) * 24, "jitter(.4,.4,.4,0)", 256, ["jitter(0.4", "loader.device_views=true"]),
+        (((32, 32),) * 24, "trivialaugment", 256, ["trivialaugment(", "loader.device_views=true"]),
         (((32, 32),) * 24, "cifar | blur", 256, ["blur(0.5", "loader.device_views=true"]),
         (((20, 20),) * 24, "crop(32,4)", 256, ["crop(32,4)", "loader.device_views=true"]),
     ],
