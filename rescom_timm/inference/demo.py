@@ -148,8 +148,8 @@ def introduction(model: Pretrained, source: str) -> str:
         told.append("The page cannot say when the model is unsure: there were too few validation images, or none.")
     else:
         told.append(
-            f"Unsure: the prediction set of the image has several classes ({sets.guarantee}). Sets do not depend on the "
-            "frequencies that you choose."
+            f"Unsure: the prediction set of the image has several classes ({sets.guarantee}). Sets do not depend on "
+            "the frequencies that you choose."
         )
     if model.operating_point is not None:
         told.append(f"The decision is made for {model.operating_point.text}.")
