@@ -88,8 +88,8 @@ def test_the_best_checkpoint_has_the_average_of_its_own_step(alone, tmp_path):
     """Chosen by the raw weights: here the first epoch is."""
     scores = iter((30.0, 20.0, 10.0))
 
-    def told(accelerator, net, loader, *more):
-        meter = evaluate(accelerator, net, loader, *more)
+    def told(accelerator, net, loader, *more, **named):
+        meter = evaluate(accelerator, net, loader, *more, **named)
         if len(loader.dataset) != 500 and any(weight.requires_grad for weight in net.parameters()):
             score = next(scores, 0.0)
             meter.compute = lambda: {"top1": score}
