@@ -13,7 +13,7 @@ data          recipe and list to the rows of both splits, missing files and over
 build         net, queue, loaders; the headers of all test images are read
 first step    order of the epoch, first batch, forward, backward, optimizer
 step          one of the steps after it, the mean
-evaluation    --tests images and all metrics
+evaluation    --tests images, all metrics, the logits kept
 written       the evaluation's files, a checkpoint
 report        the pictures from a run's files, their CSV and the HTML page
 """
@@ -147,6 +147,7 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
     from rescom_timm.engine import trainer
     from rescom_timm.engine.build import build_method
     from rescom_timm.engine.evaluate import evaluate, write
+    from rescom_timm.engine.logits import Keeper
 
     torch.set_num_threads(1)
     parts = Parts()
@@ -171,11 +172,12 @@ def child(folder: str, steps: int, overrides: list[str]) -> None:
             loss = run.step.whole(next(batches))["loss"].item()
     run.progress.step = 1 + steps
     with parts.measured("evaluation"):
-        meter = evaluate(run.accelerator, run.net, run.eval_loaders["test"], data.counts)
+        keeper = Keeper(len(data.test.labels), len(data.counts))
+        meter = evaluate(run.accelerator, run.net, run.eval_loaders["test"], data.counts, keeper=keeper)
         metrics = meter.compute()
     with parts.measured("written"):
         record = trainer.about(data.test, "last", "not selected", data.class_names)
-        write(run.folder, "test-last", meter, record)
+        write(run.folder, "test-last", meter, record, keeper)
         run._write({f"test/{name}": value for name, value in metrics.items()})
         run.save()
     run.close()
