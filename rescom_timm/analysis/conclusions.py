@@ -75,7 +75,7 @@ def _rare(found: Evaluation) -> list[str]:
         ]
         told = [
             f"{rare.failing:,} of {number:,} classes of {rare.group} have their whole 95% interval below {all_images}, "
-            f"where {0.025 * number:.1f} would by chance: {_list(failing, rare.failing, '; ')}."
+            f"where about {0.025 * number:,.1f} would by chance: {_list(failing, rare.failing, '; ')}."
         ]
     above = rare.classes[details.verdict[rare.classes] == "high"][::-1]
     if len(above):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rescom_timm.analysis import pages
@@ -42,7 +42,7 @@ def page(images: Examined, found: Sequence[Finding], class_names: Sequence[str],
         notes = [f": {note}" for note in one.notes] or [""] * len(one.groups)
         groups = [
             [
-                pages.thumbnail(images.stored(i), i, images.reading, _name(images, i, class_names, 2) + note)
+                pages.thumbnail(images.stored(i), i, images.reading, _name(images, i, class_names, pages.short) + note)
                 for i in group[:IMAGES_SHOWN]
             ]
             for group, note in list(zip(one.groups, notes, strict=True))[:GROUPS_SHOWN]
@@ -86,10 +86,8 @@ def _rows(images: Examined, finding: Finding, class_names: Sequence[str]) -> Ite
         yield (finding.key, finding.title, number, None, None, None, None, line)
 
 
-def _name(images: Examined, i: int, class_names: Sequence[str], parts: int = 0) -> str:
-    """parts: so many of the path's last ones; all by default."""
-    name = "/".join(images.name[i].split("/")[-parts:])
-    return f"{images.split[i]} {name} ({_class(images, i, class_names)})"
+def _name(images: Examined, i: int, class_names: Sequence[str], shown: Callable[[str], str] = str) -> str:
+    return f"{images.split[i]} {shown(images.name[i])} ({_class(images, i, class_names)})"
 
 
 def _class(images: Examined, i: int, class_names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from rescom_timm import metrics
 from rescom_timm.analysis.classes import Classes, Rarest
-from rescom_timm.analysis.pages import Thumbnail, thumbnail
+from rescom_timm.analysis.pages import Thumbnail, short, thumbnail
 from rescom_timm.analysis.run_files import Evaluation, Missing, RunFolder
 from rescom_timm.data.decoding import ReadConfig, name_of
 from rescom_timm.data.splits import Split
@@ -90,7 +89,8 @@ def _of_class(found: Evaluation, label: int) -> npt.NDArray[np.int64]:
 
 
 def _about(found: Evaluation, details: Classes, k: int) -> str:
-    trained = "" if found.counts is None else f"{found.counts[k]:,} training images, "
+    number = 0 if found.counts is None else int(found.counts[k])
+    trained = f"{number:,} training image{'s' * (number != 1)}, "
     ends = metrics.span((details.low[k], details.high[k]))
     text = f"{trained}{details.correct[k]:,} of {details.tested[k]:,} test images right ({ends}%)"
     if not details.taken[k]:
@@ -98,7 +98,7 @@ def _about(found: Evaluation, details: Classes, k: int) -> str:
     wrong = found.predicted[(found.labels == k) & (found.predicted != k) & (found.predicted >= 0)]
     others, times = np.unique(wrong, return_counts=True)
     order = np.argsort(times, kind="stable")[::-1][:3]
-    return f"{text}; taken for " + ", ".join(f"{found.class_names[others[i]]} {times[i]:,}" for i in order)
+    return f"{text}; taken for " + ", ".join(f"{found.class_names[others[i]]} ({times[i]:,})" for i in order)
 
 
 def _example(found: Evaluation, split: Split, reading: ReadConfig, i: int) -> Example:
@@ -109,4 +109,4 @@ def _example(found: Evaluation, split: Split, reading: ReadConfig, i: int) -> Ex
     share = 100 * float(found.confidence[i])
     right = predicted == int(found.labels[i])
     said = f"right, {share:.0f}%" if right else f"taken for {taken}, {share:.0f}%"
-    return Example(name, row, taken, share, right, thumbnail(stored, row, reading, f"{os.path.basename(name)}\n{said}"))
+    return Example(name, row, taken, share, right, thumbnail(stored, row, reading, f"{short(name)}\n{said}"))

@@ -58,6 +58,11 @@ def thumbnail(stored: Any, row: int, reading: ReadConfig, caption: str) -> Thumb
     return Thumbnail(caption, base64.b64encode(file.getvalue()).decode("ascii"), address_of(stored))
 
 
+def short(name: str) -> str:
+    """The last two parts of an image's path."""
+    return "/".join(name.split("/")[-2:])
+
+
 def address_of(stored: Any) -> str:
     """file:// of a stored image that is a local file.
 

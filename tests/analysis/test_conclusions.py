@@ -24,8 +24,8 @@ def test_rare_classes_below_and_above_the_accuracy_are_named_with_what_they_are_
     assert told[0].startswith("66.7% of 114 images are right (") and "the mean over 4 classes is 59.0%" in told[0]
     assert "few 8.8% (" in told[1] and "2 classes, 34 test images" in told[1]
     assert told[2].startswith(
-        "1 of 2 classes of few have their whole 95% interval below the accuracy of all images (66.7%), where 0.1 would "
-        "by chance: emu (9 training images): "
+        "1 of 2 classes of few have their whole 95% interval below the accuracy of all images (66.7%), where about 0.1 "
+        "would by chance: emu (9 training images): "
     )
     assert told[2].endswith("1 of 30 right, 29 taken for cat.") and "fox" not in told[2], "4 images do not say so"
     above = conclusions(evaluation([20, 20, 30, 2], [40, 40, 30, 4], [400, 200, 9, 1], confidence=0.6))

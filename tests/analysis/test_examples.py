@@ -70,7 +70,7 @@ def shown(run: Path, *overrides: str) -> list[examples.ClassExamples]:
 def test_the_worst_rare_classes_have_wrong_and_right_images(run: Path) -> None:
     emu, fox = shown(run)
     assert (emu.name, fox.name) == ("=emu", "<b>fox"), "2 of 5 and 3 of 4: classes of few, the surest failure first"
-    assert emu.about == "3 training images, 2 of 5 test images right (11-77%); taken for cat 2, dog 1"
+    assert emu.about == "3 training images, 2 of 5 test images right (11-77%); taken for cat (2), dog (1)"
     assert fox.about == "2 training images, 3 of 4 test images right (30-96%)", "no valid output is no class"
     assert [one.taken_for for one in emu.images] == ["dog", "cat", "cat", "=emu", "=emu"], "by confidence, wrong first"
     assert [one.right for one in emu.images] == [False] * 3 + [True] * 2
