@@ -152,7 +152,7 @@ def test_what_cannot_be_trained_is_told(words, expected, alone, tmp_path, monkey
 
 def test_sections_say_what_words_say(monkeypatch):
     seen = []
-    monkeypatch.setattr("rescom_timm.api.train_recipe", lambda recipe, resume: seen.append(recipe) or ROOT)
+    monkeypatch.setattr("rescom_timm.api.train_recipe", lambda recipe, resume, **_: seen.append(recipe) or ROOT)
     monkeypatch.setattr("rescom_timm.api.Run", lambda *_: None)
     train("digits_lt", overrides=["optimizer.lr=0.3", "method.name=ldam", "method.views=2"])
     train("digits_lt", optimizer={"lr": np.float64(0.3)}, method={"views": 2, "name": "ldam"})
