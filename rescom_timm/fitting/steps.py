@@ -341,7 +341,10 @@ class Steps:
         training = training_recipe(recipe, chosen.kind, epochs, len(data.train.labels), path, False)
         trained(training, data.class_names, None, self.budget.left - self.budget.reserve(self.backbone).end, 0.0)
         end = weights_of(training)
-        return chosen.weights if end is None else soup([start, end], [1 - chosen.share, chosen.share])
+        if end is None:
+            self.budget.leave_out("the last training, with the validation images")
+            return chosen.weights
+        return soup([start, end], [1 - chosen.share, chosen.share])
 
     def _fitted(self, candidate: Candidate, recipe: Recipe, data: Data) -> Weights:
         """A fitted head of a candidate, fitted at its setting on other images."""
