@@ -34,7 +34,7 @@ PARTS = {
     "loader": "one core's way from encoded images to a batch of two views",
     "step": "a whole training step, and inference, against plain ones",
     "tuning": "a training step of one ViT with all, few and none of its weights trained",
-    "methods": "time and memory of a training step of each method",
+    "methods": "what a training step of each method costs, in time and memory",
     "loop": "the trainer's own loop over a recipe's data, for some steps",
     "startup": "the time from the start of a process to the end of its first training step",
     "inference": "inference time of a net against ensembles of 2, 3 and 4 experts",

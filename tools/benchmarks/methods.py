@@ -1,4 +1,4 @@
-"""`methods`: what a training step of each method costs, in time and memory, against one-view cross-entropy.
+"""`methods`: what a training step of each method costs, in time and memory; cross-entropy on one view is 1.
 
     python tools/benchmark.py methods                                       # presets over digits_lt, 32-pixel images
     python tools/benchmark.py methods cifar10_lt_if100_r32 --batch 128 --device cuda --json tools/benchmarks/
