@@ -39,7 +39,7 @@ PARTS = {
     "startup": "the time from the start of a process to the end of its first training step",
     "inference": "inference time of a net against ensembles of 2, 3 and 4 experts",
     "scale": "up to a million rows and ten thousand classes: time and memory of a run's parts, and how they grow",
-    "fit": "the wall clock of rescom-timm fit, as a share of its --minutes",
+    "fit": "how well `rescom-timm fit` keeps its minutes",
     "soak": "a long training, killed and resumed at random: memory, handles, processes, disk",
 }
 """Files of benchmarks/, each imported when its part is asked for."""
