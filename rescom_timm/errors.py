@@ -186,6 +186,17 @@ class InputError(CodedError, ValueError):
     """A value, a file or data that cannot be used."""
 
 
+class WorkerError(InputError):
+    """An error of a data loading worker. torch raises it anew in the main process, by the text of its traceback."""
+
+    def __init__(self, *args: str) -> None:
+        """args: code and `error[CODE]: MESSAGE`, or a traceback that ends in that."""
+        if len(args) == 1:
+            code, _, message = args[0].rpartition("error[")[2].partition("]: ")
+            args = code, message.rstrip()
+        super().__init__(*args)
+
+
 class MissingFileError(CodedError, FileNotFoundError):
     """A file or folder does not exist."""
 

@@ -3,6 +3,7 @@
     python tools/benchmark.py head                   # the contrastive part of a step, embeddings given
     python tools/benchmark.py classes                # what 10,000 to 1,000,000 classes cost a step
     python tools/benchmark.py loader                 # from encoded images to batches of two views
+    python tools/benchmark.py packed FOLDER          # what `rescom-timm pack` changes: accuracy and reading
     python tools/benchmark.py step resnet50          # a whole training step, and inference
     python tools/benchmark.py tuning                 # a step of a ViT with all, few and none of its weights trained
     python tools/benchmark.py methods                # a training step of each method
@@ -32,6 +33,7 @@ PARTS = {
     "head": "the contrastive part of a step, embeddings given",
     "classes": "what the number of classes costs a step, measured, on paper, and cut over processes",
     "loader": "one core's way from encoded images to a batch of two views",
+    "packed": "accuracy of a probe, and reading, over copies that `rescom-timm pack` wrote",
     "step": "a whole training step, and inference, against plain ones",
     "tuning": "a training step of one ViT with all, few and none of its weights trained",
     "methods": "what a training step of each method costs, in time and memory",

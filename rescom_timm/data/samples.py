@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from rescom_timm.data.batched_transforms import BatchedPolicy
 from rescom_timm.data.config import LoaderConfig as LoaderConfig  # where it was in 0.2.0
@@ -22,7 +22,7 @@ from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sampling import Item
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy, seed_all
-from rescom_timm.errors import InputError
+from rescom_timm.errors import CodedError, InputError, WorkerError
 
 Batch = dict[str, torch.Tensor]
 
@@ -120,7 +120,17 @@ class ViewsDataset(Dataset[Batch]):
         return {key: value[0] for key, value in self.__getitems__([item]).items()}
 
     def __getitems__(self, items: list[Item] | list[tuple[Item, Item]]) -> Batch:
-        items = unpaired(items)
+        """Items as a batch: image (B, V, 3, H, W), or (B, 3, H, W) in evaluation; label and row (B,)."""
+        try:
+            return self._batch(unpaired(items))
+        except BrokenImage:
+            raise
+        except CodedError as error:
+            if get_worker_info() is None:
+                raise
+            raise WorkerError(error.code, f"error[{error.code}]: {error}") from None
+
+    def _batch(self, items: list[Item]) -> Batch:
         rows: list[int] = []
         if self.resident:
             rows = [position for position, _ in items]

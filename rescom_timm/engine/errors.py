@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.config.secrets import without_secrets
-from rescom_timm.errors import CodedError, InputError, code_of
+from rescom_timm.errors import CodedError, code_of
 
 
 class RunError(CodedError, RuntimeError):
@@ -114,10 +114,6 @@ def _advised(error: Exception, again: str) -> CodedError | None:
         return MachineError("system.process", f"{one_line(error).partition(': ')[2]}{again}")
     if isinstance(error, OSError) and advice(error):
         return MachineError(code_of(error), f"{error}: {advice(error)}{again}")
-    if type(error) is RuntimeError and re.match(r"Caught (\w+Error) in ", str(error)):
-        last = one_line(error)  # torch raises a worker's error anew by its text alone, which coded errors do not take
-        if last.startswith("rescom_timm."):
-            return InputError("system.failed", last.partition(": ")[2])
     return None
 
 

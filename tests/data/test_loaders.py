@@ -5,6 +5,7 @@ import gc
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -593,3 +594,14 @@ def test_no_workers_or_open_files_are_left(split: Any) -> None:
         assert multiprocessing.active_children() == []
         counts.append(open_files())
     assert counts[2] <= counts[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_keeps_its_code(workers):
+    loader = eval_loader(
+        make_split(size=10), ViewsConfig(eval="corner_crop(16,0)"), 2, speed=LoadingConfig(workers=workers)
+    )
+    with raises("image.size", "10 x 10") as caught:
+        next(iter(loader))
+    again = pickle.loads(pickle.dumps(caught.value))  # as other processes get it
+    assert (again.code, str(again)) == ("image.size", str(caught.value)) and "\n" not in str(again)

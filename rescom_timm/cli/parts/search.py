@@ -26,7 +26,7 @@ from rescom_timm.cli.parts.sweep import Cell, finished, remember, split
 from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.engine.errors import FAILURES, message
 from rescom_timm.engine.run_folder import lines
-from rescom_timm.errors import InputError, MissingPackageError
+from rescom_timm.errors import InputError, MissingPackageError, code_of
 from rescom_timm.hub.publish import Publisher
 from rescom_timm.io import file_lock
 
@@ -222,8 +222,9 @@ class Search:
             print(f"{cell.name}: ended, below the median of the trials before it", flush=True)
         except FAILURES as error:
             self.study.tell(trial, state=state.FAIL)
-            print(f"left out: {cell.name}: {message(error)}", file=sys.stderr, flush=True)
-            return [f"{cell.name}: {message(error)}"]
+            line = f"error[{code_of(error)}]: {cell.name} is left out: {message(error)}"
+            print(line, file=sys.stderr, flush=True)
+            return [line]
         if self.lean:
             shutil.rmtree(recipe.folder / "checkpoints", ignore_errors=True)
         return []

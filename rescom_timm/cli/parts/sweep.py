@@ -24,7 +24,7 @@ from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.engine.errors import FAILURES, message
 from rescom_timm.engine.run_folder import lines, run_recipe
 from rescom_timm.engine.state import Progress
-from rescom_timm.errors import InputError
+from rescom_timm.errors import InputError, code_of
 from rescom_timm.inference.export import DETAILS
 from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, write_json, write_text
 from rescom_timm.metrics import span
@@ -135,9 +135,9 @@ def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
             if lean and main:
                 shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
         except FAILURES as error:
-            errors.append(f"{cell.name}: {message(error)}")
+            errors.append(f"error[{code_of(error)}]: {cell.name} is left out: {message(error)}")
             if main:
-                print(f"left out: {errors[-1]}", file=sys.stderr, flush=True)
+                print(errors[-1], file=sys.stderr, flush=True)
     return errors
 
 
