@@ -193,7 +193,7 @@ def test_rows_are_ranked_by_validation_and_the_cheapest_near_the_best_is_propose
 def test_a_cell_that_does_not_fit_is_left_out_with_its_reason(sweep, tmp_path, capsys):
     words = [str(ROOT / "recipes" / "digits_lt.yaml"), "method.positives=99", "--seeds", "0", "--output", str(tmp_path)]
     assert command.main(words) == 1
-    assert "error[recipe.conflict]: digits_lt-seed=0 is left out: " in capsys.readouterr().err
+    assert "error[queue.mined]: digits_lt-seed=0 is left out: " in capsys.readouterr().err
     assert not (tmp_path / "sweep.md").exists()
 
 
