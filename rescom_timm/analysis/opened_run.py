@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rescom_timm.analysis.run_files import Missing
-from rescom_timm.config.recipe import Recipe
+from rescom_timm.config.recipe import Recipe, SpeedConfig
 from rescom_timm.contrastive.queue import Queue
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.progress import progress
@@ -28,7 +28,7 @@ from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.engine import checkpoint
-from rescom_timm.engine.build import base_net, build_method, whole_weights
+from rescom_timm.engine.build import base_net, build_method, speed_up, whole_weights
 from rescom_timm.engine.evaluate import data_of, digest_of, evaluated_otherwise, load_net, open_checkpoint
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import run_recipe
@@ -152,6 +152,7 @@ def open_run(folder: Path, which: str = "last", overrides: Sequence[str] = (), n
     method = build_method(recipe, data)
     with checkpoint.consistent(path):
         load_net(method.net, whole_weights(method.net, weights, state, path), path)
+    speed_up(method.net, SpeedConfig(channels_last=recipe.speed.channels_last))  # rounded as in training
     try:
         method.load_state_dict(state.get("method", {}), strict=False)
     except RuntimeError as error:

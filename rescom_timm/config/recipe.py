@@ -236,8 +236,10 @@ class SpeedConfig(LoadingConfig):
 
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     """torch.compile of the net in training, true or a mode; needs a C++ compiler on the machine."""
-    channels_last: bool = False
-    """Images and convolutions in NHWC, faster on GPUs with tensor cores; without effect under FSDP."""
+    channels_last: bool | None = None
+    """Images and convolutions in NHWC. null: where it is faster, for nets with convolutions (beyond the patches of a
+    ViT) on a CPU, and on a GPU in mixed precision; the run's own recipe holds true or false. Without effect under
+    FSDP."""
     capture: bool = False
     """A whole step, optimizer and all, as one CUDA graph: for small nets on one GPU, where launching the kernels takes
     longer than running them. Together with compile: true it is fastest. Elsewhere the same step runs uncaptured."""

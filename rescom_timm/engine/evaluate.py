@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.class_names import rows_of
 from rescom_timm.config.loading import UNREAD_KEYS, differences, flat
-from rescom_timm.config.recipe import Recipe
+from rescom_timm.config.recipe import Recipe, SpeedConfig
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.sources import Data, numbered_as, test_alone
@@ -30,7 +30,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
 from rescom_timm.distributed import processes
 from rescom_timm.engine import checkpoint, logits
-from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, whole_weights
+from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, speed_up, whole_weights
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.logits import Keeper
 from rescom_timm.engine.own import NOTHING, Own
@@ -335,6 +335,7 @@ def evaluate_run(
     accelerator = new_accelerator(recipe.train.precision)
     method = build_method(replace(recipe, net=base_net(recipe, state)), data).to(accelerator.device)
     load_net(method.net, whole_weights(method.net, taken, state, path), path)
+    speed_up(method.net, SpeedConfig(channels_last=recipe.speed.channels_last))  # rounded as in training
     policies = five_crops(recipe.views.eval) if crops else [recipe.views.eval]
     loaders = []
     for policy in policies:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,7 +24,7 @@ from rescom_timm.data.sizes import check_views
 from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
-from rescom_timm.engine.build import speed_up
+from rescom_timm.engine.build import prefers_channels_last, speed_up
 from rescom_timm.engine.launch import prepare_to_shard
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
 from rescom_timm.engine.own import WORST
@@ -51,6 +51,22 @@ def settled(recipe: Recipe, data: Data, resume: Resume) -> Recipe:
     else:
         negatives = auto_negatives(len(data.counts), method.queue.per_class)
     return replace(recipe, method=replace(method, negatives=negatives))
+
+
+def with_memory_format(recipe: Recipe, net: Net, accelerator: Accelerator, resume: Resume) -> Recipe:
+    """The recipe with true or false where speed.channels_last is null: that of the run to resume, else by the net.
+
+    Runs of earlier versions without that key were not in channels_last, and stay so.
+    """
+    if recipe.speed.channels_last is not None:
+        return recipe
+    run = None if isinstance(resume, RunElsewhere) or not accelerator.is_main_process else resumed(recipe, resume)
+    if run is not None:
+        chosen = bool(run.speed.channels_last)
+    else:
+        chosen = prefers_channels_last(net, accelerator.device, recipe.train.precision)
+    chosen = broadcast_object_list([chosen])[0]
+    return replace(recipe, speed=replace(recipe.speed, channels_last=chosen))
 
 
 def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Batch]:

@@ -48,6 +48,7 @@ from rescom_timm.engine.prepare import (
     settled,
     to_device,
     training_loader,
+    with_memory_format,
 )
 from rescom_timm.engine.run_folder import Resume, lines, newest_of_all, open_folder
 from rescom_timm.engine.sam import SamStep
@@ -100,6 +101,7 @@ def prepared(
     data = load(recipe.data)
     recipe = fitted(settled(recipe, data, resume), accelerator, data, resume)
     method = build_method(recipe, data, start=True, teacher=teacher, first=first)
+    recipe = with_memory_format(recipe, method.net, accelerator, resume)
     set_seed(recipe.seed, device_specific=True)  # the weights are the same everywhere, dropout is not
     return Trainer(recipe, accelerator, data, method, follower, splits, own)
 

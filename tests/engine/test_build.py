@@ -5,12 +5,18 @@ import math
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import OptimizerConfig, ScheduleConfig
 from rescom_timm.data.config import ViewsConfig
-from rescom_timm.engine.build import build_net, build_optimizer, build_schedule
-from rescom_timm.models.net import NetConfig
+from rescom_timm.engine import prepare
+from rescom_timm.engine.build import build_net, build_optimizer, build_schedule, prefers_channels_last
+from rescom_timm.models.net import NetConfig, create_model
+
+STATES = (None, True, False)
+"""Values of speed.channels_last."""
 
 
 @pytest.fixture
@@ -122,3 +128,28 @@ def test_by_epochs_updates_change_nothing(vit):
     before = optimizer.param_groups[0]["lr"]
     schedule.step_update(34)
     assert optimizer.param_groups[0]["lr"] == before < 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "convolves"),
+    [("resnet8_cifar", True), ("test_convnext", True), ("test_efficientnet", True), ("test_vit", False)],
+)
+def test_channels_last_is_for_convolutions_on_a_cpu_and_in_mixed_precision(name, convolves):
+    net = create_model(name, 3, projector=None)
+    for device, precision, fast in [("cpu", "no", True), ("cuda", "bf16", True), ("cuda", "no", False)]:
+        assert prefers_channels_last(net, torch.device(device), precision) == (fast and convolves)
+
+
+def test_memory_format_is_settled_once_for_a_run(monkeypatch):
+    """null: as in the run that is resumed, which is contiguous if its recipe does not say; else as the recipe says."""
+
+    def settled(recipe, resume=False):
+        return prepare.with_memory_format(recipe, net, Accelerator(cpu=True), resume).speed.channels_last
+
+    net = create_model("resnet8_cifar", 3, projector=None)
+    recipes = {said: load_dict({"data": {"source": "digits"}, "speed": {"channels_last": said}}) for said in STATES}
+    assert [settled(recipes[said]) for said in STATES] == [True, True, False]
+    for said in STATES:
+        monkeypatch.setattr(prepare, "resumed", lambda recipe, resume, run=recipes[said]: run if resume else None)
+        assert settled(recipes[None], resume=True) is bool(said)
+        assert settled(recipes[True], resume=True) is True
