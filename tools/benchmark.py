@@ -4,6 +4,7 @@
     python tools/benchmark.py classes                # what 10,000 to 1,000,000 classes cost a step
     python tools/benchmark.py loader                 # from encoded images to batches of two views
     python tools/benchmark.py packed FOLDER          # what `rescom-timm pack` changes: accuracy and reading
+    python tools/benchmark.py peers                  # whole pieces of work against other libraries
     python tools/benchmark.py step resnet50          # a whole training step, and inference
     python tools/benchmark.py tuning                 # a step of a ViT with all, few and none of its weights trained
     python tools/benchmark.py methods                # a training step of each method
@@ -34,6 +35,7 @@ PARTS = {
     "classes": "what the number of classes costs a step, measured, on paper, and cut over processes",
     "loader": "one core's way from encoded images to a batch of two views",
     "packed": "accuracy of a probe, and reading, over copies that `rescom-timm pack` wrote",
+    "peers": "an epoch, predict, doctor and a CSV file against timm, torchvision, transformers, imagehash, pandas",
     "step": "a whole training step, and inference, against plain ones",
     "tuning": "a training step of one ViT with all, few and none of its weights trained",
     "methods": "what a training step of each method costs, in time and memory",

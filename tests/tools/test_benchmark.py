@@ -239,3 +239,18 @@ def test_bad_input_is_one_line(words, code, message, capsys):
     except SystemExit as ended:
         found = ended.code
     assert found == code and message in capsys.readouterr().err
+
+
+def test_benchmark_of_peers_gives_ratios_with_their_spread(tmp_path, capsys):
+    """Of the small parts; `epoch` and `predict` run a net at 224 pixels."""
+    threads = torch.get_num_threads()
+    small = ["--only", "doctor", "csv", "--images", "2", "--rows", "50", "--repetitions", "2"]
+    try:
+        assert benchmark.main(["peers", *small, "-o", f"{tmp_path}/"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = tmp_path.glob("*-peers-cpu.json")
+    doctor, csv = json.loads(path.read_text())["rows"]
+    for row, peer in ((doctor, "imagehash and md5"), (csv, "pandas")):
+        middle, least, most = row["ratio"][peer]
+        assert 0 < least <= middle <= most and row["milliseconds"].keys() == {"ours", peer}
