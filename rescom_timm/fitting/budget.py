@@ -126,8 +126,9 @@ class Budget:
         known = self.record.values
         if "plan" not in known:
             reserve, pace = self.reserve(backbone), self.pace(backbone)
+            times = 1 + self.options.use_validation
             chosen, more = (
-                plan.trainings(seconds, pace, self.images, reserve, 1 + self.options.use_validation)
+                plan.trainings(seconds, pace, self.images, reserve, times, self.enough)
                 for seconds in (self.left, self.left + 9 * 60 * self.options.minutes)
             )
             self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))

@@ -59,6 +59,8 @@ MOST = {"linear": 20, "cosine": 30}
 """Epochs of a candidate that a larger budget does not raise."""
 BOTH = 10
 """Epochs from which on a budget is shared by both kinds."""
+SOURCES: dict[Kind, str] = {"linear": "from the probe", "cosine": "from class means"}
+"""Where the head of a training starts."""
 SECONDS = 10.0
 """For what is not measured: export, reports."""
 PASSES = 250
@@ -124,17 +126,22 @@ class Reserve:
         return self.end + kinds * (self.training + self.options)
 
 
-def trainings(seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1) -> list[Training]:
+def trainings(
+    seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1, chooses: bool = True
+) -> list[Training]:
     """The candidates that so many seconds hold, with what follows them; none where that is less than an epoch.
 
-    times: how often the chosen one is trained.
+    times: how often the chosen one is trained. chooses: whether validation images choose among candidates. Then a few
+    epochs go to the start from class means, which was better than that from the probe on validation images. Otherwise
+    they go to the latter, whose soup with the probe is the model.
     """
     epoch = times * epoch_seconds(pace, images)
     if (epochs := int((seconds - reserve.after(2)) / epoch)) >= BOTH:
         linear = min(MOST["linear"], epochs // 2)
         return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear))]
-    epochs = min(MOST["linear"], int((seconds - reserve.after(1)) / epoch))
-    return [Training("linear", epochs)] if epochs >= 1 else []
+    kind: Kind = "cosine" if chooses else "linear"
+    epochs = min(MOST[kind], int((seconds - reserve.after(1)) / epoch))
+    return [Training(kind, epochs)] if epochs >= 1 else []
 
 
 def epoch_seconds(pace: Pace, images: dict[str, int]) -> float:
@@ -146,7 +153,6 @@ def described(plan: Sequence[Training]) -> str:
     """A plan in words."""
     if not plan:
         return "the probe alone"
-    names = {"linear": "from the probe", "cosine": "from class means"}
     return "all weights trained " + " and ".join(
-        f"{names[one.kind]} for {one.epochs} epoch{'s' * (one.epochs > 1)}" for one in plan
+        f"{SOURCES[one.kind]} for {one.epochs} epoch{'s' * (one.epochs > 1)}" for one in plan
     )

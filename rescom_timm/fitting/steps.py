@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -240,6 +241,7 @@ class Steps:
                     done[kind] = {"used": weights_of(recipe) is not None, "why": why}
                 except (Diverged, NonFiniteLoss) as error:
                     done[kind] = {"used": False, "why": f"diverged: {one_line(error)}"}
+                    print(f"left out: {plan.SOURCES[kind]}: {done[kind]['why']}", flush=True)
                 self.record.save()
             end = weights_of(recipe) if done[kind]["used"] else None
             if end is not None:
@@ -254,7 +256,7 @@ class Steps:
         plain = Standard(torch.zeros(width, dtype=torch.float64), torch.ones(width, dtype=torch.float64))
         means = class_means(self.features.rows(), len(self.data.counts), plain)
         weights = {n: v for n, v in self.candidates[0].weights.items() if n.startswith("encoder.")}
-        weights["classifier.weight"] = means.weight
+        weights["classifier.weight"] = F.normalize(means.weight, dim=1)  # their length scales the step, not the cosines
         return self._net_candidate("cosine class means", "class means as cosines", "cosine", weights)
 
     def _add_trained(self, kind: Kind, start: Candidate, end: Weights, after: float) -> None:

@@ -30,7 +30,6 @@ from rescom_timm.engine import checkpoint, errors, stop_signals, trackers
 from rescom_timm.engine.checkpoint import CheckpointError
 from rescom_timm.engine.run_folder import locked
 from rescom_timm.engine.stop_signals import StopSignals, in_own_process_group
-from rescom_timm.errors import InputError
 from rescom_timm.inference.predict import Prediction
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.io import clear_leftovers, file_lock, write_text
@@ -112,18 +111,6 @@ class Stuck(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         time.sleep(60)
-
-
-class Small(Stuck):
-    def __getitem__(self, position):
-        raise InputError("image.size", f"image {position} is too small")
-
-
-def test_an_error_of_a_worker_is_its_message():
-    loader = torch.utils.data.DataLoader(Small(), **shared_memory.worker_options(1, 1, 0))
-    with pytest.raises(InputError) as caught, errors.with_advice():
-        next(iter(loader))
-    assert str(caught.value) == "image 0 is too small"
 
 
 def test_a_loader_that_is_stuck_times_out_and_says_what_to_do():

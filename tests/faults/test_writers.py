@@ -170,7 +170,7 @@ def test_a_log_that_is_refused_keeps_its_lines(tmp_path, number):
 @pytest.mark.parametrize("written", [False, True], ids=["before the line", "after it"])
 def test_an_evaluation_that_could_not_be_logged_is_made_again(alone, tmp_path, written):
     """The epoch is saved without it; without a second one the best epoch would be another."""
-    words = {"train__epochs": 2, "train__batch_size": 64}
+    words = {"train__epochs": 2, "train__batch_size": 64, "speed__channels_last": False}
     tree, whole = (recipe(tmp_path / name, **words) for name in "ab")
     train_recipe(load_dict(whole))
     write = Log.write

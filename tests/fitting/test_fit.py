@@ -97,6 +97,8 @@ def test_training_gives_soups_and_a_refitted_head(photos, tmp_path, monkeypatch,
         assert {*soups, f"trained from {start}"} < set(names) and all(name in out for name in names)
     assert sum(name.startswith("re-fitted") for name in names) == 2
     assert (tmp_path / "run/fit/linear/recipe.yaml").is_file()
+    means = load_file(tmp_path / "run/fit/cosine-start.safetensors")["classifier.weight"]
+    torch.testing.assert_close(means.norm(dim=1), torch.ones(len(means)))
 
 
 def test_class_names_give_a_head_to_train_from(photos, tmp_path, monkeypatch):
@@ -151,12 +153,13 @@ def test_what_a_budget_holds():
     )
     epoch = 1000 * 0.03 + 200 * 0.01
     assert plan.trainings(7 + 0.9 * epoch, pace, images, reserve) == []
-    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("linear", 3)]
-    assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("linear", 3)]
+    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("cosine", 3)]
+    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve, chooses=False) == [Training("linear", 3)]
+    assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("cosine", 3)]
     assert plan.trainings(20 * epoch + 7, pace, images, reserve) == [Training("linear", 10), Training("cosine", 10)]
     assert plan.trainings(999 * epoch, pace, images, reserve) == [Training("linear", 20), Training("cosine", 30)]
     costly = plan.Reserve(7, 0.5 * epoch, epoch)
-    assert plan.trainings(7 + 12.2 * epoch, pace, images, costly) == [Training("linear", 10)]
+    assert plan.trainings(7 + 12.2 * epoch, pace, images, costly) == [Training("cosine", 10)]
 
 
 def test_what_a_budget_holds_of_the_frozen_net():
