@@ -37,4 +37,4 @@ def main(output: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]) if len(sys.argv) == 2 else print(__doc__))
+    sys.exit(main(sys.argv[1]) if len(sys.argv) == 2 and sys.argv[1][0] != "-" else print(__doc__))
