@@ -162,6 +162,7 @@ def test_agreed_statistics(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- FSDP2
 
 
+@pytest.mark.slow
 def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
     """Weights and optimizer in shards, projector included, the queue whole in each process. Accelerate passes FSDP over
     on a CPU, so the test makes its state say otherwise; all else is its own code on two gloo processes."""
@@ -189,6 +190,7 @@ def test_fsdp2_is_the_same_run_and_resumes(tmp_path):
     assert launch.wait() == [1, 1] and "error[checkpoint.differs]" in launch.text
 
 
+@pytest.mark.slow
 def test_fsdp2_in_mixed_precision_and_channels_last_is_the_same_run(tmp_path):
     changes = {"train__precision": "bf16", "speed__channels_last": True}
     plain, whole = (recipe(tmp_path / name, net__options={"drop": 0.0}, **changes) for name in "ab")

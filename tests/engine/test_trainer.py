@@ -98,6 +98,7 @@ def test_the_seed_decides_weights_noise_and_rows(alone, tmp_path):
         assert differences(told[0], told[1]) == [] != differences(told[0], told[2])
 
 
+@pytest.mark.slow
 def test_processes_draw_noise_of_their_own(tmp_path):
     tree = recipe(tmp_path, train__epochs=0)
     run(tree, ranks=2)

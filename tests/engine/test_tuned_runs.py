@@ -256,6 +256,7 @@ def test_every_recipe_of_a_frozen_vit_trains_a_small_one_of_random_weights(alone
 
 
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "adaptformer"])
+@pytest.mark.slow
 def test_fsdp2_on_two_processes_is_the_same_run_and_exported(tmp_path, base, kind):
     trees = [tuned(tmp_path / name, base, kind, train__accumulate=1) for name in ("plain", "sharded")]
     for tree in trees:

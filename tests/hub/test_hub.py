@@ -55,6 +55,7 @@ def quick(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", names(slow=False))
+@pytest.mark.slow
 def test_against_a_server(quick, name):
     assert name in quick, f"{name} did not run"
     assert not quick[name], "\n\n".join(quick[name])
