@@ -141,7 +141,7 @@ class ViewsDataset(Dataset[Batch]):
                 rows.append(position)
                 yield image
 
-        with _random_state_kept():
+        with random_state_kept():
             seeds = [seed for _, seed in items]
             if self.rest is not None:
                 decoded = list(images())
@@ -158,7 +158,7 @@ class ViewsDataset(Dataset[Batch]):
     def _draw(self, seeds: list[int]) -> Batch:
         """The draws of all views of a batch whose images are on the device."""
         assert self.batched is not None and self.num_views is not None
-        with _random_state_kept():
+        with random_state_kept():
             return _drawn(self.batched.draw(seeds, self.num_views, self.size), self.num_views)
 
     def _augment(self, images: Iterable[Any], seeds: list[int]) -> Batch:
@@ -314,8 +314,8 @@ def _stack(views: Iterable[Any], policy: Policy) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Without workers a batch is made in the training process, whose own draws (dropout ...) must not change."""
+def random_state_kept() -> Iterator[None]:
+    """Draws within change none of this process afterwards, by Python, NumPy and torch on the CPU (dropout ...)."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
         yield

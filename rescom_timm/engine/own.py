@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from rescom_timm.data.samples import random_state_kept
 from rescom_timm.distributed import processes
 from rescom_timm.engine.errors import AGAIN, RunError, one_line, raise_everywhere
 from rescom_timm.errors import InputError
@@ -61,7 +60,7 @@ class Own:
         if processes()[0] == 0:
             for one in self.callbacks:
                 try:
-                    with same_random_numbers():
+                    with random_state_kept():
                         getattr(one, hook, _nothing)(epoch, dict(values))
                 except Exception as error:
                     where = f"{type(one).__name__}.{hook} after epoch {epoch}"
@@ -95,7 +94,7 @@ class Own:
         values = {}
         for name, function in self.metrics.items():
             try:
-                with same_random_numbers():
+                with random_state_kept():
                     values[name] = float(function(labels, probabilities))
             except Exception as error:
                 trouble = RunError("train.metric", f"metric {name!r} raised {one_line(error)}: repair it, {AGAIN}")
@@ -128,18 +127,6 @@ class Collector:
         for array in found:
             array.flags.writeable = False
         return found
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """The generators of Python, NumPy and torch on the CPU are afterwards as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 def _nothing(epoch: int, values: Mapping[str, object]) -> None:

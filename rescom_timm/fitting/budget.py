@@ -116,9 +116,8 @@ class Budget:
         """Return the seconds that follow the trainings."""
         forward, refit = self.pace(backbone).forward, self.refit(backbone)
         end = plan.SECONDS + forward * sum(self.images[split] for split in self.record.values["evaluated"])
-        each = (
-            forward * self.images["validation"]
-        )  # a training's 2 evaluations and a soup; 2 soups and a training's end
+        each = forward * self.images["validation"]
+        # Of a training 2 evaluations and a soup; as options 2 soups, the end of the training and a re-fitted head.
         return Reserve(end + refit * self.options.use_validation, 3 * each, self.enough * (3 * each + refit))
 
     def planned(self, backbone: str) -> list[Training]:

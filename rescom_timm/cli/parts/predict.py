@@ -44,8 +44,7 @@ def predict(options: argparse.Namespace) -> int:
             )
     reading = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
     search_run = bool(options.nearest) and not (options.among and Path(options.among).is_file())
-    of_run = (Path(options.model) / "checkpoints").is_dir()
-    calibrates = options.coverage is not None and (of_run or not model.sets or options.by_group)
+    calibrates = options.coverage is not None and (_is_run(options.model) or not model.sets or options.by_group)
     data = _run_data(options.model) if calibrates or search_run else None
     rule = read_rule(options, model)
     reader = Reader(
@@ -104,7 +103,7 @@ def read_rule(options: argparse.Namespace, model: Pretrained) -> Rule | None:
         if model.operating_point is not None:
             print(f"decided by the model's operating point: {model.operating_point.text}")
         return model.operating_point
-    if not (Path(options.model) / "checkpoints").is_dir():
+    if not _is_run(options.model):
         message = (
             f"{options.model} is not a run's folder, so it has no validation images: use export --recall on the run"
         )
@@ -116,9 +115,14 @@ def read_rule(options: argparse.Namespace, model: Pretrained) -> Rule | None:
     return point
 
 
+def _is_run(model: str) -> bool:
+    """Whether a model is a run's folder, not an export or a Hub id."""
+    return (Path(model) / "checkpoints").is_dir()
+
+
 def _run_data(model: str) -> Data:
     """The data of a run. Raises InputError (run.missing) for an export or a Hub id, which has none."""
-    if not (Path(model) / "checkpoints").is_dir():
+    if not _is_run(model):
         raise InputError("run.missing", f"{model} is not a run's folder, so its training data is not known")
     return Run(model).data()
 

@@ -22,11 +22,11 @@ from filelock import Timeout
 
 from rescom_timm.analysis.writing import pictures
 from rescom_timm.api import train_recipe
-from rescom_timm.cli.parts.sweep import Cell, finished, remember, split
+from rescom_timm.cli.parts.sweep import Cell, finished, left_out, remember, split
 from rescom_timm.config.recipe import Recipe, RecipeError
-from rescom_timm.engine.errors import FAILURES, message
+from rescom_timm.engine.errors import FAILURES
 from rescom_timm.engine.run_folder import lines
-from rescom_timm.errors import InputError, MissingPackageError, code_of
+from rescom_timm.errors import InputError, MissingPackageError
 from rescom_timm.hub.publish import Publisher
 from rescom_timm.io import file_lock
 
@@ -222,7 +222,7 @@ class Search:
             print(f"{cell.name}: ended, below the median of the trials before it", flush=True)
         except FAILURES as error:
             self.study.tell(trial, state=state.FAIL)
-            line = f"error[{code_of(error)}]: {cell.name} is left out: {message(error)}"
+            line = left_out(cell, error)
             print(line, file=sys.stderr, flush=True)
             return [line]
         if self.lean:

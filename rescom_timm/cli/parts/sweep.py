@@ -135,10 +135,15 @@ def run(todo: list[Cell], output: Path, lean: bool = False) -> list[str]:
             if lean and main:
                 shutil.rmtree(output / cell.name / "checkpoints", ignore_errors=True)
         except FAILURES as error:
-            errors.append(f"error[{code_of(error)}]: {cell.name} is left out: {message(error)}")
+            errors.append(left_out(cell, error))
             if main:
                 print(errors[-1], file=sys.stderr, flush=True)
     return errors
+
+
+def left_out(cell: Cell, error: Exception) -> str:
+    """The error line of a cell that failed."""
+    return f"error[{code_of(error)}]: {cell.name} is left out: {message(error)}"
 
 
 def remember(found: list[Cell], output: Path) -> list[tuple[tuple[str, ...], str]]:
