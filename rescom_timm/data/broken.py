@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, decode, look
 from rescom_timm.data.splits import Split
@@ -16,7 +15,7 @@ def unreadable(
     split: Split,
     full: bool = True,
     reading: ReadConfig = ReadConfig(),
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(position in the split, problem) of each image that cannot be read.
 
@@ -25,7 +24,7 @@ def unreadable(
     """
     read = decode if full else look
 
-    def wrong(row: int, image: Any) -> str:
+    def wrong(row: int, image: object) -> str:
         try:
             read(image, row, reading)
         except BrokenImage as error:

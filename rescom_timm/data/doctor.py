@@ -1,20 +1,21 @@
 """Problems of a data set: duplicates, leaks between splits, label errors, odd images, small classes.
 
-Every image is decoded once. Exact duplicates have equal pixels. Near duplicates have perceptual hashes (pHash, 64 bits,
-by imagehash) that differ in at most four bits and similar gray thumbnails; people must judge them.
+Every image is decoded once, and those that may be exact duplicates, which have equal pixels, a second time. Near
+duplicates have perceptual hashes (pHash, 64 bits) that differ in at most four bits and similar gray thumbnails; people
+must judge them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -22,7 +23,6 @@ from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import IMAGES_AT_ONCE
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, inspect, name_of
 from rescom_timm.data.splits import Split
-from rescom_timm.errors import MissingPackageError
 
 BITS = 4
 """Hashes of near duplicates differ in at most this many of 64 bits."""
@@ -32,6 +32,8 @@ LEVELS = 10.0
 """Thumbnails of near duplicates differ by at most this many levels on average."""
 CROWD = 200
 """A band that more images share is skipped."""
+REDUCED = 128
+"""Pixels of the shorter side, at least, of the image that is hashed: block means of a larger image."""
 SMALL, LONG, FLAT, GRAY = 32, 3.0, 2.0, 4
 DEPTHS = (8, 10, 12, 14)
 """Bits of cameras and microscopes whose images are stored with 16."""
@@ -69,7 +71,7 @@ class Examined:
     def __len__(self) -> int:
         return len(self.label)
 
-    def stored(self, i: int) -> Any:
+    def stored(self, i: int) -> object:
         """The i-th image as its data set stores it."""
         return self.splits[str(self.split[i])].dataset[int(self.position[i])]["image"]
 
@@ -96,56 +98,80 @@ class Finding:
 
 def examine(
     splits: Mapping[str, Split],
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
     reading: ReadConfig = ReadConfig(),
 ) -> Examined:
     """Read every image of the splits as training reads it.
 
-    progress: called with the number of images just read. Raises MissingPackageError without imagehash.
+    progress: called with the number of images just read.
     """
-    try:
-        from imagehash import phash
-    except ImportError as error:
-        raise MissingPackageError(
-            "system.package", "doctor needs imagehash: pip install 'rescom-timm[doctor]'"
-        ) from error
 
-    def seen(row: int, value: Any) -> Any:
+    def seen(row: int, value: object) -> _Seen | str:
         try:
             image, orientation, levels = inspect(value, row, reading)
         except BrokenImage as error:
             return str(error)
-        digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-        reduced = image.resize((32, 32), Image.Resampling.BOX)
-        thumbnail = np.asarray(reduced.convert("L").resize((16, 16), Image.Resampling.BOX))
-        small = np.asarray(reduced).astype(np.int16)
-        gray, flat = np.ptp(small, axis=2).max() <= GRAY, small.std(axis=(0, 1)).max() < FLAT
-        about = orientation != 1, levels or (-1, -1)
-        return image.size, digest, phash(image).hash.flatten(), thumbnail, gray, flat, *about
+        reduced = image.reduce(max(1, min(image.size) // REDUCED))
+        small = np.asarray(reduced.resize((32, 32), Image.Resampling.BOX))
+        gray = np.asarray(reduced.convert("L").resize((32, 32), Image.Resampling.LANCZOS))
+        return image.size, small, gray, orientation != 1, levels or (-1, -1)
 
-    rows: list[Any] = []
+    def pixels(i: int) -> bytes:
+        split, at, _ = places[i]
+        image = inspect(splits[split].dataset[at]["image"], None, reading).image
+        return hashlib.sha256(image.tobytes()).digest()
+
     names: list[str] = []
     places: list[tuple[str, int, int]] = []
+    broken: dict[int, str] = {}
+    batches: list[tuple[np.ndarray, ...]] = []
     with ThreadPoolExecutor() as pool:
         for name, split in splits.items():
             for start in range(0, len(split.rows), IMAGES_AT_ONCE):
                 values = split.dataset[start : start + IMAGES_AT_ONCE]["image"]
                 numbers = split.rows[start : start + IMAGES_AT_ONCE].tolist()
-                rows += pool.map(seen, numbers, values)
+                rows = list(pool.map(seen, numbers, values))
+                broken |= {len(places) + i: row for i, row in enumerate(rows) if isinstance(row, str)}
+                batches.append(_measured([_NOTHING if isinstance(row, str) else row for row in rows]))
                 names += [name_of(value) or f"row {row}" for row, value in zip(numbers, values, strict=True)]
                 labels = split.labels[start : start + IMAGES_AT_ONCE].tolist()
                 places += [(name, start + i, label) for i, label in enumerate(labels)]
                 if progress is not None:
                     progress(len(values))
-    broken = {i: row for i, row in enumerate(rows) if isinstance(row, str)}
-    nothing = ((0, 0), b"", np.zeros(64, bool), np.zeros((16, 16), np.uint8), False, False, False, (-1, -1))
-    columns = list(zip(*(nothing if i in broken else row for i, row in enumerate(rows)), strict=True))
+        size, digest, *measured = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        digest[list(broken)] = b""
+        times = Counter(digest)
+        alike = [i for i, one in enumerate(digest) if one and times[one] > 1]
+        digest[alike] = list(pool.map(pixels, alike))
+    split_names, positions, labels = (np.array(column) for column in zip(*places, strict=True))
+    hashed, thumbnail, gray, flat, turned, levels = measured
     return Examined(
-        dict(splits), np.array([name for name, _, _ in places]), np.array([at for _, at, _ in places], dtype=np.int64),
-        np.array([label for _, _, label in places], dtype=np.int64), names, np.array(columns[0], dtype=np.int64),
-        np.array(columns[1], dtype=object), np.stack(columns[2]), np.stack(columns[3]), np.array(columns[4]),
-        np.array(columns[5]), broken, np.array(columns[6]), np.array(columns[7]), reading,
+        dict(splits), split_names, positions, labels, names, size, digest, hashed, thumbnail, gray, flat, broken,
+        turned, levels, reading,
     )  # fmt: skip
+
+
+_Seen = tuple[tuple[int, int], np.ndarray, np.ndarray, bool, tuple[int, int]]
+"""Size, (32, 32, 3) uint8 of colour and (32, 32) of gray, whether it is turned, levels."""
+_NOTHING: _Seen = ((0, 0), np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8), False, (-1, -1))
+
+
+def _measured(rows: Sequence[_Seen]) -> tuple[np.ndarray, ...]:
+    """Size, digest, hash, thumbnail, gray, flat, turned and levels of B images, (B, ...) each.
+
+    The hash is imagehash.phash: which of the lowest 8 x 8 frequencies are above their median.
+    """
+    size, small, gray, turned, levels = (np.array(column) for column in zip(*rows, strict=True))
+    low = dctn(gray.astype(np.float64), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+    hashed = low > np.median(low, axis=1, keepdims=True)
+    thumbnail = gray.reshape(-1, 16, 2, 16, 2).mean((2, 4)).astype(np.uint8)
+    digest = [
+        hashlib.sha256(one.tobytes() + repr(sides).encode()).digest()
+        for one, (sides, *_) in zip(small, rows, strict=True)
+    ]
+    flat = small.std(axis=(1, 2)).max(axis=1) < FLAT
+    colourless = np.ptp(small, axis=3).max(axis=(1, 2)) <= GRAY
+    return size, np.array(digest, dtype=object), hashed, thumbnail, colourless, flat, turned, levels
 
 
 def findings(images: Examined, class_names: Sequence[str], counts: np.ndarray) -> list[Finding]:

@@ -5,6 +5,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -125,16 +126,19 @@ def folder_part(
             "index.missing",
             f"{path} has no column of splits: set data.test_index to a list of test images, or data.test=holdout(0.2)",
         )
-    keys = [f"{lead}{key}" for key in below(root, index.keys)]
+    keys = below(root, index.keys)
     disk = Disk(root)
-    layout, paths = fit_layout(root, keys, disk)
-    if out := [key for key in paths if key.startswith("/") or (".." in key and ".." in key.split("/"))]:
+    layout, paths = fit_layout(root, [lead + key for key in keys] if lead else keys, disk)
+    whole = "\n".join(["", *paths])
+    if (".." in whole or "\n/" in whole) and (
+        out := [key for key in paths if key[:1] == "/" or ".." in key.split("/")]
+    ):
         raise InputError(
             "data.outside",
             f"{path} names images outside {root}, which are not read, the first: {first_few(out, 3)}; set "
             "data.source to a folder that has them all",
         )
-    there = [disk.spelled(path) for path in paths]
+    there = paths if whole.isascii() else [disk.spelled(path) for path in paths]
     if missing := missing_files(root, there):
         raise MissingFileError(
             "index.images",
@@ -205,19 +209,22 @@ def _list_of(config: DataConfig, root: Path, split: str, spec: str, like: Part |
 
 def below(root: Path, paths: Sequence[str]) -> list[str]:
     """Paths relative to the root, with / for a backslash."""
-    leads = tuple({os.path.join(place, "") for place in (str(root), str(root.resolve()), os.path.abspath(root))})
-    plain = [path.replace("\\", "/") if "\\" in path else path for path in paths]
-    if plain != list(paths) and os.path.isfile(root / paths[0]):
-        plain = list(paths)  # names may hold a backslash
+    whole = "\n".join(paths)
+    if "\\" in whole and not os.path.isfile(root / paths[0]):  # names may hold a backslash
+        paths, whole = [path.replace("\\", "/") for path in paths], whole.replace("\\", "/")
+    leads = {os.path.join(place, "") for place in (str(root), str(root.resolve()), os.path.abspath(root))}
+    if whole.isascii() and not any(lead in whole for lead in leads):
+        return list(paths)
 
     def cut(path: str) -> str:
-        found = next((path[len(lead) :] for lead in leads if path.startswith(lead)), None)
-        if found is None and not path.isascii():
-            composed = nfc(path)
-            found = next((composed[len(nfc(lead)) :] for lead in leads if composed.startswith(nfc(lead))), None)
-        return path if found is None else found
+        """Without a lead, in the path's own Unicode form or composed."""
+        for form in (str, nfc):
+            for lead in leads:
+                if form(path).startswith(form(lead)):
+                    return form(path)[len(form(lead)) :]
+        return path
 
-    return [cut(path) for path in plain]
+    return [cut(path) for path in paths]
 
 
 class Disk:
@@ -316,17 +323,12 @@ def fit_layout(root: str | Path, paths: list[str], disk: Disk | None = None) -> 
 
 def missing_files(root: str | Path, paths: Sequence[str]) -> list[str]:
     """Which of the paths are not under `root`, in their order. Lists each folder once, and stats no file."""
-    folders: dict[str, list[int]] = {}
-    for i, path in enumerate(paths):
-        folders.setdefault(path.rpartition("/")[0], []).append(i)
-    missing = []
-    for folder, members in folders.items():
-        try:
-            names = set(os.listdir(os.path.join(root, folder)))
-        except (OSError, ValueError):  # not there, no folder, too long a name, one with a zero byte
-            names = set()
-        missing += [i for i in members if paths[i].rpartition("/")[2] not in names]
-    return [paths[i] for i in sorted(missing)]
+    there: set[str] = set()
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        with suppress(OSError, ValueError):  # not there, no folder, too long a name, one with a zero byte
+            lead = f"{folder}/" if folder else ""
+            there.update(lead + name for name in os.listdir(os.path.join(root, folder)))
+    return [path for path in paths if path not in there]
 
 
 def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) -> tuple[Index, list[str]]:

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rescom_timm.class_names import nfc, numbers_in
 from rescom_timm.data.config import Columns
@@ -106,8 +108,8 @@ class Index:
         For an official list with blanks and plain line ends this is what ``sha256sum`` prints of the file.
         """
         digest = hashlib.sha256()
-        for start in range(0, len(self), 65536):
-            digest.update("".join(self._lines(start, start + 65536)).encode())
+        for lines in self._lines():
+            digest.update(lines.encode())
         return digest.hexdigest()
 
     def take(self, positions: np.ndarray, rule: str = "") -> "Index":
@@ -134,10 +136,12 @@ class Index:
             places[own] = range(len(own)) if numbers is None else numbers
         return replace(self, labels=places[self.labels], num_classes=len(names), class_names=list(names), info=info)
 
-    def _lines(self, start: int, stop: int) -> Iterator[str]:
-        keys = self.keys[start:stop]
-        pairs = zip(keys if isinstance(keys, list) else keys.tolist(), self.labels[start:stop].tolist(), strict=True)
-        return (f"{key} {label}\n" for key, label in pairs)
+    def _lines(self) -> Iterator[str]:
+        """The lines `key label`, many at a time."""
+        for start in range(0, len(self), 65536):
+            keys, labels = (pa.array(part[start : start + 65536]) for part in (self.keys, self.labels))
+            lines = pc.binary_join_element_wise(keys.cast(pa.string()), labels.cast(pa.string()), " ").to_pylist()
+            yield "\n".join([*lines, ""])
 
     def save(self, path: str | Path) -> None:
         """Write the text file atomically.
@@ -159,7 +163,7 @@ class Index:
             raise InputError("index.format", f"an index cannot hold the path {bad!r}: it has a line break")
         top = [FORMAT + VERSION, *(f"# {key}: {value}" for key, value in header.items())]
         top.append("# path label" if self.by_path else "# row label")
-        write_text(path, chain((line + "\n" for line in top), self._lines(0, len(self))))
+        write_text(path, chain((line + "\n" for line in top), self._lines()))
 
     @classmethod
     def load(
@@ -199,11 +203,8 @@ def read(
     rows, problems = read_rows(Path(path).expanduser(), num_classes, allow_empty, table, by_name)
     if rows is None:
         return None, problems
-    keys = rows.keys if isinstance(rows.keys, list) else np.frombuffer(rows.keys, dtype=np.int64)
     info = {key: value for key, value in rows.header.items() if not RESERVED.fullmatch(key)}
-    labels = np.frombuffer(rows.labels, dtype=np.int64)
-    groups = None if rows.groups is None else np.frombuffer(rows.groups, dtype=np.int64)
-    return Index(keys, labels, rows.classes, info, rows.class_names, groups), []
+    return Index(rows.keys, rows.labels, rows.classes, info, rows.class_names, rows.groups), []  # type: ignore[arg-type]
 
 
 def imbalance(counts: np.ndarray) -> float:

@@ -30,13 +30,13 @@ class Rows:
 
     unit: str
     keys: "list[str] | array[int]" = field(default_factory=list)
-    labels: "array[int]" = field(default_factory=lambda: array("q"))
-    places: "array[int]" = field(default_factory=lambda: array("q"))
+    labels: Any = field(default_factory=lambda: array("q"))
+    places: Any = field(default_factory=lambda: array("q"))
     header: dict[str, str] = field(default_factory=dict)
     class_names: list[str] | None = None
     num_classes: int | None = None
     """From the header."""
-    groups: "array[int] | None" = None
+    groups: np.ndarray | None = None
     """What must stay together in a hold-out: a number for each row."""
     classes: int = 0
     """What it is taken as."""
@@ -66,11 +66,11 @@ def read_rows(
     except InputError as error:
         problems.append(str(error))
         return None, problems
-    if not rows.labels:
+    if not len(rows.labels):
         return None, problems or ["holds no rows"]
     if by_name and rows.class_names is not None:
         num_classes = None
-    rows.classes = _judge_classes(rows, np.frombuffer(rows.labels, dtype=np.int64), num_classes, allow_empty, problems)
+    rows.classes = _judge_classes(rows, np.asarray(rows.labels), num_classes, allow_empty, problems)
     _judge_duplicates(rows, problems)
     return (None, problems) if problems else (rows, [])
 

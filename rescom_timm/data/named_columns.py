@@ -9,22 +9,21 @@ from __future__ import annotations
 import csv
 import json
 import re
-from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from rescom_timm.class_names import as_spelled, distinct, nfc
-from rescom_timm.data.bounds import MAX_COLUMNS, MAX_TEXT, check_lines, length_problem, read_columns
+from rescom_timm.data.bounds import MAX_COLUMNS, MAX_LINE, MAX_TEXT, check_lines, length_problem, read_columns
 from rescom_timm.data.config import Columns
 from rescom_timm.data.index_files import NoSplit, Rows, first_few, is_label
 from rescom_timm.errors import InputError
@@ -68,14 +67,15 @@ def read_table(
 
     class_names: the allowed classes of text labels. num_classes without names: the labels are class numbers.
     """
-    rows = Rows("row")
-    there = _names(path)
+    there, read = _opened(path)
     image = pick("image", columns.image, there)
     label = pick("label", columns.label, there)
     group = pick("group", columns.group, there) if columns.group else None
     part = pick("split", columns.split, there, needed=False)
-    frame = _frame(path, list(dict.fromkeys(filter(None, [image, label, group, part]))))
-    codes, whole = _texts(frame[label])  # the classes are those of all splits
+    with _readable(path):
+        frame = read(list(dict.fromkeys(filter(None, [image, label, group, part]))))
+    codes, cells = pd.factorize(frame[label] if _is_text(frame[label]) else frame[label].map(_text))
+    texts = [_text(cell) for cell in cells]  # the classes are those of all splits
     if part is not None and split is not None:
         values = frame[part].astype(str)
         splits = list(values.unique())
@@ -83,30 +83,30 @@ def read_table(
         frame, codes = frame[chosen], codes[chosen]
         if frame.empty:
             raise NoSplit("data.split", f"{path}: column {part!r} has no split {split!r}, only {first_few(splits)}")
-    numbers = frame.index.to_numpy() + 1
+    numbers = frame.index.to_numpy(np.int64) + 1
     names = None if class_names is None else list(class_names)
     if class_names is None and num_classes is None:
-        names = class_values(whole)
+        names = class_values(texts)
     known = {nfc(name): k for k, name in enumerate(names)} if names is not None else None
     numbered = False
     if known is not None and not any(name.isdigit() for name in known):  # numbers of named classes
         known |= {str(k): k for k in range(len(known))}
-        numbered = all(whole[code].isdigit() for code in np.unique(codes))
-    wrong = [length_problem("a label", text) or _wrong(text, label, known) for text in whole]
+        numbered = all(texts[code].isdigit() for code in np.unique(codes))
+    wrong = [length_problem("a label", text) or _wrong(text, label, known) for text in texts]
     labels = [
         -1 if bad else known[nfc(text)] if known is not None else int(text)
-        for text, bad in zip(whole, wrong, strict=True)
+        for text, bad in zip(texts, wrong, strict=True)
     ]
-    keys = ["" if key is None else str(key) for key in frame[image]]
-    good = np.array([bool(key) and not key.isspace() and len(key) <= MAX_TEXT for key in keys], dtype=bool)
+    keys = frame[image].tolist()
+    if not _is_text(frame[image]):
+        keys = ["" if key is None else str(key) for key in keys]
+    good = np.array([0 < len(key) <= MAX_TEXT and not key.isspace() for key in keys], dtype=bool)
     good &= np.array([not bad for bad in wrong], dtype=bool)[codes]
     for row in np.flatnonzero(~good).tolist():
         key = keys[row]
         bad = length_problem("a path", key) or wrong[codes[row]] if key.strip() else f"column {image!r} is empty"
         problems.append(f"row {numbers[row]}: {bad}")
-    rows.keys = list(compress(keys, good.tolist()))
-    rows.labels.frombytes(np.array(labels, dtype=np.int64)[codes[good]].tobytes())
-    rows.places.frombytes(numbers[good].astype(np.int64).tobytes())
+    rows = Rows("row", list(compress(keys, good.tolist())), np.array(labels, np.int64)[codes[good]], numbers[good])
     rows.class_names, rows.num_classes = None if numbered else names, len(names) if names is not None else None
     rows.header = {"columns": ", ".join(filter(None, [image, label, part, group]))}
     if part is not None and split is not None:
@@ -114,27 +114,26 @@ def read_table(
     if rows.class_names is not None:
         rows.header["labels"] = f"text of {label}, in sorted order"
     if group is not None:
-        values = frame[group].astype(str)
-        codes, cells = pd.factorize(values)
+        codes, cells = pd.factorize(frame[group].astype(str))
         groups = {nfc(value): k for k, value in enumerate(distinct(sorted(cells)))}
-        rows.groups = array("q", np.array([groups[nfc(value)] for value in cells], dtype=np.int64)[codes].tobytes())
+        rows.groups = np.array([groups[nfc(value)] for value in cells], dtype=np.int64)[codes]
     return rows
 
 
-def _texts(column: pd.Series) -> tuple[np.ndarray, list[str]]:
-    """(code of each row (N,), the different texts of a column of labels)."""
-    if not isinstance(column.dtype, pd.StringDtype):
-        column = pd.Series([_text(value) for value in column], dtype=object)
-    codes, cells = pd.factorize(column)
-    return codes, [_text(cell) for cell in cells]
+def _is_text(column: pd.Series) -> bool:
+    return pd.api.types.infer_dtype(column, skipna=False) == "string"
 
 
 def split_rows(path: Path, columns: Columns, without: Sequence[str]) -> dict[str, int]:
     """Rows of each split of a table except `without`; empty without a column of splits."""
     if not is_table(path):
         return {}
-    part = pick("split", columns.split, _names(path), needed=False)
-    values = Counter(_frame(path, [part])[part].astype(str)) if part is not None else Counter[str]()
+    there, read = _opened(path)
+    part = pick("split", columns.split, there, needed=False)
+    if part is None:
+        return {}
+    with _readable(path):
+        values = Counter(read([part])[part].astype(str))
     return {value: count for value, count in values.items() if not any(_same(value, split) for split in without)}
 
 
@@ -198,42 +197,29 @@ def _readable(path: Path) -> Iterator[None]:
         raise InputError("index.format", f"cannot be read as {path.suffix.lower()[1:]}: {what}") from None
 
 
-def _names(path: Path) -> list[str]:
-    """Names of the columns."""
+def _opened(path: Path) -> tuple[list[str], Callable[[list[str]], pd.DataFrame]]:
+    """Names of the columns, and what reads some of them, as text or as they are stored."""
     with _readable(path):
         if path.suffix.lower() == ".parquet":
-            return list(pq.read_schema(path).names)
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            names: dict[str, None] = {}
-            for row in _objects(path):
-                names |= dict.fromkeys(row)
-                if len(names) > MAX_COLUMNS:
-                    raise InputError("index.format", f"its rows have more than {MAX_COLUMNS:,} different keys")
-            return list(names)
-        return list(_delimited(path, nrows=0).columns)
+            return list(pq.read_schema(path).names), partial(_parquet, path)
+        if path.suffix.lower() not in (".jsonl", ".ndjson"):
+            frame = _delimited(path)
+            return list(frame.columns), frame.__getitem__
+        names: dict[str, None] = {}
+        for row in _objects(path):
+            names |= dict.fromkeys(row)
+            if len(names) > MAX_COLUMNS:
+                raise InputError("index.format", f"its rows have more than {MAX_COLUMNS:,} different keys")
+        return list(names), partial(_json_lines, path)
 
 
-def _frame(path: Path, columns: list[str]) -> pd.DataFrame:
-    """These columns, as text or as they are stored."""
-    with _readable(path):
-        if path.suffix.lower() == ".parquet":
-            table = read_columns(path, columns)
-            return pd.DataFrame({name: _values(table.column(name)) for name in columns})
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            rows = [tuple(map(row.get, columns)) for row in _objects(path)]
-            return pd.DataFrame(rows, columns=columns, dtype=object)
-        frame = _delimited(path)
-        if not isinstance(frame.index, pd.RangeIndex):
-            raise InputError(
-                "index.format", "rows have more cells than the header; quote text that holds the separator"
-            )
-        return frame[columns]
+def _parquet(path: Path, columns: list[str]) -> pd.DataFrame:
+    table = read_columns(path, columns)
+    return pd.DataFrame({name: table.column(name).to_pandas().astype(object) for name in columns})
 
 
-def _values(column: pa.ChunkedArray) -> Any:
-    """A column for pandas; equal texts are one object."""
-    values = column.to_pandas()
-    return values.astype(object) if pa.types.is_dictionary(column.type) else values
+def _json_lines(path: Path, columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame([tuple(map(row.get, columns)) for row in _objects(path)], columns=columns, dtype=object)
 
 
 def _encoding(path: Path) -> str:
@@ -241,17 +227,19 @@ def _encoding(path: Path) -> str:
         return "utf-16" if start.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
-def _delimited(path: Path, **reading: Any) -> pd.DataFrame:
+def _delimited(path: Path) -> pd.DataFrame:
     """A CSV or TSV file, all of it text."""
-    check_lines(path)
     encoding = _encoding(path)
     with path.open(encoding=encoding, newline="") as file:
-        header = file.readline()
+        header = file.readline(MAX_LINE)
     separator = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
     check_lines(path, 1 + header.count(separator))
-    return pd.read_csv(
-        path, sep=separator, dtype=str, keep_default_na=False, encoding=encoding, skipinitialspace=True, **reading
+    frame = pd.read_csv(
+        path, sep=separator, dtype=object, keep_default_na=False, encoding=encoding, skipinitialspace=True
     )
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise InputError("index.format", "rows have more cells than the header; quote text that holds the separator")
+    return frame
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:

@@ -245,3 +245,20 @@ def test_images_of_12_of_16_bits_are_named_as_that(colour: int, channels: int) -
         one.key: one for one in findings(examine({"train": split_of("train", rows)}), ["a", "b"], np.array([9, 9]))
     }
     assert found["dim"].count == 3 and "4,096" in found["dim"].title and "flat" not in found
+
+
+def test_hashes_are_those_of_imagehash_and_exact_duplicates_have_equal_pixels() -> None:
+    imagehash = pytest.importorskip("imagehash")
+    pictures = [scene(k, 96 + 9 * k, 80) for k in range(6)]
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    photograph = coarse.resize((700, 500), Image.Resampling.BICUBIC)
+    changed = photograph.copy()
+    changed.putpixel((300, 200), (1, 2, 3))
+    large = [photograph, changed, photograph]
+    rows = [(f"{k}.png", encoded(image), 0) for k, image in enumerate([*pictures, *large])]
+    images = examine({"train": split_of("a", rows)})
+    for image, hashed in zip(pictures, images.hashed, strict=False):
+        assert (imagehash.phash(image).hash.flatten() == hashed).all()
+    for image, hashed in zip(large, images.hashed[6:], strict=True):  # hashed from block means
+        assert (imagehash.phash(image).hash.flatten() != hashed).sum() <= 4
+    assert exact_duplicates(images) == [[6, 8]] and near_duplicates(images, [[6, 8]]) == [[6, 7]]

@@ -176,7 +176,6 @@ def test_a_run_reads_turned_photographs_as_upright_ones(tmp_path, alone):
 
 
 def test_the_doctor_counts_turned_photographs_and_shows_them_as_training_does(tmp_path):
-    pytest.importorskip("imagehash")
     photographs(tmp_path / "turned")
     data = load(load_dict(recipe_of(tmp_path / "turned", tmp_path)).data)
     splits = {"train": data.train, "test": data.test}
@@ -190,7 +189,6 @@ def test_the_doctor_counts_turned_photographs_and_shows_them_as_training_does(tm
 
 @pytest.mark.parametrize(("bits", "kind"), [(12, "PNG"), (12, "TIFF"), (10, "PNG"), (14, "PNG")])
 def test_the_doctor_names_the_white_level_of_16_bit_images_that_hold_fewer(tmp_path, bits, kind):
-    pytest.importorskip("imagehash")
     photographs(tmp_path / "photos", (1,))
     for k in range(20):
         levels = np.asarray(picture(k).convert("L")).astype(np.uint16) << (bits - 8)
