@@ -133,6 +133,7 @@ def fit(
     use_validation: bool = False,
     seed: int = 0,
     output: str | Path | None = None,
+    join: bool = False,
     overrides: Sequence[str] = (),
     **images: Any,
 ) -> Run:
@@ -142,8 +143,8 @@ def fit(
     downloads. backbone: timm names, of which the one with the best head is trained (default: by device and minutes).
     size: side of the input in pixels. weights_file: of the backbone; "none" trains from scratch. class_features: file
     of class names' features, for a CLIP or SigLIP backbone. use_validation: fit on the validation images too, at the
-    end. output: the run's folder (default: runs/NAME). overrides: key=value over a recipe. images: as the options of
-    the command.
+    end. output: the run's folder (default: runs/NAME). join: help the process that fits there, if one does. overrides:
+    key=value over a recipe. images: as the options of the command.
 
     After Ctrl-C the run is the best so far, and the same call resumes. Raises InputError (fit.minutes, fit.weights
     ...), KeyboardInterrupt before there is a head, and as reading the data does.
@@ -164,7 +165,7 @@ def fit(
     )  # fmt: skip
     dataset = source if memory else None
     try:
-        folder = fit_images(options, output, dataset)
+        folder = fit_images(options, output, dataset, join=join)
     except Interrupted as error:
         if error.folder is None:
             raise KeyboardInterrupt from error

@@ -9,7 +9,7 @@ not hold all images, it is fitted on a sample in which rare classes are whole.
 
 FOLDER: class folders, or train, val and test with class folders, or images with a list; LIST is such a list. Of a
 RECIPE the data, mean, std and loader are used, changed by key=value. After Ctrl-C the best so far is the run, and the
-same command resumes.
+same command resumes; with --join it helps a fit that is running, from here or from another machine.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--use-validation", action="store_true", help="fit on the validation images too, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", metavar="RUN", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--join", action="store_true", help="help the process that fits there, if one does")
     parser.add_argument("--list", metavar="FILE", help="paths and labels of the folder's images")
     parser.add_argument("--test-split", default="test", help="of a data set (default: test)")
     parser.add_argument("--validation", help="default: the folder val if it exists, else holdout(0.1)")
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace, began: float) -> int:
         arguments.seed, tuple(arguments.overrides), images,
     )  # fmt: skip
     try:
-        fit(options, arguments.output, used=time.monotonic() - began)
+        fit(options, arguments.output, used=time.monotonic() - began, join=arguments.join)
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 130

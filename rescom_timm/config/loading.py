@@ -28,7 +28,7 @@ from rescom_timm.methods import METHODS
 from rescom_timm.models.net import check_backbone
 
 FREE_KEYS = (
-    "name", "output", "data.source", "evaluation.every", "evaluation.batch_size", "evaluation.hide_test",
+    "name", "output", "origin", "data.source", "evaluation.every", "evaluation.batch_size", "evaluation.hide_test",
     "checkpoint", "speed",
     "train.nonfinite", "train.ema.export", "track", "hub", "method.teacher",
 )  # fmt: skip

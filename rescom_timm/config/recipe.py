@@ -326,6 +326,8 @@ class Recipe:
     init_from: str | None = None
     """Run folder, checkpoint folder or net.safetensors whose net the training starts from, or hf://owner/name of a
     pushed run; `from` for short. The optimizer, the epochs and the queue start anew."""
+    origin: str | None = None
+    """How the weights of a run of 0 epochs were made, shown beside its metrics; set by `fit` and `soup`."""
     views: ViewsConfig = ViewsConfig()
     loader: LoaderConfig = LoaderConfig()
     mix: MixConfig = MixConfig()

@@ -209,7 +209,8 @@ def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str
         progress = found[2]["progress"]
         epoch, best_epoch, best_name = (progress[key] for key in ("epoch", "best_epoch", "best_checkpoint"))
     if which != "best":
-        return *found, f"after epoch {epoch}, not selected"
+        origin = None if epoch else found[2]["recipe"].get("origin")
+        return *found, str(origin or f"after epoch {epoch}, not selected")
     if best_name is None:
         raise InputError(
             "checkpoint.missing",

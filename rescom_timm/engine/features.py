@@ -5,10 +5,12 @@ Shapes: N images in V versions (as they are, flipped), F features of the backbon
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -37,22 +39,24 @@ class Features:
     """(N,) int64."""
     seconds: float = 0.0
     """That the pass took; 0 for features of a cache."""
+    device: torch.device = torch.device("cpu")
+    """Of the tensors that `rows` makes."""
 
     def counts(self, classes: int) -> Tensor:
         """Images of each class, (K,) int64."""
         return torch.from_numpy(np.bincount(self.labels, minlength=classes))
 
-    def rows(self, positions: np.ndarray | None = None, versions: int | None = None, device: Any = "cpu") -> Rows:
+    def rows(self, positions: np.ndarray | None = None, versions: int | None = None) -> Rows:
         """The rows at some positions (all by default), in so many versions (all by default)."""
         positions = np.arange(len(self.labels)) if positions is None else positions
-        return Rows(self, positions, versions or self.values.shape[1], device)
+        return Rows(self, positions, versions or self.values.shape[1])
 
 
 class Rows:
     """Chunks of (features (m, F), labels (m,)), the same each time; one alone is read once."""
 
-    def __init__(self, features: Features, positions: np.ndarray, versions: int, device: Any) -> None:
-        self.features, self.positions, self.versions, self.device = features, positions, versions, device
+    def __init__(self, features: Features, positions: np.ndarray, versions: int) -> None:
+        self.features, self.positions, self.versions = features, positions, versions
         self.length = len(positions) * versions
         self.only: tuple[Tensor, Tensor] | None = None
 
@@ -65,7 +69,7 @@ class Rows:
             chosen = self.positions[start : start + step]
             values = torch.from_numpy(self.features.values[chosen, : self.versions]).flatten(0, 1)
             labels = torch.from_numpy(self.features.labels[chosen]).repeat_interleave(self.versions)
-            chunk = values.to(self.device), labels.to(self.device)
+            chunk = values.to(self.features.device), labels.to(self.features.device)
             if len(self.positions) <= step:
                 self.only = chunk
             yield chunk
@@ -94,7 +98,19 @@ def read_features(
             values[done : done + len(found)] = found
             done += len(found)
             bar.update(len(found))
-    return Features(values, labels, time.monotonic() - began)
+    return Features(values, labels, time.monotonic() - began, accelerator.device)
+
+
+def allocate(file: BinaryIO, size: int) -> None:
+    """Give a file its space at once, so that a full disk is an OSError here and not a crash while memory is written."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def on_disk(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array whose values are in an open file, and not in memory."""
+    allocate(file, 4 * math.prod(shape))
+    return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 @torch.no_grad()

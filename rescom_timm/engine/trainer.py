@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.engine.evaluate import about, evaluate, file_name, table_of, title, write
-from rescom_timm.engine.features import read_features
+from rescom_timm.engine.features import on_disk, read_features
 from rescom_timm.engine.fit_batch import fitted
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
@@ -329,7 +330,8 @@ class Trainer:
     def finish(self) -> None:
         """Evaluate the last and the best checkpoint and write the results; the follower may export and push."""
         progress, trouble = self.progress, None
-        results = self._final("last", f"last epoch ({progress.epoch}), not selected")
+        origin = None if self.recipe.train.epochs else self.recipe.origin
+        results = self._final("last", origin or f"last epoch ({progress.epoch}), not selected")
         best = progress.best_checkpoint
         if best is not None and best != f"step-{progress.step:08d}":
             try:
@@ -381,8 +383,11 @@ class Trainer:
             sums = class_feature_sums(self.accelerator, self.recipe, self.data, self.net)
             start_from_means(self.net.classifier, sums.to(self.accelerator.device))
         elif self.method.fits_head:
-            found = read_features(self.accelerator, self.net, self.recipe, self.data.train, flipped=True)
-            self.method.fit_head(found.rows())
+            shape = (len(self.data.train.rows), 2, int(self.net.classifier.in_features))
+            with TemporaryFile(dir=self.folder) as file:
+                values = on_disk(file, shape)
+                found = read_features(self.accelerator, self.net, self.recipe, self.data.train, True, values)
+                self.method.fit_head(found.rows())
         if before is None and self.average is not None:
             self.average.set(self.net)
         if self.main:

@@ -111,7 +111,10 @@ def average_runs(
         raise InputError("fit.soup", f"{folders[0]} has no validation images, and the temperature is fitted on them")
     degree = temperature_of(together) if temperature and together is not None else 1.0
     assert nets.data is not None
-    write_run(without_training(nets.recipe), weights, 1 / degree, nets.data.class_names, run / "soup.safetensors", run)
+    parts = (f"{share:.2f} of {one.name}" for share, one in zip(shares, folders, strict=True) if share)
+    origin = f"soup: {', '.join(parts)}" if len(folders) > 1 else f"{folders[0].name} with a fitted temperature"
+    recipe = replace(without_training(nets.recipe), origin=origin)
+    write_run(recipe, weights, 1 / degree, nets.data.class_names, run / "soup.safetensors", run)
     return Soup(list(shares), alone, None if together is None else together.mean_class, degree)
 
 

@@ -120,14 +120,14 @@ class Budget:
         # Of a training 2 evaluations and a soup; as options 2 soups, the end of the training and a re-fitted head.
         return Reserve(end + refit * self.options.use_validation, 3 * each, self.enough * (3 * each + refit))
 
-    def planned(self, backbone: str) -> list[Training]:
-        """What the rest of the budget holds; fixed at the first time it is asked."""
+    def planned(self, backbone: str, workers: int = 1) -> list[Training]:
+        """What the rest of the budget holds with so many workers; fixed at the first time it is asked."""
         known = self.record.values
         if "plan" not in known:
             reserve, pace = self.reserve(backbone), self.pace(backbone)
             times = 1 + self.options.use_validation
             chosen, more = (
-                plan.trainings(seconds, pace, self.images, reserve, times, self.enough)
+                plan.trainings(seconds, pace, self.images, reserve, times, self.enough, workers)
                 for seconds in (self.left, self.left + 9 * 60 * self.options.minutes)
             )
             self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TypedDict
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rescom_timm.config.recipe import Recipe
 from rescom_timm.engine.features import Features
 from rescom_timm.fitting.choice import ENOUGH, Scored, choose, scored
-from rescom_timm.fitting.training import Kind, floor_of
+from rescom_timm.fitting.soups import soup
+from rescom_timm.fitting.training import Kind, floor_of, weights_of
 from rescom_timm.methods.heads import RIDGES, Head
+from rescom_timm.models.net import Net
 
 Weights = dict[str, Tensor]
 SHARES = (0.5, 0.25, 0.75)
@@ -26,8 +31,8 @@ class Candidate:
     name: str
     about: str
     kind: Kind
-    weights: Weights
-    """Of the whole net."""
+    weights: Callable[[], Weights]
+    """Of the whole net, read or averaged anew each time: many nets in memory would be too large."""
     scored: Scored | None
     """On validation; None: there is nothing to score it on."""
     by: str = "validation"
@@ -46,16 +51,38 @@ class Candidate:
     """Of the trained net in a soup."""
 
 
-def row(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate's row of the table, plain JSON.
+class Row(TypedDict):
+    """A candidate in the table: in percent the mean over classes and its 95% interval, None where nothing scores it."""
 
-    name, about, by, and in percent mean_class and its 95% interval, None where there is nothing to score on.
-    """
+    name: str
+    about: str
+    by: str
+    mean_class: float | None
+    low: float | None
+    high: float | None
+
+
+def row(candidate: Candidate) -> Row:
+    """Return a candidate's row of the table."""
     scored = candidate.scored
     low, high = (None, None) if scored is None else scored.interval()
     value = None if scored is None else scored.mean_class
-    about = {"name": candidate.name, "about": candidate.about, "by": candidate.by}
-    return {**about, "mean_class": value, "low": low, "high": high}
+    return Row(name=candidate.name, about=candidate.about, by=candidate.by, mean_class=value, low=low, high=high)
+
+
+def encoder_of(net: Net) -> Weights:
+    """The weights of a net without its head."""
+    return {f"encoder.{name}": value.cpu() for name, value in net.encoder.state_dict().items()}
+
+
+def with_head(weights: Callable[[], Weights], head: Weights) -> Weights:
+    """The weights with another head."""
+    return weights() | head
+
+
+def soup_of(start: Path, training: Recipe, share: float) -> Weights:
+    """The average of the weights in a file and those of the training from there, which has this share."""
+    return soup([load_file(start), weights_of(training) or {}], [1 - share, share])
 
 
 def score(head: Head, features: Features) -> Scored:

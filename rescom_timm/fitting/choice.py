@@ -85,7 +85,7 @@ def scored(logits: Iterable[Tensor], labels: Tensor) -> Scored:
     """Of logits (m, K), which may come in chunks, and labels (N,)."""
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     done = 0
-    for chunk in logits:
+    for chunk in (each.cpu() for each in logits):
         truth = labels[done : done + len(chunk)]
         done += len(chunk)
         step = -(-len(labels) * chunk.shape[1] // HELD)

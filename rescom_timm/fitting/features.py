@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.data.tables import cache_folder
 from rescom_timm.data.transforms import parse
 from rescom_timm.engine.errors import one_line
-from rescom_timm.engine.features import Features, read_features
+from rescom_timm.engine.features import Features, allocate, read_features
 from rescom_timm.fitting.inventory import digest_of, image_states
 from rescom_timm.io import atomic_path
 from rescom_timm.models.net import Net
@@ -30,8 +31,14 @@ KEPT = 10 * 2**30
 """Bytes of features in the cache; what was used longest ago is removed first."""
 
 
-def features_of(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool) -> Features:
-    """Like read_features, but read from the cache where they are there, and kept in it."""
+def features_of(
+    accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, flipped: bool,
+    together: Callable[[np.ndarray, str], Features] | None = None,
+) -> Features:  # fmt: skip
+    """Like read_features, but read from the cache where they are there, and kept in it.
+
+    together: fills the values (N, V, F) of a pass of this name, instead of read_features.
+    """
     images = digest_of(image_states(split))
     labels = np.asarray(split.labels, dtype=np.int64)
     shape = (len(labels), 1 + flipped, int(net.classifier.in_features))
@@ -41,7 +48,7 @@ def features_of(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split
         values = np.load(path, mmap_mode="r")
         if values.shape == shape and values.dtype == np.float32:
             os.utime(path)
-            return Features(values, labels)
+            return Features(values, labels, device=accelerator.device)
     except (OSError, ValueError):
         pass  # not there, or damaged: it is made anew
     with ExitStack() as written:
@@ -50,21 +57,23 @@ def features_of(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split
         except OSError as error:
             warnings.warn(f"features are kept in memory, not in {path.parent}: {one_line(error)}", stacklevel=2)
             target = None
-        found = read_features(accelerator, net, recipe, split, flipped, target)
+        if together is not None:
+            found = together(np.empty(shape, np.float32) if target is None else target, key)
+        else:
+            found = read_features(accelerator, net, recipe, split, flipped, target)
     if target is None:
         return found
     _forget(path)
-    return Features(np.load(path, mmap_mode="r"), labels, found.seconds)
+    return replace(found, values=np.load(path, mmap_mode="r"))
 
 
 @contextmanager
 def _array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A new .npy file to write to, whose space is allocated: a full disk refuses it before the pass, not in it."""
+    """A new .npy file to write to."""
     with atomic_path(path) as beside:
         values = np.lib.format.open_memmap(beside, mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with beside.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+        with beside.open("r+b") as file:
+            allocate(file, beside.stat().st_size)
         yield values
         values.flush()
 

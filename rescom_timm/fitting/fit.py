@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,40 +16,74 @@ from rescom_timm.engine.errors import AGAIN, CheckpointError, with_advice
 from rescom_timm.engine.run_folder import existing, locked
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
-from rescom_timm.fitting.record import FOLDER, Record
+from rescom_timm.fitting.record import FILE, FOLDER, Record
 from rescom_timm.fitting.source import name_of
-from rescom_timm.fitting.steps import Steps
+from rescom_timm.fitting.steps import SEEN, Steps
+from rescom_timm.fitting.tasks import work
+from rescom_timm.fitting.workers import Workers, follow, free, independent
 
 
 def fit(
-    options: FitOptions, output: str | Path | None = None, dataset: InMemory | None = None, used: float = 0.0
-) -> Path:
+    options: FitOptions, output: str | Path | None = None, dataset: InMemory | None = None, used: float = 0.0,
+    join: bool = False,
+) -> Path:  # fmt: skip
     """Fit, or go on with a fit that was interrupted; returns the run's folder.
 
-    output: the run's folder; None: the first of runs/NAME, NAME-2 ... that is free or of the same unfinished
-    command.
-    dataset: the images of the source "memory". used: seconds of the minutes that are gone. Raises InputError, what
-    reading the data raises, and Interrupted.
+    output: the run's folder; None: the first of runs/NAME, NAME-2 ... that is free or of the same unfinished command.
+    dataset: the images of the source "memory". used: seconds of the minutes that are gone. join: work beside the
+    process that works there, if one does; the processes of one launch always do. Raises InputError, what reading the
+    data raises, Interrupted, and KeyboardInterrupt in a process that joined.
     """
-    folder = _folder(options, output)
+    started = independent()
+    run = _folder(options, output)
+    folder = run / FOLDER
     with _advised(), in_memory(dataset), ExitStack() as stack:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(folder / FOLDER))
+        folder.mkdir(parents=True, exist_ok=True)
         if options.device == "cpu":
             stack.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
-        record = Record(folder, options, used)
-        steps = Steps(options, folder, record)
-        if record.values["finished"]:
-            print(f"{folder} is finished; name another folder with -o for a new fit")
-        else:
-            steps.run()
-    return folder
+        while not _leads(folder, stack, join or started > 1):
+            if follow(folder, lambda: bool(Record(run, options).values["finished"]), work):
+                return run
+            if (folder / FILE).exists():  # the time since the leader's last word counts
+                used, started = max(0.0, time.time() - (folder / FILE).stat().st_mtime), 1
+        record = Record(run, options, used)
+        try:
+            steps = Steps(options, run, record, Workers(folder, started))
+            if record.values["finished"]:
+                print(f"{run} is finished; name another folder with -o for a new fit")
+            else:
+                steps.run()
+        except InputError as error:
+            if error.code in ("fit.minutes", "fit.weights") and "frozen" not in record.values:  # others may be tried
+                for name in (FILE, *SEEN):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+    return run
 
 
+def _leads(folder: Path, stack: ExitStack, join: bool) -> bool:
+    """Whether this process has locked RUN/fit, and so leads; else it may join the one that has."""
+    try:
+        if join:
+            free(folder / JOINED)  # raises where the disk has no locks
+        stack.enter_context(locked(folder))
+    except CheckpointError as error:
+        if not join or error.code != "run.locked":
+            raise
+        print(f"{str(error).partition(':')[0]}; this process takes a part of the work", flush=True)
+        return False
+    return True
+
+
+JOINED = ".join.lock"
+"""In RUN/fit, to try whether its disk has locks."""
 GO_ON = "then start the same command again, which goes on"
 ADVICE = {
     AGAIN: GO_ON,
     "then finish with --resume": GO_ON,
+    "wait for it or stop it, or start another run without --resume": (
+        "add --join to be one more worker of it, or fit into another folder with -o"
+    ),
     "start another run without --resume": "fit into another folder with -o",
 }
 """What the errors of a training advise, and what they advise in a fit, which has no --resume."""
@@ -74,7 +109,7 @@ def _folder(options: FitOptions, output: str | Path | None) -> Path:
         return folder
     recipe = load_dict({"data": {"source": "digits"}, "name": name_of(options.source)})
     for folder in existing(recipe):
-        if (folder / FOLDER).is_dir():
+        if (folder / FOLDER).is_dir() or not any(folder.iterdir()):
             with contextlib.suppress(InputError):
                 if not Record(folder, options).values["finished"]:
                     return folder

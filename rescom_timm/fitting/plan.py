@@ -43,7 +43,7 @@ class FitOptions:
         if not 0 < self.minutes < math.inf:
             raise InputError("fit.minutes", f"--minutes {self.minutes:g}: give a positive number")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -127,18 +127,20 @@ class Reserve:
 
 
 def trainings(
-    seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1, chooses: bool = True
-) -> list[Training]:
+    seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1, chooses: bool = True,
+    workers: int = 1,
+) -> list[Training]:  # fmt: skip
     """The candidates that so many seconds hold, with what follows them; none where that is less than an epoch.
 
     times: how often the chosen one is trained. chooses: whether validation images choose among candidates. Then a few
     epochs go to the start from class means, which was better than that from the probe on validation images. Otherwise
-    they go to the latter, whose soup with the probe is the model.
+    they go to the latter, whose soup with the probe is the model. workers: of which two train at the same time.
     """
     epoch = times * epoch_seconds(pace, images)
-    if (epochs := int((seconds - reserve.after(2)) / epoch)) >= BOTH:
+    each = int((seconds - reserve.after(2)) / epoch)
+    if (epochs := each * min(workers, 2)) >= BOTH:
         linear = min(MOST["linear"], epochs // 2)
-        return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear))]
+        return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear, each))]
     kind: Kind = "cosine" if chooses else "linear"
     epochs = min(MOST[kind], int((seconds - reserve.after(1)) / epoch))
     return [Training(kind, epochs)] if epochs >= 1 else []

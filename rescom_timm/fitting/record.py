@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Record:
         }  # fmt: skip
         if self.path.is_file():
             self.values = read_json(self.path)
-            if odd := different(self.values.get("command"), options):
+            if odd := _different(self.values["command"], options):
                 raise InputError(
                     "fit.other_run",
                     f"{run} was made by another command ({', '.join(odd)}): name another folder with -o",
@@ -51,14 +51,14 @@ class Record:
         finally:
             self.left_out += time.monotonic() - began
 
-    def save(self, **values: Any) -> None:
+    def save(self, **values: object) -> None:
         """Write the record with these values in it."""
         self.values |= values | {"seconds": round(self.seconds, 3)}
         write_json(self.path, self.values)
 
 
-def different(command: Any, options: FitOptions) -> list[str]:
+def _different(command: Mapping[str, object], options: FitOptions) -> list[str]:
     """The options that differ from those of a record's command, as they were and are."""
-    before, now = dict(command or {}), options.to_dict()
-    odd = [key for key in now if key not in FREE and before.get(key) != now[key]]
-    return [f"{key}: {before.get(key)!r} then, {now[key]!r} now" for key in odd]
+    now = options.to_dict()
+    odd = [key for key in now if key not in FREE and command.get(key) != now[key]]
+    return [f"{key}: {command.get(key)!r} then, {now[key]!r} now" for key in odd]

@@ -6,7 +6,9 @@ import contextlib
 import io
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,14 +22,25 @@ from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, load
 from rescom_timm.data.splits import Split
-from rescom_timm.engine.errors import NonFiniteLoss, Stopped, one_line
+from rescom_timm.engine.errors import Stopped
 from rescom_timm.engine.features import Features, read_logits
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.errors import InputError
 from rescom_timm.fitting import page, plan
 from rescom_timm.fitting.backbones import nets
 from rescom_timm.fitting.budget import Budget, sampled
-from rescom_timm.fitting.candidates import SHARES, Candidate, Weights, best, decide, row, score
+from rescom_timm.fitting.candidates import (
+    SHARES,
+    Candidate,
+    Weights,
+    best,
+    decide,
+    encoder_of,
+    row,
+    score,
+    soup_of,
+    with_head,
+)
 from rescom_timm.fitting.choice import (
     ENOUGH,
     FOLDS,
@@ -44,24 +57,31 @@ from rescom_timm.fitting.features import features_of
 from rescom_timm.fitting.inventory import changes, inventory
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FOLDER, Record
-from rescom_timm.fitting.soups import loaded, soup
+from rescom_timm.fitting.soups import loaded
 from rescom_timm.fitting.source import joined, read
+from rescom_timm.fitting.tasks import Images, read_together, train_elsewhere
 from rescom_timm.fitting.training import (
-    Diverged,
     Kind,
+    Outcome,
     floor_of,
     measured,
+    outcome,
     size_of,
     trained,
     training_recipe,
     weights_of,
 )
+from rescom_timm.fitting.workers import Workers
 from rescom_timm.fitting.writing import write_run
 from rescom_timm.io import read_json, write_json, write_tensors
 from rescom_timm.methods.heads import KINDS, Fitted, Standard, class_means, named, standard
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
 from rescom_timm.models.net import Net
 
+SEEN = ("images.json", "inventory.json")
+"""In RUN/fit: the recipe of the images, and their state."""
+SHARED = 5.0
+"""Seconds of a pass over images from which on other workers do a part of it."""
 NAMES = "class names"
 """The head over CLIP-like nets that class names give."""
 
@@ -78,8 +98,8 @@ class Interrupted(Exception):
 class Steps:
     """The steps, in order; `candidates` are the ones so far, the simplest first."""
 
-    def __init__(self, options: FitOptions, run: Path, record: Record) -> None:
-        self.options, self.run_folder, self.record = options, run, record
+    def __init__(self, options: FitOptions, run: Path, record: Record, workers: Workers) -> None:
+        self.options, self.run_folder, self.record, self.workers = options, run, record, workers
         self.folder = run / FOLDER
         self.candidates: list[Candidate] = []
         self.base = self._base()
@@ -100,7 +120,7 @@ class Steps:
 
     def _base(self) -> Recipe:
         """The recipe of the images, the same after an interruption. Raises InputError where anything has changed."""
-        path, seen = self.folder / "images.json", self.folder / "inventory.json"
+        path, seen = (self.folder / name for name in SEEN)
         files = (self.options.weights_file, self.options.class_features)
         if not seen.is_file():
             recipe = read(self.options, self.folder)
@@ -152,7 +172,7 @@ class Steps:
         found: list[tuple[Recipe, Net, Features, list[Candidate]]] = []
         for recipe, net in backbones:
             train = self._features(accelerator, net, recipe, self.data.train)
-            heads = self._heads(accelerator, recipe, net, train)
+            heads = self._heads(accelerator, recipe, net, train, partial(encoder_of, net))
             found.append((recipe, net.cpu(), train, heads))
             self.record.save()
         place = best([one[-1][0] for one in found]) if len(found) > 1 else 0
@@ -167,23 +187,34 @@ class Steps:
     def _features(self, accelerator: Accelerator, net: Net, recipe: Recipe, split: Split) -> Features:
         """Of the training images that heads are fitted to."""
         split, versions = sampled(split, self.frozen.at_most), self.frozen.versions
-        found = features_of(accelerator, net.to(accelerator.device), recipe, split, versions == 2)
+        found = self._pass(accelerator, net, recipe, split, "train", versions == 2)
         if found.seconds:
             self.budget.observed(recipe.net.backbone, found.seconds / (versions * len(found.labels)))
         return found
 
+    def _pass(
+        self, accelerator: Accelerator, net: Net, recipe: Recipe, split: Split, name: str, flipped: bool
+    ) -> Features:
+        """Features of a sampled split of the recipe's data, by all workers where it takes long."""
+        net, together = net.to(accelerator.device), None
+        seconds = self.budget.pace(recipe.net.backbone).forward * len(split.rows) * (1 + flipped)
+        if seconds > SHARED and self.workers.number() > 1:
+            images = Images(name, self.frozen.at_most)
+            together = partial(read_together, self.workers, accelerator, net, recipe, split, images, flipped)
+        return features_of(accelerator, net, recipe, split, flipped, together)
+
     def _heads(
-        self, accelerator: Accelerator, recipe: Recipe, net: Net, train: Features, only: str | None = None
-    ) -> list[Candidate]:
-        """A head of each kind, at the setting that is best on validation."""
+        self, accelerator: Accelerator, recipe: Recipe, net: Net, train: Features, weights: Callable[[], Weights],
+        only: str | None = None,
+    ) -> list[Candidate]:  # fmt: skip
+        """A head of each kind, at the setting that is best on validation. weights: of the net below the head."""
         validation = None
         if self.validation is not None:
-            validation = features_of(accelerator, net.to(accelerator.device), recipe, self.validation, False)
+            validation = self._pass(accelerator, net, recipe, self.validation, "validation", False)
         classes = len(self.data.counts)
         counts = train.counts(classes)
         rows = train.rows()
         scale = standard(rows)
-        encoder = {f"encoder.{name}": value.cpu().clone() for name, value in net.encoder.state_dict().items()}
         found = []
         for name, (about, fit) in self._kinds(net).items():
             if only not in (None, name) or (name == "logistic regression" and not self.frozen.logistic):
@@ -202,9 +233,9 @@ class Steps:
             shown = None if validation is None else score(head, validation)
             own = scores[place].scaled(factor)
             by = "cross-validation" if validation is None or self.repeats else "validation"
-            weights = encoder | {"classifier.weight": head.weight, "classifier.bias": head.bias}
+            whole = partial(with_head, weights, head.state())
             found.append(
-                Candidate(name, about, "linear", weights, own, by, shown, None, (name, place), factor, len(options))
+                Candidate(name, about, "linear", whole, own, by, shown, None, (name, place), factor, len(options))
             )
         return found
 
@@ -222,30 +253,58 @@ class Steps:
     # ---------------------------------------------------------------- training from the heads
 
     def train(self) -> None:
-        """Train each candidate of the plan from its head; its soups with its start, and a head re-fitted on it."""
-        planned = self.budget.planned(self.backbone)
-        done = self.record.values["trained"]
-        for place, (kind, epochs) in enumerate(planned):
-            print(f"next: {plan.described([plan.Training(kind, epochs)])}", flush=True)
-            start = self._start(kind)
-            path = self.folder / f"{kind}-start.safetensors"
+        """Train the candidates of the plan from their heads, with soups with their starts and heads re-fitted on them.
+
+        Other workers train some of them where there are any.
+        """
+        planned = self.budget.planned(self.backbone, self.workers.number())
+        after = self.budget.reserve(self.backbone).after
+        starts: dict[Kind, tuple[Candidate, Recipe]] = {}
+        for kind, epochs in planned:
+            start, path = self._start(kind), self.folder / f"{kind}-start.safetensors"
             if not path.is_file():
-                write_tensors(path, start.weights)
+                write_tensors(path, start.weights())
             recipe = training_recipe(self.recipe, kind, epochs, self.images["train"], path, self.enough)
-            if kind not in done:
-                trainings = len(planned) - place
-                seconds = (self.budget.left - self.budget.reserve(self.backbone).after(trainings)) / trainings
-                epoch = plan.epoch_seconds(self.budget.pace(self.backbone), self.images)
-                try:
-                    why = trained(recipe, self.data.class_names, floor_of(start.shown), seconds, epoch)
-                    done[kind] = {"used": weights_of(recipe) is not None, "why": why}
-                except (Diverged, NonFiniteLoss) as error:
-                    done[kind] = {"used": False, "why": f"diverged: {one_line(error)}"}
-                    print(f"left out: {plan.SOURCES[kind]}: {done[kind]['why']}", flush=True)
+            starts[kind] = start, recipe
+            if kind not in self.record.values["trained"]:
+                left, floor = self.budget.left - after(len(planned)), floor_of(start.shown)
+                train_elsewhere(self.workers, kind, recipe, self.data.class_names, floor, left, self.epoch)
+        heads, added = self.candidates, dict[Kind, list[Candidate]]()
+        for waits in (False, True):  # what is free, then what other workers have
+            for kind, (start, recipe) in starts.items():
+                remaining = len(planned) - len(added)
+                if kind in added or not (found := self._outcome(kind, start, recipe, after(remaining), waits)):
+                    continue
+                weights = partial(soup_of, Path(str(recipe.init_from)), recipe)
+                added[kind] = self._trained(start, weights, kind, after(remaining - 1)) if found["used"] else []
+                self.candidates = heads + [one for kind in starts for one in added.get(kind, [])]
                 self.record.save()
-            end = weights_of(recipe) if done[kind]["used"] else None
-            if end is not None:
-                self._add_trained(kind, start, end, self.budget.reserve(self.backbone).after(len(planned) - place - 1))
+
+    @property
+    def epoch(self) -> float:
+        """Seconds that one is expected to take."""
+        return plan.epoch_seconds(self.budget.pace(self.backbone), self.images)
+
+    def _outcome(self, kind: Kind, start: Candidate, recipe: Recipe, after: float, waits: bool) -> Outcome | None:
+        """Of a training, done here unless another worker has it; then waited for, or None. after: seconds kept."""
+        done: dict[str, Outcome] = self.record.values["trained"]
+        if kind not in done:
+
+            def train() -> Outcome:
+                print(f"next: {plan.described([plan.Training(kind, recipe.train.epochs)])}", flush=True)
+                remaining = sum(one.kind not in done for one in self.budget.planned(self.backbone))
+                seconds = (self.budget.left - after) / -(-remaining // self.workers.number())
+                return outcome(recipe, self.data.class_names, floor_of(start.shown), seconds, self.epoch)
+
+            end = self.budget.reserve(self.backbone).end
+            found = self.workers.result(kind, train, lambda: waits and self.budget.left > end)
+            if found is None and not waits:
+                return None
+            done[kind] = found or Outcome(used=False, why="another worker has not finished it in time")
+            if not done[kind]["used"]:
+                print(f"left out: {plan.SOURCES[kind]}: {done[kind]['why']}", flush=True)
+            self.record.save()
+        return done[kind]
 
     def _start(self, kind: Kind) -> Candidate:
         """Where a training begins: the probe or, where better, the head of class names; class means as cosines."""
@@ -255,14 +314,15 @@ class Steps:
         width = self.features.values.shape[-1]
         plain = Standard(torch.zeros(width, dtype=torch.float64), torch.ones(width, dtype=torch.float64))
         means = class_means(self.features.rows(), len(self.data.counts), plain)
-        weights = {n: v for n, v in self.candidates[0].weights.items() if n.startswith("encoder.")}
-        weights["classifier.weight"] = F.normalize(means.weight, dim=1)  # their length scales the step, not the cosines
+        head = {"classifier.weight": F.normalize(means.weight.cpu(), dim=1)}  # lengths scale the step, not the cosines
+        weights = partial(with_head, partial(encoder_of, self.net), head)
         return self._net_candidate("cosine class means", "class means as cosines", "cosine", weights)
 
-    def _add_trained(self, kind: Kind, start: Candidate, end: Weights, after: float) -> None:
+    def _trained(self, start: Candidate, soup: Callable[[float], Weights], kind: Kind, after: float) -> list[Candidate]:
         """The soups of start and end, the default first, the end itself, and a head re-fitted on the best of them.
 
-        All but the first are left out where they do not fit before the last `after` seconds.
+        soup: by the share of the end. All but the first are left out where they do not fit before the last `after`
+        seconds.
         """
         source = {"probe": "the probe", "cosine class means": "class means"}.get(start.name, start.name)
         one_pass = self.budget.pace(self.backbone).forward * self.images["validation"]
@@ -272,7 +332,7 @@ class Steps:
             if share != SHARES[0] and not self.budget.holds(name, one_pass, after):
                 continue
             about = f"{share:g} of the net trained from {source}, {1 - share:g} of its start"
-            weights = soup([start.weights, end], [1 - share, share])
+            weights = partial(soup, share)
             one = self._net_candidate(name, about if share < 1 else f"all weights trained from {source}", kind, weights)
             added.append(replace(one, start=start.shown, share=share))
         if self.enough and self.budget.holds(f"a head re-fitted on {kind}", self.budget.refit(self.backbone), after):
@@ -280,13 +340,12 @@ class Steps:
             accelerator = new_accelerator("no")
             net = self._loaded(base)
             train = self._features(accelerator, net, self.recipe, self.data.train)
-            refitted = self._heads(accelerator, self.recipe, net, train, "probe")[0]
+            refitted = self._heads(accelerator, self.recipe, net, train, base.weights, "probe")[0]
             about = f"Balanced Softmax probe fitted again on the features of: {base.name}"
             added.append(replace(refitted, name=f"re-fitted, {base.name}", about=about))
-        self.candidates += added
-        self.record.save()
+        return added
 
-    def _net_candidate(self, name: str, about: str, kind: Kind, weights: Weights) -> Candidate:
+    def _net_candidate(self, name: str, about: str, kind: Kind, weights: Callable[[], Weights]) -> Candidate:
         """A candidate that is scored by showing its net the validation images."""
         found = Candidate(name, about, kind, weights, None)
         if self.validation is None:
@@ -302,7 +361,7 @@ class Steps:
 
     def _loaded(self, candidate: Candidate) -> Net:
         config = replace(self.recipe.net, classifier=ClassifierConfig(candidate.kind))
-        return loaded(config, self.recipe.views, len(self.data.counts), candidate.weights)
+        return loaded(config, self.recipe.views, len(self.data.counts), candidate.weights())
 
     # ---------------------------------------------------------------- the end
 
@@ -311,42 +370,37 @@ class Steps:
         place, why = decide(self.candidates, self.enough)
         chosen = self.candidates[place]
         factor = 1 / temperature_of(chosen.scored) if chosen.scored is not None else 1.0
-        weights = chosen.weights
-        if last and self.options.use_validation and self.data.validation is not None:
-            weights = self._on_all(chosen)
+        again = last and self.options.use_validation and self.data.validation is not None
+        weights = self._on_all(chosen) if again else chosen.weights()
         path = self.folder / "chosen.safetensors"
         recipe = training_recipe(self.recipe, chosen.kind, 0, self.images["train"], path, False)
-        recipe = replace(recipe, net=replace(self.recipe.net, classifier=ClassifierConfig(chosen.kind)))
+        classifier = replace(self.recipe.net, classifier=ClassifierConfig(chosen.kind))
+        recipe = replace(recipe, net=classifier, origin=f"chosen by fit: {chosen.name} ({why})")
         splits = self.record.values["evaluated"] if last else ("validation",)
         write_run(recipe, weights, factor, self.data.class_names, path, self.run_folder, splits)
         self.record.save(chosen=chosen.name, why=why, finished=last, table=[row(one) for one in self.candidates])
-        page.write(self.run_folder, self.record.values, self._summary())
-        print(page.text(self.run_folder, self.record.values))
+        page.write(self.run_folder, self.record, self._summary())
+        print(page.text(self.run_folder, self.record))
 
     def _on_all(self, chosen: Candidate) -> Weights:
         """The chosen candidate made again with the validation images among those that are trained on."""
         config = joined(self.base.data, self.folder)
         if config is None:
             warnings.warn("the validation images are another split, which is not trained on", stacklevel=2)
-            return chosen.weights
+            return chosen.weights()
         data, recipe = load(config), replace(self.recipe, data=config)
         if chosen.fitted is not None:
             return self._fitted(chosen, recipe, data)
-        start = (
-            self._start(chosen.kind).weights
-            if chosen.kind == "cosine"
-            else self._fitted(self._start("linear"), recipe, data)
-        )
+        start = self._start(chosen.kind)
         path = self.folder / "all" / f"{chosen.kind}-start.safetensors"
-        write_tensors(path, start)
+        write_tensors(path, start.weights() if chosen.kind == "cosine" else self._fitted(start, recipe, data))
         epochs = dict(self.budget.planned(self.backbone))[chosen.kind]
         training = training_recipe(recipe, chosen.kind, epochs, len(data.train.labels), path, False)
         trained(training, data.class_names, None, self.budget.left - self.budget.reserve(self.backbone).end, 0.0)
-        end = weights_of(training)
-        if end is None:
+        if weights_of(training) is None:
             self.budget.leave_out("the last training, with the validation images")
-            return chosen.weights
-        return soup([start, end], [1 - chosen.share, chosen.share])
+            return chosen.weights()
+        return soup_of(path, training, chosen.share)
 
     def _fitted(self, candidate: Candidate, recipe: Recipe, data: Data) -> Weights:
         """A fitted head of a candidate, fitted at its setting on other images."""
@@ -354,5 +408,4 @@ class Steps:
         features = self._features(accelerator, net, recipe, data.train)
         scale, (name, place) = standard(features.rows()), candidate.fitted or ("probe", 0)
         fitted = self._kinds(net)[name][1](features.rows(), features.counts(len(data.counts)), scale)
-        head = scale.folded(fitted[place]).scaled(candidate.factor)
-        return candidate.weights | {"classifier.weight": head.weight, "classifier.bias": head.bias}
+        return with_head(candidate.weights, scale.folded(fitted[place]).scaled(candidate.factor).state())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from rescom_timm.config.recipe import (
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
-from rescom_timm.engine.errors import RunError
+from rescom_timm.engine.errors import NonFiniteLoss, RunError, one_line
 from rescom_timm.engine.features import Features, loader_of
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
@@ -150,6 +150,24 @@ def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None, sec
     return ""
 
 
+class Outcome(TypedDict):
+    """What came of a training."""
+
+    used: bool
+    """Whether it left weights that may be chosen."""
+    why: str
+    """It ended early or is not used; "" for neither."""
+
+
+def outcome(recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float, epoch: float) -> Outcome:
+    """Train a candidate, or go on with it. Arguments as of `trained`; raises Stopped, as that does."""
+    try:
+        why = trained(recipe, class_names, floor, seconds, epoch)
+        return Outcome(used=weights_of(recipe) is not None, why=why)
+    except (Diverged, NonFiniteLoss) as error:
+        return Outcome(used=False, why=f"diverged: {one_line(error)}")
+
+
 def weights_of(recipe: Recipe) -> dict[str, Tensor] | None:
     """The best weights of a training on validation, or its last; None where there are none."""
     folder = recipe.folder / "checkpoints"
@@ -194,7 +212,7 @@ def measured(accelerator: Accelerator, net: Net, recipe: Recipe, data: Data, bat
 
     before = copy_buffers(net)
     try:
-        head = _pass_seconds(int(net.classifier.in_features), len(data.counts))
+        head = _pass_seconds(int(net.classifier.in_features), len(data.counts), accelerator.device)
         return Pace(_timed(evaluation, forward, batches, recipe), _timed(loader, step, batches, recipe), head)
     finally:
         put_back(net, before)
@@ -222,10 +240,10 @@ def _timed(loader: Iterable[dict[str, Tensor]], work: Callable[[Tensor], None], 
     return (max(read, worked) if cuda else read + worked) / images
 
 
-def _pass_seconds(width: int, classes: int, images: int = 1024) -> float:
+def _pass_seconds(width: int, classes: int, device: torch.device, images: int = 1024) -> float:
     """Return the seconds a row of features takes in one pass of L-BFGS."""
     values = np.random.default_rng(0).standard_normal((images, 1, width), dtype=np.float32)
-    rows = Features(values, np.arange(images) % classes).rows()
+    rows = Features(values, np.arange(images) % classes, device=device).rows()
     scale = standard(rows)
     for _ in range(2):  # the first warms up
         began = time.monotonic()

@@ -142,7 +142,7 @@ class Method(nn.Module):
     def fit_head(self, rows: Rows) -> None:
         """Fit the head before training; called for a method that fits_head.
 
-        rows: features and labels of the training images, as they are and flipped, on the CPU.
+        rows: features and labels of the training images, as they are and flipped.
         """
 
     def set_classes(self, names: Sequence[str]) -> None:

@@ -46,6 +46,10 @@ class Head(NamedTuple):
         """With all logits times the factor, which changes no ranking."""
         return Head(self.weight * factor, self.bias * factor)
 
+    def state(self) -> dict[str, Tensor]:
+        """As the classifier of a net's weights, on the CPU."""
+        return {"classifier.weight": self.weight.cpu(), "classifier.bias": self.bias.cpu()}
+
 
 class Standard(NamedTuple):
     """Mean and deviation (F,) of each feature, float64."""

@@ -60,8 +60,10 @@ def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
     found = record(run)
     assert found["finished"] and found["chosen"] == "probe" and found["plan"] == []
     assert [row["by"] for row in found["table"]] == ["validation"] * 3
-    assert json.loads((run.folder / "evaluation/test-last.json").read_text())["images"] == 16
+    kept = json.loads((run.folder / "evaluation/test-last.json").read_text())
+    assert kept["images"] == 16 and kept["chosen"].startswith("chosen by fit: probe")
     assert run.evaluate()["mean_class"] > 60
+    assert json.loads((run.folder / "evaluation/test-last.json").read_text())["chosen"] == kept["chosen"]
     image = photos / "test/a/0.png"
     (told,) = run.predict([image])
     model = timm.create_model(f"local-dir:{run.folder / 'model'}", pretrained=True).eval()
@@ -69,6 +71,7 @@ def test_a_probe_is_a_run_like_any_other(photos, tmp_path, monkeypatch):
     logits = model(transform(Image.open(image))[None])
     assert rescom_timm.from_pretrained(run.folder).class_names[int(logits.argmax())] == told.labels[0]
     assert run.figures("confusion", "report")
+    assert kept["chosen"] in (run.folder / "figures/report.html").read_text()
     assert "probe" in (run.folder / "fit/report.html").read_text()
     again = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     assert again.folder == run.folder, "a finished fit is left as it is"
@@ -156,6 +159,10 @@ def test_what_a_budget_holds():
     assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("cosine", 3)]
     assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve, chooses=False) == [Training("linear", 3)]
     assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("cosine", 3)]
+    assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, workers=3) == [
+        Training("linear", 6),
+        Training("cosine", 6),
+    ]
     assert plan.trainings(20 * epoch + 7, pace, images, reserve) == [Training("linear", 10), Training("cosine", 10)]
     assert plan.trainings(999 * epoch, pace, images, reserve) == [Training("linear", 20), Training("cosine", 30)]
     costly = plan.Reserve(7, 0.5 * epoch, epoch)
@@ -183,7 +190,7 @@ def test_a_small_budget_fits_heads_on_a_sample(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "measured", lambda *_: next(paces))
     planned(monkeypatch)
     with raises("fit.minutes", "--minutes", "--size"):
-        rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "refused")
+        rescom_timm.fit(photos, 99, **HOW, output=tmp_path / "run")
     run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     found = record(run)
     assert found["frozen"] == {"versions": 1, "logistic": False, "at_most": 6} and found["evaluated"] == ["test"]
@@ -233,7 +240,7 @@ def test_bad_input(photos, tmp_path, monkeypatch):
     with raises("fit.argument", "data.source"):
         rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "c", overrides=["data.source=x"])
     (tmp_path / "busy/fit").mkdir(parents=True)
-    with locked(tmp_path / "busy/fit"), raises("run.locked", os.getpid(), "-o", kind=CheckpointError):
+    with locked(tmp_path / "busy/fit"), raises("run.locked", os.getpid(), "-o", "--join", kind=CheckpointError):
         rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "busy")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
