@@ -70,7 +70,7 @@ def _leads(folder: Path, stack: ExitStack, join: bool) -> bool:
     except CheckpointError as error:
         if not join or error.code != "run.locked":
             raise
-        print(f"{str(error).partition(':')[0]}; this process takes a part of the work", flush=True)
+        print(f"{str(error).partition(': ')[0]}; this process takes a part of the work", flush=True)
         return False
     return True
 
