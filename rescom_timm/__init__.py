@@ -18,7 +18,7 @@ The packages. A package imports only from those below it; tests/test_architectur
     losses/         pure functions in the papers' symbols; torch only
     distributed     number of processes, gathering tensors
     paired          McNemar's test and the bootstrap of classifiers on the same images
-    metrics         accuracy by group, calibration, corruption errors
+    metrics         accuracy by group, calibration, intervals
     class_names     comparing the class names of two data sets, runs or checkpoints
     text/           escaping untrusted text for terminal, HTML and Markdown; page templates
     hub_client      Hub ids and timeouts

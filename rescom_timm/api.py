@@ -45,9 +45,10 @@ from rescom_timm.fitting.fit import fit as fit_images
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.steps import Interrupted
 from rescom_timm.hub.publish import Publisher
-from rescom_timm.hub.push import export_push, push_run
+from rescom_timm.hub.push import export_push, kept_rule, push_run
 from rescom_timm.inference.conformal import PredictionSets
 from rescom_timm.inference.export import export_run, kept_validation
+from rescom_timm.inference.images import ImageSource
 from rescom_timm.inference.neighbours import Embeddings
 from rescom_timm.inference.onnx import export_onnx
 from rescom_timm.inference.predict import Prediction, Prior, calibrate, embed, predict
@@ -287,7 +288,9 @@ class Run:
             *(f"data.{key}=null" for key in ("image_column", "label_column", "split_column", "group_column", "subset")),
         ]  # fmt: skip
 
-    def predict(self, images: Any, top_k: int = 5, prior: Prior | None = None, **options: Any) -> list[Prediction]:
+    def predict(
+        self, images: ImageSource, top_k: int = 5, prior: Prior | None = None, **options: Any
+    ) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""
         return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
 
@@ -369,30 +372,35 @@ class Run:
 
     def export(
         self, path: str | Path, format: Format = "timm", weights: Weights | None = None, overrides: Sequence[str] = (),
-        recall: Mapping[str, float] | None = None,
+        recall: Mapping[str, float] | None = None, costs: str | Path | None = None,
     ) -> Path:  # fmt: skip
         """Write the best checkpoint's model for other programs; returns the path.
 
         format: timm writes a folder for timm, transformers and from_pretrained, with a model card; onnx and torch a
         file of the classifier (normalised images (N, 3, H, W) to logits (N, K)), whose logits are compared with the
         net's. weights: raw or ema (default: as train.ema.export says). overrides: of the hub section, for the card.
-        recall: of classes by name, an operating point that the folder keeps and predict and demo use (timm only).
+        recall, costs: an operating point by class name, or a file of costs, that the folder keeps and predict and demo
+        use (timm only).
         Raises CheckpointError for weights that the run lacks, MissingPackageError without the extra onnx, InputError
         for a net that the format cannot store.
         """
         path = Path(path)
         if format == "timm":
-            return export_push(self.folder, path, overrides, weights, recall)
+            return export_push(self.folder, path, overrides, weights, kept_rule(self.folder, recall, costs))
         write = {"onnx": export_onnx, "torch": export_program}[format]
         if weights is None:
             return write(self.pretrained(), path)
         with TemporaryDirectory() as folder:
             return write(export_run(self.folder, folder, plain=False, weights=weights), path)
 
-    def push(self, repo: str | None = None, overrides: Sequence[str] = ()) -> str:
+    def push(
+        self, repo: str | None = None, overrides: Sequence[str] = (), recall: Mapping[str, float] | None = None,
+        costs: str | Path | None = None,
+    ) -> str:  # fmt: skip
         """Push the run to the Hub; returns the commit's address.
 
         repo: owner/name (default: the recipe's hub.repo). overrides: of the hub section, such as "hub.private=false".
-        Raises HubError.
+        recall, costs: as of export. Raises HubError, and InputError as export does.
         """
-        return push_run(self.folder, [*overrides, *([f"hub.repo={repo}"] if repo else [])])
+        overrides = [*overrides, *([f"hub.repo={repo}"] if repo else [])]
+        return push_run(self.folder, overrides, kept_rule(self.folder, recall, costs))

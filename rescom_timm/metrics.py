@@ -5,11 +5,12 @@ many, medium, few.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rescom_timm.errors import InputError
@@ -49,34 +50,28 @@ def groups_defined(limits: Limits = LIMITS) -> str:
 
 INTERVALS_DEFINED = "Intervals: 95%; of a class Wilson's, of groups and means a bootstrap over their classes and images"
 
-# Mean top-1 error (percent) of AlexNet over the five severities of each ImageNet-C corruption, and on the clean images:
-# Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
-# (arXiv 1903.12261), the constants of the authors' evaluation; clean error from their table 1.
-ALEXNET_CLEAN = 43.5
-ALEXNET_IMAGENET_C = {
-    "gaussian_noise": 88.6428,
-    "shot_noise": 89.4468,
-    "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880,
-    "glass_blur": 82.6268,
-    "motion_blur": 78.5948,
-    "zoom_blur": 79.8360,
-    "snow": 86.6816,
-    "frost": 82.6572,
-    "fog": 81.9324,
-    "brightness": 56.4592,
-    "contrast": 85.3204,
-    "elastic_transform": 64.6056,
-    "pixelate": 71.7840,
-    "jpeg_compression": 60.6500,
-}
-
 
 def groups(counts: Tensor | Sequence[int] | np.ndarray, limits: Limits = LIMITS) -> dict[str, Tensor]:
     """Class numbers of each group, by training images. A group without classes is left out."""
     counts, (low, high) = torch.as_tensor(counts), limits
     masks = {"many": counts > high, "medium": (counts >= low) & (counts <= high), "few": counts < low}
     return {name: mask.nonzero().flatten() for name, mask in masks.items() if mask.any()}
+
+
+def by_count(counts: ArrayLike) -> NDArray[np.int64]:
+    """Class numbers (K,) from most to fewest training images; equal counts keep their order."""
+    return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
+
+
+def group_of(counts: ArrayLike | None, limits: Limits = LIMITS, classes: int = 0) -> NDArray[np.str_]:
+    """The group's name of each class (K,); without counts "" for so many classes."""
+    if counts is None:
+        return np.full(classes, "")
+    counts = np.asarray(counts, dtype=np.int64)
+    names = np.empty(len(counts), dtype="<U6")
+    for name, members in groups(counts, limits).items():
+        names[members.numpy()] = name
+    return names
 
 
 def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> dict[str, Tensor]:
@@ -380,68 +375,3 @@ def intervals(
         part = bootstrap(right[members.numpy()], n[members.numpy()], classes, draws)
         found |= {name: part["images"], f"{name}_mean_class": part["classes"]} if part else {}
     return found
-
-
-# Robustness to corruptions. `errors` maps a kind of corruption to its top-1 errors (percent), one per severity;
-# a baseline maps it to the mean over the same severities. ImageNet-C has 15 kinds of 5 severities each.
-
-
-def mean_error(errors: Mapping[str, Sequence[float]]) -> float:
-    """Mean over kinds and severities of the top-1 error in percent: mCE without a baseline."""
-    return _mean([_mean(values) for values in errors.values()])
-
-
-def corruption_errors(
-    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
-) -> dict[str, float]:
-    """CE of each kind (Hendrycks & Dietterich 2019, section 4.1): 100 * sum_s E_s / sum_s E_s(baseline)."""
-    _same_kinds(errors, baseline)
-    return {kind: 100 * _mean(errors[kind]) / baseline[kind] for kind in baseline}
-
-
-def mean_corruption_error(
-    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
-) -> float:
-    """Mean corruption error (mCE), the mean of corruption_errors over the kinds; 100 is the baseline itself.
-
-    Raises InputError if the kinds differ from the baseline's: a mean over fewer kinds is another number.
-    """
-    return _mean(list(corruption_errors(errors, baseline).values()))
-
-
-def relative_mean_corruption_error(
-    errors: Mapping[str, Sequence[float]],
-    clean_error: float,
-    baseline: Mapping[str, float] = ALEXNET_IMAGENET_C,
-    baseline_clean_error: float = ALEXNET_CLEAN,
-) -> float:
-    """Relative mCE (same section): errors counted from each net's own clean error (percent), before the ratio.
-
-    mean over kinds of 100 * sum_s (E_s - E_clean) / sum_s (E_s - E_clean)(baseline).
-    """
-    _same_kinds(errors, baseline)
-    harmless = [kind for kind, error in baseline.items() if error <= baseline_clean_error]
-    if harmless:
-        raise InputError("plot.baseline", f"relative mCE needs a baseline that loses accuracy on {', '.join(harmless)}")
-    return _mean(
-        [100 * (_mean(errors[kind]) - clean_error) / (baseline[kind] - baseline_clean_error) for kind in baseline]
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    if not len(values):
-        raise InputError("metric.empty", "errors must have at least one corruption, each with at least one severity")
-    return sum(values) / len(values)
-
-
-def _same_kinds(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float]) -> None:
-    missing, extra = sorted(set(baseline) - set(errors)), sorted(set(errors) - set(baseline))
-    if missing or extra:
-        raise InputError(
-            "plot.baseline",
-            f"the corruptions differ from the baseline's {len(baseline)}: missing {', '.join(missing) or 'none'}; not "
-            f"in the baseline {', '.join(extra) or 'none'}",
-        )
-    lengths = {len(values) for values in errors.values()}
-    if len(lengths) > 1:
-        raise InputError("plot.baseline", f"every corruption needs as many severities, not {sorted(lengths)}")

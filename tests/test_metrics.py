@@ -10,6 +10,7 @@ import torch
 import torchmetrics.functional.classification as reference
 
 from rescom_timm import metrics
+from rescom_timm.analysis import robustness
 from rescom_timm.metrics import Meter
 from tests.raises import raises
 
@@ -200,37 +201,37 @@ def test_calibration_bins_include_their_upper_edge() -> None:
 
 
 def _alexnet_errors() -> dict[str, list[float]]:
-    return {kind: [error] * 5 for kind, error in metrics.ALEXNET_IMAGENET_C.items()}
+    return {kind: [error] * 5 for kind, error in robustness.ALEXNET_IMAGENET_C.items()}
 
 
 def test_alexnet_has_an_mce_of_100() -> None:
-    assert len(metrics.ALEXNET_IMAGENET_C) == 15
-    assert metrics.mean_corruption_error(_alexnet_errors()) == pytest.approx(100)
-    assert metrics.relative_mean_corruption_error(_alexnet_errors(), metrics.ALEXNET_CLEAN) == pytest.approx(100)
+    assert len(robustness.ALEXNET_IMAGENET_C) == 15
+    assert robustness.mean_corruption_error(_alexnet_errors()) == pytest.approx(100)
+    assert robustness.relative_mean_corruption_error(_alexnet_errors(), robustness.ALEXNET_CLEAN) == pytest.approx(100)
 
 
 def test_mce_on_hand_made_errors() -> None:
     errors, baseline = {"fog": [10.0, 30.0], "snow": [40.0, 60.0]}, {"fog": 40.0, "snow": 50.0}
-    assert metrics.corruption_errors(errors, baseline) == pytest.approx({"fog": 50.0, "snow": 100.0})
-    assert metrics.mean_corruption_error(errors, baseline) == pytest.approx(75)
+    assert robustness.corruption_errors(errors, baseline) == pytest.approx({"fog": 50.0, "snow": 100.0})
+    assert robustness.mean_corruption_error(errors, baseline) == pytest.approx(75)
     # (20 - 10) / (40 - 20) and (50 - 10) / (50 - 20)
-    assert metrics.relative_mean_corruption_error(errors, 10, baseline, 20) == pytest.approx((50 + 400 / 3) / 2)
-    assert metrics.mean_error(errors) == pytest.approx(35)
+    assert robustness.relative_mean_corruption_error(errors, 10, baseline, 20) == pytest.approx((50 + 400 / 3) / 2)
+    assert robustness.mean_error(errors) == pytest.approx(35)
 
 
 def test_mce_refuses_other_kinds_and_severities() -> None:
     errors = _alexnet_errors()
     with raises("plot.baseline", "speckle_noise"):
-        metrics.mean_corruption_error(errors | {"speckle_noise": [1.0] * 5})
+        robustness.mean_corruption_error(errors | {"speckle_noise": [1.0] * 5})
     del errors["fog"]
     with raises("plot.baseline", "fog"):
-        metrics.mean_corruption_error(errors)
+        robustness.mean_corruption_error(errors)
     with raises("plot.baseline"):
-        metrics.mean_corruption_error(errors | {"fog": [1.0]})
+        robustness.mean_corruption_error(errors | {"fog": [1.0]})
     with raises("plot.baseline", "fog"):
-        metrics.relative_mean_corruption_error({"fog": [1.0]}, 0.5, {"fog": 10.0}, 10.0)
+        robustness.relative_mean_corruption_error({"fog": [1.0]}, 0.5, {"fog": 10.0}, 10.0)
     with raises("metric.empty"):
-        metrics.mean_error({})
+        robustness.mean_error({})
 
 
 def test_wilson_is_the_published_interval() -> None:

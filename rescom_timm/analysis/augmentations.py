@@ -11,6 +11,7 @@ from torch import Tensor
 from rescom_timm import metrics
 from rescom_timm.analysis import style
 from rescom_timm.errors import InputError
+from rescom_timm.text import counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def draw(views: ContactSheet) -> Figure:
     tile = 1.15  # inches of one view
     figure = style.new_figure(columns * (v * tile + 0.2), rows * (tile * height / width + 0.4) + 0.75)
     figure.get_layout_engine().set(w_pad=0.08)  # type: ignore[union-attr, call-arg]
-    groups = style.group_of(views.counts, views.limits)
+    groups = metrics.group_of(views.counts, views.limits)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
@@ -76,9 +77,12 @@ def draw(views: ContactSheet) -> Figure:
             panel.axvline(border * width - 0.5, color="white", linewidth=2)
         panel.axhline(height - 0.5, color=style.GROUP_COLORS[groups[label]], linewidth=4, clip_on=False)
         name = style.plain(views.class_names[label], 15 * v)
-        panel.set_title(f"{name}: {views.counts[label]:,} images", fontsize=8, pad=3, loc="left")
+        panel.set_title(f"{name}: {counted(views.counts[label], 'image')}", fontsize=8, pad=3, loc="left")
     figure.suptitle(
-        f"{style.plain(views.title, 80)}: {n} images, {v} view{'s' * (v > 1)} of each", fontsize=10, x=0.01, ha="left"
+        f"{style.plain(views.title, 80)}: {counted(n, 'image')}, {counted(v, 'view')} of each",
+        fontsize=10,
+        x=0.01,
+        ha="left",
     )
     style.group_legend(figure, groups, loc="outside lower left", columns=3, limits=views.limits)
     return figure

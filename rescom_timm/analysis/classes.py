@@ -86,7 +86,7 @@ def rarest(evaluation: Evaluation, found: Classes) -> Rarest | None:
     """None if training counts are unknown."""
     if evaluation.counts is None:
         return None
-    groups = style.group_of(evaluation.counts, evaluation.limits)
+    groups = evaluation.groups
     order = found.worst_first[found.tested[found.worst_first] > 0]
     group = style.present(groups[order])[-1]
     members = order[groups[order] == group]
@@ -98,7 +98,7 @@ def table(evaluation: Evaluation, found: Classes) -> style.Table:
     order = found.worst_first
     unknown = [None] * len(order)
     counts = unknown if evaluation.counts is None else evaluation.counts[order].tolist()
-    groups = unknown if evaluation.counts is None else style.group_of(evaluation.counts, evaluation.limits)[order]
+    groups = unknown if evaluation.counts is None else evaluation.groups[order].tolist()
     numbers = {
         "accuracy_percent": found.accuracy, "low_percent": found.low, "high_percent": found.high,
         "precision_percent": found.precision, "f1_percent": found.f1,
@@ -110,7 +110,7 @@ def table(evaluation: Evaluation, found: Classes) -> style.Table:
         "class": order.tolist(),
         "name": [names[k] for k in order],
         "training_images": counts,
-        "group": list(groups),
+        "group": groups,
         "test_images": found.tested[order].tolist(),
         "correct": found.correct[order].tolist(),
         **{name: [None if np.isnan(value) else float(value) for value in column[order]]

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import RunFolder
-from rescom_timm.analysis.seeds import setting_of
 from rescom_timm.class_names import nfc
 from rescom_timm.config.loading import load as load_recipe
 from rescom_timm.data.sources import load as load_data
@@ -31,6 +30,7 @@ from rescom_timm.inference.predict import predict
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.metrics import CONFIDENCE, LIMITS, Limits, span
 from rescom_timm.paired import Comparison, compare
+from rescom_timm.text import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def read(path: str | Path, name: str = "", split: str = "test", checkpoint: str 
     found = run.evaluation(stem)
     names = [nfc(str(one)) for one in found.class_names]
     counts = {} if found.counts is None else dict(zip(names, found.counts.tolist(), strict=True))
-    setting, seed = setting_of(run) or (None, "")
+    setting, seed = run.setting() or (None, "")
     labels = [names[k] for k in found.labels.tolist()]
     return Answers(
         run.name,
@@ -146,9 +146,10 @@ def aligned(first: Answers, other: Answers) -> npt.NDArray[np.bool_]:
         others = sorted(wanted) != sorted(found)
     digests = {first.digest, other.digest} - {None}
     if len(right) != len(first.right):
-        wrong = f"{len(first.right):,} and {len(right):,} images"
+        wrong = f"{len(first.right):,} and {counted(len(right), 'image')}"
     elif labels != list(first.labels):
-        wrong = f"{sum(a != b for a, b in zip(first.labels, labels, strict=True)):,} images of other classes"
+        differ = sum(a != b for a, b in zip(first.labels, labels, strict=True))
+        wrong = f"{counted(differ, 'image')} of other classes"
     elif others or len(digests) > 1:
         wrong = "other images"
     else:
@@ -217,13 +218,13 @@ def text(compared: Compared) -> str:
             "p": {figure: f"{one.p:.3f}" for figure, one in differences.items()},
         }
         if test is not None:
-            gains = f"{test[2]:,} images gained, {test[1]:,} lost"
+            gains = f"{counted(test[2], 'image')} gained, {test[1]:,} lost"
             told.append(f"{name} against {first}: McNemar p {test[0]:.3g} ({gains})")
         else:
             told.append(f"{name} against {first}: bootstrap p {differences['top1'].p:.3g} over seeds and images")
         if len(others) > 1:
             told[-1] += f", {p:.3g} by Holm for {len(others)} comparisons"
-    about = f"{compared.images:,} images of {compared.classes:,} classes; differences to {first}"
+    about = f"{counted(compared.images, 'image')} of {counted(compared.classes, 'class')}; differences to {first}"
     return "\n".join([about, text_table(rows, beside), *told])
 
 
@@ -295,6 +296,6 @@ def draw(compared: Compared) -> Figure:
         style.tidy(panel, rules.get(name, name.replace("_", " ")), "points", "", "x")
         panel.set_ylim(len(others) - 0.5, -0.5)
         panel.set_yticks(places, [style.plain(other, 40) for other in others])
-    what = f"difference to {style.plain(first, 50)} with 95% intervals, {compared.images:,} images"
+    what = f"difference to {style.plain(first, 50)} with 95% intervals, {counted(compared.images, 'image')}"
     figure.suptitle(what, fontsize=10, x=0.01, ha="left")
     return figure

@@ -7,6 +7,7 @@ import numpy as np
 from rescom_timm import metrics
 from rescom_timm.analysis import classes, style
 from rescom_timm.analysis.run_files import Evaluation
+from rescom_timm.text import counted
 
 NAMED = 5
 """Classes that are named at most."""
@@ -22,8 +23,8 @@ def conclusions(found: Evaluation) -> list[str]:
     accuracy, tested = 100 * float(right.mean()), found.tested
     mean = 100 * float(np.mean(found.correct[tested > 0] / tested[tested > 0]))
     told = [
-        f"{accuracy:.1f}% of {len(right):,} images are right{_interval(found, 'top1')}; the mean over "
-        f"{int((tested > 0).sum()):,} classes is {mean:.1f}%{_interval(found, 'mean_class')}."
+        f"{accuracy:.1f}% of {counted(len(right), 'image')} are right{_interval(found, 'top1')}; the mean "
+        f"over {counted(int((tested > 0).sum()), 'class')} is {mean:.1f}%{_interval(found, 'mean_class')}."
     ]
     if found.counts is not None:
         told += [*_groups(found), *_rare(found)]
@@ -48,7 +49,7 @@ def _groups(found: Evaluation) -> list[str]:
         images, number = found.size(name)
         if images:
             value = 100 * found.correct[members.numpy()].sum() / images
-            of = f"{number:,} class{'es' * (number != 1)}, {images:,} test images"
+            of = f"{counted(number, 'class')}, {counted(images, 'test image')}"
             parts.append(f"{name} {value:.1f}%{_interval(found, name)}, {of}")
     return [f"By group: {'; '.join(parts)}."]
 
@@ -74,8 +75,8 @@ def _rare(found: Evaluation) -> list[str]:
             for k in rare.classes[: min(NAMED, rare.failing)].tolist()
         ]
         told = [
-            f"{rare.failing:,} of {number:,} classes of {rare.group} have their whole 95% interval below {all_images}, "
-            f"where about {0.025 * number:,.1f} would by chance: {_list(failing, rare.failing, '; ')}."
+            f"{rare.failing:,} of {counted(number, 'class')} of {rare.group} have their whole 95% interval below "
+            f"{all_images}, where about {0.025 * number:,.1f} would by chance: {_list(failing, rare.failing, '; ')}."
         ]
     above = rare.classes[details.verdict[rare.classes] == "high"][::-1]
     if len(above):
@@ -86,8 +87,7 @@ def _rare(found: Evaluation) -> list[str]:
 
 def _trained(found: Evaluation, k: int) -> str:
     assert found.counts is not None
-    number = int(found.counts[k])
-    return f"{found.class_names[k]} ({number:,} training image{'s' * (number != 1)})"
+    return f"{found.class_names[k]} ({counted(int(found.counts[k]), 'training image')})"
 
 
 def _list(parts: list[str], number: int, separator: str) -> str:
@@ -105,4 +105,4 @@ def _untested(found: Evaluation) -> list[str]:
 
 
 def _classes_have(number: int) -> str:
-    return f"{number:,} class{'es have' if number > 1 else ' has'}"
+    return f"{counted(number, 'class')} {'have' if number > 1 else 'has'}"

@@ -5,7 +5,6 @@ blocks: a cell is then the share of the block's images that are predicted as any
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,60 +16,37 @@ from matplotlib.image import AxesImage
 
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Evaluation
+from rescom_timm.text import counted
 
 _NAMED, _NUMBERED = 40, 20  # up to so many classes the axes carry names, and the cells counts
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Labels and predictions (N,) of the test images (predicted -1: no valid output).
-
-    order: (K,) class numbers as shown. groups: (K,) names by class number, "" if the training counts are unknown.
-    class_names: (K).
-    """
-
-    title: str
-    labels: npt.NDArray[np.int64]
-    predicted: npt.NDArray[np.int64]
-    order: npt.NDArray[np.int64]
-    groups: npt.NDArray[np.str_]
-    class_names: tuple[str, ...]
-
-
-def measure(evaluation: Evaluation) -> Confusion:
-    """The pairs (label, predicted) of an evaluation, with the order and the groups of its classes."""
-    k, counts = evaluation.num_classes, evaluation.counts
-    return Confusion(
-        evaluation.title,
-        evaluation.labels,
-        evaluation.predicted,
-        np.arange(k) if counts is None else style.by_count(counts),
-        np.full(k, "") if counts is None else style.group_of(counts, evaluation.limits),
-        tuple(evaluation.class_names),
-    )
+def measure(evaluation: Evaluation) -> Evaluation:
+    """Its pairs (label, predicted) are what is drawn."""
+    return evaluation
 
 
 def shares(
-    confusion: Confusion, blocks: Sequence[npt.NDArray[np.int64]]
+    found: Evaluation, blocks: Sequence[npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """How many images of each block of classes are predicted as each block, and their percent of the row's images.
 
     NaN percent for a block without images. A block is an array of class numbers; every class is in one. Images without
     a valid output are missing in the rows.
     """
-    n, block_of = len(blocks), np.empty(len(confusion.order), dtype=np.int64)
+    n, block_of = len(blocks), np.empty(found.num_classes, dtype=np.int64)
     for index, block in enumerate(blocks):
         block_of[block] = index
-    row, seen = block_of[confusion.labels], confusion.predicted >= 0
-    pairs = np.bincount(row[seen] * n + block_of[confusion.predicted[seen]], minlength=n * n).reshape(n, n)
+    row, seen = block_of[found.labels], found.predicted >= 0
+    pairs = np.bincount(row[seen] * n + block_of[found.predicted[seen]], minlength=n * n).reshape(n, n)
     images = np.bincount(row, minlength=n)[:, None]
     return pairs, np.where(images > 0, 100 * pairs / np.maximum(images, 1), np.nan)
 
 
-def table(confusion: Confusion) -> style.Table:
+def table(found: Evaluation) -> style.Table:
     """One row per pair that occurs; predicted -1 stands for images without a valid output."""
-    pairs, images = np.unique(np.stack([confusion.labels, confusion.predicted]), axis=1, return_counts=True)
-    names = np.asarray([*confusion.class_names, "none"])  # -1 is the last
+    pairs, images = np.unique(np.stack([found.labels, found.predicted]), axis=1, return_counts=True)
+    names = np.asarray([*found.class_names, "none"])  # -1 is the last
     return {
         "label": pairs[0],
         "predicted": pairs[1],
@@ -80,39 +56,39 @@ def table(confusion: Confusion) -> style.Table:
     }
 
 
-def draw(confusion: Confusion, cells: int = 120) -> Figure:
+def draw(found: Evaluation, cells: int = 120) -> Figure:
     """The matrix, coloured by the percent of each row's images, with counts in the cells of few classes.
 
     If groups are known, the same by group of the predicted class beside it, which is not the accuracy of a group: it
     counts right and wrong predictions of a class of the group.
     """
-    present = style.present(confusion.groups)
+    present = style.present(found.groups)
     figure = style.new_figure(11 if present else 8, 6.8)
     main, *side = figure.subplots(1, 2 if present else 1, width_ratios=[3.2, 1] if present else None, squeeze=False)[0]
-    sizes = _block_sizes(confusion, cells)
-    blocks = np.split(confusion.order, np.cumsum(sizes)[:-1])
-    images, percent = shares(confusion, blocks)
+    sizes = _block_sizes(found, cells)
+    blocks = np.split(found.order, np.cumsum(sizes)[:-1])
+    images, percent = shares(found, blocks)
     image = _heat(main, percent)
-    if len(sizes) == len(confusion.order) <= _NUMBERED:
+    if len(sizes) == found.num_classes <= _NUMBERED:
         _numbers(main, images, percent, 8 if len(sizes) <= 12 else 6)
-    merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < len(confusion.order) else ""
-    title = f"{style.plain(confusion.title, 60)}\n{len(confusion.order):,} classes{merged}"
-    lost = int((confusion.predicted < 0).sum())
-    style.tidy(main, title + (f"; {lost} images without valid output" if lost else ""), "predicted", "label")
+    merged = f", a cell merges up to {sizes.max()} neighbours" if len(sizes) < found.num_classes else ""
+    title = f"{style.plain(found.title, 60)}\n{counted(found.num_classes, 'class')}{merged}"
+    lost = int((found.predicted < 0).sum())
+    style.tidy(main, title + (f"; {counted(lost, 'image')} without valid output" if lost else ""), "predicted", "label")
     bar = figure.colorbar(image, ax=main, shrink=0.7, pad=0.01, aspect=30)
     bar.set_label("percent of the row's images", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    _ticks(main, confusion, sizes)
+    _ticks(main, found, sizes)
     if present:
-        _by_group(side[0], confusion, present)
+        _by_group(side[0], found, present)
     return figure
 
 
-def _block_sizes(confusion: Confusion, cells: int) -> npt.NDArray[np.int64]:
+def _block_sizes(found: Evaluation, cells: int) -> npt.NDArray[np.int64]:
     """Classes in each block, in shown order; a block never crosses a group's border."""
-    k = len(confusion.order)
+    k = found.num_classes
     merge = -(-k // cells)
-    names = confusion.groups[confusion.order]
+    names = found.groups[found.order]
     borders = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1), k]
     sizes = [
         len(part)
@@ -136,10 +112,10 @@ def _numbers(axes: Axes, images: npt.NDArray[np.int64], percent: npt.NDArray[np.
                       color="white" if percent[row, column] > 35 else "black")  # fmt: skip
 
 
-def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> None:
-    k, n = len(confusion.order), len(sizes)
+def _ticks(axes: Axes, found: Evaluation, sizes: npt.NDArray[np.int64]) -> None:
+    k, n = found.num_classes, len(sizes)
     if k <= _NAMED and n == k:
-        names = [style.plain(confusion.class_names[c], 22) for c in confusion.order]
+        names = [style.plain(found.class_names[c], 22) for c in found.order]
         longest = max(map(len, names))
         axes.set_xticks(range(k), names, rotation=90 if k > _NUMBERED or longest > 3 else 0)
         axes.set_yticks(range(k), names)
@@ -148,8 +124,8 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
         axes.set_xticks([])
         axes.set_yticks([])
     starts = np.cumsum([0, *sizes])
-    names_shown = confusion.groups[confusion.order]
-    for group in style.present(confusion.groups):
+    names_shown = found.groups[found.order]
+    for group in style.present(found.groups):
         inside = np.flatnonzero(names_shown == group)
         first, last = np.searchsorted(starts, [inside[0], inside[-1] + 1]) - 0.5
         axes.plot([first, last, last, first, first], [first, first, last, last, first],
@@ -160,8 +136,8 @@ def _ticks(axes: Axes, confusion: Confusion, sizes: npt.NDArray[np.int64]) -> No
     axes.spines[:].set_visible(False)
 
 
-def _by_group(axes: Axes, confusion: Confusion, present: list[str]) -> None:
-    images, percent = shares(confusion, [np.flatnonzero(confusion.groups == name) for name in present])
+def _by_group(axes: Axes, found: Evaluation, present: list[str]) -> None:
+    images, percent = shares(found, [np.flatnonzero(found.groups == name) for name in present])
     _heat(axes, percent)
     _numbers(axes, images, percent, 10)
     style.tidy(axes, "group of the predicted class,\nright or wrong (images)", "predicted", "label")

@@ -1,9 +1,9 @@
 """Learning curves of one or several runs, one panel per number of the training log with all splits."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 8)
     Runs without a log are left out. After a resume the same step may be logged twice: the later line counts. Raises
     Missing if nothing is left.
     """
-    logs: dict[str, list[dict[str, Any]]] = {}
+    logs: dict[str, list[dict[str, object]]] = {}
     for run in runs:
         try:
             logs[run.name] = run.rows()
@@ -157,18 +157,19 @@ def _panel(panel: Axes, name: str, curves: Sequence[Curve], runs: Sequence[str],
         panel.legend(list(labels.values()), [style.plain(label) for label in labels], frameon=False, fontsize=7)
 
 
-def _series(rows: Sequence[dict[str, Any]], name: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+def _series(rows: Sequence[Mapping[str, object]], name: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
     """(step, epoch, value), each (T,), in order of step; a later line replaces an earlier one of the same place."""
     found: dict[tuple[float, float], float] = {}
     for number, row in enumerate(rows):
-        if _is_number(row.get(name)):
-            epoch = float(row.get("epoch", number))
-            found[float(row.get("step", epoch)), epoch] = float(row[name])
+        value, epoch, step = (row.get(key) for key in (name, "epoch", "step"))
+        if _is_number(value):
+            x = float(epoch) if _is_number(epoch) else float(number)
+            found[float(step) if _is_number(step) else x, x] = float(value)
     places = np.array(sorted(found), dtype=float).reshape(-1, 2)
     return places[:, 0], places[:, 1], np.array([found[place] for place in sorted(found)])
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

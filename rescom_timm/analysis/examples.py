@@ -17,6 +17,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.engine.errors import FAILURES, message
 from rescom_timm.engine.evaluate import data_of, digest_of
 from rescom_timm.engine.run_folder import run_recipe
+from rescom_timm.text import counted
 
 SHOWN = 6
 """Classes."""
@@ -90,9 +91,9 @@ def _of_class(found: Evaluation, label: int) -> npt.NDArray[np.int64]:
 
 def _about(found: Evaluation, details: Classes, k: int) -> str:
     number = 0 if found.counts is None else int(found.counts[k])
-    trained = f"{number:,} training image{'s' * (number != 1)}, "
     ends = metrics.span((details.low[k], details.high[k]))
-    text = f"{trained}{details.correct[k]:,} of {details.tested[k]:,} test images right ({ends}%)"
+    right = f"{details.correct[k]:,} of {counted(details.tested[k], 'test image')} right ({ends}%)"
+    text = f"{counted(number, 'training image')}, {right}"
     if not details.taken[k]:
         return text
     wrong = found.predicted[(found.labels == k) & (found.predicted != k) & (found.predicted >= 0)]

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rescom_timm import metrics
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Evaluation
+from rescom_timm.text import counted
 
 _BARS = 60  # more classes than this are points
 
@@ -39,7 +40,7 @@ class LongTail:
 def measure(evaluation: Evaluation) -> LongTail:
     """Per-class accuracy and training counts. Raises Missing if the run has no counts."""
     counts, tested, correct = evaluation.training_counts(), evaluation.tested, evaluation.correct
-    order = style.by_count(counts)
+    order = metrics.by_count(counts)
     low, high = metrics.wilson(correct, tested)
     accuracy = np.where(tested > 0, 100 * correct / np.maximum(tested, 1), np.nan)
     return LongTail(
@@ -49,7 +50,7 @@ def measure(evaluation: Evaluation) -> LongTail:
         counts[order],
         tested[order],
         accuracy[order],
-        style.group_of(counts, evaluation.limits)[order],
+        metrics.group_of(counts, evaluation.limits)[order],
         low[order],
         high[order],
         evaluation.limits,
@@ -85,7 +86,7 @@ def draw(tail: LongTail) -> Figure:
     top.set_yscale("log")
     top.set_ylim(bottom=max(0.5, 0.5 * tail.counts.min()))
     smallest = max(int(tail.counts.min()), 1)
-    title = f"{style.plain(tail.title, 60)}\n{k:,} classes, imbalance {tail.counts.max() / smallest:,.0f}"
+    title = f"{style.plain(tail.title, 60)}\n{counted(k, 'class')}, imbalance {tail.counts.max() / smallest:,.0f}"
     style.tidy(top, title, "", "training images\n(log scale)", "y")
     style.group_legend(top, tail.groups, loc="upper right", limits=tail.limits)
     thin = tail.tested < style.THIN

@@ -21,6 +21,7 @@ from rescom_timm.data.samples import ViewsDataset
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
 from rescom_timm.methods.rescom import QueueConfig
+from rescom_timm.text import counted
 
 _QUERIES = 512  # training images that are compared with the queue
 
@@ -43,7 +44,7 @@ def batch_pairs(run: OpenedRun) -> pair_counts.PairFrequency:
     """Pairs within the batches of the recipe, every view against every other one."""
     recipe, n = run.recipe, run.method.views
     batch, limits = recipe.train.batch_size // recipe.train.accumulate, recipe.evaluation.group_limits
-    title = f"in the batch, {batch} images, {n} view{'s' * (n > 1)}"
+    title = f"in the batch, {counted(batch, 'image')}, {counted(n, 'view')}"
     return pair_counts.measure(run.data.counts, batch, n, seed=recipe.seed, title=title, limits=limits)
 
 
@@ -52,7 +53,7 @@ def queue_pairs(run: OpenedRun) -> pair_counts.PairFrequency:
     queue, counts, recipe = run.queue(), run.data.counts, run.recipe
     batch, limits = recipe.train.batch_size, recipe.evaluation.group_limits
     slots = np.bincount(queue.labels[queue.valid].cpu().numpy(), minlength=len(counts))
-    title = f"against the queue ({int(slots.sum()):,} keys), {batch} images"
+    title = f"against the queue ({counted(int(slots.sum()), 'key')}), {counted(batch, 'image')}"
     return pair_counts.measure(counts, batch, slots=slots, seed=recipe.seed, title=title, limits=limits)
 
 
@@ -62,7 +63,8 @@ def pair_gradients(run: OpenedRun) -> gradients.Gradients:
     found, labels = _against_queue(run, np.sort(order[:_QUERIES]))
     temperature, weights = run.method.pair_loss()
     n, keys = found.similarity.shape
-    title = f"{run.name}: {n} training images against {keys:,} keys, unmined, temperature {temperature:g}"
+    title = f"{run.name}: {counted(n, 'training image')} against {counted(keys, 'key')}, unmined"
+    title += f", temperature {temperature:g}"
     weights = None if weights is None else weights[labels]
     return gradients.measure(*found, temperature=temperature, weights=weights, title=title)
 
@@ -106,14 +108,14 @@ def queue_slots(run: OpenedRun) -> queues.Slots:
 
 def confident_mistakes(run: OpenedRun) -> mistakes.Gallery:
     """The test images that the net misclassifies with the highest confidence."""
-    split, judged = run.tested, _judged(run)
+    split, judged = run.tested, mistakes.Judged(*run.judged)
     tiles = [_tile(run, int(i), judged) for i in mistakes.most_confident(judged, 24)]
     return mistakes.grid(f"{style.plain(run.name, 40)}: the most confident mistakes on {split.name}", tiles)
 
 
 def rare_classes(run: OpenedRun) -> mistakes.Gallery:
     """The rarest classes: a training image of each, and its most confident mistakes."""
-    judged, split, counts, names = _judged(run), run.tested, run.data.counts, run.data.class_names
+    judged, split, counts, names = mistakes.Judged(*run.judged), run.tested, run.data.counts, run.data.class_names
     rows: list[tuple[mistakes.Tile, ...]] = []
     headings = []
     for label in np.argsort(counts, kind="stable").tolist():
@@ -132,11 +134,6 @@ def rare_classes(run: OpenedRun) -> mistakes.Gallery:
         raise Missing("plot.no_mistakes", "the net made no mistakes")
     title = f"{style.plain(run.name, 40)}: the rarest classes with mistakes, on {split.name}"
     return mistakes.Gallery(title, tuple(headings), tuple(rows))
-
-
-def _judged(run: OpenedRun) -> mistakes.Judged:
-    """Of the test images."""
-    return mistakes.Judged(*(column.numpy() for column in run.judge(run.tested).predictions().values()))
 
 
 def _tile(run: OpenedRun, i: int, judged: mistakes.Judged) -> mistakes.Tile:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,14 +113,17 @@ class OpenedRun:
         """The net's outputs on a split. policy as in loader."""
         return Seen(*(torch.cat(column) for column in zip(*self._batches(split, policy), strict=True)))
 
-    @torch.inference_mode()
-    def judge(self, split: Split) -> Meter:
-        """The net's predictions on a split, without keeping its outputs: N x K logits would be gigabytes."""
-        limits = self.recipe.evaluation.group_limits
-        meter = Meter(len(self.data.counts), torch.as_tensor(self.data.counts), limits=limits)
-        for seen in self._batches(split):
-            meter.update(seen.logits, seen.labels)
-        return meter
+    @cached_property
+    def judged(self) -> list[npt.NDArray]:
+        """Labels, predictions and their confidence, (N,) each, of `tested`, in one pass for all plots.
+
+        The net's outputs are not kept: N x K logits would be gigabytes.
+        """
+        meter = Meter(len(self.data.counts))
+        with torch.inference_mode():
+            for seen in self._batches(self.tested):
+                meter.update(seen.logits, seen.labels)
+        return [column.numpy() for column in meter.predictions().values()]
 
     def _batches(self, split: Split, policy: str | None = None) -> Iterator[Seen]:
         loader = self.loader(split, policy)

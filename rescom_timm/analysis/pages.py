@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -24,7 +24,9 @@ def files(path: str | Path) -> tuple[Path, Path, Path]:
     return page, page.with_name(f"{page.stem}-findings.csv"), page.with_name(f"{page.stem}-findings.json")
 
 
-def write(path: str | Path, page: str, columns: Mapping[str, Iterable[Any]], record: Mapping[str, Any]) -> list[Path]:
+def write(
+    path: str | Path, page: str, columns: Mapping[str, Iterable[object]], record: Mapping[str, object]
+) -> list[Path]:
     """Write a page and its findings; returns their paths. Text that a spreadsheet would run gets an apostrophe."""
     names = files(path)
     write_text(names[0], page)
@@ -43,7 +45,7 @@ class Thumbnail(NamedTuple):
     """file:// of the image; empty if it is in a table or elsewhere."""
 
 
-def thumbnail(stored: Any, row: int, reading: ReadConfig, caption: str) -> Thumbnail:
+def thumbnail(stored: object, row: int, reading: ReadConfig, caption: str) -> Thumbnail:
     """The thumbnail of a stored image (`decoding.decode`). Images smaller than a thumbnail are enlarged."""
     try:
         image = decode(stored, row, reading)
@@ -63,7 +65,7 @@ def short(name: str) -> str:
     return "/".join(name.split("/")[-2:])
 
 
-def address_of(stored: Any) -> str:
+def address_of(stored: object) -> str:
     """file:// of a stored image that is a local file.
 
     Only with the suffix of an image: a browser would run the scripts of a file named .html or .svg.

@@ -15,6 +15,7 @@ from matplotlib.ticker import NullLocator
 from rescom_timm import metrics
 from rescom_timm.analysis import style
 from rescom_timm.errors import InputError
+from rescom_timm.text import counted
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PairFrequency:
 
     def imbalance(self, frequency: npt.NDArray[np.float64]) -> float:
         """Positive pairs of the most frequent class over those of the rarest; inf where that has none."""
-        positive = np.diagonal(frequency)[style.by_count(self.counts)[[0, -1]]]
+        positive = np.diagonal(frequency)[metrics.by_count(self.counts)[[0, -1]]]
         return float(positive[0] / positive[1]) if positive[1] > 0 else np.inf
 
 
@@ -88,7 +89,7 @@ def measure(
     generator = np.random.default_rng(seed)
     labels = np.repeat(np.arange(k), counts)
     per_epoch = total // batch
-    classes = np.sort(style.by_count(counts)[np.linspace(0, k - 1, min(k, most)).round().astype(np.int64)])
+    classes = np.sort(metrics.by_count(counts)[np.linspace(0, k - 1, min(k, most)).round().astype(np.int64)])
     drawn = np.empty((steps, len(classes)))
     for step in range(steps):
         if step % per_epoch == 0:
@@ -101,7 +102,7 @@ def measure(
     else:
         simulated = views * np.outer(drawn.mean(axis=0), np.asarray(slots)[classes])
         where = "against the queue"
-    title = title or f"{where}, {batch} images, {views} view{'s' * (views > 1)}"
+    title = title or f"{where}, {counted(batch, 'image')}, {counted(views, 'view')}"
     formula = expected(counts, batch, views, slots, classes)
     return PairFrequency(title, counts[classes], simulated, formula, classes, k, limits)
 
@@ -119,7 +120,7 @@ def table(pairs: PairFrequency) -> style.Table:
 
 def draw(pairs: PairFrequency) -> Figure:
     """The frequency of every pair of classes, and the positives of each class: simulation over formula."""
-    order, names = style.by_count(pairs.counts), style.group_of(pairs.counts, pairs.limits)
+    order, names = metrics.by_count(pairs.counts), metrics.group_of(pairs.counts, pairs.limits)
     figure = style.new_figure(11, 4.8)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     shown = pairs.simulated[np.ix_(order, order)]

@@ -37,15 +37,15 @@ def measure(kinds: Mapping[str, Tensor], counts: npt.ArrayLike, limits: metrics.
 
 def table(slots: Slots) -> style.Table:
     """One row per class, from most to fewest training images."""
-    order = style.by_count(slots.counts)
+    order = metrics.by_count(slots.counts)
     columns = {f"slots_{name}": found[order] for name, found in slots.slots.items()}
     return {"class": order, "training_images": slots.counts[order], **columns}
 
 
 def draw(slots: Slots) -> Figure:
     """One panel per kind of queue, classes from most to fewest training images, coloured by group."""
-    order = style.by_count(slots.counts)
-    groups = style.group_of(slots.counts, slots.limits)
+    order = metrics.by_count(slots.counts)
+    groups = metrics.group_of(slots.counts, slots.limits)
     n = len(slots.slots)
     figure = style.new_figure(3.6 * n + 0.4, 3.6)
     panels = figure.subplots(1, n, sharey=True, squeeze=False)[0]

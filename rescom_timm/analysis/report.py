@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rescom_timm.analysis import classes, examples, pages, plots, style
 from rescom_timm.analysis.classes import Classes
@@ -119,7 +118,7 @@ def find(runs: Sequence[RunFolder], evaluation: str = "", overrides: Sequence[st
     return Findings(found, details, images, "")
 
 
-def record(found: Findings) -> dict[str, Any]:
+def record(found: Findings) -> dict[str, object]:
     """The findings as plain JSON: for each run its conclusions, metrics, most frequent confusions and images shown."""
     runs = []
     for name, one in found.evaluations.items():
@@ -170,7 +169,11 @@ def page(
             examples=found.examples,
         ),
         *(Section(one, tables=tables.get(one, []), pictures=pictures.get(one, [])) for one in _SECTIONS.values()),
-        Section("Classes", **class_tables(found.evaluations, found.classes, table)),
+        Section(
+            "Classes",
+            [] if found.evaluations else ["No per-class table: no run has an evaluation with predictions."],
+            class_tables(found.evaluations, found.classes, table),
+        ),
         Section(_MORE, pictures=more, folded=", ".join(dict.fromkeys(one["title"] for one in more))),
         Section("Recipes and versions", runs=[_sources(run) for run in runs]),
         Section("Not drawn", missing, folded=f"{len(missing)} plots that need what the run does not have"),

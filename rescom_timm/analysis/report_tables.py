@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from rescom_timm import metrics
 from rescom_timm.analysis import classes, style
 from rescom_timm.analysis.classes import Classes
 from rescom_timm.analysis.run_files import Evaluation, RunFolder
-from rescom_timm.analysis.seeds import setting_of
 from rescom_timm.engine.collapse import last_state, sentence
 from rescom_timm.engine.run_folder import lines
+from rescom_timm.text import counted
 
 _NUMBERS = {
     "top1": "all",
@@ -71,10 +71,8 @@ def _recomputed(found: Evaluation) -> dict[str, float]:
     """The numbers that follow from the predictions alone, for an evaluation without its JSON."""
     correct = found.predicted == found.labels
     numbers = {"top1": 100 * float(correct.mean())}
-    if found.counts is not None:
-        group = style.group_of(found.counts, found.limits)[found.labels]
-        numbers |= {name: 100 * float(correct[group == name].mean()) for name in style.present(group)}
-    return numbers
+    group = found.groups[found.labels]
+    return numbers | {name: 100 * float(correct[group == name].mean()) for name in style.present(group)}
 
 
 def summaries(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> ReportTable:
@@ -109,8 +107,8 @@ def _doubts(found: Evaluation | None) -> dict[str, str]:
     for name, shown in _NUMBERS.items():
         if found is not None and name in found.intervals:
             images, number = found.size(name)
-            of = f"{number:,} class{'es' * (number != 1)}"
-            doubts[shown] = f"{metrics.span(found.intervals[name])}; {images:,} images of {of}"
+            of = f"{counted(images, 'image')} of {counted(number, 'class')}"
+            doubts[shown] = f"{metrics.span(found.intervals[name])}; {of}"
     return doubts
 
 
@@ -128,7 +126,7 @@ def over_seeds(
     """
     alike: dict[str, dict[str, RunFolder]] = {}
     for run in runs:
-        if run.name in found and (setting := setting_of(run)):
+        if run.name in found and (setting := run.setting()):
             # The same seed twice is no second sample.
             alike.setdefault(f"{setting[0]} {found[run.name].name}", {}).setdefault(setting[1], run)
     groups = []
@@ -168,25 +166,22 @@ def seeds(runs: Sequence[RunFolder], found: Mapping[str, Evaluation]) -> list[Re
 def confusions(found: Evaluation, details: Classes, named: bool) -> ReportTable:
     """The most frequent confusions with their counts."""
     pairs = classes.confusions(found)
-    groups = None if found.counts is None else style.group_of(found.counts, found.limits)
     rows = []
     for label, other, images in pairs[:PAIRS_SHOWN]:
-        names = [Td(found.class_names[k], group="" if groups is None else str(groups[k])) for k in (label, other)]
+        names = [Td(found.class_names[k], group=str(found.groups[k])) for k in (label, other)]
         ends = metrics.span([float(end) for end in metrics.wilson(images, details.tested[label])])
         rows.append([*names, Td(f"{images:,} of {details.tested[label]:,} ({ends}%)", "n")])
     wrong = sum(images for _, _, images in pairs)
     note = (
-        f"The most frequent of {len(pairs):,} pairs of classes with {wrong:,} wrong images; share of the class's "
-        "test images, with the 95% interval (Wilson)."
+        f"The most frequent of {counted(len(pairs), 'pair')} of classes with {counted(wrong, 'wrong image')}; share of "
+        "the class's test images, with the 95% interval (Wilson)."
     )
     head = [Td("class" if not named else f"class, {found.run}"), Td("taken for"), Td("images", "n")]
     return ReportTable(head, rows, note)
 
 
-def class_tables(found: Mapping[str, Evaluation], details: Mapping[str, Classes], csv: str) -> dict[str, Any]:
-    """Tables and missing of the section: accuracies of all runs side by side, of other classes in their own table."""
-    if not found:
-        return {"missing": ["No per-class table: no run has an evaluation with predictions."]}
+def class_tables(found: Mapping[str, Evaluation], details: Mapping[str, Classes], csv: str) -> list[ReportTable]:
+    """Accuracies of all runs side by side, of other classes in their own table."""
     tables: list[list[str]] = []
     for name, one in found.items():
         for members in tables:
@@ -195,7 +190,7 @@ def class_tables(found: Mapping[str, Evaluation], details: Mapping[str, Classes]
                 break
         else:
             tables.append([name])
-    return {"tables": [_class_table([(found[name], details[name]) for name in part], csv) for part in tables]}
+    return [_class_table([(found[name], details[name]) for name in part], csv) for part in tables]
 
 
 def _same_classes(one: Evaluation, other: Evaluation) -> bool:
@@ -205,7 +200,6 @@ def _same_classes(one: Evaluation, other: Evaluation) -> bool:
 
 def _class_table(runs: Sequence[tuple[Evaluation, Classes]], csv: str) -> ReportTable:
     first, details = runs[0]
-    groups = [""] * first.num_classes if first.counts is None else style.group_of(first.counts, first.limits).tolist()
     accuracy = ["accuracy"] if len(runs) == 1 else [f"{found.run}, percent" for found, _ in runs]
     head = [Td("class", "n wide"), Td("name"), Td("training images", "n"), Td("test images", "n"),
             *(Td(name, "n") for name in accuracy)]  # fmt: skip
@@ -214,7 +208,7 @@ def _class_table(runs: Sequence[tuple[Evaluation, Classes]], csv: str) -> Report
     rows = []
     for k in details.worst_first[:CLASSES_SHOWN].tolist():
         trained = _NONE if first.counts is None else f"{first.counts[k]:,}"
-        row = [Td(str(k), "n wide"), Td(first.class_names[k], group=groups[k]), Td(trained, "n"),
+        row = [Td(str(k), "n wide"), Td(first.class_names[k], group=str(first.groups[k])), Td(trained, "n"),
                Td(f"{details.tested[k]:,}", "n")]  # fmt: skip
         for _, one in runs:
             thin = " thin" if one.tested[k] < style.THIN else ""
@@ -223,7 +217,7 @@ def _class_table(runs: Sequence[tuple[Evaluation, Classes]], csv: str) -> Report
         if len(runs) == 1:
             row += [Td(_cell(_number(column[k])), "n wide") for column in (details.precision, details.f1)]
             other = first.class_names[details.confused[k]] if details.taken[k] else _NONE
-            row.append(Td(other, small=_images(int(details.taken[k]))))
+            row.append(Td(other, small=counted(int(details.taken[k]), "image") if details.taken[k] else ""))
         rows.append(row)
     of = "" if first.num_classes <= CLASSES_SHOWN else f"{CLASSES_SHOWN} of {first.num_classes:,} classes. "
     note = (
@@ -235,13 +229,9 @@ def _class_table(runs: Sequence[tuple[Evaluation, Classes]], csv: str) -> Report
     return ReportTable(head, rows, note, sortable=True)
 
 
-def _images(number: int) -> str:
-    return f"{number:,} image{'s' * (number > 1)}" if number else ""
-
-
-def _at(recipe: Mapping[str, Any], path: str) -> object:
+def _at(recipe: Mapping[str, object], path: str) -> object:
     """The value at a dotted path; None if there is none."""
-    value: Any = recipe
+    value: object = recipe
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

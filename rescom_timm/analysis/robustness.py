@@ -6,14 +6,15 @@ long measurement can be continued.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 from rescom_timm import metrics
 from rescom_timm.analysis import style
@@ -22,12 +23,35 @@ from rescom_timm.analysis.run_files import Missing, RunFolder
 from rescom_timm.data import corruptions
 from rescom_timm.data.corruptions import COMMON, KINDS, SEVERITIES, Prepared
 from rescom_timm.data.loaders import eval_loader
+from rescom_timm.data.samples import Batch
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.evaluate import evaluate
 from rescom_timm.errors import InputError
 from rescom_timm.io import read_json, refuse_links, write_json
+from rescom_timm.text import counted
 
 _FOLDER = "robustness"
+# Mean top-1 error (percent) of AlexNet over the five severities of each ImageNet-C corruption, and on the clean images:
+# Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
+# (arXiv 1903.12261), the constants of the authors' evaluation; clean error from their table 1.
+ALEXNET_CLEAN = 43.5
+ALEXNET_IMAGENET_C = {
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
 _GROUPED = ("top1", *metrics.GROUPS)
 
 
@@ -120,7 +144,7 @@ def corrupted(
 
 def _loader(
     run: OpenedRun, clean: Split, folder: Prepared | None, kind: str, severity: int, limit: int | None, seed: int
-) -> Any:
+) -> DataLoader[Batch]:
     recipe = run.recipe
     size, config, speed = recipe.evaluation.batch_size, recipe.loader, recipe.speed
     if folder is None:
@@ -129,7 +153,7 @@ def _loader(
     return eval_loader(split, corruptions.unprocessed(recipe.views), size, config, speed)
 
 
-def _errors(run: OpenedRun, loader: Any) -> dict[str, float]:
+def _errors(run: OpenedRun, loader: DataLoader[Batch]) -> dict[str, float]:
     """Top-1 error of all images and of each group, in percent."""
     limits = run.recipe.evaluation.group_limits
     with run.autocast():
@@ -154,7 +178,80 @@ def of_kinds(found: Robustness, kinds: Iterable[str]) -> Robustness:
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict[str, Any]:
+def mean_error(errors: Mapping[str, Sequence[float]]) -> float:
+    """Mean over kinds and severities of the top-1 error in percent: mCE without a baseline."""
+    return _mean([_mean(values) for values in errors.values()])
+
+
+def corruption_errors(
+    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
+) -> dict[str, float]:
+    """CE of each kind (Hendrycks & Dietterich 2019, section 4.1): 100 * sum_s E_s / sum_s E_s(baseline)."""
+    _same_kinds(errors, baseline)
+    return {kind: 100 * _mean(errors[kind]) / baseline[kind] for kind in baseline}
+
+
+def mean_corruption_error(
+    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] = ALEXNET_IMAGENET_C
+) -> float:
+    """Mean corruption error (mCE), the mean of corruption_errors over the kinds; 100 is the baseline itself.
+
+    Raises InputError if the kinds differ from the baseline's: a mean over fewer kinds is another number.
+    """
+    return _mean(list(corruption_errors(errors, baseline).values()))
+
+
+def relative_mean_corruption_error(
+    errors: Mapping[str, Sequence[float]],
+    clean_error: float,
+    baseline: Mapping[str, float] = ALEXNET_IMAGENET_C,
+    baseline_clean_error: float = ALEXNET_CLEAN,
+) -> float:
+    """Relative mCE (same section): errors counted from each net's own clean error (percent), before the ratio.
+
+    mean over kinds of 100 * sum_s (E_s - E_clean) / sum_s (E_s - E_clean)(baseline).
+    """
+    _same_kinds(errors, baseline)
+    harmless = [kind for kind, error in baseline.items() if error <= baseline_clean_error]
+    if harmless:
+        raise InputError("plot.baseline", f"relative mCE needs a baseline that loses accuracy on {', '.join(harmless)}")
+    return _mean(
+        [100 * (_mean(errors[kind]) - clean_error) / (baseline[kind] - baseline_clean_error) for kind in baseline]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not len(values):
+        raise InputError("metric.empty", "errors must have at least one corruption, each with at least one severity")
+    return sum(values) / len(values)
+
+
+def _same_kinds(errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float]) -> None:
+    missing, extra = sorted(set(baseline) - set(errors)), sorted(set(errors) - set(baseline))
+    if missing or extra:
+        raise InputError(
+            "plot.baseline",
+            f"the corruptions differ from the baseline's {len(baseline)}: missing {', '.join(missing) or 'none'}; not "
+            f"in the baseline {', '.join(extra) or 'none'}",
+        )
+    lengths = {len(values) for values in errors.values()}
+    if len(lengths) > 1:
+        raise InputError("plot.baseline", f"every corruption needs as many severities, not {sorted(lengths)}")
+
+
+class Summary(TypedDict, total=False):
+    """Metrics of a result, in percent; kinds: how many count. From baseline (its name) on, only with one."""
+
+    kinds: int
+    clean_error: float
+    mean_error: float
+    baseline: str
+    corruption_errors: dict[str, float]
+    mCE: float
+    relative_mCE: float | None
+
+
+def summary(found: Robustness, baseline: Robustness | str | None = None) -> Summary:
     """The metrics of a result, in percent: clean_error and mean_error over kinds and severities.
 
     With a baseline also corruption_errors, mCE and relative_mCE (normalised by errors minus the clean one; None if the
@@ -164,10 +261,10 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
     """
     common = {kind: errors for kind, errors in found.errors.items() if kind in COMMON}
     counted = common or found.errors
-    numbers: dict[str, Any] = {
+    numbers: Summary = {
         "kinds": len(counted),
         "clean_error": found.clean["top1"],
-        "mean_error": metrics.mean_error(counted),
+        "mean_error": mean_error(counted),
     }
     if baseline is None:
         return numbers
@@ -179,17 +276,15 @@ def summary(found: Robustness, baseline: Robustness | str | None = None) -> dict
         name, clean = baseline.run, baseline.clean["top1"]
         reference = {kind: float(np.mean(errors)) for kind, errors in baseline.errors.items() if kind in COMMON}
     elif baseline == "alexnet":
-        name, clean, reference = "AlexNet on ImageNet-C", metrics.ALEXNET_CLEAN, metrics.ALEXNET_IMAGENET_C
+        name, clean, reference = "AlexNet on ImageNet-C", ALEXNET_CLEAN, ALEXNET_IMAGENET_C
     else:
         raise InputError("plot.baseline", f"baseline must be a run or alexnet, not {baseline!r}")
-    numbers |= {
-        "baseline": name,
-        "corruption_errors": metrics.corruption_errors(common, reference),
-        "mCE": metrics.mean_corruption_error(common, reference),
-        "relative_mCE": None,
-    }
+    numbers["baseline"] = name
+    numbers["corruption_errors"] = corruption_errors(common, reference)
+    numbers["mCE"] = mean_corruption_error(common, reference)
+    numbers["relative_mCE"] = None
     if all(error > clean for error in reference.values()):
-        numbers["relative_mCE"] = metrics.relative_mean_corruption_error(common, found.clean["top1"], reference, clean)
+        numbers["relative_mCE"] = relative_mean_corruption_error(common, found.clean["top1"], reference, clean)
     return numbers
 
 
@@ -218,7 +313,7 @@ def read(path: Path, run: str = "") -> Robustness | None:
     return replace(found, run=run) if run else found
 
 
-def write(path: Path, found: Robustness, numbers: dict[str, Any]) -> None:
+def write(path: Path, found: Robustness, numbers: Summary) -> None:
     """Write a result and its metrics as JSON, atomically. path: in a run's robustness/.
 
     Raises an error if that is a symlink out of the run's folder.
@@ -252,7 +347,7 @@ def measure(runs: Sequence[RunFolder]) -> list[Robustness]:
 
 def table(found: Sequence[Robustness]) -> style.Table:
     """One row per run, kind and severity; kind clean has severity 0."""
-    rows: list[tuple[Any, ...]] = []
+    rows: list[tuple[object, ...]] = []
     for one in found:
         names = ("top1", *one.groups)
         rows.append((one.run, "clean", 0, *(one.clean.get(name) for name in _GROUPED)))
@@ -280,7 +375,7 @@ def draw(found: Sequence[Robustness]) -> Figure:
                       marker=style.GROUP_MARKERS[name], markersize=4, label=rules[name])  # fmt: skip
     left.set_ylim(0, 100)
     left.set_xticks([0, *SEVERITIES], ["clean", *map(str, SEVERITIES)])
-    what = f"mean over {len(kinds)} kind{'s' * (len(kinds) > 1)}, {one.setting.images:,} images of {one.setting.split}"
+    what = f"mean over {counted(len(kinds), 'kind')}, {counted(one.setting.images, 'image')} of {one.setting.split}"
     style.tidy(left, f"{style.plain(one.run, 50) if len(found) == 1 else 'Severity curves'}\n{style.plain(what, 70)}",
                "severity", "top-1 error (percent)", "y")  # fmt: skip
     left.legend(frameon=False, fontsize=8, loc="upper left")

@@ -1,15 +1,16 @@
-"""Reads a run folder for plots; needs no model, no data set and no recipe schema.
+"""Reads a run folder for plots; needs no model and no data set.
 
     recipe.yaml  environment.json  metrics.jsonl  evaluation/<split>-<checkpoint>.json and .safetensors
 
 What is missing is None or empty here; the plot that needs it raises Missing.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from rescom_timm import metrics
+from rescom_timm.config.loading import load
+from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index_files import MAX_CLASSES
 from rescom_timm.engine.run_folder import CHANGED, check_run, lines
 from rescom_timm.errors import InputError
 from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
 
+SAME = ("seed", "name", "output", "hub", "speed", "checkpoint")
+"""Keys in which runs of one setting may differ."""
 _PREFERRED = ("test-last", "test-best", "validation-last")
 
 
@@ -64,6 +69,16 @@ class Evaluation:
         return np.bincount(self.labels[self.labels == self.predicted], minlength=self.num_classes)
 
     @cached_property
+    def order(self) -> npt.NDArray[np.int64]:
+        """Class numbers (K,) from most to fewest training images, as they are if these are unknown."""
+        return np.arange(self.num_classes) if self.counts is None else metrics.by_count(self.counts)
+
+    @cached_property
+    def groups(self) -> npt.NDArray[np.str_]:
+        """The group's name of each class (K,), "" if the training counts are unknown."""
+        return metrics.group_of(self.counts, self.limits, self.num_classes)
+
+    @cached_property
     def intervals(self) -> Mapping[str, Sequence[float]]:
         """95% of top1, mean_class, many, many_mean_class ...: (low, high) in percent."""
         return self.recorded or metrics.intervals(self.correct, self.tested, self.counts, limits=self.limits)
@@ -103,17 +118,27 @@ class RunFolder:
         path = self.path / "recipe.yaml"
         return read_text(path, MAX_RECIPE) if path.is_file() else ""
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> dict[str, object]:
         """The recipe as plain values; {} where absent."""
         path = self.path / "recipe.yaml"
         return read_yaml(path) if path.is_file() else {}
 
-    def environment(self) -> dict[str, Any]:
+    def setting(self) -> tuple[str, str] | None:
+        """Return (setting, seed), None without a recipe: the setting is equal for runs that differ only in SAME."""
+        recipe = self.recipe()
+        with suppress(RecipeError):  # with every key that later versions have added; as it was saved where not ours
+            recipe = load(self.path / "recipe.yaml").to_dict()
+        if not recipe:
+            return None
+        kept = {key: value for key, value in recipe.items() if key not in SAME}
+        return json.dumps(kept, sort_keys=True, default=str), str(recipe.get("seed", 0))
+
+    def environment(self) -> dict[str, object]:
         """Versions, git state ...; {} where absent."""
         path = self.path / "environment.json"
         return read_json(path) if path.is_file() else {}
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, object]]:
         """The lines of metrics.jsonl, without incomplete ones. Raises Missing if there is none."""
         rows = lines(self.path / "metrics.jsonl")
         if not rows:

@@ -1,10 +1,9 @@
-"""The learning rate as it was, or as a schedule would make it."""
+"""The learning rate as it was."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from rescom_timm.analysis import curves, style
@@ -27,12 +26,6 @@ def measure(runs: Sequence[RunFolder]) -> list[Curve]:
     if not names:
         raise Missing("plot.log", f"no learning rate is logged in {', '.join(run.name for run in runs)}")
     return curves.measure(runs, sorted(names))
-
-
-def planned(rates: Mapping[str, npt.ArrayLike]) -> list[Curve]:
-    """Curves of schedules that have not run: name -> learning rate at epochs 0, 1, 2 ..."""
-    values = {name: np.asarray(rate, dtype=float) for name, rate in rates.items()}
-    return [Curve(name, "lr", "epoch", np.arange(len(y), dtype=float), y) for name, y in values.items()]
 
 
 def draw(rates: Sequence[Curve]) -> Figure:

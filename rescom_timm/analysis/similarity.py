@@ -42,7 +42,7 @@ def measure(
     similarity, positive, valid: (N, M) as in contrastive.pairs.Pairs. labels: (N,) of the queries. counts: (K,)
     training images. Raises InputError if no positive pair is valid.
     """
-    groups = style.group_of(counts, limits)[labels.cpu().numpy()]
+    groups = metrics.group_of(counts, limits)[labels.cpu().numpy()]
     chosen = (positive & valid).cpu().numpy()
     values = similarity.detach().double().cpu().numpy()
     found = {name: values[groups == name][chosen[groups == name]] for name in style.present(groups)}

@@ -1,4 +1,4 @@
-"""Style of all plots, and how they are saved: colours, groups, class order, `save`.
+"""Style of all plots, and how they are saved: colours, groups, `save`.
 
 Figures are built on matplotlib.figure.Figure, which needs no backend and leaves pyplot and rcParams alone.
 """
@@ -6,7 +6,7 @@ Figures are built on matplotlib.figure.Figure, which needs no backend and leaves
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from PIL.Image import open as open_image
 from rescom_timm import metrics
 from rescom_timm.errors import InputError
 from rescom_timm.io import atomic_path, errors_named, write_csv
-from rescom_timm.text import escape_controls
+from rescom_timm.text import counted, escape_controls
 
 Table = Mapping[str, Sequence[object] | npt.NDArray]
 
@@ -31,6 +31,7 @@ GROUP_MARKERS = {"many": "o", "medium": "^", "few": "s"}
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#33343a", "#92dadd")
 LINES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 GREY = "#555555"
+Place = Literal["upper right", "outside lower left", "outside lower center"]
 THIN = 10
 """An accuracy over fewer test images is drawn hollow."""
 
@@ -60,24 +61,10 @@ def plain(text: object, longest: int = 28) -> str:
     return " " + line[1:] if line.startswith("_") else line  # a legend hides labels that begin with _
 
 
-def by_count(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Class numbers (K,) from most to fewest training images; equal counts keep their order."""
-    return np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
-
-
 def group_labels(limits: metrics.Limits = metrics.LIMITS) -> dict[str, str]:
     """The groups with their rule, for a legend."""
     low, high = limits
     return {"many": f"many (> {high})", "medium": f"medium ({low} to {high})", "few": f"few (< {low})"}
-
-
-def group_of(counts: npt.ArrayLike, limits: metrics.Limits = metrics.LIMITS) -> npt.NDArray[np.str_]:
-    """The group's name of each class (K,)."""
-    counts = np.asarray(counts, dtype=np.int64)
-    names = np.empty(len(counts), dtype="<U6")
-    for name, classes in metrics.groups(counts, limits).items():
-        names[classes.numpy()] = name
-    return names
 
 
 def balanced(labels: npt.ArrayLike, most: int, seed: int = 0) -> npt.NDArray[np.int64]:
@@ -97,14 +84,14 @@ def present(names: npt.NDArray[np.str_]) -> list[str]:
 
 
 def group_legend(
-    where: Axes | Figure, names: npt.NDArray[np.str_], loc: Any, columns: int = 1,
+    where: Axes | Figure, names: npt.NDArray[np.str_], loc: Place, columns: int = 1,
     limits: metrics.Limits = metrics.LIMITS,
 ) -> None:  # fmt: skip
     """A legend of the groups that occur, with their rule and the number of their classes."""
     sizes = {name: int((names == name).sum()) for name in present(names)}
     rules = group_labels(limits)
     patches = [
-        Patch(color=GROUP_COLORS[name], label=f"{rules[name]}: {size:,} class{'es' * (size != 1)}")
+        Patch(color=GROUP_COLORS[name], label=f"{rules[name]}: {counted(size, 'class')}")
         for name, size in sizes.items()
     ]
     where.legend(handles=patches, frameon=False, fontsize=8, loc=loc, ncols=columns)
@@ -141,9 +128,11 @@ def tidy(axes: Axes, title: str = "", x: str = "", y: str = "", grid: Literal[""
         axes.set_axisbelow(True)
 
 
-def write(figure: Figure, to: Path | BinaryIO, dpi: int, **options: Any) -> None:
+def write(
+    figure: Figure, to: Path | BinaryIO, dpi: int, format: str | None = None, metadata: Mapping[str, None] | None = None
+) -> None:
     """One picture, cropped to what is drawn: square pictures leave the layout margins."""
-    figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, **options)
+    figure.savefig(to, dpi=dpi, bbox_inches="tight", pad_inches=0.1, format=format, metadata=metadata)
     figure.set_layout_engine("none")  # keep the layout: computing it again for each format takes most of the time
 
 
@@ -166,8 +155,8 @@ def save(figure: Figure, table: Table, stem: str | Path, dpi: int = 150) -> list
         raise InputError("plot.value", f"the columns of {stem.name}.csv differ in length: {lengths}")
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
-    for path, options in ((paths[0], {}), (paths[1], {"metadata": {"Date": None}})):
+    for path, metadata in ((paths[0], None), (paths[1], {"Date": None})):
         with errors_named(path), atomic_path(path) as beside:
-            write(figure, beside, dpi, format=path.suffix[1:], **options)
+            write(figure, beside, dpi, path.suffix[1:], metadata)
     write_csv(paths[2], columns)
     return paths

@@ -56,7 +56,7 @@ def measure(
         raise InputError("plot.value", "features are not finite: see the training loss")
     perplexity = min(perplexity, (len(rows) - 1) / 3)
     points = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed).fit_transform(chosen)
-    groups = style.group_of(counts, limits)
+    groups = metrics.group_of(counts, limits)
     names = class_names or tuple(map(str, range(len(groups))))
     return Tsne(title, rows, points, classes[rows], groups, names, limits)
 

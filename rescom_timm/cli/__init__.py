@@ -74,30 +74,23 @@ def temperature(text: str) -> float | str:
     return number
 
 
-def add_recall(parser: argparse.ArgumentParser, about: str) -> None:
-    """Add --recall CLASS=R, again for each class; `once` makes a dict of it."""
+def add_rules(
+    parser: argparse.ArgumentParser, about: str = "decide so that at least this share of a class is found"
+) -> None:
+    """Add --recall CLASS=R, again for each class, and --costs: how classes are decided. `check_rules` follows."""
     parser.add_argument(
         "--recall", action="append", default=[], type=_recall, metavar="CLASS=R",
         help=f"{about}: defect=0.9; again for other classes",
     )  # fmt: skip
-
-
-def once(parser: argparse.ArgumentParser, recall: list[tuple[str, float]]) -> dict[str, float]:
-    """Each class and its recall. Exits with a usage error for a class that is named twice."""
-    if len(dict(recall)) < len(recall):
-        parser.error(f"--recall: a class is named twice: {', '.join(name for name, _ in recall)}")
-    return dict(recall)
-
-
-def add_rules(parser: argparse.ArgumentParser) -> None:
-    """Add --recall and --costs: how classes are decided. `check_rules` follows parsing."""
-    add_recall(parser, "decide so that at least this share of a class is found")
     parser.add_argument("--costs", metavar="FILE", help="decide by the least expected cost: a CSV or JSON table")
 
 
 def check_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exits with a usage error for a class that is named twice, or two rules."""
-    options.recall = once(parser, options.recall)
+    """Make a dict of --recall. Exits with a usage error for a class that is named twice, or two rules."""
+    names = [name for name, _ in options.recall]
+    options.recall = dict(options.recall)
+    if len(options.recall) < len(names):
+        parser.error(f"--recall: a class is named twice: {', '.join(names)}")
     if options.recall and options.costs:
         parser.error("--recall and --costs are two ways to decide: give one")
 

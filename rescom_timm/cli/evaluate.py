@@ -10,7 +10,8 @@ images by EM, fitted is the T of the run's validation images. --abstain prints t
 answered, and how many images of each group are then left.
 
 --recall CLASS=R prints what it costs to find at least this share of a class, by a rule from the validation images;
---costs FILE the mean cost under the least expected cost (the file: see rescom-timm predict --help).
+--costs FILE the mean cost under the least expected cost (the file: see rescom-timm predict --help). Both are written to
+RUN/evaluation/price/NAME.json too.
 """
 
 from __future__ import annotations

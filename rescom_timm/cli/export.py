@@ -3,7 +3,8 @@
     rescom-timm export RUN [--format timm|onnx|torch] [-o OUTPUT] [key=value ...]
 
 timm (default): a folder for timm, transformers and rescom_timm.from_pretrained: what push uploads, with its model card.
---recall CLASS=R keeps an operating point, from the run's validation images, which predict and demo then use.
+--recall CLASS=R keeps an operating point, from the run's validation images, and --costs FILE a table of costs (see
+rescom-timm predict --help): the rule that predict and demo then use.
 key=value changes the recipe's hub section, such as hub.license=apache-2.0.
 onnx, torch: the classifier as an ONNX file or a program of torch.export (.pt2), from normalised float32 images
 (N, 3, H, W) to logits (N, K), with class names and preprocessing inside. The logits are compared with the net's.
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.cli import add_recall, answer, new_parser, once
+from rescom_timm.cli import add_rules, answer, check_rules, new_parser
 
 FORMATS = {"timm": "export", "onnx": "model.onnx", "torch": "model.pt2"}
 """Each format and the name of its output in RUN."""
@@ -37,11 +38,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "--weights", choices=["raw", "ema"], help="as trained, or averaged (default: as train.ema.export says)"
     )
-    add_recall(parser, "keep in the folder a rule that finds at least this share of a class, which predict uses")
+    add_rules(parser, "keep in the folder a rule that finds at least this share of a class, which predict uses")
     options = parser.parse_intermixed_args(argv)
-    options.recall = once(parser, options.recall)
-    if options.recall and options.format != "timm":
-        parser.error(f"--format {options.format} keeps no operating point: leave out --recall")
+    check_rules(parser, options)
+    if (options.recall or options.costs) and options.format != "timm":
+        parser.error(f"--format {options.format} keeps no rule: leave out --recall and --costs")
     if options.overrides and options.format != "timm":
         parser.error(f"--format {options.format} has no model card: leave out {' '.join(options.overrides)}")
 
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         run, output = Run(options.run), options.output or options.run / FORMATS[options.format]
         if options.format != "timm":
             print("exporting and comparing the logits, which takes up to a minute ...", file=sys.stderr, flush=True)
-        print(run.export(output, options.format, options.weights, options.overrides, options.recall))
+        rule = options.recall, options.costs
+        print(run.export(output, options.format, options.weights, options.overrides, *rule))
         return 0
 
     is_folder = options.format == "timm"

@@ -19,8 +19,8 @@ are softmax(logits / T); fitted is the T of the run's validation images.
                                validation images; --by-group calibrates many, medium and few each; --sets prevalence
                                makes prevalence-adjusted sets, which hold rare classes more often
 --recall defect=0.9            decide so that 90% of the class defect are found, from the RUN's validation images; its
-                               price is printed, and the CSV has a column `decision`. An export may keep this
-                               (export --recall); then it is used
+                               price is printed and written beside the CSV (NAME-price.json), and the CSV has a column
+                               `decision`. An export may keep this rule (export --recall); then it is used
 --costs FILE                   decide by the least expected cost: a CSV whose first line names the predicted classes and
                                whose other lines have a true class and its costs, or JSON {true: {predicted: cost}}
 --five-crops                   also give the label by the mean of five crops

@@ -4,6 +4,7 @@
 
 Uploads what the training left in RUN/hub/, or else the run as it is. key=value changes the recipe's hub section, such
 as hub.strategy=checkpoint or hub.license=apache-2.0. --space OWNER/NAME also pushes a Space with the demo page.
+--recall CLASS=R and --costs FILE keep a rule in the model, as of rescom-timm export.
 The token comes from  hf auth login  or HF_TOKEN. To write the model to a folder or file instead: rescom-timm export.
 """
 
@@ -13,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rescom_timm.cli import answer, export, new_parser, renamed
+from rescom_timm.cli import add_rules, answer, check_rules, export, new_parser, renamed
 
 OLD_OPTIONS = {"export": "timm", "onnx": "onnx", "torch_export": "torch"}
 """Options of 0.2.0 and the formats of export that they are now."""
@@ -28,10 +29,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     parser.add_argument("--repo", help="owner/name (default: the recipe's hub.repo)")
     parser.add_argument("--space", metavar="OWNER/NAME", help="also a Space with the demo page of the pushed model")
+    add_rules(parser, "keep a rule that finds at least this share of a class, which predict and demo then use")
     for option in OLD_OPTIONS:
         parser.add_argument(f"--{option.replace('_', '-')}", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--weights", choices=["raw", "ema"], help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
+    check_rules(parser, options)
     if all(getattr(options, option) is None for option in OLD_OPTIONS):
         return answer(lambda: push(options))
     code = 0
@@ -51,7 +54,7 @@ def push(options: argparse.Namespace) -> int:
     from rescom_timm.hub.space import push_space
 
     run = Run(options.run)
-    print(f"pushed: {run.push(options.repo, options.overrides)}")
+    print(f"pushed: {run.push(options.repo, options.overrides, options.recall, options.costs)}")
     if options.space:
         hub = run_recipe(run.folder, options.overrides).hub
         print(f"pushed: {push_space(options.space, options.repo or str(hub.repo), hub.private)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import types
 import typing
@@ -121,6 +122,10 @@ def _line(problem: Mapping[str, Any]) -> tuple[str, str]:
         loc.pop()
     where, given = ".".join(map(str, loc)), problem["input"]
     if problem["type"] == "unexpected_keyword_argument":
+        own = where.removeprefix("method.") if where in known else ""  # of other methods
+        if able := [name for name, (config, _) in METHODS.items() if own in inspect.signature(config).parameters]:
+            have = f"{', '.join(able)} ha{'ve' if len(able) > 1 else 's'} it"
+            return "recipe.unknown_key", f"method {problem['loc'][1]} has no key {where}; {have}"
         return "recipe.unknown_key", f"unknown key {where}; {_instead(where, given, sorted(known))}"
     if problem["type"] == "union_tag_invalid":
         return "recipe.unknown_method", f"{where}.name: {_unknown_method(str(given.get('name')))}"

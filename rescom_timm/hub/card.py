@@ -25,9 +25,10 @@ from rescom_timm.engine.log import duration, lines
 from rescom_timm.engine.run_folder import CHANGED
 from rescom_timm.hub_client import hub_id
 from rescom_timm.inference.decisions import leans
+from rescom_timm.inference.rules import Costs, read_point
 from rescom_timm.io import read_json
 from rescom_timm.metrics import INTERVALS_DEFINED, Limits, group_rules, groups, groups_defined, read_limits, span
-from rescom_timm.text import escape_controls
+from rescom_timm.text import counted, escape_controls
 from rescom_timm.text.pages import markdown, render
 
 TITLES = {
@@ -236,6 +237,7 @@ def _sections(facts: Facts) -> dict[str, str]:
         "counts": facts.counts,
         "paper": PAPERS.get(recipe["method"]["name"]),
         "progress": progress,
+        "rule": _rule(details),
         "reading": ReadConfig.of(details.get("reading", {})),
         "own_net": recipe["net"]["backbone"].endswith("_cifar"),
         "splits": [(name, data[name]) for name in ("train", "validation", "test") if data.get(name)],
@@ -264,10 +266,17 @@ def _sections(facts: Facts) -> dict[str, str]:
     return {name: render("card.md", section=name, **values).strip("\n") for name in names}
 
 
+def _rule(details: dict[str, Any]) -> str:
+    """The decision rule of an export as text; "" without one."""
+    if "operating_point" in details:
+        return read_point(details["operating_point"], details["class_names"]).text
+    return Costs.text if "costs" in details else ""
+
+
 def _groups(facts: Facts) -> list[str]:
     rules = group_rules(facts.limits)
     return [
-        f"{name} ({rules[name]} images): {len(classes)} class{'es' * (len(classes) > 1)}"
+        f"{name} ({rules[name]} images): {counted(len(classes), 'class')}"
         for name, classes in groups(facts.counts, facts.limits).items()
     ]
 

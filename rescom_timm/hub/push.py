@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ from rescom_timm.config.secrets import secret_in, without_home
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.build import Weights
 from rescom_timm.engine.errors import CheckpointError
-from rescom_timm.engine.run_folder import FOLDERS, run_recipe
+from rescom_timm.engine.run_folder import FOLDERS, class_names, run_recipe
 from rescom_timm.errors import InputError, MissingFileError, UnreachableError, code_of
 from rescom_timm.hub import card
-from rescom_timm.hub.staging import stage, staged, status
+from rescom_timm.hub.staging import NO_RULE, Request, Rule, stage, staged, status
 from rescom_timm.hub_client import online
 from rescom_timm.hub_download import HubError, explain, no_token
 from rescom_timm.inference.export import DETAILS, export_run
+from rescom_timm.inference.rules import read_costs
 from rescom_timm.io import atomic_path, errors_named, file_lock, read_json, refuse_links, write_json, write_text
 from rescom_timm.text import escape_output
 
@@ -67,11 +67,19 @@ def push(run: str | Path, attempts: int = 5, pause: float = 2.0) -> dict[str, st
     return last
 
 
-def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
+def kept_rule(run: Path, recall: Mapping[str, float] | None, costs: str | Path | None) -> Rule:
+    """Recall and costs (a file) as export_run takes them. Raises as read_costs does."""
+    rule = Rule(recall=dict(recall)) if recall else Rule()
+    if costs:
+        rule["costs"] = read_costs(costs, class_names(run) or []).record()
+    return rule
+
+
+def push_run(run: Path, overrides: Sequence[str] = (), rule: Rule = NO_RULE) -> str:
     """Push what is staged in RUN/hub/, or else the run as it is; returns the commit's address.
 
-    With overrides, always the run as it is. overrides: key=value arguments of the hub section. Raises HubError, and as
-    stage_now does.
+    With overrides or a rule, always the run as it is. overrides: key=value arguments of the hub section. rule: of
+    kept_rule. Raises HubError, and as stage_now and build do.
     """
     refuse_links(run, FOLDERS)
     config = run_recipe(run, overrides).hub
@@ -81,15 +89,21 @@ def push_run(run: Path, overrides: Sequence[str] = ()) -> str:
                 "hub.occupied",
                 f"{folder} is staged for {repo}, not for {config.repo}: remove that folder, or give --repo {repo}",
             )
-    if overrides or not staged(run):
+    if overrides or rule or not staged(run):
         if config.repo is None:
             raise HubError("hub.id", "the recipe names no hub.repo: give --repo owner/name")
-        stage_now(run, config)
+        waiting = stage_now(run, config, rule)
+        try:
+            if rule:  # which may ask for what the run does not have
+                build(waiting, _request(waiting))
+        except BaseException:
+            shutil.rmtree(waiting)
+            raise
     return push(run)["url"]
 
 
-def stage_now(run: Path, config: HubConfig) -> Path:
-    """Stage the run as it is; replaces an earlier staging of the same checkpoint.
+def stage_now(run: Path, config: HubConfig, rule: Rule = NO_RULE) -> Path:
+    """Stage the run as it is, with a rule (`kept_rule`); replaces an earlier staging of the same checkpoint.
 
     Raises MissingFileError (checkpoint.missing) if there is no checkpoint.
     """
@@ -99,25 +113,29 @@ def stage_now(run: Path, config: HubConfig) -> Path:
         if newest is None:
             raise MissingFileError("checkpoint.missing", f"{run} holds no checkpoint: name a run's folder")
         shutil.rmtree(run / "hub" / f"{newest[0].name}-end", ignore_errors=True)
-        return stage(run, config, newest[0].name, newest[2].get("progress", {}).get("best_checkpoint"), end=True)
+        best = newest[2].get("progress", {}).get("best_checkpoint")
+        return stage(run, config, newest[0].name, best, end=True, rule=rule)
 
     return checkpoint.whole_read(run / "checkpoints", read)
 
 
 def export_push(
     run: Path, folder: Path, overrides: Sequence[str] = (), weights: Weights | None = None,
-    recall: Mapping[str, float] | None = None,
+    rule: Rule = NO_RULE,
 ) -> Path:  # fmt: skip
     """Copy what would be pushed into a folder, without a network.
 
-    weights, recall: as in export_run. Raises as stage_now and build do, and InputError (file.exists) where the folder
-    is a file, or holds other files than an export.
+    weights: as in export_run. rule: of kept_rule. Raises as stage_now and build do, and InputError (file.exists) where
+    the folder is a file, or holds other files than an export.
     """
     config = run_recipe(run, overrides).hub
-    request = {**asdict(config), "repo": config.repo or f"owner/{run.resolve().name}", "export": "best"}
-    waiting = stage_now(run, config)
+    request = Request(
+        repo=config.repo or f"owner/{run.resolve().name}", license=config.license, benchmark=config.benchmark,
+        export="best", checkpoints=False, weights=weights, **rule,
+    )  # fmt: skip
+    waiting = stage_now(run, config, rule)
     try:
-        files = build(waiting, {**request, "checkpoints": False, "weights": weights, "recall": recall})
+        files = build(waiting, request)
         _refuse_other_files(folder, files)
         for name, path in files.items():
             with errors_named(folder / name), atomic_path(folder / name) as beside:
@@ -139,12 +157,14 @@ def _refuse_other_files(folder: Path, export: Collection[str]) -> None:
         raise InputError("file.exists", f"{folder} holds other files ({what}): name a new folder for the export")
 
 
-def _request(folder: Path) -> dict[str, Any]:
+def _request(folder: Path) -> Request:
     """The content of a staged folder's push.json. Raises HubError (file.format)."""
     try:
-        request: dict[str, Any] = read_json(folder / "push.json")
+        request: Request = read_json(folder / "push.json")
         HubConfig(request["repo"], private=bool(request["private"]))
-        return request | {"keep": request["keep"], "export": request["export"], "checkpoints": request["checkpoints"]}
+        if missing := {"keep", "export", "checkpoints"} - request.keys():
+            raise KeyError(min(missing))
+        return request
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         message = f"{folder / 'push.json'} cannot be read ({reason}): remove {folder}, then push again"
@@ -174,7 +194,7 @@ def _write_status(run: Path, values: dict[str, str]) -> None:
     write_json(run / "hub" / "status.json", values)
 
 
-def _upload(stage: Path, request: dict[str, Any]) -> str:
+def _upload(stage: Path, request: Request) -> str:
     """One commit of a staged folder; returns its address. Raises what the Hub's client raises, and HubError."""
     repo, api = request["repo"], HfApi(library_name="rescom_timm")
     if not get_token():
@@ -201,19 +221,19 @@ def _upload(stage: Path, request: dict[str, Any]) -> str:
     return api.create_commit(repo, operations, commit_message=message, parent_commit=head).commit_url
 
 
-def build(stage: Path, request: dict[str, Any], readme: str | None = None) -> dict[str, Path]:
+def build(stage: Path, request: Request, readme: str | None = None) -> dict[str, Path]:
     """Export a staged folder (or a run's) into STAGE/upload and write its card.
 
     readme: the repository's present card. Returns the files to push: name in the repository -> file.
     """
     upload, refusal = stage / "upload", stage / "refusal.txt"
     if not (upload / "hashes.json").is_file():
-        which, weights, recall = request["export"], request.get("weights"), request.get("recall")
+        which, weights, rule = request["export"], request.get("weights"), (request.get("recall"), request.get("costs"))
         try:
-            export_run(stage, upload, which, weights=weights, recall=recall)
+            export_run(stage, upload, which, True, weights, *rule)
         except ValueError as error:
             write_text(refusal, str(error))
-            export_run(stage, upload, which, plain=False, weights=weights, recall=recall)
+            export_run(stage, upload, which, False, weights, *rule)
     reason = refusal.read_text(encoding="utf-8") if refusal.is_file() else ""
     files = {path.name: path for path in upload.iterdir() if path.name != "README.md"}
     files |= {path.relative_to(stage).as_posix(): path for path in stage.glob("evaluation/*.json")}

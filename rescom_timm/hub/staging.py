@@ -14,15 +14,41 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from rescom_timm.config.recipe import HubConfig
+from rescom_timm.engine.build import Weights
 from rescom_timm.engine.run_folder import FOLDERS
 from rescom_timm.io import refuse_links, write_json
 
 TEXTS = ("recipe.yaml", "environment.json", "metrics.jsonl", "classes.json")
 WAITING = 5
 """Staged pushes that may wait for the network; of more, the oldest are removed."""
+
+
+class Rule(TypedDict, total=False):
+    """A decision rule for an export to keep, as export_run takes it."""
+
+    recall: Mapping[str, float]
+    costs: Sequence[Sequence[float]]
+
+
+NO_RULE = Rule()
+
+
+class Request(Rule, total=False):
+    """A push, as push.json in its staged folder: keys of HubConfig, what is exported (export_run) and kept."""
+
+    repo: str
+    private: bool
+    license: str | None
+    benchmark: str | None
+    export: str
+    checkpoints: bool
+    keep: bool
+    weights: Weights | None
 
 
 class Pusher:
@@ -105,10 +131,11 @@ class Pusher:
             print(f"the push to {self.config.repo} ended without a status; see {self.run / 'hub' / 'push.log'}")
 
 
-def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool) -> Path:
+def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool, rule: Rule = NO_RULE) -> Path:
     """An immutable copy of what a push needs, in RUN/hub/: a run folder with one or two checkpoints.
 
-    Raises InputError (file.link) if something in the run's folder is a symlink to outside of it.
+    rule: recall or costs that the export keeps, as of export_run. Raises InputError (file.link) if something in the
+    run's folder is a symlink to outside of it.
     """
     refuse_links(run, FOLDERS)
     final = run / "hub" / (newest + ("-end" if end else ""))
@@ -134,7 +161,7 @@ def stage(run: Path, config: HubConfig, newest: str, best: str | None, end: bool
     which = "best" if end or config.strategy == "best" else "last"
     request = {
         "repo": config.repo, "private": config.private, "license": config.license, "benchmark": config.benchmark,
-        "export": which, "checkpoints": whole, "keep": config.strategy == "all_checkpoints",
+        "export": which, "checkpoints": whole, "keep": config.strategy == "all_checkpoints", **rule,
     }  # fmt: skip
     write_json(partial / "push.json", request)
     partial.rename(final)

@@ -7,9 +7,9 @@ probabilities where the classes have the frequencies q.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -100,23 +100,32 @@ def sets_of(
     return replace(found, temperature=temperature, shift=shift)
 
 
-def kept_sets(logits: Tensor, labels: Tensor, even: Tensor, temperature: float) -> dict[str, object]:
+class KeptSets(TypedDict):
+    """Prediction sets in an export: images, the prior (K,), thresholds by coverage of both kinds."""
+
+    images: int
+    prior: list[float]
+    marginal: dict[str, float]
+    prevalence: dict[str, float]
+
+
+def kept_sets(logits: Tensor, labels: Tensor, even: Tensor, temperature: float) -> KeptSets:
     """What an export keeps of its prediction sets; `read_sets` reads it. Arguments: as of `sets_of`.
 
     Marginal sets as the net answers, prevalence-adjusted ones with the temperature; of each coverage of COVERAGES that
     there are enough images for, the threshold of a class of prior 1.
     """
     prior = population(labels, logits.shape[1])
-    thresholds: dict[str, dict[str, float]] = {"marginal": {}, "prevalence": {}}
+    kept = KeptSets(images=len(labels), prior=prior.tolist(), marginal={}, prevalence={})
     for coverage in (one for one in COVERAGES if needed(one) <= len(labels)):
         found = sets_of(logits, labels, coverage, even)
-        thresholds["marginal"][f"{coverage}"] = float(found.thresholds[0]) - 1
+        kept["marginal"][f"{coverage}"] = float(found.thresholds[0]) - 1
         found = sets_of(logits, labels, coverage, even, "prevalence", temperature)
-        thresholds["prevalence"][f"{coverage}"] = float((found.thresholds[0] - 1) / prior[0])
-    return {"images": len(labels), "prior": prior.tolist(), **thresholds}
+        kept["prevalence"][f"{coverage}"] = float((found.thresholds[0] - 1) / prior[0])
+    return kept
 
 
-def read_sets(kept: Mapping[str, Any], even: Tensor, temperature: float) -> dict[tuple[Kind, float], PredictionSets]:
+def read_sets(kept: KeptSets, even: Tensor, temperature: float) -> dict[tuple[Kind, float], PredictionSets]:
     """The prediction sets of an export by kind and coverage. Raises InputError (model.details), KeyError, TypeError."""
     prior, images = torch.tensor(kept["prior"], dtype=torch.float64), int(kept["images"])
     given: tuple[tuple[Kind, float, Tensor | None], ...] = (("marginal", 1.0, None), ("prevalence", temperature, prior))

@@ -22,6 +22,7 @@ from rescom_timm.inference.images import image_name
 from rescom_timm.inference.neighbours import Gatherer
 from rescom_timm.inference.predict import Prediction, Prior, Reader, embed, predictions
 from rescom_timm.inference.pretrained import Pretrained
+from rescom_timm.text import counted
 from rescom_timm.text.pages import render
 
 OWN_NUMBERS = "my own numbers"
@@ -100,7 +101,7 @@ def answers(
         reader = Reader(model, list(files), prior, temperature=model.temperature or 1.0)
         shown = predictions(
             reader, top_k, sets=sets_of(model), among=among, nearest=nearest, gatherer=gatherer,
-            rule=model.operating_point,
+            rule=model.rule,
         )  # fmt: skip
         cards = [_card(model, *pair, training) for pair in zip(titles(files), shown, strict=True)]
     except (ValueError, OSError) as error:
@@ -126,11 +127,10 @@ def titles(files: Sequence[str]) -> list[str]:
 
 def introduction(model: Pretrained, source: str) -> str:
     """Which model this is, and what its probabilities, sets and decisions mean, as HTML. source: its path or id."""
-    recipe, lines = model.recipe, [f"{len(model.class_names):,} classes"]
+    recipe, lines = model.recipe, [counted(len(model.class_names), "class")]
     if model.counts is not None:
-        lines.append(
-            f"{int(model.counts.sum()):,} training images, {model.counts.max()} to {model.counts.min()} a class"
-        )
+        images = counted(int(model.counts.sum()), "training image")
+        lines.append(f"{images}, {model.counts.max()} to {model.counts.min()} a class")
     if recipe is not None:
         lines.insert(0, f"{recipe.net.backbone} trained with {recipe.method.name}")
     told = [f"{', '.join(lines)}."]
@@ -151,8 +151,8 @@ def introduction(model: Pretrained, source: str) -> str:
             f"Unsure: the prediction set of the image has several classes ({sets.guarantee}). Sets do not depend on "
             "the frequencies that you choose."
         )
-    if model.operating_point is not None:
-        told.append(f"The decision is made for {model.operating_point.text}.")
+    if model.rule is not None:
+        told.append(f"The decision is made for {model.rule.text}.")
     return render("demo.html", model=source, about=told)
 
 

@@ -36,7 +36,7 @@ from rescom_timm.engine.evaluate import file_name, load_net
 from rescom_timm.engine.run_folder import run_recipe
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.decisions import even_shift, fitted_temperature, kept_sets
-from rescom_timm.inference.rules import operating_point
+from rescom_timm.inference.rules import operating_point, read_matrix
 from rescom_timm.io import atomic_folder, read_json, sha256, write_json, write_tensors, write_text
 from rescom_timm.methods import create_method
 from rescom_timm.models.classifiers import Cosine
@@ -64,7 +64,7 @@ def export(
     eval_policy: str = "none",
     recipe: Recipe | None = None,
     state: Mapping[str, Tensor] | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, object] | None = None,
     plain: bool = True,
     reading: ReadConfig | None = None,
 ) -> Path:
@@ -129,14 +129,14 @@ def describe(run: Path, data: Data, recipe: Recipe) -> None:
 
 def export_run(
     run: str | Path, folder: str | Path, which: str = "best", plain: bool = True, weights: Weights | None = None,
-    recall: Mapping[str, float] | None = None,
+    recall: Mapping[str, float] | None = None, costs: Sequence[Sequence[float]] | None = None,
 ) -> Path:  # fmt: skip
     """Export a checkpoint of a run's folder: which = "best" (the last if none was selected), "last", or its name.
 
-    weights: the trained ones (raw) or their average (ema); None: by train.ema.export. recall: of an operating point to
-    keep, by class name (`rules`). Raises CheckpointError if it has
-    no average, MissingFileError if the run has no checkpoint
-    (checkpoint.missing) or no classes.json (model.missing), InputError as export.
+    weights: the trained ones (raw) or their average (ema); None: by train.ema.export. recall, costs: a rule to keep
+    (`rules`), the recall of an operating point by class name or costs (K, K). Raises CheckpointError if it has no
+    average, MissingFileError if the run has no checkpoint (checkpoint.missing) or no classes.json (model.missing),
+    InputError as export.
     """
     run = Path(run)
     path, tensors, state = _checkpoint(run, which)
@@ -147,7 +147,11 @@ def export_run(
             "model.missing",
             f"{run} holds no classes.json, so its class names are not known: continue with --resume once to write it",
         ) from None
-    names, counts, size = _described(classes, run / "classes.json", tensors)
+    check_described(classes, run / "classes.json")
+    names, counts, size = (classes[name] for name in ("class_names", "counts", "input_size"))
+    if len(names) > (most := sum(value.numel() for value in tensors.values())):
+        message = f"{run / 'classes.json'} names {len(names):,} classes, but the checkpoint has only {most:,} weights"
+        raise InputError("model.details", message)
     with checkpoint.consistent(path):
         recipe = load_dict(state["recipe"], str(path))
         if weights is None:
@@ -159,10 +163,11 @@ def export_run(
         progress = {name: state["progress"].get(name) for name in ("epoch", "step", "seconds", "best", "best_epoch")}
         method = state["method"]
     return export(
-        net, folder, names, size, counts=counts,
+        net, folder, names, tuple(size), counts=counts,
         eval_policy=recipe.views.eval, recipe=recipe, state=method, plain=plain,
         about={"name": recipe.name, "checkpoint": path.name, "weights": weights, "progress": progress}
-        | _decisions(run, which, weights, recipe, torch.tensor(counts), names, recall),
+        | _decisions(run, which, weights, recipe, torch.tensor(counts), names, recall)
+        | ({} if costs is None else {"costs": read_matrix(costs, len(names)).record()}),
     )  # fmt: skip
 
 
@@ -204,36 +209,21 @@ def _decisions(
     return made | ({"operating_point": operating_point(found, labels, recall, names).record()} if recall else {})
 
 
-def check_classes(names: Any, counts: Any, place: object, counted: bool = True) -> None:
-    """Check names (K,) and counts (K,) of classes; place: their file, for messages.
+def check_described(details: Mapping[str, Any], place: object, counted: bool = True) -> None:
+    """Check class_names (K,), counts (K,) and input_size (3,) of a JSON file; place: its name, for messages.
 
     counted: counts may not be None. Raises InputError (model.details).
     """
+    names, counts, size = (details.get(name) for name in ("class_names", "counts", "input_size"))
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InputError("model.details", f"class_names in {place} must be a list of names")
-    if counts is None and not counted:
-        return
-    if not (
-        isinstance(counts, list) and len(counts) == len(names) and all(type(n) is int and 0 < n < 2**53 for n in counts)
-    ):
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
+        message = f"input_size in {place} must be three numbers from 1 to {MAX_SIDE}, not {size!r}"
+        raise InputError("model.details", message)
+    numbers = isinstance(counts, list) and all(type(n) is int and 0 < n < 2**53 for n in counts)
+    if (counted or counts is not None) and not (numbers and len(counts or ()) == len(names)):
         message = f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes"
         raise InputError("model.details", message)
-
-
-def _described(
-    classes: dict[str, Any], path: Path, tensors: Mapping[str, Tensor]
-) -> tuple[list[str], list[int], tuple[int, int, int]]:
-    """(class_names, counts, input_size) of classes.json. Raises InputError (model.details)."""
-    found: list[Any] = [classes.get(name) for name in ("class_names", "counts", "input_size")]
-    names, counts, size = found
-    check_classes(names, counts, path)
-    if len(names) > (most := sum(value.numel() for value in tensors.values())):
-        message = f"{path} names {len(names):,} classes, but the checkpoint has only {most:,} weights"
-        raise InputError("model.details", message)
-    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
-        message = f"{path}: input_size must be three numbers from 1 to {MAX_SIDE}, not {size!r}"
-        raise InputError("model.details", message)
-    return names, counts, (size[0], size[1], size[2])
 
 
 def save_model(run: Path) -> str:
@@ -327,7 +317,7 @@ def _save_plain(
     (folder / PLAIN).chmod((folder / "config.json").stat().st_mode)  # safetensors ignores the umask
 
 
-def timm_view(policy: str, size: int) -> dict[str, Any]:
+def timm_view(policy: str, size: int) -> dict[str, float | str]:
     """The evaluation policy as timm's data config, so that timm's transform prepares images as ours."""
     text = parse(policy).text
     if match := re.fullmatch(rf"resize\((\d+),(\w+)\) \| center_crop\({size}\)", text):

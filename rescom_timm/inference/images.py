@@ -20,11 +20,14 @@ from rescom_timm.data.transforms import Policy, parse
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.inference.pretrained import Pretrained
 
+ImageSource = str | Path | Split | Iterable[str | Path | Image.Image | np.ndarray]
+"""A file, a folder, a split of a data set, or files, PIL images and arrays."""
+
 
 class Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
     """The images of predict: position -> (uint8 (views, 3, H, W) or None, fields of its Prediction)."""
 
-    def __init__(self, images: Any) -> None:
+    def __init__(self, images: ImageSource) -> None:
         self.split = images if isinstance(images, Split) else None
         self.names: Sequence[str] = []
         self.items: Any = images
@@ -66,7 +69,7 @@ class Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
         about = {"image": str(value) if isinstance(value, Path) else str(position)}
         if self.split is not None:
             value = value["image"]
-            about = {"image": _name(value, self.split.rows[position])}
+            about = {"image": value.get("path") or str(int(self.split.rows[position]))}
             number = int(self.true[position])
             about["label"] = self.names[number] if number < len(self.names) else str(number)
         try:
@@ -87,11 +90,7 @@ class Images(Dataset[tuple[Tensor | None, dict[str, str]]]):
 
 def image_name(split: Split, position: int) -> str:
     """The name of a split's image in predictions and embeddings: its path, else its row."""
-    return _name(split.dataset[position]["image"], split.rows[position])
-
-
-def _name(image: dict[str, Any], row: Any) -> str:
-    return image.get("path") or str(int(row))
+    return split.dataset[position]["image"].get("path") or str(int(split.rows[position]))
 
 
 def _files(path: Path) -> list[Path]:

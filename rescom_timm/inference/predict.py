@@ -19,11 +19,12 @@ from rescom_timm.data.progress import progress
 from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.allocator import keep_freed_memory
+from rescom_timm.engine.build import prefers_channels_last
 from rescom_timm.engine.evaluate import five_crops
 from rescom_timm.errors import InputError
 from rescom_timm.inference.conformal import Kind, PredictionSets
 from rescom_timm.inference.decisions import estimated_prior, even_shift, frequencies, sets_of, shift_of
-from rescom_timm.inference.images import Images
+from rescom_timm.inference.images import Images, ImageSource
 from rescom_timm.inference.neighbours import Embeddings, Gatherer, Neighbour
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.inference.rules import Rule
@@ -59,7 +60,7 @@ class Prediction:
 
 def predict(
     model: str | Path | Pretrained,
-    images: Any,
+    images: ImageSource,
     *,
     top_k: int = 5,
     prior: Prior | None = None,
@@ -113,53 +114,53 @@ def predictions(
     if nearest < 0 or bool(nearest) != (among is not None):
         message = "nearest and among go together: the number of nearest images, and the embeddings to search"
         raise InputError("predict.value", message)
-    return _predictions(reader, min(top_k, len(reader.names)), sets, among, nearest, gatherer, rule)
 
-
-def _predictions(
-    reader: Reader,
-    top_k: int,
-    sets: PredictionSets | None,
-    among: Embeddings | None,
-    nearest: int,
-    gatherer: Gatherer | None,
-    rule: Rule | None,
-) -> Iterator[Prediction]:
-    names = reader.names
-    for batch in reader.batches(embed=among is not None or gatherer is not None):
-        found: list[dict[str, Any]] = []
-        read = [about for about in batch.about if "error" not in about]
-        if read:
-            top = batch.probabilities.topk(top_k)
-            for probabilities, classes in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-                found.append({"labels": [names[k] for k in classes], "probabilities": probabilities})
-            if sets is not None:
-                inside = sets.of_logits(batch.logits, batch.probabilities)
-                for one, row, members in zip(found, batch.probabilities, inside, strict=True):
-                    order = row.masked_fill(~members, -1).argsort(descending=True, stable=True)
-                    one["inside"] = [names[k] for k in order[: int(members.sum())].tolist()]
-            if rule is not None:
-                for one, k in zip(found, rule.decide(batch.logits, batch.probabilities).tolist(), strict=True):
-                    one["decision"] = names[k]
-            if among is not None:
-                for one, neighbours in zip(found, among.nearest(batch.features, nearest), strict=True):
-                    one["nearest"] = neighbours
-            if batch.crops is not None:
-                best = batch.crops.max(dim=1)
-                for one, share, k in zip(found, best.values.tolist(), best.indices.tolist(), strict=True):
-                    one["five_crops"] = (names[k], share)
-            if gatherer is not None:
+    def found() -> Iterator[Prediction]:
+        for batch in reader.batches(embed=among is not None or gatherer is not None):
+            answered = iter(_answers(batch, reader.names, top_k, sets, among, nearest, rule))
+            read = [about for about in batch.about if "error" not in about]
+            if gatherer is not None and read:
                 images, labels = ([about.get(key, "") for about in read] for key in ("image", "label"))
                 gatherer.add(batch.features, batch.embeddings, images, labels)
-        for about in batch.about:
-            yield Prediction(
-                **{"labels": [], "probabilities": [], **about, **(found.pop(0) if "error" not in about else {})}
-            )
+            for about in batch.about:
+                fields: dict[str, Any] = {"labels": [], "probabilities": [], **about}
+                yield Prediction(**(fields if "error" in about else fields | next(answered)))
+
+    return found()
+
+
+def _answers(
+    batch: _Batch, names: Sequence[str], top_k: int, sets: PredictionSets | None, among: Embeddings | None,
+    nearest: int, rule: Rule | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Fields of the Predictions of a batch's readable images."""
+    if not len(batch.logits):
+        return []
+    top = batch.probabilities.topk(min(top_k, len(names)))
+    columns: dict[str, Sequence[object]] = {
+        "labels": [[names[k] for k in row] for row in top.indices.tolist()],
+        "probabilities": top.values.tolist(),
+    }
+    if sets is not None:
+        inside = sets.of_logits(batch.logits, batch.probabilities)
+        order = batch.probabilities.masked_fill(~inside, -1).argsort(dim=1, descending=True, stable=True).tolist()
+        sizes = inside.sum(dim=1).tolist()
+        columns["inside"] = [[names[k] for k in row[:size]] for row, size in zip(order, sizes, strict=True)]
+    if rule is not None:
+        columns["decision"] = [names[k] for k in rule.decide(batch.logits, batch.probabilities).tolist()]
+    if among is not None:
+        columns["nearest"] = among.nearest(batch.features, nearest)
+    if batch.crops is not None:
+        best = batch.crops.max(dim=1)
+        columns["five_crops"] = [
+            (names[k], share) for k, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def embed(
     model: str | Path | Pretrained,
-    images: Any,
+    images: ImageSource,
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -208,13 +209,15 @@ def calibrate(
             labels.append(numbers[about["label"]])
         logits.append(batch.logits.cpu())
     read, classes = reader.model, len(reader.names)
+    if by_group and read.counts is None:
+        raise InputError("predict.prior", "this model has no class counts of its training, so it has no groups")
     fitted = kind == "prevalence" and reader.temperature == 1 and read.temperature is not None
     own = reader.prior if prior == "estimate" else None if prior is None else frequencies(prior, read.counts, classes)
     even = reader.even if kind == "marginal" else even_shift(read.recipe, read.counts, classes)
     return sets_of(
         torch.cat(logits), torch.tensor(labels), coverage, even, kind,
         read.temperature if fitted and read.temperature else reader.temperature,
-        own, _counts(read) if by_group else None, read.limits,
+        own, read.counts if by_group else None, read.limits,
     )  # fmt: skip
 
 
@@ -239,7 +242,7 @@ class Reader:
     def __init__(
         self,
         model: str | Path | Pretrained,
-        images: Any,
+        images: ImageSource,
         prior: Prior | None = None,
         batch_size: int = 64,
         workers: int = 0,
@@ -272,6 +275,9 @@ class Reader:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             net = copy.deepcopy(model.net) if isinstance(model, Pretrained) else self.model.net  # a caller's stays
             self.net = net.to(self.device).eval()
+            chosen = None if self.model.recipe is None else self.model.recipe.speed.channels_last
+            if prefers_channels_last(self.net, self.device, "no") if chosen is None else chosen:  # as evaluate does
+                self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
             message = f"device {device} cannot be used here: {str(error).splitlines()[0]}"
             raise InputError("predict.value", message) from None
@@ -344,10 +350,3 @@ def read_temperature(model: Pretrained, temperature: Temperature) -> float:
     if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise InputError("predict.value", f"temperature must be a number above 0, or fitted, not {temperature!r}")
     return float(temperature)
-
-
-def _counts(model: Pretrained) -> Tensor:
-    if model.counts is None:
-        message = "this model has no class counts of its training: give the prior as numbers"
-        raise InputError("predict.prior", message)
-    return model.counts

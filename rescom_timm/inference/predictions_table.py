@@ -36,31 +36,23 @@ def write_csv(
         nonlocal images, broken
         pairs = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
         near = [f"{name}_{k}" for k in range(1, nearest + 1) for name in ("nearest", "nearest_label", "similarity")]
-        ends = ["five_crops_label", "five_crops_probability"] if crops else []
+        further = ["decision"] * decisions + ["set_size", "set"] * sets + near
         yield [
             "image",
             *pairs,
             "error",
             "true_label",
-            *(["decision"] if decisions else []),
-            *(["set_size", "set"] if sets else []),
-            *near,
-            *ends,
+            *further,
+            *["five_crops_label", "five_crops_probability"] * crops,
         ]
         for one in found:
-            cells = [
-                cell for pair in zip(one.labels, one.probabilities, strict=True) for cell in (pair[0], f"{pair[1]:.6f}")
-            ]
-            row = [one.image, *cells, *[""] * (2 * top_k - len(cells)), one.error, one.label]
-            if decisions:
-                row.append(one.decision or "")
+            top = zip(one.labels, one.probabilities, strict=True)
+            row = [one.image, *_cells(top, len(pairs)), one.error, one.label]
+            row += [one.decision or ""] * decisions
             if sets:
                 row += ["", ""] if one.inside is None else [f"{len(one.inside)}", json.dumps(one.inside)]
-            close = [cell for other in one.nearest for cell in (other.image, other.label, f"{other.similarity:.6f}")]
-            row += [*close, *[""] * (3 * nearest - len(close))]
-            if crops:
-                row += ["", ""] if one.five_crops is None else [one.five_crops[0], f"{one.five_crops[1]:.6f}"]
-            yield row
+            row += _cells(one.nearest, len(near))
+            yield row + (_cells([one.five_crops] if one.five_crops else [], 2) if crops else [])
             images, broken = images + 1, broken + bool(one.error)
 
     # Row by row. A name that is not UTF-8 keeps its bytes.
@@ -80,3 +72,9 @@ def write_csv(
                 raise
         Path(f"{path}.partial").unlink(missing_ok=True)  # of an earlier attempt
     return images, broken
+
+
+def _cells(rows: Iterable[tuple[str | float, ...]], number: int) -> list[str]:
+    """The cells of all rows, and empty ones up to `number`."""
+    cells = [cell if isinstance(cell, str) else f"{cell:.6f}" for row in rows for cell in row]
+    return cells + [""] * (number - len(cells))

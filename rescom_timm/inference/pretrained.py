@@ -19,15 +19,15 @@ from torch import Tensor
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.decoding import ReadConfig
-from rescom_timm.data.transforms import MAX_SIDE, parse
+from rescom_timm.data.transforms import parse
 from rescom_timm.engine.build import refuse_queue
 from rescom_timm.errors import CodedError, InputError, MissingFileError, code_of
 from rescom_timm.hub_client import hub_id, missing
 from rescom_timm.hub_download import at_revision, download
 from rescom_timm.inference.conformal import Kind, PredictionSets
 from rescom_timm.inference.decisions import even_shift, read_sets
-from rescom_timm.inference.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_classes, export_run
-from rescom_timm.inference.rules import OperatingPoint, read_point
+from rescom_timm.inference.export import DETAILS, HASHES, PLAIN, SIDE, WRITTEN, check_described, export_run
+from rescom_timm.inference.rules import Costs, OperatingPoint, Rule, read_matrix, read_point
 from rescom_timm.io import read_json, read_yaml, sha256
 from rescom_timm.methods import Method, create_method
 from rescom_timm.metrics import LIMITS, Limits
@@ -60,7 +60,13 @@ class Pretrained:
     sets: Mapping[tuple[Kind, float], PredictionSets] = field(default_factory=dict)
     """By kind and coverage, prediction sets calibrated on the run's validation images; empty without."""
     operating_point: OperatingPoint | None = None
-    """The rule that the export keeps, if there is one."""
+    costs: Costs | None = None
+    """The rules that the export keeps, if there are any."""
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule that predict and demo use: the operating point, else the costs."""
+        return self.operating_point or self.costs
 
     def prediction_sets(self, coverage: float, kind: Kind = "marginal") -> PredictionSets:
         """Those that the export keeps. Raises InputError (predict.calibration) for another coverage, or without any."""
@@ -194,10 +200,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         warnings.warn(f"{', '.join(wrong)} in {folder} was changed after the export; it is used as it is", stacklevel=4)
     try:
         details = read_json(folder / DETAILS)
-        size = tuple(int(side) for side in details["input_size"])
-        if len(size) != 3 or not all(1 <= side <= MAX_SIDE for side in size):
-            message = f"input_size in {DETAILS} must be three numbers from 1 to {MAX_SIDE}, not {size}"
-            raise InputError("model.details", message)
+        _check_details(details)
+        size = tuple(details["input_size"])
         for name in ("mean", "std"):
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
                 message = f"{name} in {DETAILS} must be three finite numbers, not {details[name]}"
@@ -205,7 +209,6 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         temperature = None if details.get("temperature") is None else float(details["temperature"])
         if temperature is not None and not 0 < temperature < math.inf:
             raise InputError("model.details", f"temperature in {DETAILS} must be above 0, not {temperature}")
-        _check_details(details)
         most = 4 * _check_size(details, folder)
         tensors = load_file(folder / SIDE)
         state = {name.removeprefix("method."): tensors.pop(name) for name in list(tensors) if name[:7] == "method."}
@@ -246,17 +249,20 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         even = even_shift(recipe, counts, net.classifier.out_features) if "sets" in details else None
         sets = {} if even is None else read_sets(details["sets"], even, temperature or 1.0)
         point = read_point(details["operating_point"], names) if "operating_point" in details else None
+        costs = read_matrix(details["costs"], len(names)) if "costs" in details else None
     except Exception as error:  # an attacker chooses the content, and timm raises many kinds
         fresh = " with a fresh classifier" if num_classes is not None else ""
         what = f"no {error} in {DETAILS}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         code = error.code if isinstance(error, CodedError) else "model.unreadable"
         raise InputError(code, f"{folder} cannot be read{fresh}: {what}") from error
-    return Pretrained(net.eval(), names, counts, size, policy, recipe, trained, reading, temperature, sets, point)
+    return Pretrained(
+        net.eval(), names, counts, size, policy, recipe, trained, reading, temperature, sets, point, costs
+    )
 
 
 def _check_details(details: dict[str, Any]) -> None:
     """Raises InputError (model.details) for values in rescom.json that no export has."""
-    check_classes(details["class_names"], details["counts"], DETAILS, counted=False)
+    check_described(details, DETAILS, counted=False)
     if not timm.is_model(str(details["backbone"]).split(".")[0]) or "/" in details["backbone"]:
         check_backbone(details["backbone"])
         message = f"backbone in {DETAILS} must be a name of timm.list_models(), not {details['backbone']!r}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def example(model: Pretrained) -> Tensor:
     return torch.randn(BATCH, *model.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def about(model: Pretrained) -> dict[str, Any]:
+def about(model: Pretrained) -> dict[str, object]:
     """Metadata of an exported program, as plain JSON.
 
     Class names in the order of the logits, how image files are read, and the evaluation policy, also as timm's config.
@@ -56,7 +56,7 @@ def about(model: Pretrained) -> dict[str, Any]:
     }
 
 
-def check_logits(net: nn.Module, images: Tensor, run: Any, what: str) -> None:
+def check_logits(net: nn.Module, images: Tensor, run: Callable[[Tensor], Tensor], what: str) -> None:
     """Raises InputError (model.export) if ``run`` gives other logits than the net, for all images or for one."""
     for batch in (images, images[:1]):
         with torch.no_grad():

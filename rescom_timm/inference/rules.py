@@ -10,9 +10,9 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.inference.conformal import needed, order_statistic
 from rescom_timm.io import read_text
 from rescom_timm.metrics import CONFIDENCE, DRAWS, LIMITS, Limits, Meter, span, wilson
+from rescom_timm.text import counted
 
 ROUNDS = 10_000
 """Passes over the named classes, whose offsets depend on each other, at most."""
@@ -40,6 +41,15 @@ class Rule(Protocol):
 
     def decide(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Classes (N,) for the net's own logits (N, K) and the probabilities (N, K) that are shown."""
+
+
+class PointRecord(TypedDict):
+    """One class of an operating point as JSON: its number and offset, its recall and its validation images."""
+
+    number: int
+    offset: float
+    recall: float
+    images: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +72,7 @@ class OperatingPoint:
     def text(self) -> str:
         """The rule in words."""
         parts = [
-            f"recall of {name!r} at least {least:g} (from {self.images[name]:,} validation images)"
+            f"recall of {name!r} at least {least:g} (from {counted(self.images[name], 'validation image')})"
             for name, least in self.recall.items()
         ]
         return ", ".join(parts)
@@ -71,7 +81,7 @@ class OperatingPoint:
         """Classes (N,) of the largest logits (N, K) with the offsets."""
         return (logits.cpu().double() + self.offsets).argmax(dim=1)
 
-    def record(self) -> list[dict[str, object]]:
+    def record(self) -> list[PointRecord]:
         """Plain JSON, which `read_point` reads."""
         return [
             {"number": k, "offset": float(self.offsets[k]), "recall": self.recall[name], "images": self.images[name]}
@@ -100,8 +110,8 @@ def operating_point(
         if images[k] < needed(least):
             message = f"a recall of {least:g} needs {needed(least)} validation images of {class_names[k]!r}; there are"
             raise InputError("predict.calibration", f"{message} {images[k]}: ask for less, or hold out more images")
-    named = torch.isin(labels, torch.tensor(classes))
-    scores, labels = logits[named].double(), labels[named]
+    asked = torch.isin(labels, torch.tensor(classes))
+    scores, labels = logits[asked].double(), labels[asked]
     offsets = torch.zeros(len(class_names), dtype=torch.float64)
     most = 2 * float(scores.amax() - scores.amin()) + 1  # beyond this, classes only chase each other
     for _ in range(ROUNDS):
@@ -113,15 +123,15 @@ def operating_point(
             assert margin is not None
             offsets[k] = max(0.0, margin + 1e-6)
         if torch.equal(before, offsets):
-            record = [{"number": k, "recall": r, "images": images[k], "offset": offsets[k]} for k, r in numbers.items()]
-            return read_point(record, class_names)
+            named = {class_names[k]: least for k, least in numbers.items()}
+            return OperatingPoint(named, {class_names[k]: images[k] for k in numbers}, tuple(numbers), offsets)
         if float(offsets.amax()) > most:
             break
     message = f"the recalls of {', '.join(map(repr, recall))} cannot be had together: these classes overlap"
     raise InputError("predict.calibration", f"{message}; ask for less")
 
 
-def read_point(record: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> OperatingPoint:
+def read_point(record: Sequence[PointRecord], class_names: Sequence[str]) -> OperatingPoint:
     """The operating point of a record. Raises InputError (model.details), KeyError, TypeError and ValueError."""
     offsets, numbers = torch.zeros(len(class_names), dtype=torch.float64), [int(one["number"]) for one in record]
     if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= k < len(class_names) for k in numbers):
@@ -134,17 +144,17 @@ def read_point(record: Sequence[Mapping[str, Any]], class_names: Sequence[str]) 
     return OperatingPoint(recall, images, tuple(numbers), offsets)
 
 
+MOST_KEPT = 2000
+"""Classes up to which an export keeps costs."""
+
+
 @dataclass(frozen=True, eq=False)
 class Costs:
     """The class of the least expected cost (Elkan 2001, eq. 1)."""
 
     matrix: Tensor
     """(K, K) float64: cost of answering column j for an image of class i."""
-
-    @property
-    def text(self) -> str:
-        """The rule in words."""
-        return "least expected cost"
+    text: ClassVar[str] = "least expected cost"
 
     def decide(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Classes (N,) of the least sum over i of p_i C_ij; of several the most probable."""
@@ -153,17 +163,106 @@ class Costs:
         least = expected.amin(dim=1, keepdim=True)
         return probabilities.masked_fill(expected > least + 1e-12 * self.matrix.abs().amax(), -1).argmax(dim=1)
 
+    def record(self) -> list[list[float]]:
+        """Plain JSON, which `read_matrix` reads. Raises InputError (predict.costs) for more than MOST_KEPT classes."""
+        if len(self.matrix) > MOST_KEPT:
+            message = f"an export keeps costs of at most {MOST_KEPT:,} classes, not {len(self.matrix):,}: give them to"
+            raise InputError("predict.costs", f"{message} predict --costs")
+        rows: list[list[float]] = self.matrix.tolist()
+        return rows
+
     def paid(self, labels: Tensor, decided: Tensor) -> np.ndarray:
         """The cost of each image, (N,)."""
         found: np.ndarray = self.matrix[labels.cpu(), decided.cpu()].numpy()
         return found
 
 
+def read_matrix(record: Sequence[Sequence[float]], classes: int) -> Costs:
+    """The costs of a record. Raises InputError (model.details), TypeError and ValueError."""
+    matrix = torch.tensor(record, dtype=torch.float64)
+    if matrix.shape != (classes, classes) or not bool(matrix.isfinite().all()):
+        raise InputError("model.details", f"costs must be {classes} x {classes} finite numbers")
+    return Costs(matrix)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of some images are right, with the 95% interval in percent; None of no images."""
+
+    right: int
+    images: int
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, right: Tensor) -> Share:
+        """right: bool (n,)."""
+        number, images = int(right.sum()), len(right)
+        ends = [float(end) for end in wilson(number, images)] if images else (None, None)
+        return cls(number, images, *ends)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return "none of 0 images"
+        return f"{100 * self.right / self.images:.1f}% ({span((self.low, self.high))}; n {self.images:,})"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} (95%: {self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a rule gains and costs on labelled images; pairs are of the most probable class and of the rule."""
+
+    images: int
+    numbers: dict[str, dict[str, float]]
+    """The metrics of both in percent, with the intervals of each."""
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    recall: dict[str, tuple[Share, Share]] = field(default_factory=dict)
+    """Of the classes that an operating point names, as are precision, others (recall of all other classes) and lost."""
+    precision: dict[str, tuple[Share, Share]] = field(default_factory=dict)
+    others: tuple[Share, Share] | None = None
+    lost: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Classes that lose most, at most five: right images "lost" of "images"."""
+    cost: dict[str, Mean] = field(default_factory=dict)
+    """Mean cost of an image by the most probable class and by the rule, and the difference, by a paired bootstrap."""
+
+    def record(self) -> dict[str, object]:
+        """Plain JSON, with the fields' names."""
+        return asdict(self)
+
+    @property
+    def text(self) -> str:
+        """For a terminal."""
+        beside = {name: {"95%": {key: span(ends) for key, ends in own.items()}} for name, own in self.intervals.items()}
+        lines = [table(self.numbers, beside)]
+        for name in self.recall:
+            for what, pairs in (("recall", self.recall), ("precision", self.precision)):
+                lines.append(f"{what} of {name!r}: {' -> '.join(map(str, pairs[name]))}")
+        if self.others:
+            worst = ", ".join(f"{name!r} {one['lost']} of {one['images']}" for name, one in self.lost.items())
+            change = " -> ".join(map(str, self.others))
+            lines.append(f"recall of the other classes: {change}" + (f"; images lost: {worst}" if worst else ""))
+        if self.cost:
+            first, second, difference = self.cost.values()
+            lines.append(f"mean cost of {counted(self.images, 'image')}: {first} -> {second}, difference {difference}")
+        return "\n".join(lines)
+
+
 def price(
     rule: Rule, kept: Logits, class_names: Sequence[str], counts: Tensor | None = None, limits: Limits = LIMITS,
     shift: Tensor | float = 0.0, temperature: float = 1.0,
-) -> str:  # fmt: skip
-    """What a rule gains and costs on labelled images, with 95% intervals, as text.
+) -> Price:  # fmt: skip
+    """What a rule gains and costs on labelled images, with 95% intervals.
 
     kept: the logits s of an evaluation. counts: (K,) training images. softmax(s / temperature + shift) are the
     probabilities.
@@ -173,61 +272,48 @@ def price(
         probabilities = (values / temperature + shift).softmax(dim=1)
         columns.append((true, probabilities.argmax(dim=1), rule.decide(values, probabilities)))
     labels, before, after = map(torch.cat, zip(*columns, strict=True))
-    rows, beside = {}, {}
+    numbers, intervals = {}, {}
     for name, answers in (("most probable class", before), ("by the rule", after)):
         meter = Meter(len(class_names), counts, topk=(1,), limits=limits)
         for own, true in zip(answers.split(1024), labels.split(1024), strict=True):
             meter.update(one_hot(own, len(class_names)).float(), true)
-        figures, ends = meter.compute(), meter.intervals()
-        rows[name] = {figure: figures[figure] for figure in ends}
-        beside[name] = {"95%": {figure: span(pair) for figure, pair in ends.items()}}
-    lines = [table(rows, beside)]
+        figures, intervals[name] = meter.compute(), meter.intervals()
+        numbers[name] = {figure: figures[figure] for figure in intervals[name]}
+    found = Price(len(labels), numbers, intervals)
     if isinstance(rule, OperatingPoint):
-        lines += _price_of_recall(rule, labels, before, after, class_names)
-    if isinstance(rule, Costs):
-        lines.append(_mean_costs(rule, labels, before, after))
-    return "\n".join(lines)
+        return _price_of_recall(found, rule, labels, before, after, class_names)
+    return replace(found, cost=_mean_costs(rule, labels, before, after)) if isinstance(rule, Costs) else found
 
 
 def _price_of_recall(
-    rule: OperatingPoint, labels: Tensor, before: Tensor, after: Tensor, class_names: Sequence[str]
-) -> list[str]:
-    lines = []
-    for k in rule.classes:
-        for what, of in (("recall", [labels == k] * 2), ("precision", [before == k, after == k])):
-            change = " -> ".join(
-                _share(labels[mask] == answers[mask]) for mask, answers in zip(of, (before, after), strict=True)
-            )
-            lines.append(f"{what} of {class_names[k]!r}: {change}")
+    found: Price, rule: OperatingPoint, labels: Tensor, before: Tensor, after: Tensor, class_names: Sequence[str]
+) -> Price:
+    def pair(*masks: Tensor) -> tuple[Share, Share]:
+        first, second = masks[0], masks[-1]
+        return Share.of(labels[first] == before[first]), Share.of(labels[second] == after[second])
+
     others = ~torch.isin(labels, torch.tensor(rule.classes))
-    change = " -> ".join(_share(labels[others] == answers[others]) for answers in (before, after))
-    lost = torch.bincount(labels[others & (before == labels)], minlength=len(class_names))
-    lost -= torch.bincount(labels[others & (after == labels)], minlength=len(class_names))
-    total = torch.bincount(labels, minlength=len(class_names))
+    rights = [torch.bincount(labels[others & (one == labels)], minlength=len(class_names)) for one in (before, after)]
+    lost, total = rights[0] - rights[1], torch.bincount(labels, minlength=len(class_names))
     most = [k for k in lost.argsort(descending=True, stable=True).tolist()[:5] if lost[k] > 0]
-    worst = ", ".join(f"{class_names[k]!r} {lost[k]} of {total[k]}" for k in most)
-    return [*lines, f"recall of the other classes: {change}" + (f"; images lost: {worst}" if worst else "")]
+    return replace(
+        found,
+        recall={class_names[k]: pair(labels == k) for k in rule.classes},
+        precision={class_names[k]: pair(before == k, after == k) for k in rule.classes},
+        others=pair(others),
+        lost={class_names[k]: {"lost": int(lost[k]), "images": int(total[k])} for k in most},
+    )
 
 
-def _share(right: Tensor) -> str:
-    """How many of these images are right, with its interval."""
-    if not len(right):
-        return "none of 0 images"
-    ends = tuple(map(float, wilson(int(right.sum()), len(right))))
-    return f"{100 * float(right.double().mean()):.1f}% ({span(ends)}; n {len(right):,})"
-
-
-def _mean_costs(rule: Costs, labels: Tensor, before: Tensor, after: Tensor) -> str:
-    """The mean cost of an image under both, and the difference, by a paired bootstrap over the images."""
+def _mean_costs(rule: Costs, labels: Tensor, before: Tensor, after: Tensor) -> dict[str, Mean]:
     pairs = np.stack([rule.paid(labels, before), rule.paid(labels, after)])
     columns = np.stack([*pairs, pairs[1] - pairs[0]])
     generator, drawn = np.random.default_rng(0), np.empty((DRAWS, 3))
     for draw in drawn:
         draw[:] = columns[:, generator.integers(len(labels), size=len(labels))].mean(axis=1)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    means = zip(columns.mean(axis=1), low, high, strict=True)
-    first, second, difference = (f"{mean:.4g} (95%: {a:.4g} to {b:.4g})" for mean, a, b in means)
-    return f"mean cost of {len(labels):,} images: {first} -> {second}, difference {difference}"
+    ends = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    means = zip(columns.mean(axis=1).tolist(), *ends.tolist(), strict=True)
+    return dict(zip(("most probable class", "by the rule", "difference"), (Mean(*each) for each in means), strict=True))
 
 
 def read_costs(path: str | Path, class_names: Sequence[str]) -> Costs:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rescom_timm import losses
 from rescom_timm.errors import InputError
 from rescom_timm.methods.base import BaseConfig, ByClass, Method, by_class, stack_views
-from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
+from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, FOCUS, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.deferred import Deferred, DeferredConfig, balanced_weights
 from rescom_timm.models.classifiers import Cosine, full_precision, linear
 from rescom_timm.models.net import Net
@@ -72,7 +72,7 @@ class FocalConfig(BaseConfig):
     """Weights of classes by name, 1 for the others. The loss is the weighted mean, sum(w_y L) / sum(w_y)."""
 
     def __post_init__(self) -> None:
-        _check_gamma(self.gamma)
+        check(self, gamma=FOCUS)
         if isinstance(self.alpha, float | int):
             check(self, alpha=POSITIVE)
 
@@ -90,10 +90,11 @@ class ClassBalancedConfig(BaseConfig):
     gamma: float = 0.0
     """Of the focal loss that is weighted, over the softmax; 0 is cross-entropy. The authors' focal loss sums over
     the K sigmoids instead, which needs a classifier that starts at their prior; it is not here."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights v of classes by name, 1 for the others. The loss is sum(v_y w_y L) / sum(v_y), with w_k of E_k."""
 
     def __post_init__(self) -> None:
-        check(self, beta=BELOW_ONE)
-        _check_gamma(self.gamma)
+        check(self, beta=BELOW_ONE, gamma=FOCUS)
 
     @property
     def long_tailed(self) -> bool:
@@ -115,6 +116,8 @@ class LdamConfig(DeferredConfig):
     """Fraction of the epochs after which classes are weighted; 1: never. The authors: epoch 160 of 200."""
     beta: float = 0.9999
     """Of the effective number of images in those weights."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, as of cross_entropy; from `reweight_from` on they multiply those of E_k."""
 
     def __post_init__(self) -> None:
         check(self, margin=NOT_NEGATIVE, scale=POSITIVE, reweight_from=PART, beta=BELOW_ONE)
@@ -162,10 +165,13 @@ class LadeConfig(BaseConfig):
     """LADE (Hong et al. 2021, arXiv 2012.00321, eqs. 15 to 20): Balanced Softmax + alpha * LADER."""
 
     name: Literal["lade"] = "lade"
+    label_smoothing: ClassVar[float] = 0.0
     views: Views = 1
     alpha: float = 0.1
     regularization: float = 0.1
     """lambda of eq. 15. The authors': 0.01 for CIFAR-100-LT, 0.1 for Places-LT, 0.5 for ImageNet-LT."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, 1 for the others: sum(w_y L) / sum(w_y) + alpha * LADER, L of Balanced Softmax."""
 
     def __post_init__(self) -> None:
         check(self, alpha=NOT_NEGATIVE, regularization=NOT_NEGATIVE)
@@ -176,6 +182,7 @@ class CausalNormConfig(BaseConfig):
     """De-confounded training, total direct effect at inference (Tang et al. 2020, arXiv 2009.12991, eqs. 7 and 8)."""
 
     name: Literal["causal_norm"] = "causal_norm"
+    label_smoothing: ClassVar[float] = 0.0
     views: Views = 1
     heads: int = 2
     """Equal parts into which features and class vectors are cut."""
@@ -186,16 +193,12 @@ class CausalNormConfig(BaseConfig):
     momentum: float = 0.9
     """Of the mean feature: that of the optimizer. Constant, as the authors' for CIFAR; for larger data sets theirs
     comes nearer to 1 as the learning rate falls, which mostly scales the mean, of which only the direction counts."""
+    weights: ByClass = field(default_factory=dict)
+    """Weights of classes by name, 1 for the others. The loss is the weighted mean, sum(w_y L) / sum(w_y)."""
 
     def __post_init__(self) -> None:
         check(self, heads=A_FEW, tau=POSITIVE, gamma=NOT_NEGATIVE, alpha=NOT_NEGATIVE)
         check(self, momentum=BELOW_ONE)
-
-
-def _check_gamma(gamma: float) -> None:
-    if gamma != 0 and gamma < 1:
-        # Below 1 the gradient is infinite at p_y = 1.
-        raise InputError("method.value", f"gamma must be 0 or at least 1, not {gamma:g}")
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
@@ -361,9 +364,9 @@ class ClassBalanced(Classification):
         super().__init__(net, counts, config)
         self.register_buffer("weights", balanced_weights(counts, config.beta), persistent=False)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Focal loss with weights from the effective number of images."""
-        return losses.focal(logits, labels, self.config.gamma, self.weights)
+        return losses.focal(logits, labels, self.config.gamma, self.weights, reduction)
 
 
 class Ldam(Classification, Deferred):
@@ -375,9 +378,11 @@ class Ldam(Classification, Deferred):
         self.add_margins(counts)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """LDAM, weighted from `reweight_from` on."""
+        """LDAM, weighted by class names, and from `reweight_from` on by their frequencies."""
         scale = self.config.scale
         return losses.ldam(logits / scale, labels, self.margins, scale, self.current_weights)
+
+    weighted = loss  # it has the weights itself
 
 
 class LogitAdjustment(Classification):
@@ -419,19 +424,18 @@ class LogitAdjustment(Classification):
     weighted = loss  # it has the weights itself
 
 
-class Lade(Classification):
+class Lade(BalancedSoftmax):
     """LADE."""
 
     per_image = False  # the regularizer is of the batch
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Balanced Softmax + alpha * LADER."""
-        config = self.config
-        regularizer = losses.lader(logits, labels, self.counts, config.regularization)
-        return losses.balanced_softmax(logits, labels, self.counts) + config.alpha * regularizer
+    def weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Balanced Softmax, with the class weights if there are any, + alpha * LADER."""
+        regularizer = losses.lader(logits, labels, self.counts, self.config.regularization)
+        return super().weighted(logits, labels) + self.config.alpha * regularizer
 
 
-class CausalNormalized(Classification):
+class CausalNormalized(CrossEntropy):
     """Cross-entropy over the classifier CausalNorm."""
 
     def __init__(self, net: Net, counts: Tensor, config: CausalNormConfig) -> None:
@@ -442,7 +446,3 @@ class CausalNormalized(Classification):
     def after_step(self) -> None:
         """Update the mean feature."""
         self.head[0].step()
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(losses.at_least_float32(logits), labels)

@@ -11,6 +11,7 @@ Bound = tuple[Callable[[float], bool], str]
 POSITIVE: Bound = (lambda value: value > 0, "above 0")
 NOT_NEGATIVE: Bound = (lambda value: value >= 0, "at least 0")
 AT_LEAST_ONE: Bound = (lambda value: value >= 1, "at least 1")
+FOCUS: Bound = (lambda value: value == 0 or value >= 1, "0 or at least 1")  # else infinite gradients at p_y = 1
 A_FEW: Bound = (lambda value: 1 <= value <= 1000, "from 1 to 1,000")  # parts of a net: more would fill the memory
 SEVERAL: Bound = (lambda value: 2 <= value <= 1000, "from 2 to 1,000")
 PART: Bound = (lambda value: 0 <= value <= 1, "in [0, 1]")

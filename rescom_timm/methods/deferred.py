@@ -49,5 +49,7 @@ class Deferred(Method):
 
     @property
     def current_weights(self) -> Tensor | None:
-        """Class weights (K,) of this epoch, None before re-weighting."""
-        return self.weights if self.reweighted else None
+        """Class weights (K,) of this epoch, those of the recipe included; None where all are 1."""
+        if self.class_weights is None:
+            return self.weights if self.reweighted else None
+        return self.class_weights * self.weights if self.reweighted else self.class_weights

@@ -33,6 +33,11 @@ _CONTROL_IN_LINES = re.compile(_CONTROL.pattern.replace("\\x00-\\x1f", "\\x00-\\
 _BAR = re.compile(r"\r?([^\r]*)\r?")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 class, 2,000 classes, 1 image."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def escape_controls(text: object, lines: bool = False) -> str:
     """The text with control, direction and zero-width characters and lone surrogates escaped.
 

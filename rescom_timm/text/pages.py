@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from rescom_timm.text import escape_controls
+from rescom_timm.text import counted, escape_controls
 
 _PUNCTUATION = re.compile(r"([\\`*\[\]#!|~$@:^]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.)")
 """What has a meaning in Markdown, GitHub's and the Hub's, somewhere within a line: _ only at the end of a word."""
@@ -72,4 +72,4 @@ _environment = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_environment.filters |= {"md": markdown, "code": code, "code_block": code_block, "number": number}
+_environment.filters |= {"md": markdown, "code": code, "code_block": code_block, "number": number, "counted": counted}

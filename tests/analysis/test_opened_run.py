@@ -81,9 +81,17 @@ def test_one_pass_is_the_nets_output_in_the_splits_order(run: OpenedRun) -> None
 
 
 def test_judging_is_looking_without_the_outputs(run: OpenedRun) -> None:
-    seen, judged = run.look(run.data.test), run.judge(run.data.test).predictions()
-    assert torch.equal(judged["labels"], seen.labels) and torch.equal(judged["predicted"], seen.logits.argmax(dim=1))
-    assert torch.equal(judged["confidence"], seen.logits.softmax(dim=1).amax(dim=1))
+    seen, judged = run.look(run.data.test), list(map(torch.from_numpy, run.judged))
+    assert torch.equal(judged[0], seen.labels) and torch.equal(judged[1], seen.logits.argmax(dim=1))
+    assert torch.equal(judged[2], seen.logits.softmax(dim=1).amax(dim=1))
+
+
+def test_both_galleries_take_one_pass(run: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, passes = dataclasses.replace(run), []
+    own = OpenedRun._batches
+    monkeypatch.setattr(OpenedRun, "_batches", lambda self, split: [passes.append(split), *own(self, split)][1:])
+    net_plots.confident_mistakes(fresh), net_plots.rare_classes(fresh)
+    assert passes == [run.data.test]
 
 
 def test_splits_by_name(run: OpenedRun) -> None:

@@ -196,8 +196,8 @@ def test_curves_use_steps_where_an_epoch_has_several(tmp_path: Path) -> None:
 def test_schedule_logged_planned_and_missing(run: RunFolder, tmp_path: Path) -> None:
     (curve,) = schedule.measure([run])
     assert curve.y[0] == pytest.approx(0.1) and len(curve.y) == 12
-    planned = schedule.planned({"steps": [0.1, 0.01], "warm-up": [0.0, 0.1]})
-    assert planned[1].y.tolist() == [0.0, 0.1]
+    rates = {"steps": [0.1, 0.01], "warm-up": [0.0, 0.1]}
+    planned = [curves.Curve(name, "lr", "epoch", np.arange(2.0), np.array(y)) for name, y in rates.items()]
     linear, logarithmic = schedule.draw(planned).axes
     assert [line.get_ydata().tolist() for line in linear.lines] == [[0.1, 0.01], [0.0, 0.1]]
     assert logarithmic.get_yscale() == "log" and np.isnan(logarithmic.lines[1].get_ydata()[0])
@@ -308,10 +308,10 @@ def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
 
 
 def test_groups_have_fixed_colours_and_order() -> None:
-    names = style.group_of([3, 500, 50, 100, 20, 101])
+    names = metrics.group_of([3, 500, 50, 100, 20, 101])
     assert names.tolist() == ["few", "many", "medium", "medium", "medium", "many"]
     assert style.present(names) == ["many", "medium", "few"] == list(style.GROUP_COLORS)
-    assert style.by_count([5, 9, 5]).tolist() == [1, 0, 2]
+    assert metrics.by_count([5, 9, 5]).tolist() == [1, 0, 2]
 
 
 def test_what_trackers_are_sent_is_drawn_without_noise_and_without_what_the_run_lacks(tmp_path):

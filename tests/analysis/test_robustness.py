@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from rescom_timm import metrics
 from rescom_timm.analysis import robustness, style
 from rescom_timm.analysis.opened_run import open_run
 from rescom_timm.analysis.run_files import Missing, RunFolder
@@ -83,10 +82,10 @@ def test_corruptions_made_here_are_the_same_again(folder: Path) -> None:
 def test_summary_over_baselines() -> None:
     found = made_up_errors(kinds=COMMON)
     plain = robustness.summary(found)
-    assert plain == {"kinds": 15, "clean_error": 20.0, "mean_error": pytest.approx(metrics.mean_error(found.errors))}
+    assert plain == {"kinds": 15, "clean_error": 20.0, "mean_error": pytest.approx(robustness.mean_error(found.errors))}
     over = robustness.summary(found, "alexnet")
-    assert over["mCE"] == metrics.mean_corruption_error(found.errors)
-    assert over["relative_mCE"] == metrics.relative_mean_corruption_error(found.errors, 20.0)
+    assert over["mCE"] == robustness.mean_corruption_error(found.errors)
+    assert over["relative_mCE"] == robustness.relative_mean_corruption_error(found.errors, 20.0)
     itself = robustness.summary(found, replace(found, run="base"))
     assert itself["mCE"] == pytest.approx(100) and itself["relative_mCE"] == pytest.approx(100)
     assert itself["baseline"] == "base" and set(itself["corruption_errors"]) == set(COMMON)
@@ -166,7 +165,7 @@ def test_tool_measures_a_run_over_a_baseline(
     written = folder / "robustness" / f"test-last-{source.name}.json"
     record = json.loads(written.read_text())
     errors = robustness.corrupted(base, base.data.test, source.kinds, source, limit=30).errors
-    expected = metrics.mean_corruption_error(record["errors"], {kind: np.mean(errors[kind]) for kind in errors})
+    expected = robustness.mean_corruption_error(record["errors"], {kind: np.mean(errors[kind]) for kind in errors})
     assert record["figures"]["mCE"] == pytest.approx(expected) and expected > 150
     assert record["figures"]["baseline"] == "base" and set(record["errors"]) == {"fog", "contrast"}
     assert all(written.with_suffix(end).is_file() for end in (".csv", ".png", ".svg"))

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from rescom_timm.analysis import robustness
+from rescom_timm.analysis.robustness import ALEXNET_IMAGENET_C
 from rescom_timm.data import corruptions
 from rescom_timm.data.config import DataConfig, LoadingConfig, ViewsConfig
 from rescom_timm.data.corruptions import COMMON, EXTRA, KINDS, SEVERITIES, Corrupt, corrupted_loader, prepared
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.sources import load
-from rescom_timm.metrics import ALEXNET_IMAGENET_C
 from tests.raises import raises
 
 INLINE = LoadingConfig(workers=0)

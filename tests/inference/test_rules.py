@@ -1,5 +1,6 @@
 """Operating points and costs: against loops, closed forms and simulated classifiers; kept in exports; bad input."""
 
+import argparse
 import csv
 import json
 
@@ -11,8 +12,11 @@ from PIL import Image
 import rescom_timm
 from rescom_timm.api import Run
 from rescom_timm.cli import export, predict
+from rescom_timm.cli import push as cli_push
+from rescom_timm.cli.parts import evaluate
 from rescom_timm.engine import logits
 from rescom_timm.errors import CodedError
+from rescom_timm.hub import push
 from rescom_timm.inference.export import export_run
 from rescom_timm.inference.pretrained import from_pretrained
 from rescom_timm.inference.rules import Costs, operating_point, price, read_costs
@@ -147,7 +151,8 @@ def run(tmp_path_factory):
 def test_the_price_is_counted(run):
     kept = logits.read(run, "test-last")
     rule = Run(run).operating_point({"fox": 0.9})
-    told = price(rule, kept, NAMES, torch.tensor(COUNTS))
+    found = price(rule, kept, NAMES, torch.tensor(COUNTS))
+    told, plain = found.text, json.loads(json.dumps(found.record(), allow_nan=False))
     scores, labels = kept.whole()
     after = (scores + rule.offsets).argmax(1)
     for what, inside in (("recall", labels == 3), ("precision", after == 3)):
@@ -155,8 +160,32 @@ def test_the_price_is_counted(run):
         low, high = wilson(right, n)
         line = next(line for line in told.splitlines() if line.startswith(f"{what} of 'fox'"))
         assert line.endswith(f"-> {100 * right / n:.1f}% ({int(low)}-{int(-(-high // 1))}; n {n})")
+        assert plain[what]["fox"][1] == {"right": right, "images": n, "low": float(low), "high": float(high)}
     lost = int(((scores.argmax(1) == labels) & (after != labels))[labels == 0].sum())
     assert f"'cat' {lost} of {int((labels == 0).sum())}" in told
+    assert plain["lost"]["cat"] == {"lost": lost, "images": int((labels == 0).sum())}
+    top1 = {name: 100 * float((one == labels).double().mean()) for name, one in
+            (("most probable class", scores.argmax(1)), ("by the rule", after))}  # fmt: skip
+    assert {name: numbers["top1"] for name, numbers in plain["numbers"].items()} == pytest.approx(top1)
+
+
+def test_a_price_without_images_is_plain_json(run):
+    kept = logits.read(run, "test-last")
+    some = kept.labels != 3
+    kept = logits.Logits(kept.labels[some], kept.values[some], 4)
+    plain = price(Run(run).operating_point({"fox": 0.9}), kept, NAMES).record()
+    assert json.loads(json.dumps(plain, allow_nan=False))["recall"]["fox"][0]["low"] is None
+
+
+def test_evaluate_and_predict_write_prices(run, tmp_path, monkeypatch):
+    meter = logits.read(run, "test-last").judged(torch.tensor(COUNTS))
+    words = dict.fromkeys(("prior", "temperature", "costs")) | {"checkpoint": "last", "weights": "raw", "split": "test"}
+    evaluate.decided(argparse.Namespace(**words, recall={"fox": 0.8}), run, "test-last", meter, NAMES)
+    found = json.loads((run / "evaluation" / "price" / "test-last.json").read_text())
+    assert found["validation"]["images"] == found["test-last"]["images"] == 800 and "'fox'" in found["rule"]
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "x.png")
+    assert predict.main([str(run), f"{tmp_path}/x.png", "-o", f"{tmp_path}/p.csv", "--recall", "fox=0.8"]) == 0
+    assert json.loads((tmp_path / "p-price.json").read_text())["validation"] == found["validation"]
 
 
 def test_the_export_keeps_the_point_and_predict_uses_it(run, tmp_path, capsys):
@@ -179,11 +208,49 @@ def test_the_export_keeps_the_point_and_predict_uses_it(run, tmp_path, capsys):
     assert row["decision"] == found[0].decision
     details = tmp_path / "m" / "rescom.json"
     good = json.loads(details.read_text())
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "fox" in card[card.index("decision rule") :].splitlines()[0]
     for wrong in ({"offset": float("inf")}, {"number": 4}, {"recall": 1}, {"images": None}):
         details.write_text(json.dumps(good | {"operating_point": [good["operating_point"][0] | wrong]}))
         with pytest.warns(UserWarning, match="rescom.json"), pytest.raises(CodedError) as caught:
             from_pretrained(tmp_path / "m")
         assert caught.value.code.startswith("model.")
+
+
+def test_the_export_keeps_costs_and_predict_uses_them(run, tmp_path):
+    (tmp_path / "c.csv").write_text(TABLE)
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "x.png")
+    assert export.main([str(run), "-o", str(tmp_path / "m"), "--costs", str(tmp_path / "c.csv")]) == 0
+    assert from_pretrained(tmp_path / "m").rule.matrix.equal(read_costs(tmp_path / "c.csv", NAMES).matrix)
+    rows = []
+    for model, words in ((tmp_path / "m", []), (run, ["--costs", str(tmp_path / "c.csv"), "--temperature", "fitted"])):
+        path = tmp_path / "p.csv"
+        if not words or from_pretrained(run).temperature is not None:
+            assert predict.main([str(model), str(tmp_path / "x.png"), "-o", str(path), *words]) == 0
+            rows.append(path.read_text())
+    assert len(set(rows)) == 1
+    details = tmp_path / "m" / "rescom.json"
+    good = json.loads(details.read_text())
+    for wrong in ([[0.0]], [[float("nan")] * 4] * 4, [1, 2], "no"):
+        details.write_text(json.dumps(good | {"costs": wrong}))
+        with pytest.warns(UserWarning, match="rescom.json"), pytest.raises(CodedError) as caught:
+            from_pretrained(tmp_path / "m")
+        assert caught.value.code.startswith("model.")
+    with raises("predict.costs", "2,001"):
+        Costs(torch.zeros(2001, 2001)).record()
+
+
+def test_a_push_keeps_a_rule_and_refuses_one_that_cannot_be_before_the_network(run, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(push, "push", lambda folder: sent.update(json.loads(
+        (push.staged(folder)[0] / "upload" / "rescom.json").read_text())) or {"url": "there"})  # fmt: skip
+    assert cli_push.main([str(run), "--repo", "me/m", "--recall", "fox=0.75"]) == 0
+    assert sent["operating_point"] == Run(run).operating_point({"fox": 0.75}).record()
+    with raises("predict.calibration", "'fox'"):
+        Run(run).push("me/m", recall={"fox": 0.9999})
+    assert not push.staged(run)
+    with exits(2):
+        cli_push.main([str(run), "--recall", "fox=0.75", "--costs", "c.csv"])
 
 
 def test_the_commands_refuse_what_cannot_be(run, tmp_path, capsys):
@@ -215,7 +282,8 @@ def test_the_mean_cost_has_an_interval_and_falls_where_probabilities_are_right(r
     scores, labels = kept.whole()
     rule = read_costs(tmp_path / "c.csv", NAMES)
     shift = RARE.log()
-    told = price(rule, kept, NAMES, shift=shift)
+    priced = price(rule, kept, NAMES, shift=shift)
+    told = priced.text
     likely = (scores + shift).softmax(1)
     paid = [rule.paid(labels, one) for one in (likely.argmax(1), rule.decide(scores, likely))]
     first, second, difference = (
@@ -229,3 +297,4 @@ def test_the_mean_cost_has_an_interval_and_falls_where_probabilities_are_right(r
         (difference - 1.96 * deviation, difference + 1.96 * deviation), abs=0.2 * deviation
     )
     assert second < first
+    assert priced.record()["cost"]["difference"]["value"] == pytest.approx(second - first, abs=1e-3)

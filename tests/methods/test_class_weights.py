@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.sources import load
 from rescom_timm.engine.build import build_method
+from rescom_timm.losses import lader
 from rescom_timm.methods import create_method
 from rescom_timm.methods.baselines import (
     BalancedSoftmaxConfig,
+    CausalNormConfig,
+    ClassBalancedConfig,
     CrossEntropyConfig,
     FocalConfig,
+    LadeConfig,
+    LdamConfig,
     LogitAdjustmentConfig,
 )
 from rescom_timm.methods.rescom import QueueConfig, RescomConfig
@@ -45,6 +50,10 @@ def rows(seed=0, n=24):
         FocalConfig(weights=WEIGHTS, alpha={"cat": 0.3}),
         LogitAdjustmentConfig(weights=WEIGHTS),
         LogitAdjustmentConfig(weights=WEIGHTS, form="post_hoc"),
+        ClassBalancedConfig(weights=WEIGHTS, gamma=2.0),
+        LdamConfig(weights=WEIGHTS),
+        LadeConfig(weights=WEIGHTS, alpha=0.0),
+        CausalNormConfig(weights=WEIGHTS),
     ],
     ids=lambda config: config.name,
 )
@@ -91,6 +100,21 @@ def test_the_second_phase_keeps_both_weights():
     torch.testing.assert_close(method.weighted(logits, labels), (weights * each).sum() / weights.sum())
 
 
+def test_ldam_multiplies_both_weights_late():
+    method, (logits, labels) = made(LdamConfig(weights=WEIGHTS)), rows()
+    method.set_epoch(9, 10)
+    weights = (VECTOR * method.weights)[labels]
+    margins = F.one_hot(labels, 4) * method.margins * method.config.scale
+    each = F.cross_entropy(logits - margins, labels, reduction="none")
+    torch.testing.assert_close(method.weighted(logits, labels), (weights * each).sum() / weights.sum())
+
+
+def test_lade_does_not_weigh_its_regulariser():
+    logits, labels = rows()
+    parts = [made(LadeConfig(weights=WEIGHTS, alpha=alpha)).weighted(logits, labels) for alpha in (0.0, 1.0)]
+    torch.testing.assert_close(parts[1] - parts[0], lader(logits, labels, COUNTS))
+
+
 def recipe(*overrides, **method):
     return load_dict(
         {"data": {"source": "digits"}, "net": {"backbone": "resnet8_cifar"}, "method": method}, "recipe", overrides
@@ -126,7 +150,9 @@ def test_weights_that_cannot_be(method, naming):
 
 
 def test_methods_without_weights_refuse_them():
-    with raises("recipe.unknown_key", "weights"):
-        recipe(name="lade", weights={"3": 2})
+    with raises("recipe.unknown_key", "weights", "method crt", "focal", "ldam"):
+        recipe(name="crt", weights={"3": 2})
+    with raises("recipe.unknown_key", "method.gamma", "focal"):
+        recipe(name="lade", gamma=2)
     with raises("method.value", "alpha"):
         recipe(name="focal", alpha=0.0)

@@ -21,6 +21,7 @@ from rescom_timm.inference.decisions import (
     shift_of,
 )
 from rescom_timm.inference.rules import Rule, operating_point, price, read_costs
+from rescom_timm.io import write_json
 from rescom_timm.metrics import Meter, span
 
 
@@ -68,7 +69,8 @@ def _validation(options: argparse.Namespace, run: Path) -> logits.Logits:
 def decided(options: argparse.Namespace, run: Path, name: str, meter: Meter, class_names: list[str]) -> str:
     """What --recall or --costs changes, on the validation images that it was found on and on the evaluated ones.
 
-    Raises InputError (predict.classes, predict.calibration, predict.costs, data.split).
+    Also written to RUN/evaluation/price/NAME.json. Raises InputError (predict.classes, predict.calibration,
+    predict.costs, data.split).
     """
     kept = {name: logits.read(run, name)}
     shift, temperature = _scale(options, run, kept[name], meter, class_names)
@@ -81,10 +83,16 @@ def decided(options: argparse.Namespace, run: Path, name: str, meter: Meter, cla
         rule = operating_point(*known.whole(), options.recall, class_names)
         lines = [rule.text]
         kept = kept if options.split == "validation" else {"validation": known} | kept
-    for where, found in kept.items():
-        lines.append(f"{where}, {len(found.labels):,} images:")
-        lines.append(price(rule, found, class_names, meter.counts, meter.limits, shift, temperature))
-    return "\n".join(lines)
+    prices = {
+        where: price(rule, found, class_names, meter.counts, meter.limits, shift, temperature)
+        for where, found in kept.items()
+    }
+    for where, found in prices.items():
+        lines += [f"{where}, {found.images:,} images:", found.text]
+    path = run / "evaluation" / "price" / f"{name}.json"
+    record = {"rule": rule.text, "temperature": temperature, "prior": options.prior}
+    write_json(path, record | {where: found.record() for where, found in prices.items()})
+    return "\n".join([*lines, str(path)])
 
 
 def abstention(meter: Meter) -> str:

@@ -161,10 +161,11 @@ def _save(index: Index, options: argparse.Namespace) -> int:
 
 
 def _picture(counts: np.ndarray, title: str, path: str) -> None:
+    from rescom_timm import metrics
     from rescom_timm.analysis import style
 
     ordered = np.sort(counts)[::-1].copy()  # torch does not accept a reversed view
-    names = style.group_of(ordered)
+    names = metrics.group_of(ordered)
     figure = style.new_figure(8, 4)
     axes = figure.subplots()
     axes.bar(np.arange(len(ordered)), ordered, width=1.0, color=[style.GROUP_COLORS[name] for name in names])

@@ -23,7 +23,7 @@ from rescom_timm.inference.predict import Prediction, Prior, Reader, calibrate, 
 from rescom_timm.inference.predictions_table import write_csv
 from rescom_timm.inference.pretrained import Pretrained, from_pretrained
 from rescom_timm.inference.rules import Costs, Rule, operating_point, price, read_costs
-from rescom_timm.io import read_text
+from rescom_timm.io import read_text, write_json
 from rescom_timm.metrics import groups
 
 
@@ -31,7 +31,8 @@ def predict(options: argparse.Namespace) -> int:
     """Write the CSV and print the accuracy if the labels are known. Raises InputError, and as from_pretrained does."""
     model = from_pretrained(options.model, revision=options.revision)
     prior, names = read_prior(options.prior, model.class_names), None
-    temperature = read_temperature(model, options.temperature or ("fitted" if options.costs else 1.0))
+    by_costs = options.costs or (not options.recall and model.rule is model.costs is not None and model.temperature)
+    temperature = read_temperature(model, options.temperature or ("fitted" if by_costs else 1.0))
     images: Any = options.images
     if options.data:
         images, names = labelled(DataConfig(options.data, train=options.split, index=options.list or "all"))
@@ -93,16 +94,16 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def read_rule(options: argparse.Namespace, model: Pretrained) -> Rule | None:
-    """The rule of --costs or --recall, else the operating point that an export keeps.
+    """The rule of --costs or --recall, else the one that an export keeps.
 
     Raises InputError (predict.classes, predict.costs, predict.calibration, data.split).
     """
     if options.costs:
         return read_costs(options.costs, model.class_names)
     if not options.recall:
-        if model.operating_point is not None:
-            print(f"decided by the model's operating point: {model.operating_point.text}")
-        return model.operating_point
+        if model.rule is not None:
+            print(f"decided by the rule that the model keeps: {model.rule.text}")
+        return model.rule
     if not _is_run(options.model):
         message = (
             f"{options.model} is not a run's folder, so it has no validation images: use export --recall on the run"
@@ -110,9 +111,15 @@ def read_rule(options: argparse.Namespace, model: Pretrained) -> Rule | None:
         raise InputError("run.missing", message)
     kept = kept_validation(Path(options.model))
     point = operating_point(*kept.whole(), options.recall, model.class_names)
-    print(f"{point.text}; on the validation images:")
-    print(price(point, kept, model.class_names, model.counts, model.limits))
+    found, path = price(point, kept, model.class_names, model.counts, model.limits), price_file(options.output)
+    print(f"{point.text}; on the validation images ({path}):\n{found.text}")
+    write_json(path, {"rule": point.text, "validation": found.record()})
     return point
+
+
+def price_file(table: str) -> Path:
+    """The JSON of a rule's price beside the table of predictions: NAME-price.json."""
+    return Path(table).with_name(f"{Path(table).stem}-price.json")
 
 
 def _is_run(model: str) -> bool:
