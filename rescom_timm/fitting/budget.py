@@ -15,7 +15,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.fitting import plan
 from rescom_timm.fitting.plan import FitOptions, Frozen, Reserve, Training
 from rescom_timm.fitting.record import Record
-from rescom_timm.fitting.training import Pace
+from rescom_timm.fitting.training import Kind, Pace
 
 
 class Budget:
@@ -120,6 +120,17 @@ class Budget:
         # Of a training 2 evaluations and a soup; as options 2 soups, the end of the training and a re-fitted head.
         return Reserve(end + refit * self.options.use_validation, 3 * each, self.enough * (3 * each + refit))
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of trainings, the one that gets a small budget last.
+
+        Where validation does not choose, one kind is enough: its soup with its start is the model. That from class
+        means had the better soups (RESULTS.md); that from class names is WiSE-FT.
+        """
+        if self.enough:
+            return "linear", "cosine"
+        return ("linear" if self.options.class_features else "cosine",)
+
     def planned(self, backbone: str, workers: int = 1) -> list[Training]:
         """What the rest of the budget holds with so many workers; fixed at the first time it is asked."""
         known = self.record.values
@@ -127,7 +138,7 @@ class Budget:
             reserve, pace = self.reserve(backbone), self.pace(backbone)
             times = 1 + self.options.use_validation
             chosen, more = (
-                plan.trainings(seconds, pace, self.images, reserve, times, self.enough, workers)
+                plan.trainings(seconds, pace, self.images, reserve, times, self.kinds, workers)
                 for seconds in (self.left, self.left + 9 * 60 * self.options.minutes)
             )
             self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))

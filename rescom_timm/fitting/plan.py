@@ -127,23 +127,21 @@ class Reserve:
 
 
 def trainings(
-    seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1, chooses: bool = True,
-    workers: int = 1,
+    seconds: float, pace: Pace, images: dict[str, int], reserve: Reserve, times: int = 1,
+    kinds: Sequence[Kind] = ("linear", "cosine"), workers: int = 1,
 ) -> list[Training]:  # fmt: skip
     """The candidates that so many seconds hold, with what follows them; none where that is less than an epoch.
 
-    times: how often the chosen one is trained. chooses: whether validation images choose among candidates. Then a few
-    epochs go to the start from class means, which was better than that from the probe on validation images. Otherwise
-    they go to the latter, whose soup with the probe is the model. workers: of which two train at the same time.
+    times: how often the chosen one is trained. kinds: of trainings; a few epochs go to the last one alone. workers: of
+    which two train at the same time.
     """
     epoch = times * epoch_seconds(pace, images)
     each = int((seconds - reserve.after(2)) / epoch)
-    if (epochs := each * min(workers, 2)) >= BOTH:
+    if len(kinds) == 2 and (epochs := each * min(workers, 2)) >= BOTH:
         linear = min(MOST["linear"], epochs // 2)
         return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear, each))]
-    kind: Kind = "cosine" if chooses else "linear"
-    epochs = min(MOST[kind], int((seconds - reserve.after(1)) / epoch))
-    return [Training(kind, epochs)] if epochs >= 1 else []
+    epochs = min(MOST[kinds[-1]], int((seconds - reserve.after(1)) / epoch))
+    return [Training(kinds[-1], epochs)] if epochs >= 1 else []
 
 
 def epoch_seconds(pace: Pace, images: dict[str, int]) -> float:

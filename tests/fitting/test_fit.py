@@ -124,13 +124,14 @@ def test_class_names_give_a_head_to_train_from(photos, tmp_path, monkeypatch):
 
 
 def test_few_validation_images_choose_nothing(tmp_path, monkeypatch):
-    """Heads are cross-validated, and the soup of probe and trained net is taken unless it fell far."""
+    """Heads are cross-validated, and the soup from class means is taken unless it fell far."""
     photos = photographs(tmp_path / "photos", [12, 6, 3], validation=2)
-    planned(monkeypatch, Training("linear", 1))
+    monkeypatch.setitem(plan.MOST, "cosine", 1)
     monkeypatch.setattr(training, "FALL", 100.0)
     run = rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
     found = record(run)
-    assert found["chosen"] == "soup 0.5 from the probe" and "fewer than 5" in found["why"]
+    assert found["plan"] == [{"kind": "cosine", "epochs": 1}]
+    assert found["chosen"] == "soup 0.5 from class means" and "fewer than 5" in found["why"]
     assert [row["by"] for row in found["table"]] == ["cross-validation"] * 3 + ["validation"]
     assert not any("re-fitted" in row["name"] for row in found["table"])
 
@@ -157,7 +158,8 @@ def test_what_a_budget_holds():
     epoch = 1000 * 0.03 + 200 * 0.01
     assert plan.trainings(7 + 0.9 * epoch, pace, images, reserve) == []
     assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("cosine", 3)]
-    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve, chooses=False) == [Training("linear", 3)]
+    assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve, kinds=["linear"]) == [Training("linear", 3)]
+    assert plan.trainings(7 + 40 * epoch, pace, images, reserve, kinds=["cosine"]) == [Training("cosine", 30)]
     assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("cosine", 3)]
     assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, workers=3) == [
         Training("linear", 6),
