@@ -38,7 +38,7 @@ from rescom_timm.engine.build import Weights
 from rescom_timm.engine.dry_run import dry_run as timed
 from rescom_timm.engine.evaluate import data_of, evaluate_run
 from rescom_timm.engine.own import NOTHING, Metric, Own
-from rescom_timm.engine.run_folder import Resume, check_run, class_names, lines, run_recipe
+from rescom_timm.engine.run_folder import Line, Resume, check_run, class_names, lines, run_recipe
 from rescom_timm.engine.trainer import train as train_only
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.fit import fit as fit_images
@@ -80,14 +80,14 @@ def train_recipe(
 
 
 def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    recipe: str | Path | Mapping[str, object] | Recipe | None = None,
     dataset: InMemory | None = None,
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
     metrics: Mapping[str, Metric] = {},
     callbacks: Sequence[object] = (),
-    **sections: Any,
+    **sections: object,
 ) -> Run:
     """Train a recipe and return its run.
 
@@ -136,7 +136,7 @@ def fit(
     output: str | Path | None = None,
     join: bool = False,
     overrides: Sequence[str] = (),
-    **images: Any,
+    **images: object,
 ) -> Run:
     """Train the best model for these images in a time budget, as `rescom-timm fit` does; returns its run.
 
@@ -212,7 +212,7 @@ def _proposed(dataset: InMemory, overrides: Sequence[str]) -> Recipe:
 SPLIT = re.compile(r"split\((.*)\)")
 
 
-def _as_overrides(sections: Mapping[str, Any]) -> list[str]:
+def _as_overrides(sections: Mapping[str, object]) -> list[str]:
     """Nested values as key=value; a section's name first, because it resets the section."""
     values = sorted(flat(dict(sections)).items(), key=lambda pair: not pair[0].endswith(".name"))
     return [f"{key}={json.dumps(value, default=_plain)}" for key, value in values]
@@ -253,7 +253,7 @@ class Run:
         return run_recipe(self.folder)
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Line]:
         """The lines of metrics.jsonl, oldest first: epoch, step and named metrics."""
         return lines(self.folder / "metrics.jsonl")
 
@@ -289,27 +289,27 @@ class Run:
         ]  # fmt: skip
 
     def predict(
-        self, images: ImageSource, top_k: int = 5, prior: Prior | None = None, **options: Any
+        self, images: ImageSource, top_k: int = 5, prior: Prior | None = None, **options: object
     ) -> list[Prediction]:
         """The most probable classes of images; arguments as rescom_timm.predict's."""
-        return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)
+        return predict(self.pretrained(), images, top_k=top_k, prior=prior, **options)  # type: ignore[arg-type]
 
-    def embeddings(self, split: str = "train", **options: Any) -> Embeddings:
+    def embeddings(self, split: str = "train", **options: object) -> Embeddings:
         """Features and embeddings of the train, test or validation images, for predict(..., among=, nearest=).
 
         options: those of embed. Raises InputError (data.split) for a split that the run does not have.
         """
         found, names = self._split(split)
-        return embed(self.pretrained(), found, class_names=names, **options)
+        return embed(self.pretrained(), found, class_names=names, **options)  # type: ignore[arg-type]
 
-    def prediction_sets(self, coverage: float, by_group: bool = False, **options: Any) -> PredictionSets:
+    def prediction_sets(self, coverage: float, by_group: bool = False, **options: object) -> PredictionSets:
         """Sets of classes that have the right one with probability `coverage`, for predict(..., sets=).
 
         Calibrated on the validation images. options: those of calibrate. Raises InputError (data.split) without
         validation images, or as calibrate with too few.
         """
         found, names = self._split("validation")
-        return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)
+        return calibrate(self.pretrained(), found, coverage, by_group=by_group, class_names=names, **options)  # type: ignore[arg-type]
 
     def operating_point(self, recall: Mapping[str, float]) -> OperatingPoint:
         """The rule that finds at least a share of named classes, such as {"defect": 0.9}, for predict(..., rule=).

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from rescom_timm.engine import checkpoint
 from rescom_timm.engine.errors import RunError
-from rescom_timm.engine.run_folder import RunElsewhere, lines
+from rescom_timm.engine.run_folder import Line, RunElsewhere, lines
 from rescom_timm.errors import InputError, MissingFileError, UnreachableError, code_of
 from rescom_timm.hub_client import hub_id, online
 from rescom_timm.io import MAX_JSON, MAX_RECIPE, read_json, read_text, sha256, write_text
@@ -245,7 +245,7 @@ class PushedRun(RunElsewhere):
         except (FileNotFoundError, ValueError) as error:
             raise HubError(code_of(error), str(error)) from error
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Line]:
         """The records of metrics.jsonl; empty if there is none."""
         log = self.log()
         return lines(log) if log is not None else []
@@ -281,7 +281,7 @@ class PushedRun(RunElsewhere):
             _fetch_checkpoint(repo, best, folder)
 
 
-def _fetch_checkpoint(repo: str, name: str, run: Path) -> dict[str, Any]:
+def _fetch_checkpoint(repo: str, name: str, run: Path) -> checkpoint.SavedState:
     """Download a checkpoint, check its hashes and move it into the run's folder; returns its state."""
     partial = run / "checkpoints" / f".partial-{name}"
     files = [f"checkpoints/{name}/{file}" for file in (*checkpoint.FILES, "hashes.json")]

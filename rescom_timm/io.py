@@ -144,7 +144,7 @@ def write_text(path: str | Path, text: str | Iterable[str]) -> None:
         file.writelines([text] if isinstance(text, str) else text)
 
 
-def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: str | Path, value: object, indent: int | None = 1) -> None:
     """Write plain values as JSON, atomically. Raises OSError, which names `path`."""
     write_text(path, json.dumps(value, indent=indent))
 
@@ -223,7 +223,7 @@ def _clear_leftovers(stem: Path, path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def write_csv(path: str | Path, columns: Mapping[str, Iterable[Any]]) -> None:
+def write_csv(path: str | Path, columns: Mapping[str, Iterable[object]]) -> None:
     """Write columns of one length as CSV (`write_rows`), atomically; None is an empty cell.
 
     A name that is not UTF-8 keeps its bytes. Raises OSError, which names `path`.
@@ -236,7 +236,7 @@ def write_csv(path: str | Path, columns: Mapping[str, Iterable[Any]]) -> None:
         write_rows(file, [list(columns), *zip(*columns.values(), strict=True)])
 
 
-def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+def write_rows(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
     """Write rows as CSV.
 
     Text that a spreadsheet would run as a formula (not a number, and =, +, -, @, a tab or a carriage return first) gets

@@ -34,6 +34,7 @@ SMALL = {
     "method": {"queue": {"per_class": 4}, "positives": 1, "negatives": 20},
     "train": {"epochs": 1, "batch_size": 64},
     "speed": {"workers": 0},
+    "track": {"log_with": []},
 }
 
 

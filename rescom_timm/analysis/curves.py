@@ -1,7 +1,7 @@
 """Learning curves of one or several runs, one panel per number of the training log with all splits."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from rescom_timm import metrics
 from rescom_timm.analysis import style
 from rescom_timm.analysis.run_files import Missing, RunFolder
+from rescom_timm.engine.run_folder import Line
 
 _AXES = ("epoch", "step")
 _FIRST = ("loss", "top1", "many", "medium", "few", "loss_contrast", "ece", "mean_class", "top5")
@@ -49,7 +50,7 @@ def measure(runs: Sequence[RunFolder], names: Sequence[str] = (), most: int = 8)
     Runs without a log are left out. After a resume the same step may be logged twice: the later line counts. Raises
     Missing if nothing is left.
     """
-    logs: dict[str, list[dict[str, object]]] = {}
+    logs: dict[str, list[Line]] = {}
     for run in runs:
         try:
             logs[run.name] = run.rows()
@@ -157,7 +158,7 @@ def _panel(panel: Axes, name: str, curves: Sequence[Curve], runs: Sequence[str],
         panel.legend(list(labels.values()), [style.plain(label) for label in labels], frameon=False, fontsize=7)
 
 
-def _series(rows: Sequence[Mapping[str, object]], name: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
+def _series(rows: Sequence[Line], name: str) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray]:
     """(step, epoch, value), each (T,), in order of step; a later line replaces an earlier one of the same place."""
     found: dict[tuple[float, float], float] = {}
     for number, row in enumerate(rows):

@@ -21,7 +21,7 @@ from rescom_timm import metrics
 from rescom_timm.config.loading import load
 from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index_files import MAX_CLASSES
-from rescom_timm.engine.run_folder import CHANGED, check_run, lines
+from rescom_timm.engine.run_folder import CHANGED, Line, check_run, lines
 from rescom_timm.errors import InputError
 from rescom_timm.io import MAX_RECIPE, read_json, read_text, read_yaml
 
@@ -138,7 +138,7 @@ class RunFolder:
         path = self.path / "environment.json"
         return read_json(path) if path.is_file() else {}
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[Line]:
         """The lines of metrics.jsonl, without incomplete ones. Raises Missing if there is none."""
         rows = lines(self.path / "metrics.jsonl")
         if not rows:

@@ -36,6 +36,8 @@ def write_figures(
     pictures = [name for name in names if name != "report"] or list(default)
     for run in runs:
         refuse_links(run.path, FOLDERS)
+        if "report" in names:
+            run.recipe()  # raises before anything is drawn
     in_run = folder is None  # where names must not replace the run's own plots
     folder = Path(folder or ("figures" if len(runs) > 1 else runs[0].path / "figures"))
     drawn = []

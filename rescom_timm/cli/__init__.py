@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rescom_timm.errors import code_of
 from rescom_timm.text import escape_controls, escaped_output
@@ -35,12 +35,6 @@ class Parser(argparse.ArgumentParser):
         """Print the usage and the error, and exit with code 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error[usage.arguments]: {escape_controls(message, lines=True)}\n")
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Give nargs="*" a default, without which argparse lists the argument as required."""
-        if options.get("nargs") == "*":
-            options.setdefault("default", [])
-        return super().add_argument(*names, **options)
 
 
 def new_parser(about: str | None, prog: str | None, *examples: str) -> argparse.ArgumentParser:
@@ -146,11 +140,7 @@ def answer(
 
 
 def _print_error(line: str) -> None:
-    """Print an error line on stderr.
-
-    torchrun and `accelerate launch` of several processes end with a report of those that failed, and read each one's
-    line from a file. So only the first process prints it.
-    """
+    """Print an error line; of several processes the first prints, and torchrun's report has the others' lines."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         plain = escape_controls(line, lines=True)

@@ -23,6 +23,7 @@ from rescom_timm.errors import MissingPackageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gradio import Blocks
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Serve the page until Ctrl-C; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm demo runs/digits_lt")
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--no-data", action="store_true", help="without the run's data: no nearest images, no map")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 allows other machines")
     parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return answer(work)
 
 
-def guarded(host: str) -> dict[str, Any]:
+def guarded(host: str) -> dict[str, object]:
     """Arguments of gradio's launch: listen on `host`, bound the uploads, refuse other hosts and origins."""
     from starlette.middleware import Middleware
 
@@ -67,7 +68,7 @@ def guarded(host: str) -> dict[str, Any]:
     return {"server_name": host, "max_file_size": MAX_UPLOAD, "app_kwargs": {"middleware": [guard]}}
 
 
-def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Any:
+def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Blocks:
     """The page, a gradio.Blocks to launch.
 
     Raises MissingPackageError (system.package) without the extra, and as from_pretrained does.

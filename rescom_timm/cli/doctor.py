@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Examine a data set; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm doctor my_photos.yaml -o doctor.html")
     parser.add_argument("recipe", help="a recipe, by path or name, or a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("-o", "--output", default="doctor.html", metavar="HTML", help="default: doctor.html")
     options = parser.parse_intermixed_args(argv)
     return answer(lambda: look(options), writes=[options.output])

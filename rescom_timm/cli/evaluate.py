@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Evaluate a run; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm evaluate runs/digits_lt --checkpoint best")
     parser.add_argument("run", help="a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--checkpoint", default="last", help="last, best, or the folder of a checkpoint")
     parser.add_argument("--weights", default="raw", choices=["raw", "ema"], help="as trained, or averaged (train.ema)")
     parser.add_argument("--five-crops", action="store_true", help="also the mean of five crops, beside the single one")

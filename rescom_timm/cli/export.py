@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm export runs/digits_lt --format onnx -o digits.onnx",
     )
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the hub section, for the model card")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the hub section, for the card"
+    )
     parser.add_argument("--format", choices=FORMATS, default="timm")
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help="a folder (timm) or a file (onnx, torch)")
     parser.add_argument(

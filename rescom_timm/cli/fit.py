@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm fit my_photos --minutes 60 --backbone tf_efficientnet_lite0.in1k,resnet18.a1_in1k --size 160",
     )
     parser.add_argument("source", help="a folder, a list, a recipe, or a data set of the Hub")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over a recipe, such as data.source=PATH")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="over a recipe, such as data.source=PATH"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="wall clock, without downloads (default: 20)")
     parser.add_argument("--backbone", metavar="NAME,...", help="timm models; the best of several by its head goes on")
     parser.add_argument("--size", type=int, help="side of the images in pixels (default: that of the weights)")

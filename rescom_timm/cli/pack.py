@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         __doc__, prog, "rescom-timm pack inat18_r50 -o /fast/inat18_256", "rescom-timm pack photos -o packed --size 320"
     )
     parser.add_argument("source", metavar="RECIPE|FOLDER", help="a recipe by path or name, or a folder of images")
-    parser.add_argument("keys", nargs="*", metavar="key=value", help="changes of the recipe")
+    parser.add_argument("keys", nargs="*", default=[], metavar="key=value", help="changes of the recipe")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new folder, or one to resume")
     parser.add_argument("--size", type=int, default=256, help="pixels of the shorter side (256)")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG, 1 to 100 (95)")

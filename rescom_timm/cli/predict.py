@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm predict runs/my_photos --data photos --list labels.csv --coverage 0.9",
     )
     parser.add_argument("model", help="a run's folder, an exported folder or a Hub id")
-    parser.add_argument("images", nargs="*", help="image files and folders")
+    parser.add_argument("images", nargs="*", default=[], help="image files and folders")
     parser.add_argument("--revision", help="of a Hub id: a branch, a tag or a commit")
     parser.add_argument("--data", metavar="SOURCE", help="labelled images: digits, a Hub id, a folder")
     parser.add_argument("--list", metavar="FILE", help="a list of the labelled images in the folder SOURCE")

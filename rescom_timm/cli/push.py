@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = new_parser(__doc__, prog, "rescom-timm push runs/digits_lt --repo me/digits")
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the hub section, such as hub.private=false"
+        "overrides", nargs="*", default=[], metavar="key=value", help="of the hub section, such as hub.private=false"
     )
     parser.add_argument("--repo", help="owner/name (default: the recipe's hub.repo)")
     parser.add_argument("--space", metavar="OWNER/NAME", help="also a Space with the demo page of the pushed model")

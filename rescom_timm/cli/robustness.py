@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Measure and print the errors; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm robustness runs/digits_lt --kinds gaussian_noise,fog")
     parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--baseline", metavar="RUN", help="another run's folder, or alexnet (of ImageNet-C)")
     parser.add_argument("--prepared", metavar="FOLDER", help="ImageNet-C or CIFAR-10-C")
     parser.add_argument("--kinds", default="common", help="common (15), all (19), or names joined by commas")

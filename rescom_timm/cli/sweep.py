@@ -55,7 +55,7 @@ from rescom_timm.cli import answer, new_parser
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a sweep; returns the exit code."""
     parser = new_parser(__doc__, prog, "rescom-timm sweep digits_lt method.beta=0,0.9,0.999 --seeds 0,1,2")
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE, +PRESET or key=a,b,c")
+    parser.add_argument("arguments", nargs="*", default=[], metavar="RECIPE, +PRESET or key=a,b,c")
     parser.add_argument("--seeds", help="default: 0,1,2; with --search 0")
     parser.add_argument("--search", type=int, metavar="N", help="N trials that Optuna proposes, instead of every cell")
     parser.add_argument("--output", type=Path)

@@ -40,8 +40,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "rescom-timm train digits_lt --resume",
     )
     parser.add_argument(
-        "arguments", nargs="*", metavar="RECIPE | +PRESET | key=value", help="a recipe, and presets and keys over it"
-    )
+        "arguments",
+        nargs="*",
+        default=[],
+        metavar="RECIPE | +PRESET | key=value",
+        help="a recipe, and presets and keys over it",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     parser.add_argument("--hide-test", action="store_true", help="evaluate on validation only (evaluation.hide_test)")
     parser.add_argument("--dry-run", action="store_true", help="check recipe and data, time a few steps; write nothing")
@@ -132,7 +136,7 @@ def _one_run(given: Sequence[str]) -> str:
 
     if preset := next((each for each in given if each in presets()), None):
         return f"{preset} is a preset: write +{preset}"
-    if key := next((each for each in given if each in set(keys())), None):
+    if key := next((each for each in given if each in keys()), None):
         return f"{key} needs a value: write {key}=VALUE"
     return f"give one recipe, not {' and '.join(given)}; write keys as key=value"
 

@@ -8,7 +8,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,31 +20,35 @@ from rescom_timm.errors import CodedError
 from rescom_timm.methods import METHODS
 
 
-def keys(kind: Any = Recipe, prefix: str = "") -> Iterator[str]:
+def keys() -> KeysView[str]:
     """Every key of a recipe, dotted: train.epochs, method.queue.per_class, ..."""
-    for key, _ in _hints(kind, prefix):
-        yield key
+    return _hints().keys()
 
 
-def _hints(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+@functools.cache
+def _hints() -> dict[str, object]:
     """Every key with its type."""
+    return dict(_within(Recipe, ""))
+
+
+def _within(kind: object, prefix: str) -> Iterator[tuple[str, object]]:
     for name, hint in typing.get_type_hints(kind).items():
         if name.startswith("_") or get_origin(hint) is typing.ClassVar:
             continue
         yield prefix + name, hint
         for inner in _parts(hint):
             if dataclasses.is_dataclass(inner):
-                yield from _hints(inner, f"{prefix}{name}.")
+                yield from _within(inner, f"{prefix}{name}.")
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
+def _parts(hint: object) -> tuple[object, ...]:
     return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 @functools.cache
 def lists() -> frozenset[str]:
     """The keys that hold a list of any length. A single value is a list of one: track.log_with=wandb."""
-    return frozenset(key for key, hint in _hints() if get_origin(hint) is tuple and Ellipsis in get_args(hint))
+    return frozenset(key for key, hint in _hints().items() if get_origin(hint) is tuple and Ellipsis in get_args(hint))
 
 
 WHOLE = {
@@ -85,7 +89,7 @@ def suggestion(key: str, value: object = None) -> str:
     """key=value where the key takes such a value; else the key, with the values that it takes where these are few."""
     if "=" in key or not isinstance(value, str | int | float) or len(str(value)) > 60:
         return key
-    hint = dict(_hints()).get("init_from" if key == "from" else key)
+    hint: Any = _hints().get("init_from" if key == "from" else key)
     if hint is None:  # of net.options
         return f"{key}={value}"
     try:
@@ -117,7 +121,7 @@ def _line(problem: Mapping[str, Any]) -> tuple[str, str]:
     """Code and line of one of pydantic's errors, by its location, type, message and input."""
     # A tagged union puts its tag into the location: method.rescom.beta. So does a union of types: speed.compile.bool.
     loc = [part for i, part in enumerate(problem["loc"]) if not (i == 1 and part in METHODS)]
-    known = set(keys())
+    known = keys()
     while len(loc) > 1 and isinstance(loc[-1], str) and ".".join(map(str, loc[:-1])) in known - _sections():
         loc.pop()
     where, given = ".".join(map(str, loc)), problem["input"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
@@ -150,7 +150,7 @@ def _preset(name: str, files: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def settings_of(name: str) -> dict[str, Any]:
+def settings_of(name: str) -> dict[str, object]:
     """What the preset of a name sets over any recipe; of a method without a preset, that method.
 
     Raises RecipeError, naming the nearest, if there is neither.
@@ -232,7 +232,7 @@ def refuse_secrets(recipe: Recipe) -> None:
             )
 
 
-def load_dict(tree: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+def load_dict(tree: dict[str, object], source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of plain types, changed by `key=value` arguments. Raises RecipeError as load does."""
     made = _typed(tree, source, overrides)
     _check_names(made, source)
@@ -280,7 +280,7 @@ def _typed(tree: dict[str, Any], source: str, overrides: Sequence[str]) -> Recip
         ) from None
 
 
-def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def overridden(tree: dict[str, object], overrides: Sequence[str]) -> dict[str, object]:
     """A tree of plain types with `key=value` arguments over it. Raises RecipeError for what is no such argument."""
     for argument in overrides:
         tree = merged(tree, _override(argument))
@@ -328,11 +328,7 @@ def _absurd(number: float) -> str:
 
 
 def _shortened(tree: dict[str, Any], before: dict[str, Any], source: str) -> dict[str, Any]:
-    """The tree, of which the command line says train.epochs and not the schedule.
-
-    Where so few epochs never reach what the schedule of the tree before has, the first thing that people try, the
-    schedule is shortened as much.
-    """
+    """The tree with its schedule shortened in proportion, where the given train.epochs would not reach its end."""
     try:
         whole, epochs = _typed(before, source, ()), tree["train"]["epochs"]
     except (RecipeError, KeyError, TypeError):
@@ -411,7 +407,7 @@ def _in_full(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return full
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
     """`above` over `below`. A section that changes its `name` starts anew: another method has other keys."""
     result = dict(below)
     for key, value in above.items():
@@ -425,15 +421,15 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], but: Sequence[str] = FREE_KEYS) -> list[str]:
+def differences(old: Mapping[str, object], new: Mapping[str, object], but: Sequence[str] = FREE_KEYS) -> list[str]:
     """The keys by which two recipes (of Recipe.to_dict) train something else.
 
     All that differ but for FREE_KEYS, and for method.negatives where the new one leaves it to K and Q, a number in the

@@ -105,7 +105,7 @@ def propose(data: Data, config: DataConfig, wanted: Wanted | None = None) -> Pro
         "train": {"epochs": row.epochs, "batch_size": row.batch},
         "evaluation": {"select": "mean_class"},
     }
-    tree = merged(merged(base, settings), dict(wanted.method))
+    tree: dict[str, Any] = merged(merged(base, settings), wanted.method)
     epochs = tree["train"]["epochs"]
     tree["evaluation"].setdefault("every", max(2, epochs // 5))
     if "classifier" in tree["net"] and named and not _keeps_classifier(load_dict(tree), counts):
@@ -128,7 +128,7 @@ def propose(data: Data, config: DataConfig, wanted: Wanted | None = None) -> Pro
     )
 
 
-def section(config: DataConfig) -> dict[str, Any]:
+def section(config: DataConfig) -> dict[str, object]:
     """The section `data` of a recipe, without defaults."""
     return {key: value for key, value in asdict(config).items() if value != getattr(DataConfig, key, None)}
 
@@ -175,11 +175,7 @@ def _keeps_classifier(recipe: Recipe, counts: np.ndarray) -> bool:
 
 
 def _sides(train: Split) -> tuple[int, int, int]:
-    """Least, usual and largest shorter side in pixels, of a sample over all classes.
-
-    Usual is the median over images or that over classes, the larger one: enlarging some images costs time, shrinking
-    the others loses what is in them. Raises InputError where none of the images can be read.
-    """
+    """Least, usual (the larger median, over images or classes) and largest shorter side in pixels, of a sample."""
     found = sizes(train, sample(train.labels))
     if not found:
         raise InputError("image.unreadable", f"no sampled image of {train.name} can be read: run rescom-timm doctor")

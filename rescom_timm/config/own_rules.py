@@ -6,10 +6,11 @@ RESULTS.md has what was measured ("Fitting photographs", "init on photographs");
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from rescom_timm.models.net import PretrainedCfg
 
 SMALL = 64
 """Shorter side of images, in pixels, up to which a CIFAR ResNet is trained from scratch."""
@@ -119,14 +120,14 @@ def row_for(start: str, is_cpu: bool, images: int) -> Row:
     return row._replace(batch=min(row.batch, 2 ** int(math.log2(images))))
 
 
-def rescom(counts: np.ndarray) -> dict[str, Any]:
+def rescom(counts: np.ndarray) -> dict[str, object]:
     """The section `method` of ResCom with a contrastive branch that learns, for classes of these counts (K,)."""
     q = int(np.clip(round(1000 / len(counts)), 4, 10))
     beta = 0.99 if counts.max() > 100 else 0.999999
     return {"name": "rescom", "queue": {"per_class": q}, "positives": q, "beta": beta}
 
 
-def method(counts: np.ndarray, start: str) -> tuple[dict[str, Any], str]:
+def method(counts: np.ndarray, start: str) -> tuple[dict[str, object], str]:
     """The section `method` for classes of these counts (K,), and why."""
     imbalance, views = counts.max() / max(counts.min(), 1), 2 if start == "scratch" else 1
     if imbalance < EVEN:
@@ -148,13 +149,13 @@ def training_view(size: int) -> str:
     return f"random_resized_crop({size},0.35,1,bicubic) | flip"
 
 
-def evaluation_view(cfg: Mapping[str, Any], size: int) -> str:
+def evaluation_view(cfg: PretrainedCfg, size: int) -> str:
     """The policy by which a net of timm's pretrained_cfg sees images whole, at a size in pixels."""
     how = cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic"
     return f"resize({round(size / cfg['crop_pct'])},{how}) | center_crop({size})"
 
 
-def views(cfg: Mapping[str, Any], size: int, pretrained: bool, small: bool) -> dict[str, Any]:
+def views(cfg: PretrainedCfg, size: int, pretrained: bool, small: bool) -> dict[str, object]:
     """The section `views` at a size in pixels. cfg: timm's pretrained_cfg. small: images of up to SMALL pixels."""
     if pretrained:
         normalisation = {"mean": list(cfg["mean"]), "std": list(cfg["std"])}
@@ -165,6 +166,6 @@ def views(cfg: Mapping[str, Any], size: int, pretrained: bool, small: bool) -> d
     return {"train": f"random_resized_crop({size}) | flip", "eval": evaluation_view(cfg, size)}
 
 
-def options_of(cfg: Mapping[str, Any], size: int) -> dict[str, Any]:
+def options_of(cfg: PretrainedCfg, size: int) -> dict[str, object]:
     """net.options with which a backbone takes images of that size."""
     return {"img_size": size} if cfg.get("fixed_input_size") and size != cfg["input_size"][1] else {}

@@ -140,10 +140,7 @@ def _say_unlisted(root: Path, parts: Mapping[str, Index]) -> None:
 
 
 def _folders(own: OwnImages, root: Path, listed: bool) -> dict[str, Index]:
-    """The parts that a folder has as subfolders, each of class folders or, if listed, with its metadata.
-
-    Else a fifth of each class for testing.
-    """
+    """The parts that a folder has as subfolders, of class folders or with metadata; else a fifth for testing."""
 
     def there(split: str) -> bool:
         return metadata_in(root / split) is not None if listed else (root / split).is_dir()
@@ -198,11 +195,7 @@ def _like(train: Index, part: Index) -> Index:
 
 
 def _part(whole: Index, validation: str | None) -> dict[str, Index]:
-    """A fifth of each class for testing.
-
-    Where rows stay together by group, a tenth of the rest for validation too, which the recipe could not hold out
-    without knowing the groups.
-    """
+    """A fifth of each class for testing; of rows with groups, which a recipe cannot hold out, a tenth to validate."""
     if whole.groups is None and whole.counts.max() < 3:
         raise InputError(
             "data.split",
@@ -230,10 +223,7 @@ def _as_in(train: Index, part: Index, folder: Path) -> Index:
 
 
 def _part_test(whole: Index, fraction: float = 0.2, name: str = "test") -> tuple[Index, Index]:
-    """Split off a part of each class, drawn with a fixed seed; a class keeps at least one training image.
-
-    Of test images each class with five images or more gets two, for one image alone says 0 or 100%.
-    """
+    """The rest, with an image of each class at least, and a drawn part of each (two test images of five or more)."""
     held = profiles.holdout(whole.labels, fraction, groups=whole.groups, least=2 if name == "test" else 0)
     kept = np.delete(np.arange(len(whole)), held)
     return whole.take(kept, f"all but a {name} part of {fraction:g}"), whole.take(held, f"{name} part of {fraction:g}")

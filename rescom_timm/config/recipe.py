@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import yaml
@@ -23,6 +23,7 @@ from rescom_timm.errors import InputError
 from rescom_timm.hub_client import target
 from rescom_timm.methods import MethodConfig, RescomConfig
 from rescom_timm.methods import check as check_method
+from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SHARE, Bound, check
 from rescom_timm.metrics import LIMITS
 from rescom_timm.models.net import NetConfig
 from rescom_timm.text import check_name
@@ -31,6 +32,7 @@ MAX_NAME = 200
 """Bytes of a run's name; file systems take 255, and run, figures and pushes add to it."""
 MAX_SEED = 2**32 - 2**20
 """NumPy takes 32 bits, and each process adds its number."""
+RADIUS: Bound = (lambda value: 0 <= value <= 1000, "from 0 to 1,000")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?|[a-z]:.*", re.IGNORECASE)
 """Names that Windows takes for a device or a drive."""
 
@@ -58,10 +60,7 @@ class SamConfig:
     """Distances relative to the size of each weight (ASAM, Kwon et al. 2021), with a rho some ten times larger."""
 
     def __post_init__(self) -> None:
-        for name in ("rho", "rho_late"):
-            if not 0 <= (getattr(self, name) or 0) <= 1000:
-                value = getattr(self, name)
-                raise InputError("recipe.value", f"{name} must be from 0 to 1,000, not {value:g}")
+        check(self, "recipe.value", rho=RADIUS, rho_late=RADIUS)
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,7 @@ class OptimizerConfig:
     """Sharpness-aware minimisation, such as {rho: 0.1}; null: none."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise InputError("recipe.value", "lr must be above 0")
-        if self.weight_decay < 0:
-            raise InputError("recipe.value", "weight_decay must be at least 0")
-        if not 0 <= self.momentum < 1:
-            raise InputError("recipe.value", f"momentum must be in [0, 1), not {self.momentum:g}")
+        check(self, "recipe.value", lr=POSITIVE, weight_decay=NOT_NEGATIVE, momentum=BELOW_ONE, layer_decay=SHARE)
         if self.nesterov and not self.momentum:
             raise InputError("recipe.conflict", "nesterov needs a momentum above 0")
         if self.clip_norm is not None and self.clip_norm <= 0:
@@ -101,8 +95,6 @@ class OptimizerConfig:
             raise InputError(
                 "recipe.value", "encoder_lr_scale must be above 0; net.trainable: [none] freezes the backbone"
             )
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise InputError("recipe.value", "layer_decay must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,7 @@ class ScheduleConfig:
     the same curve."""
 
     def __post_init__(self) -> None:
-        if self.warmup_epochs < 0:
-            raise InputError("recipe.value", "warmup_epochs must be at least 0")
+        check(self, "recipe.value", warmup_epochs=NOT_NEGATIVE, gamma=SHARE, final=PART)
         if (self.name == "steps") != bool(self.milestones):
             raise InputError(
                 "recipe.conflict",
@@ -132,10 +123,6 @@ class ScheduleConfig:
             )
         if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
             raise InputError("recipe.value", "milestones must rise, from epoch 1 on")
-        if not 0 < self.gamma <= 1:
-            raise InputError("recipe.value", f"gamma must be in (0, 1], not {self.gamma:g}")
-        if not 0 <= self.final <= 1:
-            raise InputError("recipe.value", f"final must be in [0, 1], as a fraction of lr, not {self.final:g}")
 
 
 @dataclass(frozen=True)
@@ -150,8 +137,7 @@ class EmaConfig:
     """The exported model has the average instead of the weights."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise InputError("recipe.value", f"decay must be in [0, 1), not {self.decay:g}")
+        check(self, "recipe.value", decay=BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -178,9 +164,7 @@ class TrainConfig:
     """Average of the weights, such as {decay: 0.9999}; null: none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
-            if getattr(self, name) < least:
-                raise InputError("recipe.value", f"{name} must be at least {least}")
+        check(self, "recipe.value", epochs=NOT_NEGATIVE, batch_size=AT_LEAST_ONE, accumulate=AT_LEAST_ONE)
         if self.batch_size % self.accumulate:
             raise InputError(
                 "recipe.conflict", f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}"
@@ -210,10 +194,7 @@ class EvaluationConfig:
             raise InputError(
                 "recipe.value", f"group_limits must be two rising numbers from 1 on, not {list(self.group_limits)}"
             )
-        if self.every < 1 or self.batch_size < 1:
-            raise InputError("recipe.value", "every and batch_size must be at least 1")
-        if self.patience is not None and self.patience < 1:
-            raise InputError("recipe.value", "patience must be at least 1, or null for none")
+        check(self, "recipe.value", every=AT_LEAST_ONE, batch_size=AT_LEAST_ONE, patience=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -226,8 +207,7 @@ class CheckpointConfig:
     """Last checkpoints kept; the best one is kept besides."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise InputError("recipe.value", "every and keep must be at least 1")
+        check(self, "recipe.value", every=AT_LEAST_ONE, keep=AT_LEAST_ONE)
 
 
 @dataclass(frozen=True)
@@ -280,8 +260,7 @@ class HubConfig:
                 ) from None
         if self.benchmark is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+#[\w.-]+", self.benchmark):
             raise InputError("recipe.value", f"benchmark must be owner/dataset#task, not {self.benchmark!r}")
-        if self.timeout_minutes <= 0:
-            raise InputError("recipe.value", "timeout_minutes must be above 0")
+        check(self, "recipe.value", timeout_minutes=POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -372,12 +351,6 @@ class Recipe:
         contrast = self.views.contrast is not None
         fit_batch = self.train.fit_batch
         check_method(self.method, mix=self.mix.on, fit_batch=fit_batch, compiled=compiled, contrast=contrast)
-        for key, odd in (
-            ("loader.device_views", self.loader.device_views),
-            ("speed.resident", self.speed.resident),
-        ):
-            if contrast and odd:
-                raise InputError("recipe.conflict", f"views.contrast does not support {key}: turn one of them off")
         parts = self.train.accumulate > 1 or self.train.fit_batch or self.optimizer.sam is not None
         if parts and self.speed.compile in ("reduce-overhead", "max-autotune"):
             raise InputError(
@@ -387,39 +360,36 @@ class Recipe:
             )
         if self.net.frozen_precision == "bf16" and self.train.precision != "bf16":
             raise InputError("recipe.conflict", "net.frozen_precision: bf16 needs train.precision: bf16")
-        if self.speed.grad_checkpointing and (self.speed.capture or self.speed.compile):
-            raise InputError(
-                "recipe.conflict", "speed.grad_checkpointing does not go together with speed.capture or speed.compile"
-            )
-        if self.speed.capture:
-            for key, odd in (
-                ("train.accumulate", self.train.accumulate > 1),
-                ("train.fit_batch", self.train.fit_batch),
-                ("train.nonfinite: skip", self.train.nonfinite == "skip"),
-                ("mix", self.mix.on),
-                ("train.ema", self.train.ema is not None),
-                ("train.precision: fp16", self.train.precision == "fp16"),
-                (f"speed.compile: {self.speed.compile}", self.speed.compile not in (False, True, "default")),
-            ):
-                if odd:
-                    raise InputError(
-                        "recipe.conflict", f"speed.capture does not go together with {key}: turn one of them off"
-                    )
-        if self.evaluation.patience is not None and self.data.validation == "none":
-            raise InputError(
-                "recipe.conflict", "evaluation.patience needs data.validation, where the best epoch is chosen"
-            )
-        if self.hub.repo is not None and self.hub.strategy == "best" and self.data.validation == "none":
-            raise InputError(
-                "recipe.conflict", "hub.strategy: best needs data.validation, where the best checkpoint is chosen"
-            )
+        speed, train = self.speed, self.train
+        for key, other, both in (
+            ("views.contrast", "loader.device_views", contrast and self.loader.device_views),
+            ("views.contrast", "speed.resident", contrast and speed.resident),
+            ("speed.grad_checkpointing", "speed.capture", speed.grad_checkpointing and speed.capture),
+            ("speed.grad_checkpointing", "speed.compile", speed.grad_checkpointing and speed.compile),
+            ("speed.capture", "train.accumulate", speed.capture and train.accumulate > 1),
+            ("speed.capture", "train.fit_batch", speed.capture and train.fit_batch),
+            ("speed.capture", "train.nonfinite: skip", speed.capture and train.nonfinite == "skip"),
+            ("speed.capture", "mix", speed.capture and self.mix.on),
+            ("speed.capture", "train.ema", speed.capture and train.ema is not None),
+            ("speed.capture", "train.precision: fp16", speed.capture and train.precision == "fp16"),
+            ("speed.capture", f"speed.compile: {speed.compile}", speed.capture and isinstance(speed.compile, str)
+             and speed.compile != "default"),
+        ):  # fmt: skip
+            if both:
+                raise InputError("recipe.conflict", f"{key} does not go together with {other}: turn one of them off")
+        for key, asked in (
+            ("evaluation.patience", self.evaluation.patience is not None),
+            ("hub.strategy: best", self.hub.repo is not None and self.hub.strategy == "best"),
+        ):
+            if asked and self.data.validation == "none":
+                raise InputError("recipe.conflict", f"{key} needs data.validation, where the best epoch is chosen")
 
     @property
     def folder(self) -> Path:
         """The run's folder; a run of the same name that is there already makes it name-2, name-3 ..."""
         return Path(self.output).expanduser() / (self.name or "run")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain types, ready for JSON or YAML, of which load_dict makes the same recipe. The home folder becomes ~."""
         return json.loads(without_home(json.dumps(dataclasses.asdict(self))))
 

@@ -189,7 +189,7 @@ class LoadingConfig:
     in NumPy instead of Pillow. The pixels are the same; see batched_transforms.py and plane_transforms.py."""
     cache: int = 256
     """Megabytes. Training images of one size that fit in are decoded once, at the start, and kept in memory, which
-    forked workers share (CIFAR: 150). 0: none."""
+    forked workers share (CIFAR: 150); so are evaluation images that fit into 32 of them. 0: none."""
     resident: bool = False
     """Training images of one size (within `cache`) stay on the device and are augmented there, several batches at once;
     the workers only draw. For small images on a GPU, which is faster than the CPU's workers."""

@@ -1,5 +1,6 @@
 """The embedded data set."""
 
+import functools
 import io
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from rescom_timm.data.index_files import NoSplit
 
 
+@functools.cache
 def digits(split: str) -> Dataset:
     """scikit-learn's digits, 1,797 gray 8 x 8 images, as PNG.
 
@@ -37,6 +39,7 @@ def digits(split: str) -> Dataset:
     return Dataset.from_dict({"image": images, "label": labels[rows]}, features=features)
 
 
+@functools.cache
 def _table() -> np.ndarray:
     """The table of scikit-learn's package, without the second that importing scikit-learn takes."""
     package = find_spec("sklearn")

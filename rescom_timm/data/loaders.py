@@ -90,15 +90,17 @@ def eval_loader(
     config: LoaderConfig = LoaderConfig(),
     speed: LoadingConfig = LoadingConfig(),
     together: int = 1,
+    cache: int = 0,
 ) -> DataLoader[Batch]:
     """Every image of the split once, in order; an unreadable image raises BrokenImage in any case.
 
-    together: how many such loaders run at the same time. With several processes accelerate pads the last batch, and its
+    together: how many such loaders run at the same time. cache: megabytes in which decoded images of one size are
+    kept for the next pass, as in speed.cache. With several processes accelerate pads the last batch, and its
     `gather_for_metrics` drops the padding.
     """
     if batch_size < 1:
         raise InputError("recipe.value", f"the batch size must be at least 1, not {batch_size}")
-    speed = dataclasses.replace(speed, cache=0, resident=False)
+    speed = dataclasses.replace(speed, cache=cache, resident=False)
     policy = parse(views.eval, views.mean)
     dataset = ViewsDataset(split, policy, None, "stop", config.reading, speed)
     return _loader(

@@ -22,6 +22,7 @@ from rescom_timm.config.recipe import OptimizerConfig, Recipe, RecipeError, Sche
 from rescom_timm.data.config import ViewsConfig
 from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
+from rescom_timm.engine.checkpoint import SavedState
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.errors import code_of
 from rescom_timm.methods import Method, create_method, method_class
@@ -262,7 +263,7 @@ LINEAR_OR_COSINE = (frozenset({f"{HEAD}weight", f"{HEAD}bias"}), frozenset({f"{H
 """Names of the weights of the two classifiers that a recipe may choose."""
 
 
-def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:
+def base_net(recipe: Recipe, state: SavedState) -> NetConfig:
     """How to make the net that a checkpoint's weights go into.
 
     With pretrained weights where the checkpoint holds only those that were trained over them.
@@ -270,7 +271,7 @@ def base_net(recipe: Recipe, state: Mapping[str, Any]) -> NetConfig:
     return recipe.net if state.get("frozen") else recipe.net.untrained()
 
 
-def whole_weights(net: Net, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def whole_weights(net: Net, weights: Mapping[str, Tensor], state: SavedState, path: Path) -> dict[str, Tensor]:
     """A checkpoint's weights completed by the net's frozen ones.
 
     Raises CheckpointError where those are not what it was trained over.
@@ -292,7 +293,7 @@ Weights = Literal["raw", "ema"]
 
 
 def chosen_weights(
-    which: Weights, weights: Mapping[str, Tensor], state: Mapping[str, Any], path: Path
+    which: Weights, weights: Mapping[str, Tensor], state: SavedState, path: Path
 ) -> Mapping[str, Tensor]:
     """A checkpoint's weights, or their average in it. Raises CheckpointError where it has none."""
     if which == "raw":

@@ -12,10 +12,10 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,39 @@ LOCK = ".lock"
 """In a run's folder: who holds it writes there."""
 
 
-def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+class SavedState(TypedDict, total=False):
+    """What a checkpoint holds beside its net."""
+
+    progress: dict[str, Any]
+    """Of state.Progress."""
+    recipe: dict[str, object]
+    index: str
+    """Digest of the rows trained on."""
+    class_names: list[str]
+    processes: int
+    method: dict[str, Tensor]
+    average: dict[str, Tensor]
+    """Of the net's weights; empty without train.ema."""
+    sharded: bool
+    frozen: str | None
+    """Digest of the pretrained weights that do not train and are not saved."""
+    teacher: str | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+    ranks: list[dict[str, Any]]
+    """Of each process: random generators and buffers of its own."""
+
+
+class RandomState(TypedDict, total=False):
+    """The random generators of a process."""
+
+    python: tuple[Any, ...]
+    numpy: Any
+    torch: Tensor
+    cuda: Tensor
+
+
+def pack(tree: object, tensors: dict[str, Tensor], name: str = "") -> object:
     """A tree of dicts, lists, tuples, tensors, arrays and JSON values as JSON alone; its tensors go into `tensors`.
 
     Raises TypeError, naming the place, for anything else.
@@ -58,7 +90,7 @@ def pack(tree: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     raise TypeError(f"a checkpoint cannot hold {type(tree).__name__} (at {name.lstrip('.')})")
 
 
-def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def unpack(tree: object, tensors: dict[str, Tensor]) -> object:
     """Inverse of pack."""
     if isinstance(tree, list):
         return [unpack(value, tensors) for value in tree]
@@ -67,14 +99,14 @@ def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         if kind == "$tensor":
             return tensors[value]
         if kind == "$array":
-            return unpack(value, tensors).numpy()
+            return cast(Tensor, unpack(value, tensors)).numpy()
         if kind == "$tuple":
-            return tuple(unpack(value, tensors))
+            return tuple(cast(list[object], unpack(value, tensors)))
         return {key: unpack(item, tensors) for key, item in value}
     return tree
 
 
-def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any]) -> Path:
+def save(folder: Path, step: int, net: dict[str, Tensor], state: SavedState) -> Path:
     """Write checkpoint `step` into the folder and return its path. A crash at any moment leaves the others whole.
 
     Raises CheckpointError where the disk does not take it; what was there before is untouched.
@@ -115,7 +147,7 @@ def save(folder: Path, step: int, net: dict[str, Tensor], state: dict[str, Any])
     return final
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path) -> tuple[dict[str, Tensor], SavedState]:
     """(net, state) of a checkpoint folder. Raises CheckpointError, naming the file, where it is damaged."""
     if not path.is_dir():
         raise CheckpointError("checkpoint.missing", f"no checkpoint {path}")
@@ -130,7 +162,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(state, dict):
             raise CheckpointError("checkpoint.damaged", f"checkpoint {path} is damaged: {FILES[2]} holds no dict")
         _check(state)
-        return load_file(path / FILES[0]), state
+        return load_file(path / FILES[0]), cast(SavedState, state)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError("checkpoint.damaged", f"checkpoint {path} is damaged: {error}") from error
 
@@ -155,7 +187,7 @@ def _check(state: dict[str, Any]) -> None:
             raise ValueError(f"{FILES[2]} holds values other than tensors in {name}")
 
 
-def class_names(path: Path, state: Mapping[str, Any]) -> list[str] | None:
+def class_names(path: Path, state: SavedState) -> list[str] | None:
     """Names (K,) of the classes of a checkpoint's net; None if they are unknown.
 
     They come from its state or, for an older checkpoint, from its run's classes.json. Raises CheckpointError if that
@@ -229,13 +261,13 @@ def _there(folder: Path) -> list[tuple[str, int]]:
     return found
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+def newest(folder: Path) -> tuple[Path, dict[str, Tensor], SavedState] | None:
     """(path, net, state) of the last valid checkpoint; warns about damaged ones; None if there is none.
 
     Raises CheckpointError if every checkpoint is damaged.
     """
 
-    def read() -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    def read() -> tuple[Path, dict[str, Tensor], SavedState]:
         path = listed(folder)[-1]
         return (path, *load(path))
 
@@ -273,15 +305,15 @@ def prune(written: Path, keep: int, spare: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RandomState:
     """The state of every random generator of this process: Python, NumPy, torch, and the GPU in use."""
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    states: RandomState = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def set_random_state(states: dict[str, Any]) -> None:
+def set_random_state(states: RandomState) -> None:
     """Restore what random_state returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])

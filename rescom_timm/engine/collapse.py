@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from rescom_timm.contrastive.queue import Queue
+from rescom_timm.engine.run_folder import Line
 from rescom_timm.methods.base import BaseConfig
 
 EPOCHS = 5
@@ -25,21 +25,21 @@ def cosines(queues: Sequence[Queue]) -> dict[str, float]:
     return {name: value for name, value in named if math.isfinite(value)}
 
 
-def share_of_chance(line: dict[str, Any]) -> float | None:
+def share_of_chance(line: Line) -> float | None:
     """The contrastive loss of an epoch over its chance level; None where the line of the log has none."""
     if not line.get(CHANCE) or LOSS not in line:
         return None
-    return float(line[LOSS] / line[CHANCE])
+    return line[LOSS] / line[CHANCE]
 
 
-def last_state(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+def last_state(lines: Sequence[Line]) -> dict[str, float]:
     """The last that a log says of the contrastive branch: share (loss over chance) and between (cosine of classes)."""
     found: dict[str, float] = {}
     for line in lines:
         if (share := share_of_chance(line)) is not None:
             found["share"] = share
         if BETWEEN in line:
-            found["between"] = float(line[BETWEEN])
+            found["between"] = line[BETWEEN]
     return found
 
 
@@ -58,7 +58,7 @@ def sentence(state: dict[str, float]) -> str:
     return ", ".join(parts) + (": the contrastive branch learned nothing" if dead(state) else "")
 
 
-def warning(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConfig.remedy) -> str | None:
+def warning(lines: Sequence[Line], warmup: int, remedy: str = BaseConfig.remedy) -> str | None:
     """Return a warning about the last of these lines of metrics.jsonl, or None.
 
     It comes once, at the first epoch that ends such a row. warmup: epochs of it. remedy: what to change, of the
@@ -82,13 +82,13 @@ def warning(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConf
     return None
 
 
-def warn(lines: Sequence[dict[str, Any]], warmup: int, remedy: str = BaseConfig.remedy) -> None:
+def warn(lines: Sequence[Line], warmup: int, remedy: str = BaseConfig.remedy) -> None:
     """Give the warning, if there is one."""
     if message := warning(lines, warmup, remedy):
         warnings.warn(message, stacklevel=3)
 
 
-def _row(bad: dict[int, bool], warmup: int) -> int | None:
+def _row(bad: dict[float, bool], warmup: int) -> float | None:
     """The last epoch, if it is the first that ends EPOCHS epochs after warm-up with all that was measured bad."""
     measured = [epoch for epoch in sorted(bad) if epoch > warmup]
     start = next((epoch for epoch in reversed(measured) if not bad[epoch]), None)

@@ -174,10 +174,7 @@ def _evaluation_seconds(trainer: Trainer, limit: float) -> float:
 
 
 class _Clock:
-    """When the passes over a loader's batches ended, and how long one takes once the loader's head start is used up.
-
-    Workers give their batches in bursts, one of each, so a round is as many batches as there are workers.
-    """
+    """Seconds of a loader's pass, past its head start. Workers give batches in bursts: a round is one of each."""
 
     def __init__(self, loader: Any, warm_up: int, limit: float) -> None:
         self.round = max(1, loader.num_workers)

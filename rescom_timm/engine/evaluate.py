@@ -24,6 +24,7 @@ from rescom_timm.config.loading import UNREAD_KEYS, differences, flat
 from rescom_timm.config.recipe import Recipe, SpeedConfig
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.progress import image_bar
+from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data, numbered_as, test_alone
 from rescom_timm.data.sources import load as load_data
 from rescom_timm.data.splits import Split
@@ -31,6 +32,7 @@ from rescom_timm.data.transforms import parse
 from rescom_timm.distributed import processes
 from rescom_timm.engine import checkpoint, logits
 from rescom_timm.engine.build import Weights, base_net, build_method, chosen_weights, speed_up, whole_weights
+from rescom_timm.engine.checkpoint import SavedState
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.logits import Keeper
 from rescom_timm.engine.own import NOTHING, Own
@@ -43,23 +45,16 @@ from rescom_timm.models.net import Net, check_weights
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, net: nn.Module, loader: DataLoader[Any], counts: np.ndarray,
-    limits: Limits = LIMITS, keeper: Keeper | None = None, own: Own = NOTHING,
+    accelerator: Accelerator, net: nn.Module, loader: DataLoader[Batch] | Sequence[DataLoader[Batch]],
+    counts: np.ndarray, limits: Limits = LIMITS, keeper: Keeper | None = None, own: Own = NOTHING,
 ) -> Meter:  # fmt: skip
     """Every image of a prepared evaluation loader once, encoder and classifier only.
 
-    counts: (K,) training images of each class, which with the limits (evaluation.group_limits) decide many, medium and
-    few. Every process gets the whole Meter. keeper: is given all logits. own: further metrics.
+    loader: or several of the same images in other views, whose logits are averaged. counts: (K,) training images of
+    each class, which with the limits (evaluation.group_limits) decide many, medium and few. Every process gets the
+    whole Meter. keeper: is given all logits. own: further metrics.
     """
-    return evaluate_views(accelerator, net, [loader], counts, limits, keeper, own)
-
-
-@torch.no_grad()
-def evaluate_views(
-    accelerator: Accelerator, net: nn.Module, loaders: Sequence[DataLoader[Any]], counts: np.ndarray,
-    limits: Limits = LIMITS, keeper: Keeper | None = None, own: Own = NOTHING,
-) -> Meter:  # fmt: skip
-    """As `evaluate`, over several loaders of the same images in other views, whose logits are averaged."""
+    loaders = [loader] if isinstance(loader, DataLoader) else loader
     plain: Net = accelerator.unwrap_model(net)
     meter = Meter(len(counts), torch.as_tensor(counts), limits=limits)
     collector = own.collector()
@@ -117,7 +112,7 @@ def agreed_statistics(net: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def write(folder: Path, name: str, meter: Meter, about: dict[str, Any], keeper: Keeper | None = None) -> None:
+def write(folder: Path, name: str, meter: Meter, about: Mapping[str, object], keeper: Keeper | None = None) -> None:
     """Write evaluation/<name>.json (what was evaluated, metrics, per class) and .safetensors (predictions).
 
     keeper: writes logits/<name>.safetensors (`logits`).
@@ -170,7 +165,7 @@ def file_name(split: str, which: str, weights: Weights) -> str:
     return f"{split}-{which}" if weights == "raw" else f"{split}-{which}-{weights}"
 
 
-def about(split: Split, which: str, chosen: str, class_names: list[str], weights: Weights = "raw") -> dict[str, Any]:
+def about(split: Split, which: str, chosen: str, class_names: list[str], weights: Weights = "raw") -> dict[str, object]:
     """What a printed metric needs beside it: split, checkpoint and how the checkpoint was chosen."""
     return {
         "split": split.name,
@@ -182,12 +177,12 @@ def about(split: Split, which: str, chosen: str, class_names: list[str], weights
     }
 
 
-def title(about: dict[str, Any]) -> str:
+def title(about: Mapping[str, object]) -> str:
     """The line above the table of an evaluation, from its record."""
     return f"{about['split']}, {about['images']} images, checkpoint {about['checkpoint']}: {about['chosen']}"
 
 
-def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], SavedState, str]:
     """(path, net, state, how it was chosen) of a run's checkpoint.
 
     which: "last", "best" (by `select` on validation), its name or its folder. Raises CheckpointError if it is missing
@@ -196,7 +191,7 @@ def open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str,
     return checkpoint.whole_read(run / "checkpoints", lambda: _open_checkpoint(run, which, select))
 
 
-def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], dict[str, Any], str]:
+def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str, Tensor], SavedState, str]:
     folder = run / "checkpoints"
     named = folder / which if (folder / which).is_dir() else Path(which)
     if which not in ("last", "best") and not named.is_dir():
@@ -222,14 +217,16 @@ def _open_checkpoint(run: Path, which: str, select: str) -> tuple[Path, dict[str
 
 def evaluated_otherwise(
     own: Recipe, recipe: Recipe, read: str, run: str | None = None
-) -> tuple[dict[str, Any], str, str]:
+) -> tuple[dict[str, object], str, str]:
     """How an evaluation differs from the run's own: (keys and values, the same as text, suffix of the file's name).
 
     All three are empty if nothing differs; the suffix keeps other evaluations from being replaced. read: digest of what
     is evaluated on (`digest_of`). run: that of the run's own evaluation, if it is known.
     """
     now = flat(recipe.to_dict())
-    changed = {key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict(), UNREAD_KEYS)}
+    changed: dict[str, object] = {
+        key: now.get(key) for key in differences(own.to_dict(), recipe.to_dict(), UNREAD_KEYS)
+    }
     if not changed and run in (None, read):
         return {}, "", ""
     changed = changed or {"data": read}
@@ -259,10 +256,7 @@ def _stored(image: Any) -> bytes:
 
 
 def _digest_then(run: Path, name: str, split: Split) -> str | None:
-    """`digest_of` what an evaluation of a run describes.
-
-    Of an older one, which has none, that of `split` where the labels are the same. None if there is none.
-    """
+    """`digest_of` what an evaluation saw, an older one by its labels; None if there is no such evaluation."""
     path = run / "evaluation" / f"{name}.json"
     if not path.is_file():
         return None
@@ -295,10 +289,7 @@ def data_of(run: Path, own: Recipe, recipe: Recipe, class_names: Sequence[str] |
 
 
 def _trained_counts(run: Path, class_names: Sequence[str] | None) -> np.ndarray | None:
-    """Training images (K,) of the classes of a run by its classes.json.
-
-    None if that file is missing, damaged or of other classes.
-    """
+    """Training images (K,) of a run's classes; None if classes.json is missing, damaged or of other classes."""
     try:
         record = read_json(run / "classes.json")
         counts = np.asarray(record["counts"], dtype=np.int64)
@@ -345,12 +336,12 @@ def evaluate_run(
         loaders.append(accelerator.prepare(batches))
     keeper = Keeper(len(part.labels), len(data.counts))
     own = replace(own, select=recipe.evaluation.select)
-    meter = evaluate_views(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits, keeper, own)
+    meter = evaluate(accelerator, method.net, loaders, data.counts, recipe.evaluation.group_limits, keeper, own)
     label = which if which in ("last", "best") else path.name
     record = about(part, label, chosen, data.class_names, weights)
     name = file_name(split, label, weights)
     then = next(filter(None, (_digest_then(run, one, part) for one in (name, file_name(split, "last", "raw")))), None)
-    changed, described, suffix = evaluated_otherwise(own_recipe, recipe, record["data"], then)
+    changed, described, suffix = evaluated_otherwise(own_recipe, recipe, digest_of(part), then)
     if changed:
         record |= {"overrides": changed, "chosen": f"{chosen}; {described}"}
         name += suffix

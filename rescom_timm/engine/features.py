@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.loaders import eval_loader
 from rescom_timm.data.progress import image_bar
+from rescom_timm.data.samples import Batch
 from rescom_timm.data.splits import Split
 from rescom_timm.engine.stop_signals import in_own_process_group
 from rescom_timm.models.net import Net
@@ -124,10 +125,10 @@ def read_logits(accelerator: Accelerator, net: Net, recipe: Recipe, split: Split
         yield accelerator.gather_for_metrics(net.classify(batch["image"])).float().cpu()
 
 
-def loader_of(accelerator: Accelerator, recipe: Recipe, split: Split) -> DataLoader[Any]:
-    """Batches of a split as evaluation sees them."""
+def loader_of(accelerator: Accelerator, recipe: Recipe, split: Split, cache: int = 0) -> DataLoader[Batch]:
+    """Batches of a split as evaluation sees them, prepared. cache: as eval_loader's."""
     batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
-    loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
+    loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed, cache=cache)
     loader.worker_init_fn = in_own_process_group
-    prepared: DataLoader[Any] = accelerator.prepare(loader)
+    prepared: DataLoader[Batch] = accelerator.prepare(loader)
     return prepared

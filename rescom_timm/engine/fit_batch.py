@@ -86,10 +86,7 @@ def _tried(recipe: Recipe, accelerator: Accelerator, data: Data) -> int:
 
 
 def _passes(recipe: Recipe, accelerator: Accelerator, data: Data) -> tuple[Callable[[int], None], int, bool]:
-    """(a function that does the passes around an optimizer step, views of an image, whether the net has BatchNorm).
-
-    The function takes the number of views of a pass. Processes do not wait for each other in it: one may fail alone.
-    """
+    """(the passes around an optimizer step of so many views each, an image's views, whether there is BatchNorm)."""
     method = build_method(replace(recipe, net=recipe.net.untrained()), data)
     to_device(accelerator, replace(recipe, speed=replace(recipe.speed, compile=False)), method)
     net, optimizer = method.net, build_optimizer(recipe.optimizer, method.net)

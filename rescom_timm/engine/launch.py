@@ -22,7 +22,7 @@ STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TAS
 """Environment variables in which launchers say how many processes they started."""
 
 
-def new_accelerator(precision: str, **options: Any) -> Accelerator:
+def new_accelerator(precision: str, **options: object) -> Accelerator:
     """An Accelerator, whatever the one before it in this process was for.
 
     By itself accelerate keeps the precision of the first.

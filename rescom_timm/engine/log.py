@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import psutil
@@ -47,7 +47,7 @@ class Log:
     """metrics.jsonl, one JSON object a line with epoch, step and named metrics, and the same in TensorBoard."""
 
     def __init__(
-        self, folder: Path, recipe: Recipe, about: dict[str, Any], step: int = 0, evaluated: bool = True
+        self, folder: Path, recipe: Recipe, about: Mapping[str, object], step: int = 0, evaluated: bool = True
     ) -> None:
         """Opens the log of a run that has done `step` steps.
 
@@ -116,7 +116,7 @@ class Log:
                 warnings.warn(f"the last of {self.board.log_dir} could not be written: {error}", stacklevel=2)
 
 
-def progress_bar(total: int, done: int, main: bool) -> Any:
+def progress_bar(total: int, done: int, main: bool) -> tqdm[NoReturn]:
     """Of the images of all epochs, on a terminal of the main process."""
     return tqdm(
         total=total, initial=done, unit="img", unit_scale=True, smoothing=0.05, mininterval=MININTERVAL,
@@ -126,7 +126,7 @@ def progress_bar(total: int, done: int, main: bool) -> Any:
     )  # fmt: skip
 
 
-def show(bar: Any, epoch: str, sums: dict[str, float], passes: int) -> None:
+def show(bar: tqdm[NoReturn], epoch: str, sums: dict[str, float], passes: int) -> None:
     """Put the epoch that is trained, such as 3/30, and its means so far on the bar, which the next update draws."""
     bar.set_description(f"epoch {epoch}", refresh=False)
     if passes:
@@ -186,7 +186,7 @@ def peak_memory() -> int:
     return held if sys.platform == "darwin" else 1024 * held
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Versions, command, machine and the state of the code, without anything private."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from rescom_timm.config.recipe import EmaConfig, Recipe, RecipeError
 from rescom_timm.data.broken import unreadable
-from rescom_timm.data.loaders import eval_loader, train_loader
+from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.progress import image_bar
 from rescom_timm.data.samples import Batch, ViewsDataset
 from rescom_timm.data.sizes import check_views
@@ -25,6 +24,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
 from rescom_timm.engine.build import prefers_channels_last, speed_up
+from rescom_timm.engine.features import loader_of
 from rescom_timm.engine.launch import prepare_to_shard
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
 from rescom_timm.engine.own import WORST
@@ -81,17 +81,6 @@ def training_loader(recipe: Recipe, data: Data, method: Method) -> DataLoader[Ba
         )
     loader.worker_init_fn = in_own_process_group
     return loader
-
-
-def evaluation_loaders(accelerator: Accelerator, recipe: Recipe, splits: dict[str, Split]) -> dict[str, Any]:
-    """A prepared loader of each split, by its name."""
-    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
-    loaders = {}
-    for name, split in splits.items():
-        loader = eval_loader(split, recipe.views, batch, recipe.loader, recipe.speed)
-        loader.worker_init_fn = in_own_process_group
-        loaders[name] = accelerator.prepare(loader)
-    return loaders
 
 
 def to_device(accelerator: Accelerator, recipe: Recipe, method: Method) -> None:
@@ -207,10 +196,7 @@ FAR_APART = 1.5
 
 
 def _check_sizes(recipe: Recipe, train: Split, splits: dict[str, Split], main: bool) -> None:
-    """Raises RecipeError where images are too small for a crop of the views, or differ in size after them.
-
-    Warns where training and evaluation images have sizes far apart.
-    """
+    """Raises RecipeError for images too small for a crop or of several sizes; warns of evaluation at a far size."""
     views, reading = recipe.views, recipe.loader.reading
     try:
         ours = check_views(parse(views.train), train, "views.train", reading)
@@ -242,14 +228,11 @@ def class_feature_sums(accelerator: Accelerator, recipe: Recipe, data: Data, net
 
     The same on any number of processes but for the order of summing.
     """
-    batch = -(-recipe.evaluation.batch_size // accelerator.num_processes) * accelerator.num_processes
-    loader = eval_loader(data.train, recipe.views, batch, recipe.loader, recipe.speed)
-    loader.worker_init_fn = in_own_process_group
     sums = torch.zeros(len(data.counts), net.classifier.in_features, dtype=torch.float64)
     was_training = net.training
     net.eval()
     with image_bar(len(data.train.rows), "class means") as bar:
-        for images in accelerator.prepare(loader):
+        for images in loader_of(accelerator, recipe, data.train):
             with accelerator.autocast():
                 features = net.encoder(net.normalize(images["image"]))
             gathered = accelerator.gather_for_metrics((features.float(), images["label"]))

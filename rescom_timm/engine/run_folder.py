@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 from accelerate import PartialState
@@ -33,6 +33,8 @@ CHANGED = "-changed-"
 """In the name of an evaluation that is not the run's own: of other data, or of overrides that change what is read."""
 MARKS = ("recipe.yaml", "metrics.jsonl", "evaluation", "checkpoints")
 """A run folder has at least one of these."""
+Line: TypeAlias = dict[str, float]
+"""A line of metrics.jsonl: epoch, step and named metrics."""
 PATIENCE = 10.0
 """Seconds to wait for a lock whose owner is gone: the workers of a killed run hold it until they exit."""
 
@@ -83,7 +85,7 @@ def make(recipe: Recipe) -> Path:
         raise RecipeError("run.output", f"output: the run's folder cannot be made: {error}{todo}") from error
 
 
-def same_run(run: Path, theirs: Sequence[dict[str, Any]]) -> bool:
+def same_run(run: Path, theirs: Sequence[Line]) -> bool:
     """Whether a folder holds the run of which `theirs` are lines of metrics.jsonl.
 
     One log begins with the other, to the seconds, which no two runs share.
@@ -97,7 +99,7 @@ class RunElsewhere(ABC):
     """A run that is not on this machine, such as on the Hub, to resume. str() of it is its address."""
 
     @abstractmethod
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Line]:
         """Of its metrics.jsonl; empty where it has none."""
 
     @abstractmethod
@@ -145,7 +147,7 @@ def open_folder(recipe: Recipe, resume: Resume, lock: ExitStack) -> Path:
     return Path(broadcast_object_list([folder])[0])
 
 
-def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]] | None:
+def newest_of_all(folder: Path) -> tuple[Path, dict[str, Tensor], checkpoint.SavedState] | None:
     """checkpoint.newest of a run's folder.
 
     Raises CheckpointError where the processes see different ones, and for a trained run that has none left: to start it
@@ -270,12 +272,12 @@ def class_names(run: Path) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def lines(path: Path) -> list[Line]:
     """The lines of a metrics.jsonl, each with its epoch and step; empty if there is no file.
 
     Incomplete lines are skipped, with a warning unless it is the last (a crash leaves one).
     """
-    found: list[dict[str, Any]] = []
+    found: list[Line] = []
     texts = read_text(path, errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
         try:

@@ -26,6 +26,7 @@ from rescom_timm.config.recipe import Recipe, RecipeError
 from rescom_timm.contrastive.queue import Queue
 from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
+from rescom_timm.engine.checkpoint import SavedState
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss
 from rescom_timm.engine.evaluate import agreed_statistics
 from rescom_timm.methods import Method
@@ -133,7 +134,7 @@ class State:
             weights = {name: value for name, value in weights.items() if name not in self.frozen}
             average = {name: value for name, value in self.average.state_dict().items() if name not in self.frozen}
             scaler = self.accelerator.scaler
-            state = {
+            state: SavedState = {
                 "progress": asdict(self.progress),
                 "recipe": recipe.to_dict(),
                 "index": data.provenance["train"]["sha256"],
@@ -152,7 +153,7 @@ class State:
         checkpoint.prune(written, recipe.checkpoint.keep, self.progress.best_checkpoint)
         return written.name
 
-    def restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def restore(self, path: Path, weights: dict[str, Tensor], state: SavedState) -> None:
         """Resume from a checkpoint. Raises CheckpointError where it is of another net, method or way of sharding."""
         accelerator = self.accelerator
         if state.get("sharded", False) != self.sharded:
@@ -251,7 +252,7 @@ class State:
 
 
 def check_resumable(
-    path: Path, saved: dict[str, Any], index: str, recipe: Recipe, data: Data, folder: Path,
+    path: Path, saved: dict[str, object], index: str, recipe: Recipe, data: Data, folder: Path,
     class_names: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     """Check that a run in `folder` resumes from checkpoint `path` with this recipe and data.

@@ -27,61 +27,37 @@ from rescom_timm.io import read_json, write_json
 IDS = "trackers.json"
 
 
-def _wandb(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    own = {"name": name, "tags": list(config.tags), "dir": str(folder)}
-    return own | ({"id": id, "resume": "allow"} if id else {})
+def _options(kind: str, config: TrackConfig, folder: Path, id: str | None) -> dict[str, Any]:
+    """What the tracker's class takes besides the project. id: of the tracked run to continue, None for a new one."""
+    name, tags = config.name or folder.name, list(config.tags)
+    again = {"id": id, "resume": "allow"} if id else {}
+    options: dict[str, dict[str, Any]] = {
+        "wandb": {"name": name, "tags": tags, "dir": str(folder), **again},
+        "trackio": {"name": id or name, "resume": "allow" if id else "never"},  # which knows a run by its name
+        "mlflow": {"run_name": name, "tags": dict.fromkeys(tags, "true") or None, "run_id": id},
+        "comet_ml": {"experiment_key": id} if id else {},
+        "aim": {"experiment": config.project, "run_hash": id},
+        "clearml": {
+            "task_name": name, "tags": tags, "auto_connect_frameworks": False, "continue_last_task": id or False,
+            "reuse_last_task_id": False,
+        },
+        "dvclive": {"dir": str(folder / "dvclive"), "resume": id is not None, "save_dvc_exp": False},
+        "swanlab": {"experiment_name": name, "tags": tags, "logdir": str(folder / "swanlog"), **again},
+    }  # fmt: skip
+    return options[kind]
 
 
-def _trackio(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    return {"name": id or name, "resume": "allow" if id else "never"}  # its name is what trackio knows a run by
-
-
-def _mlflow(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    return {"run_name": name, "tags": {tag: "true" for tag in config.tags} or None, "run_id": id}
-
-
-def _comet_ml(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    return {"experiment_key": id} if id else {}
-
-
-def _aim(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    return {"experiment": config.project, "run_hash": id}
-
-
-def _clearml(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    own = {"task_name": name, "tags": list(config.tags), "auto_connect_frameworks": False}
-    return own | {"continue_last_task": id or False, "reuse_last_task_id": False}
-
-
-def _dvclive(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    return {"dir": str(folder / "dvclive"), "resume": id is not None, "save_dvc_exp": False}
-
-
-def _swanlab(config: TrackConfig, name: str, folder: Path, id: str | None) -> dict[str, Any]:
-    own = {"experiment_name": name, "tags": list(config.tags), "logdir": str(folder / "swanlog")}
-    return own | ({"id": id, "resume": "allow"} if id else {})
-
-
-STARTS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[[Any], Any]]] = {
-    "wandb": (_wandb, lambda run: run.id),
-    "trackio": (_trackio, lambda run: run.name),
-    "mlflow": (_mlflow, lambda run: run.info.run_id),
-    "comet_ml": (_comet_ml, lambda run: run.id),
-    "aim": (_aim, lambda run: run.hash),
-    "clearml": (_clearml, lambda run: run.id),
-    "dvclive": (_dvclive, lambda run: "dvclive"),
-    "swanlab": (_swanlab, lambda run: run.id),
+STARTS: dict[str, Callable[[Any], str]] = {
+    "wandb": lambda run: run.id,
+    "trackio": lambda run: run.name,
+    "mlflow": lambda run: run.info.run_id,
+    "comet_ml": lambda run: run.id,
+    "aim": lambda run: run.hash,
+    "clearml": lambda run: run.id,
+    "dvclive": lambda run: "dvclive",
+    "swanlab": lambda run: run.id,
 }
-"""What each tracker's class takes, of (config, name, folder, id of the run to go on with or None), and the id of a run
-of its own."""
-
-
-def _in_lists(tracker: Any, pictures: dict[str, Image], step: int) -> None:
-    tracker.log_images({name: [picture] for name, picture in pictures.items()}, step=step)
-
-
-def _one_by_one(tracker: Any, pictures: dict[str, Image], step: int) -> None:
-    tracker.log_images(pictures, step=step)
+"""The trackers, and the id of a tracker's run."""
 
 
 def _as_artifacts(tracker: Any, pictures: dict[str, Image], step: int) -> None:
@@ -100,12 +76,12 @@ def _by_trackio(tracker: Any, pictures: dict[str, Image], step: int) -> None:
 
 
 PICTURES: dict[str, Callable[[Any, dict[str, Image], int], None]] = {
-    "wandb": _in_lists,
+    "wandb": lambda tracker, pictures, step: tracker.log_images({k: [v] for k, v in pictures.items()}, step=step),
     "trackio": _by_trackio,
     "mlflow": _as_artifacts,
-    "aim": _one_by_one,
-    "clearml": _one_by_one,
-    "swanlab": _in_lists,
+    "aim": lambda tracker, pictures, step: tracker.log_images(pictures, step=step),
+    "clearml": lambda tracker, pictures, step: tracker.log_images(pictures, step=step),
+    "swanlab": lambda tracker, pictures, step: tracker.log_images({k: [v] for k, v in pictures.items()}, step=step),
 }
 """How Accelerate's tracker takes pictures; comet_ml's and dvclive's take none."""
 
@@ -161,7 +137,7 @@ class Trackers:
                 self.in_time[name] = in_time = _InTime()
                 start = functools.partial(self._start, name, config, folder, ids.get(name))
                 self.running[name] = tracker = in_time(start)
-                id = str(STARTS[name][1](tracker.tracker))
+                id = str(STARTS[name](tracker.tracker))
                 write_json(self.path, {**ids, name: id})
                 if ids.get(name) is None:
                     in_time(functools.partial(tracker.store_init_configuration, settings))
@@ -170,7 +146,7 @@ class Trackers:
 
     @staticmethod
     def _start(name: str, config: TrackConfig, folder: Path, id: str | None) -> Any:
-        kind, options = LOGGER_TYPE_TO_CLASS[name], STARTS[name][0](config, config.name or folder.name, folder, id)
+        kind, options = LOGGER_TYPE_TO_CLASS[name], _options(name, config, folder, id)
         place = [str(folder)] if kind.requires_logging_directory else []
         # aim names the run after what the others call the project
         first = (config.name or folder.name) if name == "aim" else config.project

@@ -12,27 +12,32 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from rescom_timm.config.loading import refuse_secrets
 from rescom_timm.config.recipe import Recipe
 from rescom_timm.data.device_transforms import complete
 from rescom_timm.data.loaders import set_epoch
 from rescom_timm.data.mixing import mix
+from rescom_timm.data.samples import Batch
 from rescom_timm.data.sources import Data, load
 from rescom_timm.engine import checkpoint, collapse, errors, nonfinite
 from rescom_timm.engine.build import First, build_method, build_optimizer, build_schedule, speed_up
+from rescom_timm.engine.checkpoint import SavedState
 from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, Stopped, one_line, raise_everywhere, with_advice
 from rescom_timm.engine.evaluate import about, evaluate, file_name, table_of, title, write
-from rescom_timm.engine.features import on_disk, read_features
+from rescom_timm.engine.features import loader_of, on_disk, read_features
 from rescom_timm.engine.fit_batch import fitted
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.launch import launch, leave, refuse_what_cannot_be_sharded
@@ -45,7 +50,6 @@ from rescom_timm.engine.prepare import (
     check_images,
     check_selection,
     class_feature_sums,
-    evaluation_loaders,
     settled,
     to_device,
     training_loader,
@@ -65,6 +69,8 @@ from rescom_timm.models.trainable import count_weights
 
 SPLITS = ("test", "validation")
 """What a training evaluates on, where there is such a split."""
+EVALUATION_CACHE = 32
+"""Megabytes of a split's images that stay decoded: the test images of CIFAR fit."""
 
 
 def train(
@@ -150,7 +156,12 @@ class Trainer:
         self.step = step(self.state, recipe, self.average)
         if self.state.sharded:
             register_fsdp_forward_method(self.net, "classify")
-        self.eval_loaders = evaluation_loaders(accelerator, recipe, self.splits)
+
+    @cached_property
+    def eval_loaders(self) -> dict[str, DataLoader[Batch]]:
+        """Of each split, by its name; small images stay decoded from one evaluation to the next."""
+        cache = min(self.recipe.speed.cache, EVALUATION_CACHE)
+        return {name: loader_of(self.accelerator, self.recipe, split, cache) for name, split in self.splits.items()}
 
     @property
     def progress(self) -> Progress:
@@ -187,7 +198,7 @@ class Trainer:
         if not recipe.train.epochs:
             self.save()
 
-    def _epoch(self, bar: Any) -> bool:
+    def _epoch(self, bar: tqdm[NoReturn]) -> bool:
         """One epoch, or what is left of it; moves progress to the start of the next. Returns whether to stop there."""
         recipe, progress = self.recipe, self.progress
         accumulate = recipe.train.accumulate
@@ -242,10 +253,7 @@ class Trainer:
         return mix(batch, self.recipe.mix, np.random.default_rng(where), self.net.normalize)
 
     def _count(self, metrics: StepMetrics) -> bool:
-        """Add the metrics of a forward pass to the epoch's means; returns whether they were finite.
-
-        Raises NonFiniteLoss where they were not and the recipe does not skip such batches.
-        """
+        """Add a pass's metrics to the epoch's means; whether they were finite. Raises NonFiniteLoss unless skipped."""
         if not nonfinite.is_finite(metrics):
             lr, skip = self.optimizer.param_groups[0]["lr"], self.recipe.train.nonfinite == "skip"
             nonfinite.report(metrics, lr, self.folder, self.accelerator.process_index, skip)
@@ -253,7 +261,7 @@ class Trainer:
         self.progress.count(metrics.figures)
         return True
 
-    def _close_epoch(self, seconds: float, images_per_second: float, bar: Any) -> None:
+    def _close_epoch(self, seconds: float, images_per_second: float, bar: tqdm[NoReturn]) -> None:
         progress = self.progress
         if not progress.passes:
             raise NonFiniteLoss(
@@ -291,10 +299,7 @@ class Trainer:
 
     @contextmanager
     def _saving_on_failure(self) -> Iterator[None]:
-        """What fails in an evaluation does not lose the epochs before it.
-
-        Of several processes one may fail alone, and then the others cannot save with it.
-        """
+        """Save if an evaluation fails; not with several processes, of which one may fail alone."""
         try:
             yield
         except Exception:
@@ -303,7 +308,7 @@ class Trainer:
                 self.save()
             raise
 
-    def _evaluate(self, bar: Any) -> None:
+    def _evaluate(self, bar: tqdm[NoReturn]) -> None:
         meters: dict[str, Meter] = {}
         for weights, net in self.nets.items():
             for split, loader in self.eval_loaders.items():
@@ -399,7 +404,7 @@ class Trainer:
             print(f"run folder: {self.folder}" + (f", resumed from {before[0].name}" if before else nothing))
             print(self.trained, flush=True)
 
-    def _restore(self, path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _restore(self, path: Path, weights: dict[str, Tensor], state: SavedState) -> None:
         with checkpoint.consistent(path):
             names = checkpoint.class_names(path, state)
             check_resumable(path, state["recipe"], state["index"], self.recipe, self.data, self.folder, names)

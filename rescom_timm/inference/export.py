@@ -242,7 +242,7 @@ def save_model(run: Path) -> str:
         return f'saved: {run}; only rescom_timm.from_pretrained("{run}") can read the model: {error}'
 
 
-def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], checkpoint.SavedState]:
     if which not in ("best", "last"):
         path = run / "checkpoints" / which
         if not path.is_dir():
@@ -252,7 +252,7 @@ def _checkpoint(run: Path, which: str) -> tuple[Path, dict[str, Tensor], dict[st
         return path, *checkpoint.load(path)
     folder = run / "checkpoints"
 
-    def read(which: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    def read(which: str) -> tuple[Path, dict[str, Tensor], checkpoint.SavedState]:
         newest = checkpoint.newest(folder)
         if newest is None:
             message = f"{run} holds no checkpoint: name a run's folder, or wait for its first checkpoint"

@@ -114,7 +114,7 @@ class Method(nn.Module):
     net: Net
     """All that is trained. Accelerate wraps it for several processes."""
 
-    def __init__(self, net: Net, config: Any) -> None:
+    def __init__(self, net: Net, config: BaseConfig) -> None:
         """config: the method's own.
 
         A subclass takes (net, counts, config), counts (K,) the training images of each class, and raises InputError if
@@ -122,7 +122,7 @@ class Method(nn.Module):
         """
         super().__init__()
         self.net = net
-        self.config = config
+        self.config: Any = config
         self.queue = self.momentum_net = None
         self.register_buffer("class_weights", None, persistent=False)
 
@@ -175,6 +175,11 @@ def by_class(values: Mapping[str, float], names: Sequence[str], key: str) -> Ten
             raise InputError("method.value", f"method.{key}: {names[k]!r} must have a number above 0, not {value:g}")
         found[k] = value
     return found
+
+
+def with_parts(loss: Tensor, logits: Tensor, **parts: Tensor) -> dict[str, Tensor]:
+    """What `forward` returns: the loss, the logits, and by name the scalars to log, detached."""
+    return {"loss": loss, "logits": logits} | {name: value.detach() for name, value in parts.items()}
 
 
 def stack_views(images: Tensor) -> Tensor:

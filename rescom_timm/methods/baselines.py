@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -280,11 +280,11 @@ class Classification(Method):
     counts: Tensor
     per_image = True
 
-    def __init__(self, net: Net, counts: Tensor, config: Any) -> None:
+    def __init__(self, net: Net, counts: Tensor, config: BaseConfig) -> None:
         """counts: (K,) training images of each class. config: the method's own."""
         net.drop_projector()
         super().__init__(net, config)
-        self.views = config.views
+        self.views = self.config.views
         self.register_buffer("counts", counts, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rescom_timm.losses import balanced_contrast, balanced_softmax, check_temperature
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, Method, stack_views, with_parts
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
 from rescom_timm.methods.parts import Prototypes
 from rescom_timm.models.net import Net
@@ -65,11 +65,9 @@ class Bcl(Method):
         classification = balanced_softmax(logits, y, self.counts)
         prototypes = self.prototypes()
         contrast = balanced_contrast(embeddings, y.repeat(2), prototypes, self.config.temperature)
-        return {
-            "loss": classification + self.config.contrast_weight * contrast,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_contrast": contrast.detach(),
-            # Each class of the denominator counts as one, and all of them are there.
-            "loss_contrast_chance": torch.full_like(classification, math.log(len(prototypes))).detach(),
-        }
+        loss = classification + self.config.contrast_weight * contrast
+        # Each class of the denominator counts as one, and all of them are there.
+        chance = torch.full_like(classification, math.log(len(prototypes)))
+        return with_parts(
+            loss, logits, loss_classification=classification, loss_contrast=contrast, loss_contrast_chance=chance
+        )

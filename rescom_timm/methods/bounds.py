@@ -1,4 +1,4 @@
-"""Bounds of a method's settings."""
+"""Bounds of settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ FOCUS: Bound = (lambda value: value == 0 or value >= 1, "0 or at least 1")  # el
 A_FEW: Bound = (lambda value: 1 <= value <= 1000, "from 1 to 1,000")  # parts of a net: more would fill the memory
 SEVERAL: Bound = (lambda value: 2 <= value <= 1000, "from 2 to 1,000")
 PART: Bound = (lambda value: 0 <= value <= 1, "in [0, 1]")
+SHARE: Bound = (lambda value: 0 < value <= 1, "in (0, 1]")
 BELOW_ONE: Bound = (lambda value: 0 <= value < 1, "in [0, 1)")
 
 
-def check(config: object, **bounds: Bound) -> None:
-    """Raises InputError for a setting out of its bounds. None is within all bounds."""
+def check(config: object, code: str = "method.value", **bounds: Bound) -> None:
+    """Raises InputError with this code for a setting out of its bounds. None is within all bounds."""
     for name, (holds, text) in bounds.items():
         value = getattr(config, name)
         if value is not None and not holds(value):
-            raise InputError("method.value", f"{name} must be {text}, not {value:g}")
+            raise InputError(code, f"{name} must be {text}, not {value:g}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32, weighted_mean
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, Method, stack_views, with_parts
 from rescom_timm.methods.baselines import replace_classifier
 from rescom_timm.methods.bounds import PART, check
 from rescom_timm.models.branched import BranchedNet, Remade, agrees, branch_sources, last_block
@@ -211,12 +211,7 @@ class Reslt(Method):
         labels, beta = batch["label"].repeat(self.views), self.config.beta
         fused = F.cross_entropy(at_least_float32(outputs.logits), labels)
         own = reslt_branches(outputs.branches, labels, self.taught)
-        return {
-            "loss": (1 - beta) * fused + beta * own,
-            "logits": outputs.logits,
-            "loss_fused": fused.detach(),
-            "loss_branches": own.detach(),
-        }
+        return with_parts((1 - beta) * fused + beta * own, outputs.logits, loss_fused=fused, loss_branches=own)
 
 
 def reslt_branches(logits: Tensor, labels: Tensor, taught: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, distillation
-from rescom_timm.methods.base import BaseConfig, stack_views
+from rescom_timm.methods.base import BaseConfig, stack_views, with_parts
 from rescom_timm.methods.baselines import Classification, Views, replace_classifier
 from rescom_timm.methods.bounds import PART, POSITIVE, check
 from rescom_timm.methods.parts import Teacher as Teacher
@@ -102,12 +102,8 @@ class Dive(Classification):
         _, logits, _ = self.net(images)
         classification = balanced_softmax(logits, labels, self.counts)
         distilled = distillation(logits, targets, config.temperature, config.power)
-        return {
-            "loss": (1 - config.alpha) * classification + config.alpha * distilled,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_distillation": distilled.detach(),
-        }
+        loss = (1 - config.alpha) * classification + config.alpha * distilled
+        return with_parts(loss, logits, loss_classification=classification, loss_distillation=distilled)
 
 
 class Ssd(Classification):
@@ -126,9 +122,5 @@ class Ssd(Classification):
         soft, hard = self.net(images).logits
         classification = F.cross_entropy(at_least_float32(hard), labels)
         distilled = distillation(soft, targets, self.config.temperature)
-        return {
-            "loss": classification + distilled,
-            "logits": soft,
-            "loss_classification": classification.detach(),
-            "loss_distillation": distilled.detach(),
-        }
+        loss = classification + distilled
+        return with_parts(loss, soft, loss_classification=classification, loss_distillation=distilled)

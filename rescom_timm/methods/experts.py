@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rescom_timm.losses import check_temperature, distillation, diversity, ldam
-from rescom_timm.methods.base import stack_views
+from rescom_timm.methods.base import stack_views, with_parts
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, SEVERAL, check
 from rescom_timm.methods.deferred import Deferred, DeferredConfig
 from rescom_timm.methods.parts import ask
@@ -145,11 +145,5 @@ class Experts(Deferred):
         loss, parts = classification - config.diversity * distance, {}
         if config.teacher is not None:
             distilled = distillation(outputs.logits, ask(self.teacher, images), config.distill_temperature)
-            loss, parts = loss + config.distill_weight * distilled, {"loss_distillation": distilled.detach()}
-        return {
-            "loss": loss,
-            "logits": outputs.logits,
-            "loss_classification": classification.detach(),
-            "diversity": distance.detach(),
-            **parts,
-        }
+            loss, parts = loss + config.distill_weight * distilled, {"loss_distillation": distilled}
+        return with_parts(loss, outputs.logits, loss_classification=classification, diversity=distance, **parts)

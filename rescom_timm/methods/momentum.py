@@ -19,7 +19,7 @@ from rescom_timm.contrastive.queue import FifoQueue
 from rescom_timm.contrastive.supcon import chance_of_pairs, paco, supcon
 from rescom_timm.distributed import gather
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, log_prior
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, Method, stack_views, with_parts
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.methods.parts import MomentumNet
 from rescom_timm.models.net import Net
@@ -118,13 +118,10 @@ class Moco(Method):
             classification = balanced_softmax(logits, labels, self.counts)
         else:
             classification = F.cross_entropy(at_least_float32(logits), labels)
-        return {
-            "loss": classification + self.config.contrast_weight * contrast,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_contrast": contrast.detach(),
-            "loss_contrast_chance": chance_of_pairs(pairs),
-        }
+        loss, chance = classification + self.config.contrast_weight * contrast, chance_of_pairs(pairs)
+        return with_parts(
+            loss, logits, loss_classification=classification, loss_contrast=contrast, loss_contrast_chance=chance
+        )
 
     def pairs(self, queries: Tensor, keys: Tensor, labels: Tensor) -> Pairs:
         """Pairs (B, 1 + S): each query with its own key, positive, and with all slots of the queue, negative.

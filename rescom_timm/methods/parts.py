@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +31,9 @@ class Teacher:
         self.net = net.eval().requires_grad_(False)
         self.class_names = list(class_names)
         self.digest = digest(net.state_dict())
-        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def place(self, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def place(self, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """Move to a device, and compute in the precision of autocast()."""
         self.net.to(device)
         self.autocast = autocast

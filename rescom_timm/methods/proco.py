@@ -15,7 +15,7 @@ from torch import Tensor
 from rescom_timm.distributed import gather
 from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32, balanced_softmax, check_temperature, expected_contrast
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, Method, stack_views, with_parts
 from rescom_timm.methods.bounds import NOT_NEGATIVE, check
 from rescom_timm.models.net import Net
 
@@ -94,20 +94,19 @@ class Proco(Method):
         """
         y = batch["label"]
         _, logits, embeddings = self.net(stack_views(batch["image"]))
-        classification = balanced_softmax(logits[: len(y)], y, self.counts)
+        logits = logits[: len(y)]
+        classification = balanced_softmax(logits, y, self.counts)
         losses = []
         for z in embeddings[len(y) :].chunk(2):
             self.see(gather(z.detach()), gather(y))
             expected = expected_contrast(z, self.means[0], self.config.temperature)
             losses.append(balanced_softmax(expected, y, self.counts))
         contrast = (losses[0] + losses[1]) / 2
-        return {
-            "loss": classification + self.config.contrast_weight * contrast,
-            "logits": logits[: len(y)],
-            "loss_classification": classification.detach(),
-            "loss_contrast": contrast.detach(),
-            "loss_contrast_chance": balanced_softmax(torch.zeros_like(expected), y, self.counts).detach(),
-        }
+        loss = classification + self.config.contrast_weight * contrast
+        chance = balanced_softmax(torch.zeros_like(expected), y, self.counts)
+        return with_parts(
+            loss, logits, loss_classification=classification, loss_contrast=contrast, loss_contrast_chance=chance
+        )
 
     @torch.no_grad()
     def see(self, embeddings: Tensor, labels: Tensor) -> None:

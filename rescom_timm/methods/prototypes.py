@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rescom_timm.distributed import gather
 from rescom_timm.losses import at_least_float32, check_temperature, focal, prototype_contrast, robust_centroids
-from rescom_timm.methods.base import BaseConfig, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, Method, stack_views, with_parts
 from rescom_timm.methods.bounds import BELOW_ONE, NOT_NEGATIVE, PART, check
 from rescom_timm.models.net import Net
 
@@ -91,13 +91,11 @@ class HybridPsc(Method):
         prototypes = F.normalize(self.prototypes[0], dim=1)
         contrast = prototype_contrast(embeddings, labels, prototypes, self.config.temperature)
         classification = focal(logits, labels, 0.0, self.weights)  # gamma 0: weighted cross-entropy, the mean over N
-        return {
-            "loss": self.alpha * contrast + (1 - self.alpha) * classification,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_contrast": contrast.detach(),
-            "loss_contrast_chance": torch.full_like(contrast, math.log(len(prototypes) - 1)).detach(),
-        }
+        loss = self.alpha * contrast + (1 - self.alpha) * classification
+        chance = torch.full_like(contrast, math.log(len(prototypes) - 1))
+        return with_parts(
+            loss, logits, loss_classification=classification, loss_contrast=contrast, loss_contrast_chance=chance
+        )
 
 
 class DroLt(Method):
@@ -134,12 +132,8 @@ class DroLt(Method):
             features, labels, self.centroids.clone(), self.known.clone(), radius, config.temperature
         )
         self.move_centroids(gather(features.detach()), gather(labels))
-        return {
-            "loss": config.weight * classification + (1 - config.weight) * robust,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_contrast": robust.detach(),
-        }
+        loss = config.weight * classification + (1 - config.weight) * robust
+        return with_parts(loss, logits, loss_classification=classification, loss_contrast=robust)
 
     @torch.no_grad()
     def move_centroids(self, features: Tensor, labels: Tensor) -> None:

@@ -19,7 +19,7 @@ from rescom_timm.contrastive.supcon import chance_level
 from rescom_timm.distributed import gather, processes
 from rescom_timm.errors import InputError
 from rescom_timm.losses import WeightForm, balanced_softmax, check_temperature, class_weights, weighted_mean
-from rescom_timm.methods.base import BaseConfig, ByClass, Method, stack_views
+from rescom_timm.methods.base import BaseConfig, ByClass, Method, stack_views, with_parts
 from rescom_timm.methods.bounds import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, check
 from rescom_timm.methods.parts import Prototypes
 from rescom_timm.models.net import Net
@@ -179,13 +179,9 @@ class ResCom(Method):
         self.queue.enqueue(gather(key), gather(y))
         share = contrast if self.config.contrast_schedule == "constant" else self.contrast_share * contrast
         loss = classification + self.config.contrast_weight * share
-        return {
-            "loss": loss,
-            "logits": logits,
-            "loss_classification": classification.detach(),
-            "loss_contrast": contrast.detach(),
-            "loss_contrast_chance": chance,
-        }
+        return with_parts(
+            loss, logits, loss_classification=classification, loss_contrast=contrast, loss_contrast_chance=chance
+        )
 
     def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Balanced Softmax of logits (N, K), labels (N,), with the class weights, if there are any."""

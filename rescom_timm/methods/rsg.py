@@ -18,9 +18,11 @@ from torch.func import functional_call
 
 from rescom_timm.errors import InputError
 from rescom_timm.losses import at_least_float32, ldam
+from rescom_timm.methods.base import with_parts
 from rescom_timm.methods.baselines import replace_classifier
 from rescom_timm.methods.bounds import A_FEW, BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check
 from rescom_timm.methods.deferred import Deferred, DeferredConfig
+from rescom_timm.models.branched import Remade
 from rescom_timm.models.classifiers import Cosine, full_precision
 from rescom_timm.models.net import Net, Outputs
 
@@ -190,17 +192,12 @@ class Generator(nn.Module):
         return other + (length + direction).sum(dim=(1, 2)).mean()
 
 
-class RsgNet(Net):
+class RsgNet(Remade):
     """A net with a generator that extends the input of its last stage, if labels are given."""
 
     def __init__(self, net: Net, stage: str, generator: Generator) -> None:
         """Takes over the net's parts. stage: the name of the encoder's last stage."""
-        nn.Module.__init__(self)
-        self.encoder, self.classifier, self.projector = net.encoder, net.classifier, net.projector
-        self.recreate, self.tuning, self.head = net.recreate, net.tuning, net.head
-        self.frozen_statistics = net.frozen_statistics
-        for name in ("mean", "std"):
-            self.register_buffer(name, getattr(net, name), persistent=False)
+        super().__init__(net)
         self.stage, self.generator = stage, generator
 
     def forward(  # type: ignore[override]
@@ -288,10 +285,7 @@ class Rsg(Deferred):
             classification = ldam(logits / scale, made.labels, self.margins, scale, self.current_weights)
         else:
             classification = F.cross_entropy(at_least_float32(logits), made.labels)
-        return {
-            "loss": classification + config.center_weight * made.center_loss + config.vector_weight * made.vector_loss,
-            "logits": logits[: len(labels)],
-            "loss_classification": classification.detach(),
-            "loss_centers": made.center_loss.detach(),
-            "loss_vectors": made.vector_loss.detach(),
-        }
+        centers, vectors = made.center_loss, made.vector_loss
+        loss = classification + config.center_weight * centers + config.vector_weight * vectors
+        parts = {"loss_classification": classification, "loss_centers": centers, "loss_vectors": vectors}
+        return with_parts(loss, logits[: len(labels)], **parts)

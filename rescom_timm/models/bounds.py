@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ SLACK = 2**26
 """Numbers of buffers that files do not hold, such as relative positions and attention masks."""
 
 
-def check_values(options: Mapping[str, Any], where: str) -> None:
+def check_values(options: Mapping[str, object], where: str) -> None:
     """Raises InputError, naming them, for options with numbers, texts or lists that no net has. where: their source."""
     waiting, count = [(str(name), value) for name, value in options.items()], 0
     while waiting:

@@ -6,8 +6,6 @@ Three stages of n basic blocks with 16, 32 and 64 channels for 32 x 32 images, d
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
@@ -26,7 +24,7 @@ class ZeroPadShortcut(nn.Module):
 class CifarResNet(ResNet):
     """ResNet of depth 6n + 2 for 32 x 32 images."""
 
-    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, **kwargs: object) -> None:
         blocks = (depth - 2) // 6
         # A deep stem of width 8 is the way to make timm's stages start from 16 channels; the stem itself is replaced.
         super().__init__(
@@ -50,7 +48,7 @@ class CifarResNet(ResNet):
                 nn.init.kaiming_normal_(module.weight)
 
 
-def _create(name: str, depth: int, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def _create(name: str, depth: int, pretrained: bool = False, **kwargs: object) -> CifarResNet:
     return build_model_with_cfg(CifarResNet, name, pretrained, depth=depth, **kwargs)
 
 
@@ -67,30 +65,30 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def resnet8_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def resnet8_cifar(pretrained: bool = False, **kwargs: object) -> CifarResNet:
     """ResNet-8, 0.07 M weights: for trials on a CPU."""
     return _create("resnet8_cifar", 8, pretrained, **kwargs)
 
 
 @register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def resnet20_cifar(pretrained: bool = False, **kwargs: object) -> CifarResNet:
     """ResNet-20, 0.27 M weights."""
     return _create("resnet20_cifar", 20, pretrained, **kwargs)
 
 
 @register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def resnet32_cifar(pretrained: bool = False, **kwargs: object) -> CifarResNet:
     """ResNet-32, 463,504 weights without the classifier: the net of every CIFAR long-tailed benchmark."""
     return _create("resnet32_cifar", 32, pretrained, **kwargs)
 
 
 @register_model
-def resnet44_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def resnet44_cifar(pretrained: bool = False, **kwargs: object) -> CifarResNet:
     """ResNet-44, 0.66 M weights."""
     return _create("resnet44_cifar", 44, pretrained, **kwargs)
 
 
 @register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def resnet56_cifar(pretrained: bool = False, **kwargs: object) -> CifarResNet:
     """ResNet-56, 0.86 M weights."""
     return _create("resnet56_cifar", 56, pretrained, **kwargs)

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class Net(nn.Module):
         projector: ProjectorConfig | None = ProjectorConfig(),
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
-        recreate: dict[str, Any] | None = None,
+        recreate: dict[str, object] | None = None,
         head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
     ) -> None:
         """encoder: images -> (N, F), with timm's attribute `head_hidden_size` = F. projector: None for none.
@@ -192,7 +192,7 @@ class Net(nn.Module):
             return self.classifier(features.to(next(self.classifier.parameters()).dtype))
 
     @torch.no_grad()
-    def to_timm(self) -> Any:
+    def to_timm(self) -> nn.Module:
         """A plain timm model with these weights and logits, in evaluation mode on the CPU.
 
         For a cosine classifier, which timm does not have, its logits differ by one factor an image, near 1, that
@@ -207,7 +207,7 @@ class Net(nn.Module):
         model = timm.create_model(**self.recreate, num_classes=self.classifier.out_features).eval()
         name = self.recreate["model_name"]
         channels, *default = model.pretrained_cfg["input_size"]
-        size = self.recreate.get("img_size") or default
+        size: Any = self.recreate.get("img_size") or default
         images = torch.rand(2, channels, *((size, size) if isinstance(size, int) else size))
         head: Any = net.classifier
         classifier = head.as_linear() if hasattr(head, "as_linear") else head
@@ -291,7 +291,21 @@ def check_backbone(name: str) -> None:
         raise InputError("net.backbone", f"timm has no model {name!r}{hint}")
 
 
-def pretrained_cfg(backbone: str) -> dict[str, Any]:
+class PretrainedCfg(TypedDict, total=False):
+    """What timm knows of a backbone's weights: their images, and where they are; it has more keys."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float
+    interpolation: str
+    fixed_input_size: bool
+    hf_hub_id: str
+    url: str
+    file: str
+
+
+def pretrained_cfg(backbone: str) -> PretrainedCfg:
     """What timm knows of a backbone and its weights: input_size, mean, std, crop_pct, url ...
 
     Raises InputError for a name, or a tag after its dot, that timm does not know.
@@ -302,9 +316,9 @@ def pretrained_cfg(backbone: str) -> dict[str, Any]:
     check_backbone(backbone)
     if ":" in backbone:
         with online() if backbone.startswith(HUB) else nullcontext():
-            return dict(describe(backbone, {}).pretrained_cfg)  # type: ignore[arg-type]
+            return cast(PretrainedCfg, describe(backbone, {}).pretrained_cfg)
     try:
-        return dict(timm.get_pretrained_cfg(backbone, allow_unregistered=False).to_dict())  # type: ignore[union-attr]
+        return timm.get_pretrained_cfg(backbone, allow_unregistered=False).to_dict()  # type: ignore[union-attr]
     except RuntimeError as error:
         known = ", ".join(timm.list_models(f"{backbone.split('.')[0]}.*", pretrained=True)[:5])
         raise InputError("net.backbone", f"{error} {f'There are {known}' if known else ''}".strip()) from None
@@ -318,7 +332,7 @@ CONTROL = (
 """Arguments of timm's builders that are no options of a model: they load weights, name files, place or cut the net."""
 
 
-def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBERS) -> nn.Module:
+def describe(backbone: str, options: Mapping[str, object], numbers: int = MAX_NUMBERS) -> nn.Module:
     """The encoder that create_model would make, on the meta device: its shapes without their memory.
 
     numbers: the most weights and buffers that it may have. Raises InputError for options out of bounds, for one that is
@@ -341,11 +355,8 @@ def describe(backbone: str, options: Mapping[str, Any], numbers: int = MAX_NUMBE
         return timm.create_model(backbone, num_classes=0, **options)
 
 
-def _check_names(backbone: str, options: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the nearest, for an option that is no argument of the backbone's class.
-
-    A recipe or an export cannot set timm's other arguments, of which some read files.
-    """
+def _check_names(backbone: str, options: Mapping[str, object]) -> None:
+    """Raises InputError for an option that is no argument of the class; timm's other arguments may read files."""
     if not options:
         return
     import timm
@@ -375,7 +386,7 @@ def create_model(
     std: tuple[float, ...] | None = None,
     tuning: TuningConfig = TuningConfig(),  # noqa: B008 (frozen)
     head: ClassifierConfig = ClassifierConfig(),  # noqa: B008 (frozen)
-    **options: Any,
+    **options: object,
 ) -> Net:
     """A Net over any timm backbone by name.
 

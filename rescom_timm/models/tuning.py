@@ -131,7 +131,7 @@ class AdaptedMlp(nn.Module):
         super().__init__()
         self.norm, self.mlp, self.adapter = norm, mlp, adapter
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *arguments: object, **options: object) -> Tensor:
         """Tokens (..., F) to (..., F)."""
         return self.mlp(self.norm(x), *arguments, **options) + self.adapter(x)
 
@@ -198,7 +198,7 @@ class PromptedBlock(nn.Module):
         self.block, self.prefix, self.drop = block, prefix, drop
         self.prompts = None if prompts is None else nn.Parameter(prompts)
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *arguments: object, **options: object) -> Tensor:
         """Tokens (N, T, F) to (N, T', F)."""
         if self.prompts is not None:
             prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)

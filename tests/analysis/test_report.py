@@ -13,8 +13,10 @@ import torch
 from rescom_timm import metrics
 from rescom_timm.analysis import confusion, longtail, pages, report, report_tables
 from rescom_timm.analysis.run_files import Evaluation, RunFolder, open_runs
+from rescom_timm.analysis.writing import write_figures
 from rescom_timm.cli import plot as command
 from tests.analysis.made_up import long_tail, make_run
+from tests.raises import raises
 
 COUNTS = long_tail(8, 400, 100)
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -162,6 +164,14 @@ def test_tool_writes_pictures_and_report(tool: ModuleType, two_runs: list[Path],
         [path.name for path in pages.files("report.html")]
         + [f"reliability-{run.name}.{kind}" for run in two_runs for kind in ("csv", "png", "svg")]
     )
+
+
+def test_a_damaged_recipe_is_reported_before_anything_is_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "r", COUNTS)
+    (folder / "recipe.yaml").write_text("a: [")
+    with raises("file.format", "recipe.yaml"):
+        next(write_figures([RunFolder(folder)], ["curves", "report"]))
+    assert not (folder / "figures").exists()
 
 
 def test_tool_puts_one_runs_pictures_into_the_run(tool: ModuleType, tmp_path: Path) -> None:

@@ -11,10 +11,14 @@ import pytest
 from rescom_timm.cli import sweep as command
 from rescom_timm.cli.parts import sweep as grids
 from rescom_timm.config.loading import load
+from tests.recipes import UNDRAWN
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "recipes" / "digits_lt.yaml")
-QUICK = ["+cross_entropy", "train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.batch_size=364"]
+QUICK = [
+    "+cross_entropy", "train.epochs=1", "schedule.warmup_epochs=0", "method.views=1", "train.batch_size=364", UNDRAWN,
+    "net.backbone=resnet8_cifar",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +151,8 @@ def test_intervals_and_images_of_a_figure_stand_in_the_table(sweep, tmp_path):
               "sizes": {"few": {"images": 38, "classes": 7}}}  # fmt: skip
     (folder / "test-last.json").write_text(json.dumps(record))
     table = sweep.summary(sweep.measure([(("a",), "a-seed=0")], tmp_path))
-    assert (table[0]["few_low"], table[0]["few_high"], table[0]["few_n"]) == (31.5, 55.0, 38)
+    numbers = table[0].numbers
+    assert (numbers["few_low"], numbers["few_high"], numbers["few_n"]) == (31.5, 55.0, 38)
     assert sweep.markdown(table).splitlines()[::2] == [
         "| run | seeds | top1 | few (n 38) |",
         "| a | 1 | 50.0 | 40.0 (31-55) |",
@@ -178,7 +183,7 @@ def test_rows_are_ranked_by_validation_and_the_cheapest_near_the_best_is_propose
         ("untested",): [{"top1": 50.0, "minutes": 1.0}],
     }
     table = sweep.summary(rows)
-    assert [line["run"] for line in sweep.ranked(table, "few")] == ["slow", "quick", "bad", "untested"]
+    assert [row.run for row in sweep.ranked(table, "few")] == ["slow", "quick", "bad", "untested"]
     told = sweep.proposed(table, "few")  # the best has 72 with a standard error of 2 / sqrt(3) = 1.15
     assert told.startswith("proposed: quick (validation_few 71.0") and "1.2" in told and "slow 72.0" in told
     assert sweep.proposed(table, "top1") == "", "never by the test figures"

@@ -13,6 +13,7 @@ from rescom_timm.data.decoding import BrokenImage
 from rescom_timm.engine.errors import one_line
 from rescom_timm.engine.step import TrainingStep
 from tests.raises import exits
+from tests.recipes import UNDRAWN
 
 DIGITS = str(Path(__file__).parents[2] / "recipes" / "digits_lt.yaml")
 QUICK = [
@@ -22,6 +23,7 @@ QUICK = [
     "schedule.warmup_epochs=0",
     "method.views=1",
     "train.batch_size=26",
+    UNDRAWN,
 ]
 
 

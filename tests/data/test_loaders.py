@@ -302,6 +302,14 @@ def test_impossible_requests_are_refused(split: Any) -> None:
             config(**wrong)  # type: ignore[arg-type]
 
 
+def test_evaluation_images_that_stay_decoded_are_the_same(split: Any) -> None:
+    loader = eval_loader(split, VIEWS, 16, speed=HERE, cache=1)
+    assert loader.dataset.cache is not None
+    for _ in range(2):
+        assert_equal(list(loader), list(eval_loader(split, VIEWS, 16, speed=HERE)))
+    assert eval_loader(split, VIEWS, 16, speed=HERE).dataset.cache is None
+
+
 def test_images_of_several_sizes_are_named(split: Any) -> None:
     small = make_split((2,), size=6)
     mixed: Any = SimpleNamespace(

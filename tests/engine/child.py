@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import sklearn.datasets  # noqa: F401 (imported once, by the server)
 import timm
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -26,6 +25,7 @@ from torch import nn
 from rescom_timm.api import train_recipe
 from rescom_timm.config.loading import load_dict
 from rescom_timm.config.recipe import RecipeError
+from rescom_timm.data.digits import digits
 from rescom_timm.data.sources import load
 from rescom_timm.engine import checkpoint, errors, step, trainer
 from rescom_timm.engine.build import build_method
@@ -36,6 +36,8 @@ from rescom_timm.models.net import Net
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.engine.child"])
+for part in ("train", "test"):
+    digits(part)  # which every process then has
 
 
 class Tiny(nn.Module):

@@ -17,6 +17,7 @@ from rescom_timm.engine.run_folder import lines as lines_of
 from rescom_timm.engine.trainer import train
 from rescom_timm.methods import RescomConfig
 from tests.raises import warns
+from tests.recipes import UNDRAWN
 
 
 @pytest.mark.parametrize(("qp", "qn"), [(1, 5), (None, None), (3, 4)])
@@ -116,6 +117,7 @@ def test_a_run_logs_chance_and_cosines_and_warns(alone, tmp_path):
     words = [
         "net.backbone=resnet8_cifar", "train.epochs=5", "train.batch_size=182", "schedule.warmup_epochs=0",
         "evaluation.every=1", f"output={tmp_path}", "optimizer.lr=1e-9", "method.mode=paper",
+        UNDRAWN,
     ]  # fmt: skip
     with warns("contrastive loss", "%"):
         folder = train(load("digits_lt", words))

@@ -11,7 +11,7 @@ from rescom_timm.fitting.averaging import average_runs
 from rescom_timm.fitting.soups import soup
 from rescom_timm.io import read_json
 from tests.raises import raises
-from tests.recipes import load_recipe
+from tests.recipes import UNDRAWN, load_recipe
 
 
 def test_a_soup_is_the_weighted_mean():
@@ -36,7 +36,7 @@ def test_nets_of_another_shape_are_refused():
 
 WORDS = [
     "train.batch_size=182", "train.epochs=1", "schedule.warmup_epochs=0", "data.validation=holdout(0.2)",
-    "net.projector.hidden=8", "net.projector.dim=8",
+    "net.projector.hidden=8", "net.projector.dim=8", "net.backbone=resnet8_cifar", UNDRAWN,
 ]  # fmt: skip
 
 

@@ -22,8 +22,6 @@ from tests.methods.test_training import QUICK, weights
 from tests.raises import raises
 from tests.recipes import load_recipe
 
-QUICK = [*QUICK, "net.backbone=resnet8_cifar"]
-
 
 def run(name, output, *words):
     return train(load_recipe(name, [f"output={output}", *QUICK, *words]))

@@ -184,7 +184,7 @@ def epochs_done(folder: Path) -> int:
     return path.read_text().count('"train/loss"') if path.exists() else 0
 
 
-def wrongs(lives: list[Life], epochs: list[int], checkpoints: list[str]) -> list[str]:
+def wrongs(lives: list[Life], epochs: list[float], checkpoints: list[str]) -> list[str]:
     """Problems of a soak. epochs: as in metrics.jsonl. checkpoints: names in their folder."""
     growths = [growth for life in lives if (growth := life.growth()) is not None]
     files = [[one.files for one in life.samples] for life in lives]

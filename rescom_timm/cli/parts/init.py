@@ -41,7 +41,7 @@ def _settings(name: str | None) -> dict[str, Any]:
     """What --method NAME sets. Raises InputError for one that cannot train a net from its start."""
     if name is None:
         return {}
-    found = settings_of(name)
+    found: dict[str, Any] = settings_of(name)
     kind = METHODS[found.get("method", {}).get("name", "rescom")][1]
     if (kind.second_stage and not kind.fits_head) or kind.needs_teacher:
         start = "method.teacher=RUN" if kind.needs_teacher else "from=RUN"

@@ -112,7 +112,7 @@ def finished(recipe: Recipe) -> bool:
         )
     progress, select = Progress(), f"validation/{recipe.evaluation.select}"
     for line in lines(folder / "metrics.jsonl"):
-        progress.epoch = line.get("epoch", progress.epoch)
+        progress.epoch = int(line.get("epoch", progress.epoch))
         if select in line:
             progress.scored(line[select])
     hidden, has_validation = recipe.evaluation.hide_test or recipe.data.test == "none", recipe.data.validation != "none"
@@ -193,32 +193,40 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A line for each row: its name, number of seeds, and for each metric of METRICS four values or None.
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
 
-    The mean and sample deviation over the seeds, and of its intervals the mean ends and number of images.
+    numbers: what is known of each metric of METRICS: the mean over the seeds, of several their sample _deviation, and
+    of the intervals the mean ends, _low and _high, and number of images, _n.
     """
+
+    run: str
+    seeds: int
+    numbers: dict[str, float]
+
+
+def summary(rows: dict[tuple[str, ...], list[dict[str, float]]]) -> list[Row]:
+    """The rows of the table, of the metrics of each row's runs."""
     table = []
     for row, runs in rows.items():
-        line: dict[str, Any] = {"run": " ".join(row), "seeds": len(runs)}
-        for metric in METRICS:
-            values = [numbers[metric] for numbers in runs if metric in numbers]
-            line[metric] = statistics.fmean(values) if values else None
-            line[f"{metric}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
-            for part in ("low", "high", "n"):
-                ends = [numbers[f"{metric}_{part}"] for numbers in runs if f"{metric}_{part}" in numbers]
-                line[f"{metric}_{part}"] = statistics.fmean(ends) if ends else None
-        table.append(line)
+        numbers = {}
+        for name in (f"{metric}{part}" for metric in METRICS for part in ("", "_low", "_high", "_n")):
+            values = [one[name] for one in runs if name in one]
+            if values:
+                numbers[name] = statistics.fmean(values)
+            if name in METRICS and len(values) > 1:
+                numbers[f"{name}_deviation"] = statistics.stdev(values)
+        table.append(Row(" ".join(row), len(runs), numbers))
     return table
 
 
-def ranked(table: list[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+def ranked(table: list[Row], by: str) -> list[Row]:
     """The rows by their validation metric `by`, best first; rows without one last, in their order."""
-    name = f"validation_{by}"
-    return sorted(table, key=lambda line: -math.inf if line[name] is None else line[name], reverse=True)
+    return sorted(table, key=lambda row: row.numbers.get(f"validation_{by}", -math.inf), reverse=True)
 
 
-def proposed(table: list[dict[str, Any]], by: str) -> str:
+def proposed(table: list[Row], by: str) -> str:
     """A row by the one-standard-error rule (Breiman et al. 1984, 3.4.3); "" without validation.
 
     Of the rows whose validation mean is within one standard error of the best, the one that trains the fewest weights,
@@ -226,71 +234,73 @@ def proposed(table: list[dict[str, Any]], by: str) -> str:
     seed, that of its interval over images and classes.
     """
     name = f"validation_{by}"
-    lines = [line for line in ranked(table, by) if line[name] is not None]
-    if not lines:
+    rows = [row for row in ranked(table, by) if name in row.numbers]
+    if not rows:
         return ""
-    best = lines[0]
-    error = 0.0
-    if best[f"{name}_deviation"] is not None:
-        error = best[f"{name}_deviation"] / math.sqrt(best["seeds"])
-    elif best[f"{name}_low"] is not None:
-        error = (best[f"{name}_high"] - best[f"{name}_low"]) / (2 * 1.96)
-    near = [line for line in lines if line[name] >= best[name] - error]
+    best, error = rows[0], 0.0
+    if f"{name}_deviation" in best.numbers:
+        error = best.numbers[f"{name}_deviation"] / math.sqrt(best.seeds)
+    elif f"{name}_low" in best.numbers:
+        error = (best.numbers[f"{name}_high"] - best.numbers[f"{name}_low"]) / (2 * 1.96)
+    near = [row for row in rows if row.numbers[name] >= best.numbers[name] - error]
     cost = ("trained_thousands", "minutes")
-    chosen = min(near, key=lambda line: [math.inf if line[key] is None else line[key] for key in cost])
-    text = f"proposed: {chosen['run']} ({name} {chosen[name]:.1f}"
+    chosen = min(near, key=lambda row: [row.numbers.get(key, math.inf) for key in cost])
+    text = f"proposed: {chosen.run} ({name} {chosen.numbers[name]:.1f}"
     if chosen is not best:
-        text += f", within one standard error, {error:.1f}, of the best, {best['run']} {best[name]:.1f}, and cheaper"
+        text += f", within one standard error, {error:.1f}, of the best, {best.run} {best.numbers[name]:.1f}"
+        text += ", and cheaper"
     return text + ")"
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
+def markdown(table: list[Row]) -> str:
     """The table, with the metrics that any row has."""
-    shown = [metric for metric in METRICS if any(line[metric] is not None for line in table)]
+    shown = [metric for metric in METRICS if any(metric in row.numbers for row in table)]
     heads = []
     for metric in shown:
-        sizes = {line[f"{metric}_n"] for line in table if line[metric] is not None}
+        sizes = {row.numbers.get(f"{metric}_n") for row in table if metric in row.numbers}
         size = sizes.pop() if len(sizes) == 1 else None
         heads.append(f"{metric} (n {size:,.0f})" if size else metric)
-    rows = [[escaped(line["run"]), str(line["seeds"]), *(_cell(line, metric) for metric in shown)] for line in table]
+    rows = [[escaped(row.run), str(row.seeds), *(_cell(row.numbers, metric) for metric in shown)] for row in table]
     text = ["| " + " | ".join(row) + " |" for row in (["run", "seeds", *heads], *rows)]
     return "\n".join([text[0], "|---" * (2 + len(shown)) + "|", *text[1:]]) + "\n"
 
 
-def draw(table: list[dict[str, Any]], title: str) -> Figure:
+def draw(table: list[Row], title: str) -> Figure:
     """Top-1 of every row with its deviation and, thin, its 95% interval, in the order of the table.
 
     On the validation rows if any run has them (others have no point), else on the test rows.
     """
-    split = "validation" if any(line["validation_top1"] is not None for line in table) else "test"
+    split = "validation" if any("validation_top1" in row.numbers for row in table) else "test"
     name = "validation_top1" if split == "validation" else "top1"
     figure = style.new_figure(7.0, 1.0 + 0.28 * len(table))
     axes = figure.subplots()
     heights = range(len(table))
-    values = [math.nan if line[name] is None else line[name] for line in table]
-    deviations = [line[f"{name}_deviation"] or 0.0 for line in table]
-    for height, line in enumerate(table):
-        if line[f"{name}_low"] is not None:
-            axes.hlines(height, line[f"{name}_low"], line[f"{name}_high"], color=style.GREY, linewidth=0.8, alpha=0.6)
+    values = [row.numbers.get(name, math.nan) for row in table]
+    deviations = [row.numbers.get(f"{name}_deviation", 0.0) for row in table]
+    for height, row in enumerate(table):
+        if f"{name}_low" in row.numbers:
+            ends = row.numbers[f"{name}_low"], row.numbers[f"{name}_high"]
+            axes.hlines(height, *ends, color=style.GREY, linewidth=0.8, alpha=0.6)
     axes.errorbar(values, heights, xerr=deviations, fmt="o", color=style.color(0), capsize=3)
-    axes.set_yticks(heights, [style.plain(line["run"], 60) for line in table])
+    axes.set_yticks(heights, [style.plain(row.run, 60) for row in table])
     axes.invert_yaxis()
     style.tidy(axes, title, f"{split} top-1, last epoch (%)", "", "x")
     return figure
 
 
-def write(table: list[dict[str, Any]], output: Path, by: str = "top1") -> None:
+def write(table: list[Row], output: Path, by: str = "top1") -> None:
     """Write sweep.md, .csv, .png and .svg, ranked by the validation metric `by`, and print the table and a proposal."""
     table = ranked(table, by)
     proposal = escaped(proposed(table, by))
     text = markdown(table) + (f"\n{proposal}\n" if proposal else "")
     write_text(output / "sweep.md", text)
+    names = [f"{metric}{part}" for metric in METRICS for part in ("", "_deviation", "_low", "_high", "_n")]
     rows = io.StringIO()
-    writer = csv.DictWriter(rows, list(table[0]), lineterminator="\n")
+    writer = csv.DictWriter(rows, ["run", "seeds", *names], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows({"run": row.run, "seeds": row.seeds, **row.numbers} for row in table)
     write_text(output / "sweep.csv", rows.getvalue())
-    seeds = sorted({line["seeds"] for line in table})
+    seeds = sorted({row.seeds for row in table})
     figure = draw(table, f"mean and deviation of {' or '.join(map(str, seeds))} seeds")
     for ending in (".png", ".svg"):
         name = output / f"sweep{ending}"
@@ -299,10 +309,13 @@ def write(table: list[dict[str, Any]], output: Path, by: str = "top1") -> None:
     print(f"\n{text}\n{output}/sweep.md, .csv, .png and .svg")
 
 
-def _cell(line: dict[str, Any], metric: str) -> str:
+def _cell(numbers: dict[str, float], metric: str) -> str:
     """52.0 ± 2.8 (48-56): mean and deviation of the seeds, 95% interval over images and classes."""
-    mean, deviation, low, high = (line[metric + part] for part in ("", "_deviation", "_low", "_high"))
-    if mean is None:
+    if metric not in numbers:
         return "-"
-    text = f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
-    return text if low is None else f"{text} ({span((low, high))})"
+    text = f"{numbers[metric]:.1f}"
+    if f"{metric}_deviation" in numbers:
+        text += f" ± {numbers[f'{metric}_deviation']:.1f}"
+    return text + (
+        f" ({span((numbers[f'{metric}_low'], numbers[f'{metric}_high']))})" if f"{metric}_low" in numbers else ""
+    )
