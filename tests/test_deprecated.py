@@ -66,8 +66,8 @@ def test_the_options_of_push_that_export_has_now(tmp_path, monkeypatch, capsys):
     options = ["--export", str(out[0]), "--onnx", str(out[1]), "--torch-export", str(out[2])]
     assert main(["push", "run", "hub.license=mit", "--weights", "ema", *options]) == 0
     assert calls == [
-        (out[0], "timm", "ema", ["hub.license=mit"], {}),
-        (out[1], "onnx", "ema", [], {}),
-        (out[2], "torch", "ema", [], {}),
+        (out[0], "timm", "ema", ["hub.license=mit"], {}, None),
+        (out[1], "onnx", "ema", [], {}, None),
+        (out[2], "torch", "ema", [], {}, None),
     ]
     assert capsys.readouterr().err.count("warning: ") == 3
