@@ -20,6 +20,12 @@ from typing import TYPE_CHECKING, Any
 from rescom_timm.cli import answer, new_parser
 from rescom_timm.errors import MissingPackageError
 
+CSS = """
+:root, .gradio-container { --body-text-color-subdued: var(--neutral-600); }
+.dark, .dark .gradio-container { --body-text-color-subdued: var(--neutral-400); --link-text-color: #7ab2ff; }
+"""
+"""Gradio's own greys and links have a contrast below 4.5."""
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -65,7 +71,7 @@ def guarded(host: str) -> dict[str, object]:
     from rescom_timm.inference.page_guard import MAX_UPLOAD, PageGuard
 
     guard = Middleware(PageGuard, host=host)  # type: ignore[arg-type]
-    return {"server_name": host, "max_file_size": MAX_UPLOAD, "app_kwargs": {"middleware": [guard]}}
+    return {"server_name": host, "max_file_size": MAX_UPLOAD, "css": CSS, "app_kwargs": {"middleware": [guard]}}
 
 
 def page(model: str, overrides: Sequence[str] = (), with_data: bool = True, revision: str | None = None) -> Blocks:

@@ -73,6 +73,19 @@ def test_probabilities_are_the_nets(model):
     model.net.eval()
 
 
+@pytest.mark.parametrize(("channels_last", "strides"), [(True, (1, 3)), (False, (9, 1))])
+def test_a_cpu_takes_a_few_images_at_a_time_in_the_recipes_memory_format(model, channels_last, strides):
+    speed = replace(model.recipe.speed, channels_last=channels_last)
+    reader = Reader(replace(model, recipe=replace(model.recipe, speed=speed)), [pixels(k) for k in range(40)])
+    weight, seen = reader.net.encoder.conv1.weight, []
+    assert (weight.stride()[1], weight.stride()[3]) == strides
+    reader.net.classifier.register_forward_hook(lambda *found: seen.append(len(found[2])))
+    (batch,) = reader.batches()
+    assert seen == [16, 16, 8]
+    alone = model.net.classify(torch.from_numpy(np.stack([pixels(k) for k in range(40)])).permute(0, 3, 1, 2))
+    assert_close(batch.logits, alone)
+
+
 def test_files_and_folders(folder, model, photos):
     found = rescom_timm.predict(folder, photos, top_k=9)
     assert [one.image for one in found] == [
