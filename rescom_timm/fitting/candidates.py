@@ -82,7 +82,7 @@ def with_head(weights: Callable[[], Weights], head: Weights) -> Weights:
 
 def soup_of(start: Path, training: Recipe, share: float) -> Weights:
     """The average of the weights in a file and those of the training from there, which has this share."""
-    return soup([load_file(start), weights_of(training) or {}], [1 - share, share])
+    return soup([load_file(start), weights_of(training)], [1 - share, share])
 
 
 def score(head: Head, features: Features) -> Scored:

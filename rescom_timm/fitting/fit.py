@@ -44,6 +44,7 @@ def fit(
         while not _leads(folder, stack, join or started > 1):
             if follow(folder, lambda: bool(Record(run, options).values["finished"]), work):
                 return run
+            print("the process that led this fit has ended: another one leads")
             if (folder / FILE).exists():  # the time since the leader's last word counts
                 used, started = max(0.0, time.time() - (folder / FILE).stat().st_mtime), 1
         record = Record(run, options, used)

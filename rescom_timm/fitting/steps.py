@@ -65,11 +65,9 @@ from rescom_timm.fitting.training import (
     Outcome,
     floor_of,
     measured,
-    outcome,
     size_of,
     trained,
     training_recipe,
-    weights_of,
 )
 from rescom_timm.fitting.workers import Workers
 from rescom_timm.fitting.writing import write_run
@@ -294,7 +292,7 @@ class Steps:
                 print(f"next: {plan.described([plan.Training(kind, recipe.train.epochs)])}", flush=True)
                 remaining = sum(one.kind not in done for one in self.budget.planned(self.backbone))
                 seconds = (self.budget.left - after) / -(-remaining // self.workers.number())
-                return outcome(recipe, self.data.class_names, floor_of(start.shown), seconds, self.epoch)
+                return trained(recipe, self.data.class_names, floor_of(start.shown), seconds, self.epoch)
 
             end = self.budget.reserve(self.backbone).end
             found = self.workers.result(kind, train, lambda: waits and self.budget.left > end)
@@ -396,8 +394,8 @@ class Steps:
         write_tensors(path, start.weights() if chosen.kind == "cosine" else self._fitted(start, recipe, data))
         epochs = dict(self.budget.planned(self.backbone))[chosen.kind]
         training = training_recipe(recipe, chosen.kind, epochs, len(data.train.labels), path, False)
-        trained(training, data.class_names, None, self.budget.left - self.budget.reserve(self.backbone).end, 0.0)
-        if weights_of(training) is None:
+        seconds = self.budget.left - self.budget.reserve(self.backbone).end
+        if not trained(training, data.class_names, None, seconds, 0.0)["used"]:
             self.budget.leave_out("the last training, with the validation images")
             return chosen.weights()
         return soup_of(path, training, chosen.share)

@@ -24,7 +24,7 @@ from rescom_timm.engine.features import Features, read_features
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.budget import sampled
-from rescom_timm.fitting.training import outcome
+from rescom_timm.fitting.training import trained
 from rescom_timm.fitting.workers import Workers
 from rescom_timm.io import atomic_path, read_json, write_tensors
 from rescom_timm.models.net import Net
@@ -90,7 +90,7 @@ def train_elsewhere(
     workers: Workers, name: str, recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float,
     epoch: float,
 ) -> None:  # fmt: skip
-    """Let any worker train a candidate. Arguments as of `outcome`; the seconds are from now."""
+    """Let any worker train a candidate. Arguments as of `trained`; the seconds are from now."""
     task = {"kind": "training", "recipe": recipe.to_dict(), "class_names": list(class_names), "floor": floor}
     workers.post(name, task | {"until": time.time() + seconds, "epoch": epoch})
 
@@ -104,7 +104,7 @@ def work(path: Path) -> Mapping[str, object]:
         # The folder may have another path here than for the leader.
         recipe = replace(recipe, output=str(fit), init_from=str(fit / Path(str(recipe.init_from)).name))
         try:
-            return outcome(recipe, task["class_names"], task["floor"], task["until"] - time.time(), task["epoch"])
+            return trained(recipe, task["class_names"], task["floor"], task["until"] - time.time(), task["epoch"])
         except Stopped as error:
             raise KeyboardInterrupt from error
     print(f"features: {task['split']} images {task['rows'][0]:,} to {task['rows'][1]:,}", flush=True)

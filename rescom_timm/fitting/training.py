@@ -33,7 +33,7 @@ from rescom_timm.config.recipe import (
 from rescom_timm.data.loaders import train_loader
 from rescom_timm.data.sources import Data
 from rescom_timm.engine import checkpoint
-from rescom_timm.engine.errors import NonFiniteLoss, RunError, one_line
+from rescom_timm.engine.errors import CheckpointError, NonFiniteLoss, RunError, one_line
 from rescom_timm.engine.features import Features, loader_of
 from rescom_timm.engine.follower import Follower
 from rescom_timm.engine.nonfinite import copy_buffers, put_back
@@ -134,22 +134,6 @@ def training_recipe(base: Recipe, kind: Kind, epochs: int, images: int, start: P
     )
 
 
-def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float, epoch: float) -> str:
-    """Train a candidate, or go on with it; returns why it ended early, "" where it did not.
-
-    floor, epoch: as of Watcher. seconds: to stop after. Raises Diverged, NonFiniteLoss, and Stopped after saving, where
-    a signal asked for it.
-    """
-    first = (Path(str(recipe.init_from)), class_names)
-    watcher = Watcher(floor, seconds, epoch, recipe.train.epochs)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(recipe, True, follower=watcher, first=first, splits=("validation",))
-    except OutOfTime as error:
-        return str(error)
-    return ""
-
-
 class Outcome(TypedDict):
     """What came of a training."""
 
@@ -159,21 +143,29 @@ class Outcome(TypedDict):
     """It ended early or is not used; "" for neither."""
 
 
-def outcome(recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float, epoch: float) -> Outcome:
-    """Train a candidate, or go on with it. Arguments as of `trained`; raises Stopped, as that does."""
+def trained(recipe: Recipe, class_names: Sequence[str], floor: float | None, seconds: float, epoch: float) -> Outcome:
+    """Train a candidate, or go on with it.
+
+    floor, epoch: as of Watcher. seconds: to stop after. Raises Stopped after saving, where a signal asked for it.
+    """
+    first = (Path(str(recipe.init_from)), class_names)
+    watcher = Watcher(floor, seconds, epoch, recipe.train.epochs)
     try:
-        why = trained(recipe, class_names, floor, seconds, epoch)
-        return Outcome(used=weights_of(recipe) is not None, why=why)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(recipe, True, follower=watcher, first=first, splits=("validation",))
+    except OutOfTime as error:
+        return Outcome(used=checkpoint.newest(recipe.folder / "checkpoints") is not None, why=str(error))
     except (Diverged, NonFiniteLoss) as error:
         return Outcome(used=False, why=f"diverged: {one_line(error)}")
+    return Outcome(used=True, why="")
 
 
-def weights_of(recipe: Recipe) -> dict[str, Tensor] | None:
-    """The best weights of a training on validation, or its last; None where there are none."""
+def weights_of(recipe: Recipe) -> dict[str, Tensor]:
+    """The best weights of a training on validation, or its last. Raises CheckpointError where there are none."""
     folder = recipe.folder / "checkpoints"
     newest = checkpoint.newest(folder)
     if newest is None:
-        return None
+        raise CheckpointError("checkpoint.missing", f"no checkpoint in {folder}: fit into another folder with -o")
     best = newest[2]["progress"]["best_checkpoint"]
     if not recipe.evaluation.patience or best in (None, newest[0].name):
         return newest[1]
