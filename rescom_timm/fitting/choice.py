@@ -181,7 +181,9 @@ def cross_validated(
         truth = torch.from_numpy(features.labels[held])
         heads = fit(rows, counts, scale)
         found.append([scored((head(scale(x)) for x, _ in features.rows(held, 1)), truth) for head in heads])
-    return [
-        of_tensors([torch.cat([getattr(part, name) for part in of_setting]) for name in TENSORS], repeats)
-        for of_setting in zip(*found, strict=True)
-    ]
+    return [joined(of_setting, repeats) for of_setting in zip(*found, strict=True)]
+
+
+def joined(parts: Sequence[Scored], repeats: int) -> Scored:
+    """The parts of a cross-validation together."""
+    return of_tensors([torch.cat([getattr(part, name) for part in parts]) for name in TENSORS], repeats)

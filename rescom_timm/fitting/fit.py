@@ -12,7 +12,7 @@ from accelerate.utils import patch_environment
 
 from rescom_timm.config.loading import load_dict
 from rescom_timm.data.in_memory import InMemory, in_memory
-from rescom_timm.engine.errors import AGAIN, CheckpointError, with_advice
+from rescom_timm.engine.errors import AGAIN, FAILURES, CheckpointError, with_advice
 from rescom_timm.engine.run_folder import existing, locked
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.plan import FitOptions
@@ -54,8 +54,8 @@ def fit(
                 print(f"{run} is finished; name another folder with -o for a new fit")
             else:
                 steps.run()
-        except InputError as error:
-            if error.code in ("fit.minutes", "fit.weights") and "frozen" not in record.values:  # others may be tried
+        except FAILURES:
+            if "frozen" not in record.values:  # nothing is done yet: other options and images may be tried
                 for name in (FILE, *SEEN):
                     (folder / name).unlink(missing_ok=True)
             raise

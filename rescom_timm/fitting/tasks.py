@@ -52,7 +52,7 @@ def read_together(
     """
     batch = recipe.evaluation.batch_size  # parts are of whole batches, whose sizes have a share in the last digits
     step = batch * -(-len(split.rows) // (2 * batch * workers.number()))
-    parts = {f"{key}-{start}": (start, start + step) for start in range(0, len(split.rows), step)}
+    parts = {f"{key}-{start}-{step}": (start, start + step) for start in range(0, len(split.rows), step)}
     weights = {name: value.cpu() for name, value in net.encoder.state_dict().items()}
     write_tensors(workers.tasks / f"{key}.safetensors", weights)
     for name, rows in parts.items():
