@@ -390,7 +390,7 @@ def test_one_image_in_two_forms_stands_in_both_lists(tmp_path):
     root = images(tmp_path / "root", [f"a/{COMPOSED}.png", "b/2.png"])
     own = listed(tmp_path / "a.txt", [(f"a/{COMPOSED}.png", 0), ("b/2.png", 1)])
     test = listed(tmp_path / "b.txt", [(f"a/{DECOMPOSED}.png", 0)])
-    with raises("data.overlap", "1 images", "train", "test"):
+    with raises("data.overlap", "1 image ", "train", "test"):
         load(DataConfig(str(root), index=own, test_index=test))
 
 

@@ -113,7 +113,7 @@ class FastPolicy(Protocol):
         """Two views (2 N, h, w, 3) of each of the images (N, H, W, 3), whose seeds are 0, 1, ..."""
 
 
-def two_views(augment: Callable[[Image.Image], Any], images: np.ndarray) -> np.ndarray:
+def two_views(augment: Callable[[Image.Image], Image.Image | np.ndarray], images: np.ndarray) -> np.ndarray:
     """FastPolicy.two_views of a function of one image."""
     views = []
     for seed, image in enumerate(images):

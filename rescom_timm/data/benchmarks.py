@@ -72,32 +72,22 @@ def _list(benchmark: str, split: str, digest: str, size: int) -> Download:
     return Download(f"{LISTS}/{benchmark}/{name}", f"git:{digest}", "lists", name, size)
 
 
+def _inat(name: str, digest: str, makes: str, size: int) -> Download:
+    return Download(f"{INAT}/{name}", f"md5:{digest}", "data/inat2018", makes, size)
+
+
+def _places(name: str, digest: str, makes: str, size: int) -> Download:
+    return Download(f"{PLACES}/{name}", f"md5:{digest}", "data/places365", makes, size)
+
+
 BENCHMARKS = {
     "inat18": Benchmark(
         "iNaturalist 2018: for research and education, not for profit; each photograph has its own licence "
         "(https://github.com/visipedia/inat_comp/tree/master/2018)",
         (
-            Download(
-                f"{INAT}/train2018.json.tar.gz",
-                "md5:bfa29d89d629cbf04d826a720c0a68b0",
-                "data/inat2018",
-                "train2018.json",
-                26 * 10**6,
-            ),
-            Download(
-                f"{INAT}/val2018.json.tar.gz",
-                "md5:f2ed8bfe3e9901cdefceb4e53cd3775d",
-                "data/inat2018",
-                "val2018.json",
-                2 * 10**6,
-            ),
-            Download(
-                f"{INAT}/train_val2018.tar.gz",
-                "md5:b1c6952ce38f31868cc50ea72d066cc3",
-                "data/inat2018",
-                "train_val2018",
-                120 * GB,
-            ),
+            _inat("train2018.json.tar.gz", "bfa29d89d629cbf04d826a720c0a68b0", "train2018.json", 26 * 10**6),
+            _inat("val2018.json.tar.gz", "f2ed8bfe3e9901cdefceb4e53cd3775d", "val2018.json", 2 * 10**6),
+            _inat("train_val2018.tar.gz", "b1c6952ce38f31868cc50ea72d066cc3", "train_val2018", 120 * GB),
         ),
         train="data/inat2018/train2018.json",
         rows=437_513,
@@ -109,16 +99,8 @@ BENCHMARKS = {
             _list("Places_LT", "train", "6392252f8ae867bc8a5e841cc1b29e5b8ef4b636", 2_092_674),
             _list("Places_LT", "val", "b93a2ca58ccb7f3b671c176f395a70bf52c95533", 253_480),
             _list("Places_LT", "test", "e732e58b8aa718a2c1c11933375f5710652c2b93", 1_705_400),
-            Download(
-                f"{PLACES}/val_256.tar", "md5:e27b17d8d44f4af9a78502beb927f808", "data/places365", "val_256", GB // 2
-            ),
-            Download(
-                f"{PLACES}/train_256_places365standard.tar",
-                "md5:53ca1c756c3d1e7809517cc47c5561c5",
-                "data/places365",
-                "data_256",
-                24 * GB,
-            ),
+            _places("val_256.tar", "e27b17d8d44f4af9a78502beb927f808", "val_256", GB // 2),
+            _places("train_256_places365standard.tar", "53ca1c756c3d1e7809517cc47c5561c5", "data_256", 24 * GB),
         ),
         train="lists/Places_LT_train.txt",
         rows=62_500,

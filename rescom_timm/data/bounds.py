@@ -53,7 +53,7 @@ class Problems(list[str]):
             super().append(shown(problem))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message: control characters escaped, long text cut."""
     text = escape_controls(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} ... ({len(text):,} characters)"

@@ -40,6 +40,7 @@ from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import Policy
 from rescom_timm.errors import InputError, MissingFileError, MissingPackageError
 from rescom_timm.io import regular_size
+from rescom_timm.text import counted
 
 COMMON = (
     "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
@@ -203,12 +204,14 @@ class Prepared:
         if len(labels) not in (each, len(pixels)):
             raise InputError(
                 "data.corrupted",
-                f"{self.folder}: {len(labels)} labels in labels.npy, {len(pixels)} images in {place.name}",
+                f"{self.folder}: {counted(len(labels), 'labels')} in labels.npy, "
+                f"{counted(len(pixels), 'images')} in {place.name}",
             )
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             known = len(self.class_names)
             raise InputError(
-                "data.corrupted", f"{self.folder}/labels.npy has label {labels.max()}, the run {known} classes"
+                "data.corrupted",
+                f"{self.folder}/labels.npy has label {labels.max()}, the run {counted(known, 'classes')}",
             )
         rows = np.arange((severity - 1) * each, severity * each)
         return Split(name, _Pixels(pixels, rows), labels[rows % len(labels)], rows)  # type: ignore[arg-type]
@@ -227,8 +230,8 @@ class Prepared:
         elif len(folders) != len(self.class_names):
             raise InputError(
                 "data.corrupted",
-                f"{root}: its {len(folders)} class folders ({folders[0]}, ...) do not match the run's "
-                f"{len(self.class_names)} classes",
+                f"{root}: its {counted(len(folders), 'class folders')} ({folders[0]}, ...) and the run's "
+                f"{counted(len(self.class_names), 'classes')} do not match",
             )
         features = Features(image=Image(decode=False), label=Value("int64"))
         images = [{"bytes": None, "path": str(root / str(key))} for key in index.keys]
@@ -247,7 +250,9 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
         raise MissingFileError("file.missing", f"no folder {folder} of corrupted images")
     places = {path.stem: path for path in folder.glob("*.npy") if path.stem in KINDS}
     if places and not (folder / "labels.npy").is_file():
-        raise MissingFileError("file.missing", f"{folder} holds {len(places)} kinds of CIFAR-10-C but no labels.npy")
+        raise MissingFileError(
+            "file.missing", f"{folder} holds {counted(len(places), 'kinds')} of CIFAR-10-C but no labels.npy"
+        )
     if not places:
         places = {path.name: path for path in [*folder.glob("*/*"), *folder.glob("*")] if path.name in KINDS}
     if not places:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -74,7 +74,7 @@ class ReadConfig:
         return {"exif": self.exif, "white_level": self.white_level}
 
     @classmethod
-    def of(cls, record: Any) -> "ReadConfig":
+    def of(cls, record: object) -> "ReadConfig":
         """The inverse of `record`. Raises InputError (recipe.value) for anything else."""
         kinds = {"exif": (bool,), "white_level": (int, type(None))}
         if not isinstance(record, dict) or not all(type(record[key]) in kinds.get(key, ()) for key in record):
@@ -95,7 +95,7 @@ class Decoded(NamedTuple):
     """Lowest and highest level of 16 bits, in colour by the upper 8 bits of a channel; None for 8 bits."""
 
 
-def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Image.Image:
+def decode(value: object, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Image.Image:
     """The RGB image in `value`.
 
     value: encoded bytes, a {"bytes", "path"} mapping (an undecoded `datasets` image), a PIL image or an array (H, W) of
@@ -107,24 +107,24 @@ def decode(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig(
     return inspect(value, row, reading).image
 
 
-def inspect(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Decoded:
+def inspect(value: object, row: int | None = None, reading: ReadConfig = ReadConfig()) -> Decoded:
     """As `decode`, with the orientation and the levels of the file."""
     with _as_broken(value, row):
         return _rgb(_open(value, reading), reading)
 
 
-def look(value: Any, row: int | None = None, reading: ReadConfig = ReadConfig()) -> tuple[int, int]:
+def look(value: object, row: int | None = None, reading: ReadConfig = ReadConfig()) -> tuple[int, int]:
     """Width and height of an image as it is read, from its header alone. Arguments and errors as in `decode`."""
     path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
     with _as_broken(value, row), _opened(path) if isinstance(path, str) else nullcontext(value) as source:
-        image = _image(source, reading) if source is not value else _open(value, reading)
+        image = _image(cast(BinaryIO, source), reading) if source is not value else _open(value, reading)
         _refuse_mode(image, reading)
         turned = reading.exif and image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns a TIFF itself
         return image.size[::-1] if turned else image.size
 
 
 @contextmanager
-def _as_broken(value: Any, row: int | None) -> Iterator[None]:
+def _as_broken(value: object, row: int | None) -> Iterator[None]:
     try:
         yield
     except MemoryError:
@@ -134,12 +134,12 @@ def _as_broken(value: Any, row: int | None) -> Iterator[None]:
         raise BrokenImage(f"cannot read the image of {where(value, row)}: {what}") from error
 
 
-def name_of(value: Any) -> str | None:
+def name_of(value: object) -> str | None:
     """The path of a stored image, if known."""
     return value.get("path") if isinstance(value, Mapping) else None
 
 
-def where(value: Any, row: int | None) -> str:
+def where(value: object, row: int | None) -> str:
     """For messages: row 7 (path), or what is known of the two."""
     path = name_of(value)
     if row is None:

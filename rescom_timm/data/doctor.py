@@ -23,6 +23,7 @@ from rescom_timm.class_names import nfc
 from rescom_timm.data.broken import IMAGES_AT_ONCE
 from rescom_timm.data.decoding import BrokenImage, ReadConfig, inspect, name_of
 from rescom_timm.data.splits import Split
+from rescom_timm.text import counted
 
 BITS = 4
 """Hashes of near duplicates differ in at most this many of 64 bits."""
@@ -296,7 +297,7 @@ def _dim(images: Examined) -> tuple[np.ndarray, int]:
 
 
 def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> Iterator[Finding]:
-    small = tuple(f"{names[k]}: {counts[k]} training images" for k in np.flatnonzero(counts < 5).tolist())
+    small = tuple(f"{names[k]}: {counted(counts[k], 'training images')}" for k in np.flatnonzero(counts < 5).tolist())
     advice = "too few to hold any out for validation, and their accuracy is noise"
     yield Finding("small", "Classes with fewer than five training images", advice, [], small)
     for split in images.splits:

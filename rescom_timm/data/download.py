@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import get_session
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from rescom_timm.data.progress import bars_shown
 from rescom_timm.data.tables import open_table
 from rescom_timm.errors import InputError, MissingFileError, UnreachableError
 from rescom_timm.io import file_lock, write_json
+from rescom_timm.text import counted
 
 WORK = ".get"
 """Folder for what is not complete yet."""
@@ -65,20 +67,26 @@ def plan(name: str, to: str | Path = ".", archives: Sequence[str | Path] = ()) -
     that do not exist.
     """
     benchmark, to = _benchmark(name), Path(to).expanduser()
-    here = {Path(archive).name: Path(archive).expanduser() for archive in archives}
-    names = [file.name for file in benchmark.files]
-    for own, path in here.items():
-        if own not in names:
-            known = ", ".join(names) or "none: it comes from the Hub"
-            raise InputError("get.archive", f"--from {path}: {name} has no file of that name; it has {known}")
-        if not path.is_file():
-            raise MissingFileError("file.missing", f"--from {path}: there is no such file")
+    here = _at_hand(name, archives)
     steps = []
     for file in benchmark.files:
         folder = to / file.folder
         there = (folder / file.makes).exists()
         steps.append(Step(file, folder, None if there else here.get(file.name, file.url)))
     return steps
+
+
+def _at_hand(name: str, archives: Sequence[str | Path]) -> dict[str, Path]:
+    """The archives that are here already by their names. Raises as `plan`."""
+    here = {Path(archive).name: Path(archive).expanduser() for archive in archives}
+    names = [file.name for file in _benchmark(name).files]
+    for own, path in here.items():
+        if own not in names:
+            known = ", ".join(names) or "none: it comes from the Hub"
+            raise InputError("get.archive", f"--from {path}: {name} has no file of that name; it has {known}")
+        if not path.is_file():
+            raise MissingFileError("file.missing", f"--from {path}: there is no such file")
+    return here
 
 
 def get(
@@ -96,11 +104,14 @@ def get(
     UnreachableError where a server does not answer or refuses.
     """
     to, benchmark = Path(to).expanduser(), _benchmark(name)
-    plan(name, to, archives)
+    _at_hand(name, archives)
     to.mkdir(parents=True, exist_ok=True)
     with file_lock(to / f".get_{name}.lock"):
-        steps = plan(name, to, archives)  # again: another process may have been at work
+        steps = plan(name, to, archives)  # with the lock: another process may have been at work
         check_space(steps, to)
+        if benchmark.hub and not Path(HF_DATASETS_CACHE, benchmark.hub.replace("/", "___")).is_dir():
+            hint = "set HF_HOME to another disk"
+            _refuse_full(HF_DATASETS_CACHE, 2 * benchmark.hub_size, "files and a copy to read", hint)
         for step in steps:
             if step.source is None:
                 say(f"{step.folder / step.file.makes} is there")
@@ -108,19 +119,24 @@ def get(
             _fetch(step, check)
             say(f"{step.folder / step.file.makes}: done")
         for split in benchmark.hub_splits:
-            say(f"{benchmark.hub} {split}: {_from_hub(benchmark.hub, split):,} images in the cache of Hugging Face")
+            images = counted(_from_hub(benchmark.hub, split), "images")
+            say(f"{benchmark.hub} {split}: {images} in the cache of Hugging Face")
         if benchmark.train:
             _check_list(to / benchmark.train, benchmark, check, say)
 
 
 def check_space(steps: Sequence[Step], to: str | Path) -> None:
     """Raises InputError where the disk has not enough room for archives and unpacked images."""
-    needed, free = sum(step.needs for step in steps), free_space(to)
-    if needed > free:
+    needed = sum(step.needs for step in steps)
+    _refuse_full(to, needed, "archives and unpacked images", "name another disk with --to")
+
+
+def _refuse_full(folder: str | Path, needed: int, what: str, hint: str) -> None:
+    if needed > (free := free_space(folder)):
         raise InputError(
             "get.space",
-            f"{to} has {human(free)} free and about {human(needed)} are needed (archives and unpacked images): free "
-            "disk space, or name another disk with --to",
+            f"{folder} has {human(free)} free and about {human(needed)} are needed ({what}): free disk space, "
+            f"or {hint}",
         )
 
 
@@ -257,10 +273,11 @@ def _bar(about: str, total: int) -> tqdm:
 def _check_list(path: Path, benchmark: Benchmark, check: bool, say: Callable[[str], object]) -> None:
     index = Index.load(path)
     rows, classes = len(index.labels), index.num_classes
-    say(f"{path}: {rows:,} training images of {classes:,} classes")
+    found = f"{counted(rows, 'training images')} of {counted(classes, 'classes')}"
+    say(f"{path}: {found}")
     if check and (rows, classes) != (benchmark.rows, benchmark.classes):
         raise InputError(
             "get.list",
-            f"{path} has {rows:,} images of {classes:,} classes, and {benchmark.rows:,} of {benchmark.classes:,} are "
+            f"{path} has {found}, and {benchmark.rows:,} of {benchmark.classes:,} are "
             "published: remove it and run the command again",
         )

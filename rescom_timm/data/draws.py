@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,11 +91,11 @@ class BatchedStep:
     notes = 0
     """Numbers that `note` gives of each view."""
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: object) -> None:
         """step: one that `takes` is true of."""
 
     @classmethod
-    def takes(cls, step: Any) -> bool:
+    def takes(cls, step: object) -> bool:
         """Whether this is the batched form of a step of transforms.py."""
         return type(step) is cls.of
 

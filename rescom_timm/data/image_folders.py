@@ -25,6 +25,7 @@ from rescom_timm.data.named_columns import is_table
 from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import Part
 from rescom_timm.errors import InputError, MissingFileError
+from rescom_timm.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +149,8 @@ def folder_part(
     if parse_call(spec, RULES):
         drawn = draw(spec, index.labels, index.num_classes)
         index, there = index.take(drawn, spec), [there[i] for i in drawn]
-    notes = {"rule": spec, "paths": layout} | {
-        key: index.info[key] for key in ("columns", "labels") if key in index.info
-    }
+    notes: dict[str, str | None] = {"rule": spec, "paths": layout}
+    notes |= {key: index.info[key] for key in ("columns", "labels") if key in index.info}
     name = f"{root.resolve().name} {path.name if spec == 'all' else Path(spec).name}"
     rows, dataset = np.arange(len(index)), _files_dataset(root, there, index.labels)
     return Part(name, None, dataset, rows, index, notes, from_folders=from_folders)
@@ -331,7 +331,7 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
     if len(classes) < 2:
         raise InputError(
             "data.class_folders",
-            f"{root} holds {len(classes)} class folders: put each class's images into its own folder",
+            f"{root} holds {counted(len(classes), 'class folders')}: put each class's images into its own folder",
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -416,7 +416,9 @@ def _by_name(index: Index, like: Part, path: str) -> Index:
     elif not like.from_folders or not {*map(nfc, names or ())}.isdisjoint(map(nfc, index.class_names)):
         index = index.numbered_as(names, like.name, path)
     if index.num_classes != like.index.num_classes:
-        raise InputError("index.data", f"{path} has {index.num_classes} classes instead of {like.index.num_classes}")
+        raise InputError(
+            "index.data", f"{path} has {counted(index.num_classes, 'classes')} instead of {like.index.num_classes}"
+        )
     return replace(index, class_names=names or index.class_names)
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -19,13 +19,21 @@ InMemory: TypeAlias = Dataset | DatasetDict | Mapping[str, Any] | Sequence[Any]
 _there: ContextVar[Mapping[str, Any] | None] = ContextVar("in_memory", default=None)
 
 
+class Pairs(Protocol):
+    """A map-style data set of (image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: int, /) -> tuple[Any, Any]: ...
+
+
 class PairDataset:
     """A map-style data set of (image, label), with the methods of datasets.Dataset that are used.
 
     Rows are {"image": image}; images are PIL images or 8-bit arrays, before any transform to tensors.
     """
 
-    def __init__(self, source: Any, rows: np.ndarray | None = None) -> None:
+    def __init__(self, source: Pairs, rows: np.ndarray | None = None) -> None:
         self.source = source
         self.rows = np.arange(len(source)) if rows is None else rows
         self._labels: np.ndarray | None = None
@@ -44,7 +52,7 @@ class PairDataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
 
-    def select(self, positions: Any) -> PairDataset:
+    def select(self, positions: Sequence[int] | np.ndarray) -> PairDataset:
         """The rows at these positions."""
         return PairDataset(self.source, self.rows[np.asarray(positions)])
 

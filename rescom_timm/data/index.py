@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +37,7 @@ from rescom_timm.data.named_columns import is_table, read_table
 from rescom_timm.errors import InputError
 from rescom_timm.io import write_text
 from rescom_timm.metrics import GROUPS, groups
-from rescom_timm.text import check_name
+from rescom_timm.text import check_name, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +67,20 @@ class Index:
         if len(self.keys) != len(self.labels):
             raise InputError(
                 "index.format",
-                f"an index needs a label per key, not {len(self.labels)} labels for {len(self.keys)} keys",
+                f"an index needs a label per key, not {counted(len(self.labels), 'labels')} for "
+                f"{counted(len(self.keys), 'keys')}",
             )
         if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < self.num_classes):
             raise InputError(
                 "index.format",
-                f"labels from {self.labels.min()} to {self.labels.max()} do not fit {self.num_classes} classes",
+                f"labels from {self.labels.min()} to {self.labels.max()} do not fit "
+                f"{counted(self.num_classes, 'classes')}",
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
-            raise InputError("index.format", f"{len(self.class_names)} class names for {self.num_classes} classes")
+            raise InputError(
+                "index.format",
+                f"{counted(len(self.class_names), 'class names')} for {counted(self.num_classes, 'classes')}",
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -167,15 +171,21 @@ class Index:
 
     @classmethod
     def load(
-        cls, path: str | Path, num_classes: int | None = None, allow_empty: bool = False, **reading: Any
+        cls,
+        path: str | Path,
+        num_classes: int | None = None,
+        allow_empty: bool = False,
+        columns: Columns = Columns(),
+        split: str | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> "Index":
         """Read an index file, an official list, iNaturalist JSON or a table; strict. Arguments as in `read`.
 
         Raises MissingFileError (file.missing), or InputError (index.format) with the problems and their lines.
         """
-        index, problems = read(path, num_classes, allow_empty, **reading)
+        index, problems = read(path, num_classes, allow_empty, columns, split, class_names)
         if index is None:
-            more = f"; and {len(problems) - 5:,} more problems" if len(problems) > 5 else ""
+            more = f"; and {counted(len(problems) - 5, 'more problems')}" if len(problems) > 5 else ""
             raise InputError("index.format", f"{path}: {'; '.join(problems[:5])}{more}")
         return index
 
@@ -218,7 +228,7 @@ def common_paths(first: Sequence[str], second: Sequence[str]) -> set[str]:
     return {path for path in first if nfc(path) in there}
 
 
-def overlap(first: Index, second: Index) -> list[Any]:
+def overlap(first: Index, second: Index) -> list[str] | list[int]:
     """Keys that are in both indexes, ascending: test images that were trained on.
 
     Row numbers of different splits name different rows. Raises InputError (index.kind) for rows against paths.
@@ -239,13 +249,13 @@ def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
     """
     ordered = np.sort(counts)[::-1]
     text = [
-        f"{counts.sum():,} rows, {len(counts):,} classes, {ordered[0]:,} to {ordered[-1]:,} a class, "
-        f"imbalance {imbalance(counts):.4g}"
+        f"{counted(counts.sum(), 'rows')}, {counted(len(counts), 'classes')}, "
+        f"{ordered[0]:,} to {ordered[-1]:,} a class, imbalance {imbalance(counts):.4g}"
     ]
     found = groups(counts)
     for name in GROUPS:
         rows = counts[found[name].numpy()] if name in found else counts[:0]
-        text.append(f"{name:>6}: {len(rows):,} classes, {rows.sum():,} rows")
+        text.append(f"{name:>6}: {counted(len(rows), 'classes')}, {counted(rows.sum(), 'rows')}")
     start = 1
     for run in np.array_split(ordered, min(lines, len(ordered))):
         bar = "█" * round(width * np.log1p(run.mean()) / max(np.log1p(ordered[0]), 1e-9))

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from rescom_timm.data.shared_memory import worker_options
 from rescom_timm.data.splits import Split
 from rescom_timm.data.transforms import parse
 from rescom_timm.errors import InputError
+from rescom_timm.text import counted
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def train_loader(
     if not 1 <= batch_size <= len(split.labels):
         raise InputError(
             "recipe.value",
-            f"a batch of {batch_size} images cannot be drawn from the {len(split.labels)} images of {split.name}: "
+            f"a batch of {batch_size} cannot be drawn from {counted(len(split.labels), 'images')} of {split.name}: "
             "set a smaller train.batch_size",
         )
     policy = parse(views.train, views.mean)
@@ -108,12 +109,12 @@ def eval_loader(
     )
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: DataLoader[Batch], epoch: int) -> None:
     """Set the next epoch of a training loader, plain or prepared by accelerate."""
     if hasattr(loader, "set_epoch"):  # accelerate's wrapper, which otherwise sets the epoch by its own count
         loader.set_epoch(epoch)
     else:
-        loader.sampler.set_epoch(epoch)
+        cast(Order, loader.sampler).set_epoch(epoch)
 
 
 def _loader(

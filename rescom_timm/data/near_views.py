@@ -39,9 +39,9 @@ class Jitter(BatchedStep):
         self.ranges = [step.brightness, step.contrast, step.saturation]
 
     @classmethod
-    def takes(cls, step: Any) -> bool:
+    def takes(cls, step: object) -> bool:
         """See `BatchedStep.takes`."""
-        return type(step) is transforms.ColorJitter and step.hue is None
+        return isinstance(step, transforms.ColorJitter) and step.hue is None
 
     def words(self, size: Size) -> int:
         """See `BatchedStep.words`."""
@@ -103,9 +103,11 @@ class NearRandAugment(BatchedStep):
             operation.aug_fn = functools.partial(self._note, operation.name.removesuffix("Increasing"))
 
     @classmethod
-    def takes(cls, step: Any) -> bool:
+    def takes(cls, step: object) -> bool:
         """See `BatchedStep.takes`."""
-        return type(step) is TimmRandAugment and all(op.name.removesuffix("Increasing") in cls.NAMES for op in step.ops)
+        return isinstance(step, TimmRandAugment) and all(
+            op.name.removesuffix("Increasing") in cls.NAMES for op in step.ops
+        )
 
     def note(self) -> list[float]:
         """See `BatchedStep.note`."""

@@ -28,6 +28,7 @@ from rescom_timm.data.bounds import RATIO, check_arrow, check_parquet, check_tar
 from rescom_timm.data.index_files import first_few
 from rescom_timm.errors import CodedError, InputError
 from rescom_timm.io import read_json, regular_size
+from rescom_timm.text import counted
 
 BUILDERS = ("parquet", "arrow", "webdataset", "cache")
 """Kinds of files of `datasets` that hold images, and its own cache."""
@@ -286,8 +287,8 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
     if folder is None:
         raise InputError(
             "data.outside",
-            f"{name}: {number:,} rows have only the path of an image, which is not read: it would be a file of this "
-            "machine; download the data set and set data.source to its folder",
+            f"{name}: only the path of an image in {counted(number, 'rows')}, which is not read: it would be a file of "
+            "this machine; download the data set and set data.source to its folder",
         )
     roots = {os.path.abspath(folder), os.path.realpath(folder)}
     written = paths.to_pylist()

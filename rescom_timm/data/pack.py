@@ -26,6 +26,7 @@ from rescom_timm.data.sources import Data
 from rescom_timm.data.splits import Split
 from rescom_timm.errors import InputError
 from rescom_timm.io import atomic_path, file_lock, read_json, sha256, write_json
+from rescom_timm.text import counted
 
 MANIFEST = "pack.json"
 
@@ -57,7 +58,7 @@ def pack(
     reading: ReadConfig = ReadConfig(),
     workers: int = 1,
     say: Callable[[str], object] = print,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write the splits of a data set to a folder that `data.source` reads, with the classes' names.
 
     reading: how the images are decoded where they are resized. workers: threads that resize. Files that an interrupted
@@ -81,7 +82,8 @@ def pack(
             for name, split in splits.items():
                 files = _write_split(folder, name, split, features, config, reading, pool, manifest)
                 bytes_ = sum(file["bytes"] for file in files)
-                say(f"{folder} {name}: {len(split.labels):,} images in {len(files)} files, {bytes_ / 1e6:,.1f} MB")
+                made = f"{counted(len(files), 'files')}, {bytes_ / 1e6:,.1f} MB"
+                say(f"{folder} {name}: {counted(len(split.labels), 'images')} in {made}")
         if config.format == "arrow":
             write_json(folder / "dataset_dict.json", {"splits": list(splits)})
         write_json(folder / MANIFEST, manifest)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,12 +106,12 @@ def equalize_table(views: Tensor) -> Tensor:
     return torch.where(step > 0, table, level).to(torch.uint8)
 
 
-def autocontrast(views: Tensor, _: Any) -> Tensor:
+def autocontrast(views: Tensor, _: object) -> Tensor:
     """ImageOps.autocontrast."""
     return lookup(views, autocontrast_table(views))
 
 
-def equalize(views: Tensor, _: Any) -> Tensor:
+def equalize(views: Tensor, _: object) -> Tensor:
     """ImageOps.equalize."""
     return lookup(views, equalize_table(views))
 

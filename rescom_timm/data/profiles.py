@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from rescom_timm.errors import InputError
+from rescom_timm.text import counted
 
 
 def exponential(
@@ -147,7 +148,7 @@ def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndar
 
 def at_most(labels: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
     """Positions of at most `number` rows of each class, ascending. Drawn as in `holdout`."""
-    return _per_class(labels, lambda n: min(number, n), seed, f"{number} rows a class")
+    return _per_class(labels, lambda n: min(number, n), seed, f"{counted(number, 'rows')} a class")
 
 
 def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: str) -> np.ndarray:

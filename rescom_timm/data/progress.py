@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def image_bar(total: int, about: str) -> Any:
+def image_bar(total: int, about: str) -> tqdm:
     """A bar that counts images, in the first process only, removed at its end: update(n) after n more."""
     return tqdm(total=total, desc=about, unit="img", leave=False, disable=not (first_process() and bars_shown()))
 

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import TypedDict
+
+from rescom_timm.text import counted
 
 PLACE = "/dev/shm"
 TIMEOUT = 600.0
 """Seconds to wait for a batch; slow disks need less."""
 SPARE = 2
 """Batches beside those ahead: the one in use, and the one that accelerate looks ahead to."""
+
+
+class WorkerOptions(TypedDict, total=False):
+    """Arguments of a torch DataLoader."""
+
+    num_workers: int
+    prefetch_factor: int
+    timeout: float
 
 
 def free_bytes() -> int | None:
@@ -28,7 +38,7 @@ def free_bytes() -> int | None:
 
 def worker_options(
     workers: int, prefetch: int, batch_bytes: int, together: int = 1, timeout: float = TIMEOUT
-) -> dict[str, Any]:
+) -> WorkerOptions:
     """num_workers, prefetch_factor and timeout (seconds per batch) of a torch DataLoader, limited by `fitting`."""
     workers, prefetch = fitting(workers, prefetch, batch_bytes, together)
     if not workers:
@@ -52,10 +62,11 @@ def fitting(workers: int, prefetch: int, batch_bytes: int, together: int = 1) ->
     ways = [(workers, ahead) for ahead in range(prefetch, 0, -1)] + [(fewer, 1) for fewer in range(workers - 1, 0, -1)]
     found = next((way for way in ways if needed(*way) <= free), (0, prefetch))
     if found != (workers, prefetch):
-        used = f"{found[0]} workers with speed.prefetch={found[1]} are used" if found[0] else "no workers are used"
+        used = f"{counted(found[0], 'workers')} with speed.prefetch={found[1]}" if found[0] else "no workers"
         warnings.warn(
-            f"{PLACE} has {free / 2**20:,.0f} MiB of shared memory free, and {workers} workers with {prefetch} batches "
-            f"of {batch_bytes / 2**20:,.1f} MiB each need {needed(workers, prefetch) / 2**20:,.0f}: {used}; enlarge it "
+            f"{PLACE} has {free / 2**20:,.0f} MiB of shared memory free, and {counted(workers, 'workers')} with "
+            f"{counted(prefetch, 'batches')} of {batch_bytes / 2**20:,.1f} MiB would need "
+            f"{needed(workers, prefetch) / 2**20:,.0f}: using {used}; enlarge it "
             "(docker run --shm-size=8g, or --ipc=host), or lower speed.workers",
             stacklevel=3,
         )

@@ -27,6 +27,7 @@ from rescom_timm.data.splits import Opened, Part, Split, renumber, with_labels
 from rescom_timm.data.tables import cache_folder, open_table, table_part
 from rescom_timm.errors import InputError
 from rescom_timm.hub_client import hub_id
+from rescom_timm.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ class Data:
     def summary(self) -> str:
         """Number of training images and class sizes, for people."""
         counts = self.counts
-        images = f"{len(self.train.labels)} images, {len(counts)} classes of {counts.max()} to {counts.min()}"
-        return f"{self.train.name}: {images}"
+        images = f"{counted(len(self.train.labels), 'images')}, {counted(len(counts), 'classes')}"
+        return f"{self.train.name}: {images} of {counts.max():,} to {counts.min():,}"
 
 
 def load(config: DataConfig, cache: str | Path | None = None) -> Data:
@@ -75,7 +76,7 @@ def load(config: DataConfig, cache: str | Path | None = None) -> Data:
     if (empty := np.flatnonzero(index.counts == 0)).size:
         raise InputError(
             "data.empty_class",
-            f"{len(empty)} of {num_classes} classes have no training image in {train.name}: "
+            f"{len(empty):,} of {num_classes:,} classes have no training image in {train.name}: "
             f"{first_few(empty.tolist())}; Balanced Softmax and the queue need at least one per class",
         )
     return Data(
@@ -239,6 +240,6 @@ def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     if shared:
         raise InputError(
             "data.overlap",
-            f"{len(shared):,} images are in both {a} ({first.name}) and {b} ({second.name}), the first: "
+            f"{counted(len(shared), 'images')} in both {a} ({first.name}) and {b} ({second.name}), the first: "
             f"{first_few(shared)}; remove them from one",
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,9 @@ from datasets import Dataset
 from rescom_timm.data.config import DataConfig as DataConfig  # where it was in 0.2.0
 from rescom_timm.data.index import Index
 from rescom_timm.errors import InputError
+from rescom_timm.text import counted
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Part:
     dataset: Dataset  # the whole split or list
     rows: np.ndarray  # (N,) of dataset
     index: Index  # of these rows
-    notes: dict[str, Any]  # for the provenance
+    notes: dict[str, str | None]  # for the provenance
     all_labels: np.ndarray | None = None  # of the whole split, for "unused"
     source_names: list[str] | None = None  # of the classes in the data set, where a list has names of its own
     from_folders: bool = False  # the class names are those of the first images' folders, for want of others
@@ -52,7 +55,7 @@ class Part:
         whole = np.array_equal(self.rows, np.arange(len(self.dataset)))
         return Split(self.name, self.dataset if whole else self.dataset.select(self.rows), self.index.labels, self.rows)
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, object]:
         """Name, rule, rows, imbalance and sha256 of the index, as plain JSON."""
         finite = self.index.counts.min() > 0
         return {
@@ -75,7 +78,7 @@ def check_range(labels: np.ndarray, classes: int, name: str) -> None:
         hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
         raise InputError(
             "data.labels",
-            f"{name}: {len(bad):,} labels are outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
+            f"{name}: {counted(len(bad), 'labels')} outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
             f"{bad[0]}{hint}",
         )
 
@@ -89,12 +92,12 @@ def renumber(labels: np.ndarray, numbers: Sequence[int], name: str) -> np.ndarra
     return np.where(labels < 0, labels, np.asarray(numbers, dtype=np.int64)[np.maximum(labels, 0)])
 
 
-def with_labels(dataset: Any, labels: np.ndarray) -> Any:
+def with_labels(dataset: D, labels: np.ndarray) -> D:
     """The data set with labels (N,) as its column "label"; one of pairs, which has no columns, unchanged."""
     if not isinstance(dataset, Dataset):
         return dataset
-    dataset = dataset.remove_columns("label") if "label" in dataset.column_names else dataset
-    return dataset.add_column("label", pa.array(labels))  # type: ignore[arg-type]
+    others = dataset.select_columns([name for name in dataset.column_names if name != "label"])
+    return cast(D, others.add_column("label", pa.array(labels)))  # type: ignore[arg-type]
 
 
 def short_name(text: str) -> str:

@@ -31,6 +31,7 @@ from rescom_timm.data.profiles import RULES, draw, parse_call
 from rescom_timm.data.splits import Part, check_range, renumber, short_name, with_labels
 from rescom_timm.errors import InputError, MissingFileError
 from rescom_timm.hub_client import hub_id, missing, online
+from rescom_timm.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +103,14 @@ def table_part(
         )  # fmt: skip
         index = _by_name(index, names, None if labels is not None or like is None else like, spec, name)
         if index.num_classes != (classes or index.num_classes):
-            raise InputError("index.data", f"{spec} is of {index.num_classes} classes where {classes} are expected")
+            raise InputError(
+                "index.data", f"{spec} is of {counted(index.num_classes, 'classes')}, not of {classes} as expected"
+            )
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
-            raise InputError("index.data", f"{spec} has row {rows.max()}, and {name} has {len(dataset):,} rows, from 0")
+            raise InputError(
+                "index.data", f"{spec} has row {rows.max()}, and {name} has {counted(len(dataset), 'rows')}, from 0"
+            )
         if labels is None:  # the list knows the labels, the data set only the files
             whole = np.full(len(dataset), -1)
             whole[rows] = index.labels
@@ -159,7 +164,9 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
         return _Table(dataset, None, None, groups=groups)
     column = _column(dataset, "label")
     if column.null_count:
-        raise InputError("data.labels", f"{config.source} {split}: {column.null_count} rows of {label!r} have no label")
+        raise InputError(
+            "data.labels", f"{config.source} {split}: no label in {counted(column.null_count, 'rows')} of {label!r}"
+        )
     feature = dataset.features["label"]
     names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
     if wrong := next(filter(None, (length_problem("a class name", name) for name in names or ())), ""):

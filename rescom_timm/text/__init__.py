@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rescom_timm.errors import InputError
 
@@ -46,6 +46,12 @@ def escape_controls(text: object, lines: bool = False) -> str:
     return (_CONTROL_IN_LINES if lines else _CONTROL).sub(lambda one: ascii(one[0])[1:-1], str(text))
 
 
+def counted(number: int, things: str) -> str:
+    """A number and what is counted, given in the plural: 1 class, 1,215 images."""
+    one = things[:-2] if things.endswith(("sses", "ches")) else things[:-1]
+    return f"{number:,} {one if number == 1 else things}"
+
+
 def check_name(name: str, what: str) -> None:
     """Raises InputError (text.name) for a name with a control, direction or zero-width character."""
     if found := _CONTROL.search(name):
@@ -59,7 +65,7 @@ def check_name(name: str, what: str) -> None:
 class EscapedStream:
     """A text stream that escapes control characters, except those with which tqdm moves a bar."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:

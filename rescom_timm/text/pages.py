@@ -6,7 +6,6 @@ What a template is given is text and is escaped for its kind; what is markup alr
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -17,7 +16,7 @@ _PUNCTUATION = re.compile(r"([\\`*\[\]#!|~$@:^]|(?<![^\W_])_|_(?![^\W_])|(?<=www
 """What has a meaning in Markdown, GitHub's and the Hub's, somewhere within a line: _ only at the end of a word."""
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """The text of a template, by its file's name."""
     return _environment.get_template(template).render(values)
 

@@ -103,9 +103,7 @@ def test_convert(run: Run) -> None:
     assert run("index", "convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[0] == 0
     assert Index.load("t.txt").class_names == ["Apis mellifera", "Bufo bufo"]
     write("names.txt", "Apis mellifera\n")
-    assert (
-        "1 class names for 2 classes" in run("index", "convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[1]
-    )
+    assert "1 class name for 2 classes" in run("index", "convert", "list.txt", "-o", "t.txt", "--names", "names.txt")[1]
 
 
 def test_check_says_everything(run: Run) -> None:
@@ -178,7 +176,7 @@ def test_describe(run: Run, tmp_path: Path) -> None:
     write("l.txt", "".join(f"a/{i}.jpg 0\n" for i in range(120)) + "b/1.jpg 1\n")
     code, said = run("index", "describe", "l.txt", "--png", "tail.png")
     assert code == 0 and "121 rows, 2 classes, 120 to 1 a class, imbalance 120" in said
-    assert f"sha256: {Index.load('l.txt').sha256}" in said and "many: 1 classes, 120 rows" in said
+    assert f"sha256: {Index.load('l.txt').sha256}" in said and "many: 1 class, 120 rows" in said
     with Image.open("tail.png") as picture:
         assert picture.size == (1200, 600) and len(picture.convert("RGB").getcolors(10**6) or []) > 10
 

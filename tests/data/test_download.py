@@ -121,6 +121,17 @@ def test_too_little_space_is_said_before_the_first_byte(server, tmp_path, monkey
     assert server["asked"] == []
 
 
+def test_too_little_space_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Unless the cache holds the data set."""
+    monkeypatch.setattr(download, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(download, "free_space", lambda folder: 10**8 if folder == tmp_path / "cache" else 10**12)
+    monkeypatch.setattr(download, "_from_hub", lambda name, split: 10)
+    with raises("get.space", "100 MB free"):
+        download.get("cifar10_lt", tmp_path / "to")
+    (tmp_path / "cache" / "uoft-cs___cifar10").mkdir(parents=True)
+    download.get("cifar10_lt", tmp_path / "to")
+
+
 def test_a_full_disk_while_unpacking_and_then_more_space(server, tmp_path, monkeypatch, capsys):
     extract = tarfile.TarFile.extract
 
@@ -180,6 +191,7 @@ def test_a_gated_data_set_names_its_terms_and_the_login(tmp_path, monkeypatch, c
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(download, "free_space", lambda folder: 10**12)
     monkeypatch.setitem(BENCHMARKS, "imagenet_lt", replace(BENCHMARKS["imagenet_lt"], files=()))
     assert main(["get", "imagenet_lt", "--to", str(tmp_path), "--yes"]) == 1
     error = capsys.readouterr().err

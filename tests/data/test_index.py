@@ -102,10 +102,10 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path: Path, index: Index, n
 @pytest.mark.parametrize(
     ("parts", "naming"),
     [
-        (([1, 2], [0], 1), ["2 keys", "1 labels"]),
+        (([1, 2], [0], 1), ["2 keys", "1 label "]),
         (([1], [3], 2), ["3", "2 classes"]),
         (([1], [-1], 2), ["-1", "2 classes"]),
-        (([1], [0], 2, {}, ["a"]), ["1 class names", "2 classes"]),
+        (([1], [0], 2, {}, ["a"]), ["1 class name ", "2 classes"]),
     ],
 )
 def test_parts_that_disagree(parts: tuple, naming: list[str]) -> None:
@@ -158,7 +158,7 @@ HEADER = "# rescom_timm index: 1\n# rows: 2\n# classes: 2\n# class 0: 1\n# class
     ("text", "said"),
     [
         (HEADER + "5 0\n", "2 rows, the file 1"),
-        (HEADER + "5 0\n6 0\n", "1 rows of class 0, the file 2"),
+        (HEADER + "5 0\n6 0\n", "class 0: the header has 1, the file 2 rows"),
         (HEADER + "5 0\n6 7\n", "line 8: label 7 is outside 0 .. 1"),
         (HEADER + "5 0\n5 1\n", "line 8: 5 is already in line 7"),
         (HEADER + "5 0\nx 1\n", "line 8: row 'x' is not a whole number"),
@@ -226,7 +226,7 @@ def test_inaturalist_json(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda a: a.pop("annotations"), "'images' and 'annotations'"),
-        (lambda a: a["annotations"].pop(), "1 images have no annotation: x/a.jpg"),
+        (lambda a: a["annotations"].pop(), "1 image without an annotation: x/a.jpg"),
         (lambda a: a["annotations"][1].update(image_id=99), "annotation 2: its image 99 is not among the images"),
         (lambda a: a["annotations"][1].update(category_id=-1), "annotation 2: category_id -1"),
         (lambda a: a["annotations"][1].update(category_id="1"), "annotation 2: category_id '1'"),
@@ -418,7 +418,7 @@ def test_overlap() -> None:
 def test_describe_shows_every_class_once() -> None:
     text = rows.describe(np.array([5, 500, 30]), lines=2)
     assert "535 rows, 3 classes, 500 to 5 a class, imbalance 100" in text
-    assert "many: 1 classes, 500 rows" in text and "few: 1 classes, 5 rows" in text
+    assert "many: 1 class, 500 rows" in text and "few: 1 class, 5 rows" in text
     assert [line.split()[0] for line in text.splitlines()[-2:]] == ["1-2", "3"]
     assert "inf" in rows.describe(np.array([3, 0]))
 

@@ -279,7 +279,7 @@ def test_hidden_and_missing_labels(monkeypatch: pytest.MonkeyPatch) -> None:
         load(DataConfig("x/y"))
     plain = Dataset.from_dict({"img": [{"bytes": png(0), "path": None}] * 2, "label": [0, None]})
     served(monkeypatch, plain)
-    with raises("data.labels", "1 rows", "'label'"):
+    with raises("data.labels", "1 row ", "'label'"):
         load(DataConfig("x/y"))
 
 
@@ -471,7 +471,7 @@ def test_root_may_lack_the_leading_folder(root: DataConfig, caplog: pytest.LogCa
 
 def test_the_same_file_by_two_layouts_is_an_overlap(root: DataConfig, tmp_path: Path) -> None:
     same = write_list(tmp_path / "same.txt", ["val/c/2.png 1"])  # under root/train this is train/c/2.png
-    with raises("data.overlap", "1 images", "train", "test", ": c/2.png"):
+    with raises("data.overlap", "1 image ", "train", "test", ": c/2.png"):
         load(DataConfig(f"{root.source}/train", index=root.index, test_index=same))
 
 

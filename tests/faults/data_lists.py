@@ -138,7 +138,7 @@ VERBS = [
             "l.txt ...UTF-8",
             data("l.txt", b"\xff\xfe\x80")),
     refused("names that are too few", "index convert l.txt -o o.txt --names n.txt",
-            "[index.format]...1 class names...2 classes",
+            "[index.format]...1 class name ...2 classes",
             text("l.txt", LIST), text("n.txt", "a\n")),
     refused("names that are not there", "index convert l.txt -o o.txt --names none.txt",
             "[file.missing]...none.txt", text("l.txt", LIST)),

@@ -18,7 +18,7 @@ from rescom_timm.config.recipe import RecipeError
 from rescom_timm.data.index import Index
 from rescom_timm.engine.errors import message
 from rescom_timm.hub_download import at_revision
-from rescom_timm.text import check_name, escape_controls, escaped_output
+from rescom_timm.text import check_name, counted, escape_controls, escaped_output
 from tests.raises import raises
 from tests.text.hostile import CONTROLS, TERMINAL
 
@@ -199,3 +199,12 @@ def test_what_safetensors_cannot_write_is_the_systems_error(tmp_path, monkeypatc
     with pytest.raises(OSError) as error:
         files.write_tensors(tmp_path / "x.safetensors", {})
     assert error.value.errno == 28 and "None" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "things", "text"),
+    [(1, "classes", "1 class"), (0, "images", "0 images"), (1215, "class folders", "1,215 class folders"),
+     (1, "batches", "1 batch"), (1, "more problems", "1 more problem")],
+)  # fmt: skip
+def test_counted(number, things, text):
+    assert counted(number, things) == text
