@@ -167,7 +167,7 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
             problems.append(f"the header's '{key}: {header.get(key, '')}' is not a whole number")
     if not is_label(header.get("classes", "")):
         if header.get("classes", "").isdigit():
-            problems.append(f"the header has {header['classes']} as its classes; at most {MAX_CLASSES - 1:,} are read")
+            problems.append(f"the header has {header['classes']} classes; at most {MAX_CLASSES - 1:,} are read")
         return
     rows.num_classes = int(header["classes"])
     names = []
