@@ -204,14 +204,14 @@ class Prepared:
         if len(labels) not in (each, len(pixels)):
             raise InputError(
                 "data.corrupted",
-                f"{self.folder}: {counted(len(labels), 'labels')} in labels.npy, "
-                f"{counted(len(pixels), 'images')} in {place.name}",
+                f"{self.folder}: {counted(len(labels), 'label')} in labels.npy, "
+                f"{counted(len(pixels), 'image')} in {place.name}",
             )
         if labels.min() < 0 or labels.max() >= len(self.class_names):
             known = len(self.class_names)
             raise InputError(
                 "data.corrupted",
-                f"{self.folder}/labels.npy has label {labels.max()}, the run {counted(known, 'classes')}",
+                f"{self.folder}/labels.npy has label {labels.max()}, the run {counted(known, 'class')}",
             )
         rows = np.arange((severity - 1) * each, severity * each)
         return Split(name, _Pixels(pixels, rows), labels[rows % len(labels)], rows)  # type: ignore[arg-type]
@@ -230,8 +230,8 @@ class Prepared:
         elif len(folders) != len(self.class_names):
             raise InputError(
                 "data.corrupted",
-                f"{root}: its {counted(len(folders), 'class folders')} ({folders[0]}, ...) and the run's "
-                f"{counted(len(self.class_names), 'classes')} do not match",
+                f"{root}: its {counted(len(folders), 'class folder')} ({folders[0]}, ...) and the run's "
+                f"{counted(len(self.class_names), 'class')} do not match",
             )
         features = Features(image=Image(decode=False), label=Value("int64"))
         images = [{"bytes": None, "path": str(root / str(key))} for key in index.keys]
@@ -251,7 +251,7 @@ def prepared(folder: str | Path, class_names: list[str]) -> Prepared:
     places = {path.stem: path for path in folder.glob("*.npy") if path.stem in KINDS}
     if places and not (folder / "labels.npy").is_file():
         raise MissingFileError(
-            "file.missing", f"{folder} holds {counted(len(places), 'kinds')} of CIFAR-10-C but no labels.npy"
+            "file.missing", f"{folder} holds {counted(len(places), 'kind')} of CIFAR-10-C but no labels.npy"
         )
     if not places:
         places = {path.name: path for path in [*folder.glob("*/*"), *folder.glob("*")] if path.name in KINDS}

@@ -297,7 +297,7 @@ def _dim(images: Examined) -> tuple[np.ndarray, int]:
 
 
 def _of_classes(images: Examined, names: Sequence[str], counts: np.ndarray) -> Iterator[Finding]:
-    small = tuple(f"{names[k]}: {counted(counts[k], 'training images')}" for k in np.flatnonzero(counts < 5).tolist())
+    small = tuple(f"{names[k]}: {counted(counts[k], 'training image')}" for k in np.flatnonzero(counts < 5).tolist())
     advice = "too few to hold any out for validation, and their accuracy is noise"
     yield Finding("small", "Classes with fewer than five training images", advice, [], small)
     for split in images.splits:

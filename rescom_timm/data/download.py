@@ -119,7 +119,7 @@ def get(
             _fetch(step, check)
             say(f"{step.folder / step.file.makes}: done")
         for split in benchmark.hub_splits:
-            images = counted(_from_hub(benchmark.hub, split), "images")
+            images = counted(_from_hub(benchmark.hub, split), "image")
             say(f"{benchmark.hub} {split}: {images} in the cache of Hugging Face")
         if benchmark.train:
             _check_list(to / benchmark.train, benchmark, check, say)
@@ -273,7 +273,7 @@ def _bar(about: str, total: int) -> tqdm:
 def _check_list(path: Path, benchmark: Benchmark, check: bool, say: Callable[[str], object]) -> None:
     index = Index.load(path)
     rows, classes = len(index.labels), index.num_classes
-    found = f"{counted(rows, 'training images')} of {counted(classes, 'classes')}"
+    found = f"{counted(rows, 'training image')} of {counted(classes, 'class')}"
     say(f"{path}: {found}")
     if check and (rows, classes) != (benchmark.rows, benchmark.classes):
         raise InputError(

@@ -331,7 +331,7 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
     if len(classes) < 2:
         raise InputError(
             "data.class_folders",
-            f"{root} holds {counted(len(classes), 'class folders')}: put each class's images into its own folder",
+            f"{root} holds {counted(len(classes), 'class folder')}: put each class's images into its own folder",
         )
     paths: list[str] = []
     labels: list[int] = []
@@ -417,7 +417,7 @@ def _by_name(index: Index, like: Part, path: str) -> Index:
         index = index.numbered_as(names, like.name, path)
     if index.num_classes != like.index.num_classes:
         raise InputError(
-            "index.data", f"{path} has {counted(index.num_classes, 'classes')} instead of {like.index.num_classes}"
+            "index.data", f"{path} has {counted(index.num_classes, 'class')} instead of {like.index.num_classes}"
         )
     return replace(index, class_names=names or index.class_names)
 

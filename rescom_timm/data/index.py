@@ -67,19 +67,19 @@ class Index:
         if len(self.keys) != len(self.labels):
             raise InputError(
                 "index.format",
-                f"an index needs a label per key, not {counted(len(self.labels), 'labels')} for "
-                f"{counted(len(self.keys), 'keys')}",
+                f"an index needs a label per key, not {counted(len(self.labels), 'label')} for "
+                f"{counted(len(self.keys), 'key')}",
             )
         if len(self.labels) and not (self.labels.min() >= 0 and self.labels.max() < self.num_classes):
             raise InputError(
                 "index.format",
                 f"labels from {self.labels.min()} to {self.labels.max()} do not fit "
-                f"{counted(self.num_classes, 'classes')}",
+                f"{counted(self.num_classes, 'class')}",
             )
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise InputError(
                 "index.format",
-                f"{counted(len(self.class_names), 'class names')} for {counted(self.num_classes, 'classes')}",
+                f"{counted(len(self.class_names), 'class name')} for {counted(self.num_classes, 'class')}",
             )
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class Index:
         """
         index, problems = read(path, num_classes, allow_empty, columns, split, class_names)
         if index is None:
-            more = f"; and {counted(len(problems) - 5, 'more problems')}" if len(problems) > 5 else ""
+            more = f"; and {counted(len(problems) - 5, 'more problem')}" if len(problems) > 5 else ""
             raise InputError("index.format", f"{path}: {'; '.join(problems[:5])}{more}")
         return index
 
@@ -249,13 +249,13 @@ def describe(counts: np.ndarray, lines: int = 20, width: int = 50) -> str:
     """
     ordered = np.sort(counts)[::-1]
     text = [
-        f"{counted(counts.sum(), 'rows')}, {counted(len(counts), 'classes')}, "
+        f"{counted(counts.sum(), 'row')}, {counted(len(counts), 'class')}, "
         f"{ordered[0]:,} to {ordered[-1]:,} a class, imbalance {imbalance(counts):.4g}"
     ]
     found = groups(counts)
     for name in GROUPS:
         rows = counts[found[name].numpy()] if name in found else counts[:0]
-        text.append(f"{name:>6}: {counted(len(rows), 'classes')}, {counted(rows.sum(), 'rows')}")
+        text.append(f"{name:>6}: {counted(len(rows), 'class')}, {counted(rows.sum(), 'row')}")
     start = 1
     for run in np.array_split(ordered, min(lines, len(ordered))):
         bar = "█" * round(width * np.log1p(run.mean()) / max(np.log1p(ordered[0]), 1e-9))

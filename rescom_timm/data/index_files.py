@@ -173,7 +173,7 @@ def _read_class_lines(rows: Rows, problems: list[str]) -> None:
     names = []
     for k in range(rows.num_classes):
         if f"class {k}" not in header:
-            problems.append(f"the header has {counted(rows.num_classes, 'classes')} and no line 'class {k}'")
+            problems.append(f"the header has {counted(rows.num_classes, 'class')} and no line 'class {k}'")
             return
         names.append(header[f"class {k}"].partition(" ")[2])
     rows.class_names = names if any(names) else None
@@ -216,7 +216,7 @@ def _read_json(path: Path, problems: list[str]) -> Rows:
             rows.labels.append(label)
             rows.places.append(number)
     if without := [name for image, name in files.items() if image not in seen]:
-        problems.append(f"{counted(len(without), 'images')} without an annotation: {first_few(without)}")
+        problems.append(f"{counted(len(without), 'image')} without an annotation: {first_few(without)}")
     if names and all(type(k) is int and 0 <= k < MAX_CLASSES for k in names):
         rows.num_classes = max(names) + 1
         if names.keys() >= set(rows.labels):
@@ -245,24 +245,24 @@ def _judge_classes(
     """Check labels against the number of classes, and the header against the rows. Returns that number."""
     header = rows.header
     if num_classes is not None and rows.num_classes not in (None, num_classes):
-        problems.append(f"is of {counted(rows.num_classes or 0, 'classes')}, not of {num_classes} as expected")
+        problems.append(f"is of {counted(rows.num_classes or 0, 'class')}, not of {num_classes} as expected")
     known = rows.num_classes if num_classes is None else num_classes
     classes = int(labels.max()) + 1 if known is None else known
     outside = np.flatnonzero(labels >= classes)
     for i in outside[:20]:
         problems.append(f"{rows.unit} {rows.places[i]}: label {labels[i]} is outside 0 .. {classes - 1}")
     if len(outside) > 20:
-        problems.append(f"{counted(len(outside) - 20, 'more labels')} outside 0 .. {classes - 1}")
+        problems.append(f"{counted(len(outside) - 20, 'more label')} outside 0 .. {classes - 1}")
     counts = np.bincount(labels[labels < classes], minlength=classes)
     if not allow_empty and (empty := np.flatnonzero(counts == 0)).size:
         hint = "; labels count from 0" if empty.tolist() == [0] else ""
         problems.append(f"{len(empty):,} of {classes:,} classes have no image: {first_few(empty.tolist())}{hint}")
     if is_count(header.get("rows", "")) and int(header["rows"]) != len(labels):
-        problems.append(f"the header has {counted(int(header['rows']), 'rows')}, the file {len(labels):,}")
+        problems.append(f"the header has {counted(int(header['rows']), 'row')}, the file {len(labels):,}")
     for k in range(classes if header else 0):
         count = header.get(f"class {k}", str(counts[k])).partition(" ")[0]
         if count != str(counts[k]):
-            problems.append(f"class {k}: the header has {count}, the file {counted(counts[k], 'rows')}")
+            problems.append(f"class {k}: the header has {count}, the file {counted(counts[k], 'row')}")
     return classes
 
 

@@ -60,7 +60,7 @@ def train_loader(
     if not 1 <= batch_size <= len(split.labels):
         raise InputError(
             "recipe.value",
-            f"a batch of {batch_size} cannot be drawn from {counted(len(split.labels), 'images')} of {split.name}: "
+            f"a batch of {batch_size} cannot be drawn from {counted(len(split.labels), 'image')} of {split.name}: "
             "set a smaller train.batch_size",
         )
     policy = parse(views.train, views.mean)

@@ -287,7 +287,7 @@ def own_images(dataset: Dataset, images: pa.ChunkedArray, folder: Path | None, n
     if folder is None:
         raise InputError(
             "data.outside",
-            f"{name}: only the path of an image in {counted(number, 'rows')}, which is not read: it would be a file of "
+            f"{name}: only the path of an image in {counted(number, 'row')}, which is not read: it would be a file of "
             "this machine; download the data set and set data.source to its folder",
         )
     roots = {os.path.abspath(folder), os.path.realpath(folder)}

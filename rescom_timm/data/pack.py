@@ -82,8 +82,8 @@ def pack(
             for name, split in splits.items():
                 files = _write_split(folder, name, split, features, config, reading, pool, manifest)
                 bytes_ = sum(file["bytes"] for file in files)
-                made = f"{counted(len(files), 'files')}, {bytes_ / 1e6:,.1f} MB"
-                say(f"{folder} {name}: {counted(len(split.labels), 'images')} in {made}")
+                made = f"{counted(len(files), 'file')}, {bytes_ / 1e6:,.1f} MB"
+                say(f"{folder} {name}: {counted(len(split.labels), 'image')} in {made}")
         if config.format == "arrow":
             write_json(folder / "dataset_dict.json", {"splits": list(splits)})
         write_json(folder / MANIFEST, manifest)

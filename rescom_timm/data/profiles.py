@@ -148,7 +148,7 @@ def _hold_groups(labels: np.ndarray, fraction: float, seed: int, groups: np.ndar
 
 def at_most(labels: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
     """Positions of at most `number` rows of each class, ascending. Drawn as in `holdout`."""
-    return _per_class(labels, lambda n: min(number, n), seed, f"{counted(number, 'rows')} a class")
+    return _per_class(labels, lambda n: min(number, n), seed, f"{counted(number, 'row')} a class")
 
 
 def _per_class(labels: np.ndarray, size: Callable[[int], int], seed: int, rule: str) -> np.ndarray:

@@ -62,10 +62,10 @@ def fitting(workers: int, prefetch: int, batch_bytes: int, together: int = 1) ->
     ways = [(workers, ahead) for ahead in range(prefetch, 0, -1)] + [(fewer, 1) for fewer in range(workers - 1, 0, -1)]
     found = next((way for way in ways if needed(*way) <= free), (0, prefetch))
     if found != (workers, prefetch):
-        used = f"{counted(found[0], 'workers')} with speed.prefetch={found[1]}" if found[0] else "no workers"
+        used = f"{counted(found[0], 'worker')} with speed.prefetch={found[1]}" if found[0] else "no workers"
         warnings.warn(
-            f"{PLACE} has {free / 2**20:,.0f} MiB of shared memory free, and {counted(workers, 'workers')} with "
-            f"{counted(prefetch, 'batches')} of {batch_bytes / 2**20:,.1f} MiB would need "
+            f"{PLACE} has {free / 2**20:,.0f} MiB of shared memory free, and {counted(workers, 'worker')} with "
+            f"{counted(prefetch, 'batch')} of {batch_bytes / 2**20:,.1f} MiB would need "
             f"{needed(workers, prefetch) / 2**20:,.0f}: using {used}; enlarge it "
             "(docker run --shm-size=8g, or --ipc=host), or lower speed.workers",
             stacklevel=3,

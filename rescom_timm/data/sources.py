@@ -48,7 +48,7 @@ class Data:
     def summary(self) -> str:
         """Number of training images and class sizes, for people."""
         counts = self.counts
-        images = f"{counted(len(self.train.labels), 'images')}, {counted(len(counts), 'classes')}"
+        images = f"{counted(len(self.train.labels), 'image')}, {counted(len(counts), 'class')}"
         return f"{self.train.name}: {images} of {counts.max():,} to {counts.min():,}"
 
 
@@ -240,6 +240,6 @@ def _refuse_overlap(a: str, first: Part, b: str, second: Part) -> None:
     if shared:
         raise InputError(
             "data.overlap",
-            f"{counted(len(shared), 'images')} in both {a} ({first.name}) and {b} ({second.name}), the first: "
+            f"{counted(len(shared), 'image')} in both {a} ({first.name}) and {b} ({second.name}), the first: "
             f"{first_few(shared)}; remove them from one",
         )

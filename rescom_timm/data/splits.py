@@ -78,7 +78,7 @@ def check_range(labels: np.ndarray, classes: int, name: str) -> None:
         hint = "; this split hides its labels, take another" if labels[bad[0]] == -1 else ""
         raise InputError(
             "data.labels",
-            f"{name}: {counted(len(bad), 'labels')} outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
+            f"{name}: {counted(len(bad), 'label')} outside 0 .. {classes - 1}, the first is {labels[bad[0]]} in row "
             f"{bad[0]}{hint}",
         )
 

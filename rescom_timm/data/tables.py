@@ -104,12 +104,12 @@ def table_part(
         index = _by_name(index, names, None if labels is not None or like is None else like, spec, name)
         if index.num_classes != (classes or index.num_classes):
             raise InputError(
-                "index.data", f"{spec} is of {counted(index.num_classes, 'classes')}, not of {classes} as expected"
+                "index.data", f"{spec} is of {counted(index.num_classes, 'class')}, not of {classes} as expected"
             )
         rows = _join(dataset, index.keys, spec, name) if isinstance(index.keys, list) else index.keys
         if rows.max() >= len(dataset):
             raise InputError(
-                "index.data", f"{spec} has row {rows.max()}, and {name} has {counted(len(dataset), 'rows')}, from 0"
+                "index.data", f"{spec} has row {rows.max()}, and {name} has {counted(len(dataset), 'row')}, from 0"
             )
         if labels is None:  # the list knows the labels, the data set only the files
             whole = np.full(len(dataset), -1)
@@ -165,7 +165,7 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
     column = _column(dataset, "label")
     if column.null_count:
         raise InputError(
-            "data.labels", f"{config.source} {split}: no label in {counted(column.null_count, 'rows')} of {label!r}"
+            "data.labels", f"{config.source} {split}: no label in {counted(column.null_count, 'row')} of {label!r}"
         )
     feature = dataset.features["label"]
     names = list(feature.names) if isinstance(feature, ClassLabel) and feature.names else None

@@ -35,7 +35,7 @@ _BAR = re.compile(r"\r?([^\r]*)\r?")
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 class, 2,000 classes, 1 image."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s")
 
 
 def escape_controls(text: object, lines: bool = False) -> str:
@@ -44,12 +44,6 @@ def escape_controls(text: object, lines: bool = False) -> str:
     lines: line breaks and tabs stay.
     """
     return (_CONTROL_IN_LINES if lines else _CONTROL).sub(lambda one: ascii(one[0])[1:-1], str(text))
-
-
-def counted(number: int, things: str) -> str:
-    """A number and what is counted, given in the plural: 1 class, 1,215 images."""
-    one = things[:-2] if things.endswith(("sses", "ches")) else things[:-1]
-    return f"{number:,} {one if number == 1 else things}"
 
 
 def check_name(name: str, what: str) -> None:

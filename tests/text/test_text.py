@@ -203,8 +203,8 @@ def test_what_safetensors_cannot_write_is_the_systems_error(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("number", "things", "text"),
-    [(1, "classes", "1 class"), (0, "images", "0 images"), (1215, "class folders", "1,215 class folders"),
-     (1, "batches", "1 batch"), (1, "more problems", "1 more problem")],
+    [(1, "class", "1 class"), (0, "image", "0 images"), (1215, "class folder", "1,215 class folders"),
+     (1, "batch", "1 batch"), (2, "batch", "2 batches"), (1, "more problem", "1 more problem")],
 )  # fmt: skip
 def test_counted(number, things, text):
     assert counted(number, things) == text
