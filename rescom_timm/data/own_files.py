@@ -58,7 +58,7 @@ def within(folder: str | Path, path: str | Path) -> None:
         )
 
 
-def plain_name(name: Any, file: Path) -> str:
+def plain_name(name: object, file: Path) -> str:
     """A file name that another file contains. Raises InputError (data.outside) if it has a folder in it."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
         raise InputError("data.outside", f"{file} names {name!r}, which is no plain name of a file in its folder")

@@ -209,7 +209,7 @@ def _decisions(
     return made | ({"operating_point": operating_point(found, labels, recall, names).record()} if recall else {})
 
 
-def check_described(details: Mapping[str, Any], place: object, counted: bool = True) -> None:
+def check_described(details: Mapping[str, object], place: object, counted: bool = True) -> None:
     """Check class_names (K,), counts (K,) and input_size (3,) of a JSON file; place: its name, for messages.
 
     counted: counts may not be None. Raises InputError (model.details).
@@ -220,10 +220,15 @@ def check_described(details: Mapping[str, Any], place: object, counted: bool = T
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and 1 <= n <= MAX_SIDE for n in size):
         message = f"input_size in {place} must be three numbers from 1 to {MAX_SIDE}, not {size!r}"
         raise InputError("model.details", message)
-    numbers = isinstance(counts, list) and all(type(n) is int and 0 < n < 2**53 for n in counts)
-    if (counted or counts is not None) and not (numbers and len(counts or ()) == len(names)):
+    if counts is None and not counted:
+        return
+    if not isinstance(counts, list) or len(counts) != len(names) or not all(map(_is_count, counts)):
         message = f"counts in {place} must be a whole number above 0 for each of the {len(names)} classes"
         raise InputError("model.details", message)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**53
 
 
 def save_model(run: Path) -> str:
