@@ -200,8 +200,8 @@ def _read(folder: Path, num_classes: int | None) -> Pretrained:
         warnings.warn(f"{', '.join(wrong)} in {folder} was changed after the export; it is used as it is", stacklevel=4)
     try:
         details = read_json(folder / DETAILS)
-        _check_details(details)
         size = tuple(details["input_size"])
+        _check_details(details)
         for name in ("mean", "std"):
             if len(details[name]) != 3 or not all(math.isfinite(value) for value in details[name]):
                 message = f"{name} in {DETAILS} must be three finite numbers, not {details[name]}"
