@@ -99,7 +99,7 @@ def read_table(
     ]
     keys = frame[image].tolist()
     if not _is_text(frame[image]):
-        keys = ["" if key is None else str(key) for key in keys]
+        keys = ["" if key is None or key != key else str(key) for key in keys]  # NaN: a number column with gaps
     good = np.array([0 < len(key) <= MAX_TEXT and not key.isspace() for key in keys], dtype=bool)
     good &= np.array([not bad for bad in wrong], dtype=bool)[codes]
     for row in np.flatnonzero(~good).tolist():

@@ -144,8 +144,8 @@ def open_table(config: DataConfig, folder: Path | None, split: str) -> _Table:
             return _Table(dataset, dataset.labels(), dataset.class_names())  # type: ignore[arg-type]
     else:
         dataset = digits(split) if config.source == "digits" else _open(config, folder, split)
-    if dataset.info.builder_name == "imagefolder":
-        raise InputError("data.source", LOOSE.format(config.source))
+        if dataset.info.builder_name == "imagefolder":
+            raise InputError("data.source", LOOSE.format(config.source))
     image, label = _columns(dataset.features, config)
     groups = None
     if config.group_column is not None:

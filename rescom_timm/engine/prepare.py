@@ -35,6 +35,7 @@ from rescom_timm.methods import Method
 from rescom_timm.methods.rescom import RescomConfig, auto_negatives
 from rescom_timm.metrics import GROUPS, Meter, groups
 from rescom_timm.models.net import Net
+from rescom_timm.text import counted
 
 
 def settled(recipe: Recipe, data: Data, resume: Resume) -> Recipe:
@@ -185,7 +186,7 @@ def check_images(accelerator: Accelerator, recipe: Recipe, train: Split, splits:
     if found:
         raise RecipeError(
             "image.unreadable",
-            f"{len(found):,} images to evaluate on cannot be read: {'; '.join(found[:3])}"
+            f"{counted(len(found), 'image')} to evaluate on cannot be read: {'; '.join(found[:3])}"
             f"{' ...' if len(found) > 3 else ''}. Repair them or leave them out of the list (rescom-timm index check)",
         )
     _check_sizes(recipe, train, splits, accelerator.is_main_process)

@@ -60,14 +60,21 @@ class _Nets:
         names = checkpoint.class_names(path, state)
         if self.data is None:
             self.names, self.data = names, data_of(run, self.recipe, self.recipe, names)
-        elif numbers_in(self.names, names, str(run), "the first run", ordered=True) is not None:
+        elif numbers_in(self.names, names, "the first run", str(run), ordered=True) is not None:
             raise InputError("fit.soup", f"{run} numbers its classes otherwise than the first run")
         net = build_net(base_net(own, state), own.views, len(self.data.counts))
         weights = whole_weights(net, tensors, state, path)
         head = {name for name in weights if name.startswith("classifier.")}
         if not head <= {"classifier.weight", "classifier.bias"}:
             raise InputError("fit.soup", f"{run} has a classifier of its own ({own.method.name}), not a linear layer")
-        self.weights.append({n: v for n, v in weights.items() if n.startswith(("encoder.", "classifier."))})
+        weights = {n: v for n, v in weights.items() if n.startswith(("encoder.", "classifier."))}
+        first = self.weights[0] if self.weights else weights
+        if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in first.items()}:
+            raise InputError("fit.soup", f"{run} is another net than the first run, and nets of one kind are averaged")
+        if own.net.classifier != self.recipe.net.classifier:
+            kinds = f"{own.net.classifier.kind}, of the first run {self.recipe.net.classifier.kind}"
+            raise InputError("fit.soup", f"the classifier of {run} is {kinds}: equal ones are averaged")
+        self.weights.append(weights)
 
     def scored(self, weights: Weights) -> Scored | None:
         """On validation; None without such images."""

@@ -141,6 +141,8 @@ class Budget:
                 plan.trainings(seconds, pace, self.images, reserve, times, self.kinds, workers)
                 for seconds in (self.left, self.left + 9 * 60 * self.options.minutes)
             )
+            if not chosen:
+                self.leave_out("training of all weights, of which no epoch fits")
             self.record.save(plan=[one._asdict() for one in chosen], more=plan.described(more))
         return [Training(**one) for one in known["plan"]]
 

@@ -113,5 +113,5 @@ def decide(candidates: Sequence[Candidate], enough: bool) -> tuple[int, str]:
         if one.name.startswith("soup"):
             floor = floor_of(one.start)
             if one.shown is None or floor is None or one.shown.mean_class >= floor:
-                return place, f"{few}: half of a training's start and half of its end, which rarely lost where measured"
+                return place, f"{few}: the average of the net before and after training, as it was rarely worse"
     return 0, f"{few}: the probe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,10 +16,11 @@ from rescom_timm.data.in_memory import InMemory, in_memory
 from rescom_timm.engine.errors import AGAIN, FAILURES, CheckpointError, with_advice
 from rescom_timm.engine.run_folder import existing, locked
 from rescom_timm.errors import InputError
+from rescom_timm.fitting.inventory import SEEN
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FILE, FOLDER, Record
 from rescom_timm.fitting.source import name_of
-from rescom_timm.fitting.steps import SEEN, Steps
+from rescom_timm.fitting.steps import Steps
 from rescom_timm.fitting.tasks import work
 from rescom_timm.fitting.workers import Workers, follow, free, independent
 
@@ -38,11 +40,13 @@ def fit(
     run = _folder(options, output)
     folder = run / FOLDER
     with _advised(), in_memory(dataset), ExitStack() as stack:
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if options.device == "cpu":
             stack.enter_context(patch_environment(ACCELERATE_USE_CPU="1"))
         while not _leads(folder, stack, join or started > 1):
             if follow(folder, lambda: bool(Record(run, options).values["finished"]), work):
+                print(f"finished by the process that leads it; run folder: {run}")
                 return run
             print("the process that led this fit has ended: another one leads")
             if (folder / FILE).exists():  # the time since the leader's last word counts
@@ -58,8 +62,17 @@ def fit(
             if "frozen" not in record.values:  # nothing is done yet: other options and images may be tried
                 for name in (FILE, *SEEN):
                     (folder / name).unlink(missing_ok=True)
+                if new:
+                    stack.callback(_removed, run)
             raise
     return run
+
+
+def _removed(run: Path) -> None:
+    """Remove the folder of a fit that has not begun."""
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds something else
+        run.rmdir()
 
 
 def _leads(folder: Path, stack: ExitStack, join: bool) -> bool:

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rescom_timm.data.sources import Data
+from rescom_timm.config.loading import load_dict
+from rescom_timm.data.index_files import first_few
+from rescom_timm.data.sources import Data, load
 from rescom_timm.data.splits import Split
+from rescom_timm.errors import InputError
+from rescom_timm.io import read_json
 
+SEEN = ("images.json", "inventory.json")
+"""In RUN/fit: the recipe of the images, and their state."""
 Inventory = dict[str, list[str]]
 """By name of a file, or of a row: its split, class and state. The state is size and time of change of a file, a digest
 of a stored image."""
@@ -59,6 +65,21 @@ def changes(before: Inventory, now: Inventory) -> dict[str, list[str]]:
     if not any(found.values()):  # images that come and go change how others are drawn
         found["in another split"] = [name for name in both if before[name][0] != now[name][0]]
     return {how: names for how, names in found.items() if names}
+
+
+def refuse_other_images(fit: Path) -> None:
+    """Raises InputError (fit.changed) where a worker's images are not those that the fit in RUN/fit was begun with.
+
+    Of files only the size is compared, as copies on two machines may have other times.
+    """
+
+    def sizes(found: Inventory) -> Inventory:
+        return {name: [*place, state.partition(" ")[0]] for name, (*place, state) in found.items() if place[0]}
+
+    data = load(load_dict(read_json(fit / SEEN[0]), str(fit)).data)
+    if found := changes(sizes(read_json(fit / SEEN[1])), sizes(inventory(data, ()))):
+        what = "; ".join(f"{len(names):,} {how}: {first_few(names, 3)}" for how, names in found.items())
+        raise InputError("fit.changed", f"the images here are not those of the process that leads the fit: {what}")
 
 
 def _state(path: str) -> str:

@@ -42,6 +42,8 @@ class FitOptions:
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
             raise InputError("fit.minutes", f"--minutes {self.minutes:g}: give a positive number")
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise InputError("fit.argument", f"--size {self.size}: give the side of the images in pixels")
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -140,8 +142,10 @@ def trainings(
     if len(kinds) == 2 and (epochs := each * min(workers, 2)) >= BOTH:
         linear = min(MOST["linear"], epochs // 2)
         return [Training("linear", linear), Training("cosine", min(MOST["cosine"], epochs - linear, each))]
-    epochs = min(MOST[kinds[-1]], int((seconds - reserve.after(1)) / epoch))
-    return [Training(kinds[-1], epochs)] if epochs >= 1 else []
+    for after in (reserve.after(1), reserve.end + reserve.training):
+        if (epochs := min(MOST[kinds[-1]], int((seconds - after) / epoch))) >= 1:
+            return [Training(kinds[-1], epochs)]
+    return []
 
 
 def epoch_seconds(pace: Pace, images: dict[str, int]) -> float:

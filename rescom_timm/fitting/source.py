@@ -25,7 +25,8 @@ PHOTOGRAPHS = LoaderConfig(exif=True)
 def name_of(source: str) -> str:
     """The name of a run on this source, which its folder gets: that of the folder, the file or the data set."""
     stem = Path(os.path.abspath(os.path.expanduser(source))).name
-    return stem.rpartition(".")[0] if stem.endswith((".yaml", ".csv", ".txt", ".jsonl", ".parquet")) else stem
+    suffixes = (".yaml", ".yml", ".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
+    return stem.rpartition(".")[0] if stem.endswith(suffixes) else stem
 
 
 def is_recipe(source: str) -> bool:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from rescom_timm.config.loading import FREE_KEYS, differences, load_dict
 from rescom_timm.config.recipe import Recipe
+from rescom_timm.data.broken import unreadable
 from rescom_timm.data.index_files import first_few
 from rescom_timm.data.sources import Data, load
 from rescom_timm.data.splits import Split
@@ -54,7 +55,7 @@ from rescom_timm.fitting.choice import (
     temperature_of,
 )
 from rescom_timm.fitting.features import features_of
-from rescom_timm.fitting.inventory import changes, inventory
+from rescom_timm.fitting.inventory import SEEN, changes, inventory
 from rescom_timm.fitting.plan import FitOptions
 from rescom_timm.fitting.record import FOLDER, Record
 from rescom_timm.fitting.soups import loaded
@@ -75,9 +76,8 @@ from rescom_timm.io import read_json, write_json, write_tensors
 from rescom_timm.methods.heads import KINDS, Fitted, Standard, class_means, named, standard
 from rescom_timm.models.classifiers import ClassifierConfig, read_class_features
 from rescom_timm.models.net import Net
+from rescom_timm.text import counted
 
-SEEN = ("images.json", "inventory.json")
-"""In RUN/fit: the recipe of the images, and their state."""
 SHARED = 5.0
 """Seconds of a pass over images from which on other workers do a part of it."""
 NAMES = "class names"
@@ -102,11 +102,26 @@ class Steps:
         self.candidates: list[Candidate] = []
         self.base = self._base()
         self.data: Data = load(self.base.data)
+        if "frozen" not in record.values:
+            self._check_images()
         validation = self.data.validation
         self.enough = validation is not None and decides(validation.labels, len(self.data.counts))
         self.budget = Budget(options, record, self.data, self.enough)
         self.images = self.budget.images
         print(self._summary(), flush=True)
+
+    def _check_images(self) -> None:
+        """Raises InputError (image.unreadable) with the images that cannot be read by their headers, of all splits."""
+        found: list[str] = []
+        for split in (self.data.train, self.data.validation, self.data.test):
+            if split is not None:
+                found += [problem for _, problem in unreadable(split, False, self.base.loader.reading)]
+        if found:
+            raise InputError(
+                "image.unreadable",
+                f"{counted(len(found), 'image')} cannot be read: {'; '.join(found[:3])}{' ...' * (len(found) > 3)}. "
+                "Repair or remove them, or fit a recipe without them: rescom-timm init FOLDER --leave-out",
+            )
 
     def _summary(self) -> str:
         """The images, and what decides among methods."""

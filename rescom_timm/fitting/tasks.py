@@ -24,6 +24,7 @@ from rescom_timm.engine.features import Features, read_features
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.errors import InputError
 from rescom_timm.fitting.budget import sampled
+from rescom_timm.fitting.inventory import refuse_other_images
 from rescom_timm.fitting.training import trained
 from rescom_timm.fitting.workers import Workers
 from rescom_timm.io import atomic_path, read_json, write_tensors
@@ -99,6 +100,7 @@ def work(path: Path) -> Mapping[str, object]:
     """Do the task in a file as a worker beside the leader. Raises KeyboardInterrupt where a signal stops it."""
     task, fit = read_json(path), path.parents[1]
     recipe = load_dict(task["recipe"], str(path))
+    refuse_other_images(fit)
     if task["kind"] == "training":
         print(f"training: {recipe.name}, {recipe.train.epochs} epochs", flush=True)
         # The folder may have another path here than for the leader.
@@ -117,4 +119,7 @@ def work(path: Path) -> Mapping[str, object]:
     accelerator = new_accelerator("no")
     part = sampled(split, task["at_most"])
     file = path.with_suffix(".npy")
-    return _read_part(accelerator, net.to(accelerator.device), recipe, part, task["flipped"], task["rows"], file)
+    found = _read_part(accelerator, net.to(accelerator.device), recipe, part, task["flipped"], task["rows"], file)
+    if not path.exists():  # the leader has read it in the meantime
+        file.unlink()
+    return found

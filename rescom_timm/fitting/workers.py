@@ -91,9 +91,19 @@ def follow(folder: Path, finished: Callable[[], bool], work: Callable[[Path], Ma
             if free(folder / LOCK):
                 return False
             tasks = [path for path in sorted((folder / TASKS).glob("*.json")) if not _result(path).exists()]
-            if not any(done_once(path, lambda path=path: work(path)) for path in tasks):  # type: ignore[misc]
+            if not any(_done(path, work) for path in tasks):
                 time.sleep(POLL)
     return True
+
+
+def _done(task: Path, work: Callable[[Path], T]) -> T | None:
+    """As done_once; None too where the leader clears the task away meanwhile."""
+    try:
+        return done_once(task, lambda: work(task))
+    except FileNotFoundError:
+        if task.exists():
+            raise
+        return None
 
 
 def done_once(task: Path, work: Callable[[], T]) -> T | None:
@@ -106,7 +116,8 @@ def done_once(task: Path, work: Callable[[], T]) -> T | None:
                 return None
             if not _result(task).exists() and task.exists():
                 found = work()
-                write_json(_result(task), dict(found))
+                if task.exists():
+                    write_json(_result(task), dict(found))
                 return found
     try:
         found = read_json(_result(task))

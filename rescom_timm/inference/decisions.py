@@ -169,7 +169,8 @@ def estimated_prior(logits: Tensor, temperature: float = 1.0, rounds: int = 1000
 def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return T that minimises the cross-entropy of softmax(s / T + log pi) of labelled images that were not trained on.
 
-    Guo et al. 2017; pi are the frequencies of labels (N,), or a long-tailed validation part would bias T.
+    Guo et al. 2017; pi are the frequencies of labels (N,): otherwise a long-tailed validation part would bias T. Labels
+    are smoothed by 1 / (N + 2), as Platt (1999) does: of a few images that are all right, no confidence is too high.
 
     logits: (N, K). Raises InputError (predict.calibration) without images.
     """
@@ -177,13 +178,15 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
         raise InputError("predict.calibration", "a temperature needs labelled images")
     from scipy.optimize import minimize_scalar  # a quarter of a second
 
-    scores = at_least_float32(logits)
-    prior = torch.bincount(labels, minlength=logits.shape[1]).to(scores)
+    counts = torch.bincount(labels, minlength=logits.shape[1])
+    seen = counts > 0  # the others have no probability
+    scores, labels = at_least_float32(logits)[:, seen], (seen.cumsum(0) - 1)[labels]
+    prior = counts[seen].to(scores)
     log_prior = (prior / prior.sum()).log()
 
     def loss(log_temperature: float) -> float:
         adjusted = scores / float(np.exp(log_temperature)) + log_prior
-        return float(torch.nn.functional.cross_entropy(adjusted, labels))
+        return float(torch.nn.functional.cross_entropy(adjusted, labels, label_smoothing=1 / (len(labels) + 2)))
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 

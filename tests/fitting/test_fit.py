@@ -26,6 +26,7 @@ from rescom_timm.engine.build import build_net
 from rescom_timm.engine.errors import CheckpointError
 from rescom_timm.engine.launch import new_accelerator
 from rescom_timm.engine.run_folder import locked
+from rescom_timm.errors import InputError
 from rescom_timm.fitting import plan, source, steps, training
 from rescom_timm.fitting import record as fit_record
 from rescom_timm.fitting.plan import FitOptions, Pace, Training
@@ -149,6 +150,31 @@ def test_a_diverging_candidate_is_left_out(photos, tmp_path, monkeypatch):
     assert json.loads((run.folder / "fit/linear/metrics.jsonl").read_text().splitlines()[-1])["epoch"] < 3
 
 
+def test_unreadable_images_of_every_split_end_it_before_it_begins(tmp_path, monkeypatch):
+    """All are named, the folder of the run is gone, and after the repair the same command works."""
+    photos, run = photographs(tmp_path / "photos", [12, 6, 6]), tmp_path / "run"
+    planned(monkeypatch)
+    broken = [photos / name for name in ("train/a/0.png", "test/b/1.png", "val/c/2.png")]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"bad")
+    with raises("image.unreadable", "3 images") as caught:
+        rescom_timm.fit(photos, 100, **HOW, output=run)
+    assert all(str(path) in str(caught.value) for path in broken) and not run.exists()
+    for path, content in zip(broken, whole, strict=True):
+        path.write_bytes(content)
+    assert record(rescom_timm.fit(photos, 100, **HOW, output=run))["finished"]
+
+
+def test_a_fit_that_cannot_begin_leaves_nothing(tmp_path):
+    with raises("fit.argument", "--size"):
+        rescom_timm.fit(tmp_path, 1, **HOW | {"size": 0})
+    photographs(tmp_path / "one", [3])
+    with pytest.raises(InputError):
+        rescom_timm.fit(tmp_path / "one", 1, **HOW, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_budget_holds():
     pace, images, reserve = (
         Pace(forward=0.01, step=0.03),
@@ -158,6 +184,9 @@ def test_what_a_budget_holds():
     epoch = 1000 * 0.03 + 200 * 0.01
     assert plan.trainings(7 + 0.9 * epoch, pace, images, reserve) == []
     assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve) == [Training("cosine", 3)]
+    tight = plan.Reserve(7, options=epoch)
+    assert plan.trainings(7 + 1.1 * epoch, pace, images, tight) == [Training("cosine", 1)]
+    assert plan.trainings(7 + 2.1 * epoch, pace, images, tight) == [Training("cosine", 1)]
     assert plan.trainings(7 + 3.2 * epoch, pace, images, reserve, kinds=["linear"]) == [Training("linear", 3)]
     assert plan.trainings(7 + 40 * epoch, pace, images, reserve, kinds=["cosine"]) == [Training("cosine", 30)]
     assert plan.trainings(7 + 6.4 * epoch, pace, images, reserve, times=2) == [Training("cosine", 3)]
@@ -199,7 +228,7 @@ def test_a_small_budget_fits_heads_on_a_sample(photos, tmp_path, monkeypatch):
     features = [np.load(path).shape for path in (tmp_path / "cache").rglob("*.npy")]
     assert sorted(shape[:2] for shape in features) == [(4 * 5, 1), (6 + 6 + 6 + 3, 1)]
     assert [path.stem for path in (run.folder / "evaluation").glob("*.json")] == ["test-last"]
-    assert len(found["left_out"]) == 4 and "at most 6" in (run.folder / "fit/report.html").read_text()
+    assert len(found["left_out"]) == 5 and "at most 6" in (run.folder / "fit/report.html").read_text()
     (run.folder / "fit/fit.json").write_text(json.dumps(found | {"finished": False}))
     again = record(rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run"))
     assert again["table"] == found["table"] and again["left_out"] == found["left_out"]

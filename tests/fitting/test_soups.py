@@ -64,6 +64,13 @@ def test_a_soup_of_runs_is_a_run(runs, tmp_path):
     assert run.pretrained().class_names == [str(k) for k in range(10)]
 
 
+def test_other_classifiers_and_widths_are_refused(runs, tmp_path):
+    for word in ("net.classifier.kind=cosine", "net.backbone=resnet20_cifar"):
+        other = train(load_recipe("digits_lt +cross_entropy", [f"output={tmp_path}", *WORDS, word]))
+        with raises("fit.soup"):
+            average_runs([runs[0], other], tmp_path / "soup", [0.5, 0.5], "last")
+
+
 def test_a_greedy_soup_is_no_worse_than_its_best_run(runs, tmp_path, capsys):
     assert main(["soup", *map(str, runs), str(runs[0]), "-o", str(tmp_path / "soup")]) == 0
     out = capsys.readouterr().out

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import rescom_timm
@@ -16,7 +17,7 @@ from rescom_timm.fitting import plan, steps, training, workers
 from rescom_timm.fitting.plan import FitOptions, Training
 from rescom_timm.fitting.record import Record
 from rescom_timm.fitting.tasks import work
-from rescom_timm.io import file_lock
+from rescom_timm.io import file_lock, read_json
 from tests.fitting.made_up import NET, photographs
 from tests.raises import raises
 
@@ -60,6 +61,44 @@ def test_two_workers_end_with_what_one_ends_with(photos, tmp_path, monkeypatch):
     assert [path.name for path in ours] == [path.name for path in theirs]
     assert all(np.array_equal(np.load(a), np.load(b)) for a, b in zip(ours, theirs, strict=True))
     assert not list((two.folder / "fit/tasks").glob("*.npy"))
+
+
+def test_a_worker_with_other_images_is_refused(photos, tmp_path, monkeypatch):
+    """Their names and classes are the same: a copy on another machine that is older."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(workers.Workers, "number", lambda self: 2)
+    monkeypatch.setattr(steps, "SHARED", 0.0)
+    post, kinds = workers.Workers.post, set()
+
+    def posted(self, name, task):
+        post(self, name, task)
+        kinds.add(task["kind"])
+        image = photos / "train/a/1.png"
+        content = image.read_bytes()
+        Image.new("RGB", (20, 20)).save(image)
+        with raises("fit.changed", image):
+            work(self.tasks / f"{name}.json")
+        image.write_bytes(content)
+
+    monkeypatch.setattr(workers.Workers, "post", posted)
+    rescom_timm.fit(photos, 100, **HOW, output=tmp_path / "run")
+    assert kinds == {"features", "training"}
+
+
+def test_a_task_that_is_cleared_away_is_no_error(tmp_path, monkeypatch):
+    """While a worker reads it, and while it works: nothing is left of it."""
+    crew = workers.Workers(tmp_path)
+    for lost in (True, False):
+        crew.post("a", {})
+
+        def do(path, lost=lost):
+            path.unlink()
+            return read_json(path) if lost else {"used": True}
+
+        looks = iter([False, True])
+        with file_lock(tmp_path / LOCK):
+            assert workers.follow(tmp_path, lambda looks=looks: next(looks), do)
+        assert not list((tmp_path / "tasks").glob("*.done"))
 
 
 def test_the_task_of_a_killed_worker_is_taken_over(tmp_path):

@@ -64,6 +64,8 @@ def test_the_temperature_is_found_whatever_the_prior_of_the_images():
     scores, labels = calibrated_scores(PRIOR, 6000)
     seen = labels != 4  # a class without validation images
     assert 0.9 < fitted_temperature(scores[seen], labels[seen]) < 1.1
+    sure = 4 * torch.eye(5)[:3]  # three images, all right
+    assert fitted_temperature(sure, torch.arange(3)) > 0.5
     with raises("predict.calibration"):
         fitted_temperature(scores[:0], labels[:0])
 

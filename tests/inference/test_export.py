@@ -272,7 +272,7 @@ def test_a_text_that_was_changed_is_told_and_read(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "expected", "naming"),
     [
-        ({"input_size": None}, "model.details", ["input_size", None]),
+        ({"input_size": None}, "model.unreadable", ["NoneType"]),
         ({"input_size": [3, 8, 10**9]}, "model.details", ["input_size", 8192]),
         ({"options": {"checkpoint_path": "/tmp/x"}}, None, ["resnet20_cifar", "checkpoint_path"]),
         ({"options": {"pretrained_cfg_overlay": {"file": "/tmp/x"}}}, None, ["pretrained_cfg_overlay"]),
