@@ -314,6 +314,18 @@ def test_without_a_recipe_photographs_are_trained_on_as_init_proposes(tried, met
     assert made.net.backbone == "test_resnet" and not made.net.pretrained and made.train.epochs == 1
 
 
+def test_a_folder_that_datasets_has_read_is_trained_on(tried, tmp_path):
+    """load_dataset("imagefolder") is a data set in memory like any other."""
+    for name, part in PHOTOS.items():
+        for number, row in enumerate(part):
+            path = tmp_path / "photos" / name / f"class {row['label']}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    parts = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    train(dataset=parts, **LITTLE)
+    assert len(tried) == 1
+
+
 def test_without_a_recipe_small_images_keep_their_size(tried, capsys):
     parts = {**ICONS, "val": photographs((12, 12)), "more": photographs((12, 12))}
     train(dataset=parts, **{**LITTLE, "net": {}}, method={"queue": {"per_class": 3}, "positives": 3})

@@ -189,6 +189,7 @@ def test_whole_numbers_stored_with_a_point_are_whole(tmp_path: Path) -> None:
         ("a.csv", "path,label\n1.png,a,b,c\n2.png,a\n", ["csv"]),
         ("a.jsonl", '{"path": "1", "label": 0}\n{"path"\n', ["jsonl", "line 2"]),
         ("a.jsonl", '{"path": "1", "label": [0, 2]}\n', ["row 1", "'label'"]),
+        ("a.jsonl", '{"path": 1, "label": 0}\n{"path": NaN, "label": 1}\n', ["row 2", "'path'"]),
         ("a.jsonl", "[" * 5000, ["jsonl"]),
         ("a.parquet", "no parquet", ["parquet"]),
     ],
