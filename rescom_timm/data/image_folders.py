@@ -351,6 +351,8 @@ def class_folders(root: str | Path, say: Callable[[str], object] = log.warning) 
             raise InputError("data.class_folders", f"the class folder {root / name} holds no image: fill or remove it")
     if double := [name for name, kind in zip(names, kinds, strict=True) if name != kind]:
         say(f"{root}: class folders of the same name in another Unicode form are one class: {first_few(double, 3)}")
+    if inner := sorted({folder for path in paths if "/" in (folder := path.rpartition("/")[0])}):
+        say(f"{root}: images in subfolders have the class of the outer folder: {first_few(inner, 3)}")
     left.say(root, say)
     return Index(paths, np.array(labels), len(classes), {"source": str(root)}, classes), others
 

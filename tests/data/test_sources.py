@@ -617,6 +617,16 @@ def test_class_folders(tmp_path: Path) -> None:
     assert class_folders(tmp_path)[0].class_names == ["10", "2", "A", "b"]
 
 
+def test_images_in_subfolders_have_the_class_of_the_outer_folder_and_this_is_said(tmp_path: Path) -> None:
+    for name in ("animals/crab/a", "animals/ibis/a", "things/a"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+    said: list[str] = []
+    index, _ = class_folders(tmp_path, said.append)
+    assert index.class_names == ["animals", "things"] and index.labels.tolist() == [0, 0, 1]
+    assert len(said) == 1 and "animals/crab" in said[0] and "animals/ibis" in said[0]
+
+
 def test_class_folders_that_are_none(tmp_path: Path) -> None:
     files(tmp_path, ["one/a.png"])
     with raises("data.class_folders", "1 class"):
